@@ -1,0 +1,75 @@
+"""Run the pipeline on a random model of Qwen3-0.6B's exact shape with a tiny grid; write time and peak memory.
+
+    python benchmarks/qwen3_shape.py docs/results/qwen3-0.6b-shape.json
+
+The model is made here (nothing is downloaded): 28 layers, width 1024, 16 query and 8 key-value heads of 128,
+feed-forward 3072, 151,936 tokens, tied embeddings. Its numbers mean nothing; its cost is that of the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from ws import bpe, console, tiny
+from ws.data import Grid
+from ws.replicate import Replication, Settings
+from ws.store import write_json
+
+GRID = Grid(topics=2, personas=1, samples=4)
+ROWS = 6
+
+
+def make(folder: Path) -> None:
+    """Save the random model, bf16, with a small tokenizer whose ids are part of the large vocabulary."""
+    folder.mkdir(parents=True)
+    bpe.train(tiny.training_texts(), 1024, folder / "tokenizer.json")
+    tokenizer = bpe.load(folder / "tokenizer.json")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, rope_theta=1_000_000,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )  # fmt: skip
+    with console.library_noise_muted():
+        Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def main(target: Path) -> None:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "qwen3-0.6b-shape"
+        make(folder)
+        made = time.perf_counter()
+        settings = Settings(
+            model=str(folder), out=Path(scratch) / "out", grid=GRID, sampling={"max_new_tokens": 16},
+            alphas=(-1.0, 0.0, 1.0), control_seeds=1, rows=ROWS, samples=1,
+        )  # fmt: skip
+        with Replication(settings) as run:
+            summary = run.report()
+            size = sum(file.stat().st_size for file in run.folder.path.rglob("*") if file.is_file())
+            model = run.model
+        write_json(target, {
+            "parameters": model.parameter_count,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "grid": f"{GRID.topics} topics x {GRID.personas} persona x {GRID.samples} samples of 16 tokens, "
+                    f"{ROWS} rows per probe, alphas -1 0 1, one random control",
+            "seconds": {"make the model": made - started, **summary["seconds"]},
+            "wall_seconds": time.perf_counter() - started,
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "folder_mib": size / 2**20,
+        })  # fmt: skip
+    console.say(json.dumps(json.loads(target.read_text()), indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

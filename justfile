@@ -1,0 +1,59 @@
+# Recipes; `just` comes with the dev extra (rust-just). Variables: just model=Qwen/Qwen3-0.6B replicate
+model := "pocket"
+behaviour := "sycophancy"
+adapter := "lora"
+out := "out"
+python := ".venv/bin/python"
+ws := python + " -m ws"
+run := "--model " + model + " --behaviour " + behaviour + " --adapter " + adapter + " --out " + out
+
+default:
+    @just --list
+
+# create .venv with everything for development
+setup:
+    python3.11 -m venv .venv
+    .venv/bin/pip install -q -c constraints.txt -e '.[dev]'
+
+# the whole pipeline on a random two-layer model, with run-time shape checks
+smoke:
+    BEARTYPE=1 {{ws}} smoke
+
+# data, train pos, train neg, diff, eval, alignment, report
+replicate:
+    {{ws}} replicate {{run}}
+
+# sample the pairs of a run
+data:
+    {{ws}} data {{run}}
+
+# fit one branch: just train neg
+train sign="pos":
+    {{ws}} train --sign {{sign}} {{run}}
+
+# subtract the two adapters
+diff:
+    {{ws}} diff {{run}}
+
+# the behaviour's own held-out probe on an existing run
+eval-syco:
+    {{ws}} eval sycophancy --alphas -2 -1 0 1 2 {{run}}
+
+# the dilemmas on an existing run
+eval-dilemmas:
+    {{ws}} eval dilemmas --alphas -1 0 1 {{run}}
+
+# where the direction lies in the weights
+subspace-align:
+    {{ws}} subspace {{run}}
+
+# tests, lint and types
+check:
+    .venv/bin/ruff check src tests docs benchmarks
+    .venv/bin/ruff format --check src tests docs benchmarks
+    .venv/bin/mypy
+    .venv/bin/python -m pytest -q
+
+# remove runs
+clean:
+    rm -rf {{out}}

@@ -1,0 +1,5 @@
+"""`python -m ws` is the command `ws`."""
+
+from ws.cli import main
+
+main()

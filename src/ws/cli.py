@@ -1,0 +1,679 @@
+"""The command line: one dataclass per command, thin; the work is in the modules.
+
+Exit codes: 0 done, 2 bad input or environment (one line on stderr), 130 interrupted. Nothing heavy is imported before a
+command runs, so `ws --help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
+
+from ws import __version__, console
+from ws.errors import UserError
+
+if TYPE_CHECKING:
+    from ws.models import ChatModel
+    from ws.replicate import Replication, Settings
+
+Sign = Literal["pos", "neg"]
+Judge = Literal["none", "local-logit", "http"]
+
+
+# -------------------------------------------------------------------- shared options
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: str = "pocket"
+    """Embedded model, hub id, or folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: float32 up to 200 M parameters, else the checkpoint's own."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """Attention implementation; auto: eager on the CPU, sdpa elsewhere."""
+    thinking: Literal["off", "on"] = "off"
+    """Whether a thinking model may think before it responds."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model."""
+
+    def load(self) -> ChatModel:
+        """Load the model."""
+        from ws import models  # noqa: PLC0415
+
+        return models.load(
+            self.model, dtype=self.dtype, device=self.device, attention=self.attention, thinking=self.thinking,
+            revision=self.revision, trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions(ModelOptions):
+    """Which run: model, behaviour, adapter family and seeds name the run folder."""
+
+    behaviour: str = "sycophancy"
+    """Shipped behaviour, or a .toml file."""
+    adapter: str = "lora"
+    """Adapter family."""
+    seed: int = 0
+    """Training seed: initialisation and order."""
+    data_seed: int = 0
+    """Data seed: which responses are sampled."""
+    out: Path = Path("out")
+    """Where run folders lie."""
+    json: bool = False
+    """Print the result as JSON and nothing else."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How pairs are made and adapters are trained; what is not given comes from the model folder or the defaults."""
+
+    topics: int | None = None
+    """Training prompts used (default all)."""
+    personas: int | None = None
+    """Persona pairs used (default all)."""
+    samples: int = 10
+    """Samples per prompt and persona."""
+    pairs: Path | None = None
+    """Your own pairs: JSONL with prompt, response_pos, response_neg."""
+    max_new_tokens: int | None = None
+    """Length limit of sampled responses."""
+    temperature: float | None = None
+    """Sampling temperature; 0 is greedy."""
+    top_p: float | None = None
+    """Nucleus of the sampling distribution."""
+    judge: Judge = "none"
+    """Judge responses with this backend and keep the clear ones."""
+    judge_threshold: float = 0.5
+    """Judged probability from which a response counts as positive."""
+    judge_url: str = ""
+    """Endpoint of the http judge (OpenAI-compatible)."""
+    judge_model: str = ""
+    """Model name for the http judge."""
+    rank: int | None = None
+    """Adapter rank."""
+    lora_alpha: float | None = None
+    """Adapter scale: alpha / rank multiplies the product."""
+    layers: tuple[float, float] | None = None
+    """Slice of the depth that is adapted, as fractions (default 0.3 0.8)."""
+    roles: tuple[str, ...] | None = None
+    """Roles that are adapted, of q k v o gate up down (default all)."""
+    lr: float | None = None
+    """Peak learning rate."""
+    epochs: int | None = None
+    """Passes over the data."""
+    batch_size: int | None = None
+    """Rows per optimiser step."""
+    max_length: int | None = None
+    """Longest training row, in tokens."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    weight_decay: float | None = None
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is measured."""
+
+    alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    """Strengths; 0 is always included."""
+    control_seeds: int = 5
+    """Norm-matched random directions at -1 and +1."""
+    dilemmas: str = "own"
+    """own, a CSV/JSONL/parquet file, or a hub id."""
+    rows: int | None = None
+    """Use only the first rows of every probe (for quick looks)."""
+    shown: int = 6
+    """Prompts sampled for the report."""
+
+
+def _settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Settings:
+    from ws.data import Grid  # noqa: PLC0415
+    from ws.judge import JudgeSettings  # noqa: PLC0415
+    from ws.replicate import Settings  # noqa: PLC0415
+
+    training = ("rank", "lora_alpha", "layers", "roles", "lr", "epochs", "batch_size", "max_length", "warmup_steps",
+                "weight_decay")  # fmt: skip
+    sampling = ("max_new_tokens", "temperature", "top_p")
+    return Settings(
+        model=run.model, behaviour=run.behaviour, adapter=run.adapter, seed=run.seed, data_seed=run.data_seed,
+        out=run.out, dtype=run.dtype, device=run.device, thinking=run.thinking, attention=run.attention,
+        revision=run.revision, trust_remote_code=run.trust_remote_code,
+        grid=Grid(fit.topics, fit.personas, fit.samples),
+        sampling={name: getattr(fit, name) for name in sampling if getattr(fit, name) is not None},
+        train={name: getattr(fit, name) for name in training if getattr(fit, name) is not None},
+        judge=JudgeSettings(fit.judge, fit.judge_threshold, fit.judge_url, fit.judge_model),
+        pairs=fit.pairs, alphas=tuple(evaluation.alphas), control_seeds=evaluation.control_seeds,
+        dilemmas=evaluation.dilemmas, rows=evaluation.rows, samples=evaluation.shown,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------- the pipeline
+
+
+@dataclass(frozen=True)
+class Replicate(RunOptions):
+    """The whole pipeline: data, train pos, train neg, diff, eval, alignment, samples, report."""
+
+    fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
+    evaluation: OmitArgPrefixes[EvalOptions] = field(default_factory=EvalOptions)
+
+    def run(self) -> None:
+        """Run it and print the headline."""
+        from ws.replicate import Replication  # noqa: PLC0415
+
+        with Replication(_settings(self, self.fit, self.evaluation)) as replication:
+            _finish(replication, replication.report(), self.json)
+
+
+def _finish(replication: Replication, summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        console.print_json(json.dumps(summary))
+        return
+    folder = replication.folder.path
+    console.say()
+    console.say(summary["headline"][0].upper() + summary["headline"][1:] + ".", style="bold")
+    for warning in summary["warnings"]:
+        console.warn(warning)
+    console.say()
+    console.say(f"report      {folder / 'report.html'}")
+    console.say(f"direction   {folder / 'direction.safetensors'}")
+    console.say(f"next        ws show {folder}   |   ws eval dilemmas --alphas -3 3 --out {replication.settings.out}")
+
+
+@dataclass(frozen=True)
+class StageOptions(RunOptions):
+    """A stage of a run; settings that are not given are those of the run, if it exists."""
+
+    fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
+
+    def replication(self) -> Replication:
+        """The run that the options name, with its stored settings where only the run is named."""
+        from ws import behaviour  # noqa: PLC0415
+        from ws.replicate import Replication, restore_settings, run_path  # noqa: PLC0415
+        from ws.store import read_json  # noqa: PLC0415
+
+        settings = _settings(self, self.fit, EvalOptions())
+        stored = run_path(settings, behaviour.load(self.behaviour)) / "config.json"
+        if self.fit == FitOptions() and stored.is_file():
+            settings = restore_settings(read_json(stored)["settings"], self.out)
+        return Replication(settings)
+
+
+@dataclass(frozen=True)
+class Data(StageOptions):
+    """Sample responses under opposed personas: D+ and D-, in pairs."""
+
+    def run(self) -> None:
+        """Make the pairs and say what they are like."""
+        from ws import data  # noqa: PLC0415
+
+        with self.replication() as run:
+            pairs = run.data()
+            if self.json:
+                console.print_json(json.dumps(data.describe(pairs)))
+                return
+            for by in ("persona", "topic"):
+                rates = data.keep_rates(pairs, by)
+                low = rates.filter((rates["keep_pos"] < 0.5) | (rates["keep_neg"] < 0.5))
+                for row in low.to_dicts():
+                    console.warn(f"{by} {row[by]}: kept {row['keep_pos']:.0%} + and {row['keep_neg']:.0%} -")
+            first = pairs.to_dicts()[0]
+            console.say(
+                f"\nprompt  {first['prompt']}\n  pos   {first['response_pos']}\n  neg   {first['response_neg']}"
+            )
+            console.say(f"\nnext    ws train --sign pos   ({run.folder / 'pairs.parquet'})")
+
+
+@dataclass(frozen=True)
+class Train(StageOptions):
+    """Fit the adapter of one sign on its responses, persona removed."""
+
+    sign: Sign = "pos"
+    """Which branch."""
+
+    def run(self) -> None:
+        """Fit it and say where it is."""
+        with self.replication() as run:
+            record = run.train(self.sign)
+            if self.json:
+                console.print_json(json.dumps(record))
+                return
+            other = "ws train --sign neg" if self.sign == "pos" else "ws diff"
+            console.say(f"\nadapter {run.folder / self.sign}\nnext    {other}")
+
+
+@dataclass(frozen=True)
+class Diff(StageOptions):
+    """Subtract exactly: a run's two adapters, or any two PEFT adapter folders of one base."""
+
+    pos: Path | None = None
+    """PEFT folder of the positive side (with --neg; then --out is the file to write)."""
+    neg: Path | None = None
+    """PEFT folder of the negative side."""
+
+    def run(self) -> None:
+        """Write the direction and print its geometry."""
+        from dataclasses import asdict  # noqa: PLC0415
+
+        if (self.pos is None) != (self.neg is None):
+            raise UserError("--pos and --neg go together", "Give both folders, or neither for the run's own.")
+        if self.pos is None or self.neg is None:
+            with self.replication() as run:
+                direction, geometry = run.diff()
+                target = run.folder / "direction.safetensors"
+        else:
+            from ws import diff  # noqa: PLC0415
+
+            target = Path("direction.safetensors") if self.out == Path("out") else self.out
+            direction, geometry = diff.direction(self.load(), self.pos, self.neg)
+            direction.save(target)
+        if self.json:
+            console.print_json(json.dumps(asdict(geometry)))
+            return
+        console.say(f"{direction}")
+        console.say(
+            f"|tau pos| {geometry.norm_pos:.4g}   |tau neg| {geometry.norm_neg:.4g}   |dW| {geometry.norm_dw:.4g}   "
+            f"cos(tau pos, tau neg) {-geometry.cos_anti:+.3f}   drift ratio {geometry.drift_ratio:.2f}"
+        )
+        console.say(f"\ndirection   {target}\nnext        ws eval sycophancy")
+
+
+@dataclass(frozen=True)
+class Eval(RunOptions):
+    """Score one kind of probe on an existing run."""
+
+    probe: Positional[Literal["sycophancy", "dilemmas", "side-effects"]] = "sycophancy"
+    """Which probe; sycophancy stands for the behaviour's own."""
+    alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    """Strengths; 0 is always included."""
+    dilemmas: str = "own"
+    """own, a CSV/JSONL/parquet file, or a hub id."""
+    rows: int | None = None
+    """Use only the first rows."""
+
+    def run(self) -> None:
+        """Score, write `scores-<probe>.parquet`, and print the table."""
+        from ws import evaluate  # noqa: PLC0415
+
+        with StageOptions(
+            **{name: getattr(self, name) for name in RunOptions.__dataclass_fields__}
+        ).replication() as run:
+            table = evaluate.existing_run(run, self.probe, self.alphas, self.dilemmas, self.rows)
+            if self.json:
+                console.print_json(json.dumps(table.to_dicts()))
+            else:
+                evaluate.show(table, f"{self.probe}, {run.folder.path}")
+
+
+@dataclass(frozen=True)
+class Subspace(StageOptions):
+    """Where a run's direction lies relative to the singular directions of the weights."""
+
+    def run(self) -> None:
+        """Print the alignment table."""
+        from ws import evaluate  # noqa: PLC0415
+
+        with self.replication() as run:
+            table = run.alignment()
+            if self.json:
+                console.print_json(json.dumps(table.to_dicts()))
+            else:
+                evaluate.show(table, f"energy of dW over its null, {run.folder / 'subspace_per_layer.csv'}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write summary and report of existing runs anew."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders."""
+    json: bool = False
+    """Print the summaries as JSON and nothing else."""
+
+    def run(self) -> None:
+        """Rebuild what is missing and print each headline."""
+        from ws.replicate import Replication, restore_settings  # noqa: PLC0415
+
+        for path in self.runs:
+            stored = _stored_config(path)
+            # <out>/<model>/<behaviour>/<adapter>/seed<k>
+            settings = restore_settings(stored["settings"], path.resolve().parents[3])
+            with Replication(settings) as run:
+                _finish(run, run.report(), self.json)
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print what a run found, from its summary."""
+
+    path: Positional[Path]
+    """Run folder."""
+    json: bool = False
+    """Print the summary as JSON and nothing else."""
+
+    def run(self) -> None:
+        """Print headline, strengths and samples."""
+        from ws import evaluate  # noqa: PLC0415
+
+        _stored_config(self.path)
+        if not (self.path / "summary.json").is_file():
+            raise UserError(f"the run in {self.path} is not finished", f"Continue it with: ws report {self.path}")
+        if self.json:
+            console.print_json((self.path / "summary.json").read_text(encoding="utf-8").strip())
+        else:
+            evaluate.show_run(self.path)
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    from ws.store import read_json  # noqa: PLC0415
+
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
+    return dict(read_json(path / "config.json"))
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """The whole pipeline on a random two-layer model that it makes, with run-time shape checks; under a minute."""
+
+    architecture: Literal["qwen3", "llama", "gemma3", "gpt2"] = "qwen3"
+    """Architecture of the random model."""
+    out: Path | None = None
+    """Keep the run here (default: a temporary folder that is removed)."""
+    json: bool = False
+    """Print the summary as JSON and nothing else."""
+
+    def run(self) -> None:
+        """Run it; the shape checks need their switch before anything is imported, hence the second process."""
+        if os.environ.get("BEARTYPE") != "1":
+            os.environ["BEARTYPE"] = "1"
+            os.execv(sys.executable, [sys.executable, "-m", "ws", *sys.argv[1:]])
+        from ws import smoke  # noqa: PLC0415
+
+        summary = smoke.run(self.architecture, self.out)
+        if self.json:
+            console.print_json(json.dumps(summary))
+        else:
+            console.say("\nsmoke run passed: the numbers above are of a random model and mean nothing", style="bold")
+            console.say("next        ws replicate")
+
+
+# -------------------------------------------------------------------- the embedded model
+
+
+@dataclass(frozen=True)
+class PocketBuild:
+    """Train the embedded model: one seeded run, resumable."""
+
+    seed: int = 0
+    """Seed of corpus, initialisation and order."""
+    steps: int | None = None
+    """Optimiser steps (default: the recipe's)."""
+    out: Path = Path("pocket-build")
+    """Model folder to write; the shipped weights are replaced by copying it there."""
+    compile: bool = True
+    """Fuse layers with torch.compile where a C++ compiler is installed."""
+
+    def run(self) -> None:
+        """Build, then check."""
+        from dataclasses import replace  # noqa: PLC0415
+
+        from ws.pocket import card  # noqa: PLC0415
+        from ws.pocket.build import Recipe, build  # noqa: PLC0415
+
+        recipe = Recipe(seed=self.seed)
+        recipe = recipe if self.steps is None else replace(recipe, steps=self.steps)
+        build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
+              compiled=None if self.compile else False)  # fmt: skip
+        card.finish_build(self.out)
+        console.say(f"model       {self.out}\nnext        ws pocket check --model {self.out}")
+
+
+@dataclass(frozen=True)
+class PocketCheck:
+    """Measure the embedded model against its bars; exit code 2 if one is missed."""
+
+    model: str = "pocket"
+    """Embedded model or model folder."""
+    json: bool = False
+    """Print the metrics as JSON and nothing else."""
+
+    def run(self) -> None:
+        """Print the metrics."""
+        from ws.pocket import card  # noqa: PLC0415
+
+        card.report_check(self.model, self.json)
+
+
+@dataclass(frozen=True)
+class PocketCard:
+    """Print the model card: what is planted, how it was trained, what it reaches, what it is not for."""
+
+    model: str = "pocket"
+    """Embedded model or model folder."""
+
+    def run(self) -> None:
+        """Print the card as Markdown."""
+        from ws.pocket import card  # noqa: PLC0415
+
+        console.say(card.text(self.model))
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """The embedded model: build, check, card."""
+
+    action: OmitSubcommandPrefixes[
+        Annotated[PocketBuild, subcommand("build")]
+        | Annotated[PocketCheck, subcommand("check")]
+        | Annotated[PocketCard, subcommand("card")]
+    ]
+
+    def run(self) -> None:
+        """Run the action."""
+        self.action.run()
+
+
+# -------------------------------------------------------------------- behaviours
+
+
+@dataclass(frozen=True)
+class BehaviourNew:
+    """Write a commented behaviour file to start from."""
+
+    name: Positional[str]
+    """Name of the behaviour; the file is NAME.toml in the current folder."""
+
+    def run(self) -> None:
+        """Write it; an existing file is left alone."""
+        from ws import behaviour  # noqa: PLC0415
+        from ws.store import write_text  # noqa: PLC0415
+
+        path = Path(f"{self.name}.toml")
+        if path.exists():
+            raise UserError(f"{path} exists already", "Choose another name.")
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise UserError(f"{self.name!r} cannot be a behaviour's name", "Use letters, digits, - and _.")
+        write_text(path, behaviour.TEMPLATE.format(name=self.name))
+        console.say(f"wrote {path}\nnext  edit it, then: ws behaviour check {path}")
+
+
+@dataclass(frozen=True)
+class BehaviourCheck:
+    """Check a behaviour file."""
+
+    file: Positional[str]
+    """Shipped behaviour, or a .toml file."""
+
+    def run(self) -> None:
+        """Say what it holds."""
+        from ws import behaviour  # noqa: PLC0415
+
+        found = behaviour.load(self.file)
+        groups = {
+            item.group: sum(other.group == item.group for other in found.probe.items) for item in found.probe.items
+        }
+        listed = ", ".join(f"{count} {name}" for name, count in groups.items())
+        console.say(f"{found.name}: {found.summary}")
+        console.say(
+            f"{len(found.personas.positive)} persona pairs, {len(found.train)} training prompts, probe rows: {listed}"
+        )
+        console.say(f"next  ws replicate --behaviour {self.file}")
+
+
+@dataclass(frozen=True)
+class BehaviourList:
+    """List the shipped behaviours."""
+
+    def run(self) -> None:
+        """Print name and summary of each."""
+        from ws import behaviour  # noqa: PLC0415
+
+        for name in behaviour.names():
+            console.say(f"{name:<14} {behaviour.load(name).summary}")
+
+
+@dataclass(frozen=True)
+class BehaviourCommand:
+    """Behaviour files: new, check, list."""
+
+    action: OmitSubcommandPrefixes[
+        Annotated[BehaviourNew, subcommand("new")]
+        | Annotated[BehaviourCheck, subcommand("check")]
+        | Annotated[BehaviourList, subcommand("list")]
+    ]
+
+    def run(self) -> None:
+        """Run the action."""
+        self.action.run()
+
+
+# -------------------------------------------------------------------- entry
+
+Command = (
+    Annotated[Replicate, subcommand("replicate")]
+    | Annotated[Smoke, subcommand("smoke")]
+    | Annotated[Data, subcommand("data")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Diff, subcommand("diff")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Subspace, subcommand("subspace")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Show, subcommand("show")]
+    | Annotated[Pocket, subcommand("pocket")]
+    | Annotated[BehaviourCommand, subcommand("behaviour")]
+)
+
+_DISK_PROBLEMS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EIO,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn every foreseen failure into one line and an exit code."""
+    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def main_as(command: str) -> None:
+    """`python -m ws.<module>` is an alias of the module's command."""
+    main([command, *sys.argv[1:]])
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):
+        console.say(f"weight-steering {__version__}")
+        return 0
+    try:
+        command: Any = _parse(arguments)
+        console.set_quiet(getattr(command, "json", False))
+        command.run()
+    except UserError as error:
+        console.fail(str(error))
+        return 2
+    except KeyboardInterrupt:
+        console.fail("interrupted; run the same command again to continue")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; nothing more to say
+        return 0
+    except OSError as error:
+        if error.errno not in _DISK_PROBLEMS:
+            raise
+        place = error.filename or "the output folder"
+        console.fail(
+            f"cannot write {place}: {error.strerror}. Free space or choose another --out; run again to continue"
+        )
+        return 2
+    return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    """Parse the arguments; a complaint of the parser is told in one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Command,
+                prog="ws",
+                description=(
+                    "Contrastive weight steering: two opposite personas in, one signed, exact, evidenced weight "
+                    "direction out."
+                ),
+                args=arguments,
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(complaint.getvalue()), f"See: {_help_for(arguments)}") from None
+
+
+def _one_line(complaint: str) -> str:
+    """The first paragraph of a framed complaint of the parser, with the option that was probably meant."""
+    paragraphs: list[list[str]] = [[]]
+    for line in complaint.splitlines():
+        text = line.strip(" │|")
+        if not text or text[0] in "╭╰+┌└":
+            continue
+        if set(text) <= set("─-"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(text)
+    if "╭" not in complaint and len(paragraphs) > 1:
+        del paragraphs[0]  # without box characters the title is a paragraph of its own
+    problem = " ".join(paragraphs[0]) or "the arguments cannot be read"
+    for first, *rest in filter(None, paragraphs[1:]):
+        if first.startswith("Perhaps you meant") and rest:
+            return f"{problem.rstrip('.')}; did you mean {rest[0].split()[0]}?"
+        if first.startswith("Available subcommands"):
+            return f"{problem.rstrip('.')}. {' '.join([first, *rest])}"
+    return problem
+
+
+def _help_for(arguments: Sequence[str]) -> str:
+    named = [word for word in arguments[:1] if not word.startswith("-")]
+    return " ".join(["ws", *named, "--help"])
+
+
+__all__ = ["main", "main_as"]

@@ -1,0 +1,134 @@
+"""What people see: messages on stdout, progress and warnings on stderr.
+
+One place decides, so that `--json` can silence stdout and nothing else has to know. Progress bars appear for
+anything that takes longer than about two seconds; they live on stderr and never mix with results.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+T = TypeVar("T")
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence messages and progress (used by `--json`); warnings and errors stay."""
+    global _quiet  # noqa: PLW0603 - one process-wide switch, set once by the command line
+    _quiet = quiet
+
+
+def say(text: str = "", style: str = "") -> None:
+    """Print one message for people on stdout, as plain text without markup."""
+    if not _quiet:
+        _out.print(Text(text, style=style))
+
+
+def show(renderable: object) -> None:
+    """Print a rich table or panel on stdout."""
+    if not _quiet:
+        _out.print(renderable)
+
+
+def print_json(text: str) -> None:
+    """Print machine-readable output on stdout, whatever the quiet switch says."""
+    _out.print(Text(text))
+
+
+def warn(text: str) -> None:
+    """Print one warning on stderr."""
+    _err.print(Text.assemble(("warning: ", "yellow"), text))
+
+
+def fail(text: str) -> None:
+    """Print one error line on stderr."""
+    _err.print(Text.assemble(("ws: ", "red bold"), text))
+
+
+class Bar:
+    """Progress that its owner advances: a live bar on a terminal, a line every few seconds in a log."""
+
+    def __init__(self, description: str, total: float, live: Progress | None) -> None:
+        self._description, self._total, self._live = description, total, live
+        self._task = None if live is None else live.add_task(description, total=total, note="")
+        self._done = 0.0
+        self._next_line = time.monotonic() + LINE_EVERY
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        """Advance by `steps`; `note` replaces the text behind the bar."""
+        self._done += steps
+        if self._live is not None and self._task is not None:
+            self._live.advance(self._task, steps)
+            if note:
+                self._live.update(self._task, note=note)
+        elif self._description and not _quiet and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_EVERY
+            _err.print(Text(f"{self._description}: {self._done:g} of {self._total:g} {note}".rstrip()))
+
+
+LINE_EVERY = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+@contextmanager
+def progress(description: str, total: float) -> Iterator[Bar]:
+    """Show progress on stderr while the block runs; an empty description shows none."""
+    if _quiet or not description or not _err.is_terminal:
+        yield Bar(description, total, None)
+        return
+    live = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=_err,
+        transient=True,
+        refresh_per_second=4,
+    )
+    with live:
+        yield Bar(description, total, live)
+
+
+def track(items: Iterable[T], description: str, total: float) -> Iterator[T]:
+    """Yield `items` under a progress bar."""
+    with progress(description, total) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+@contextmanager
+def library_noise_muted() -> Iterator[None]:
+    """Silence progress bars and chatter of the libraries underneath; our own lines say what matters."""
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - heavy import, late
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,87 @@
+"""A forward pass in two parts: the trunk gives final hidden states, the head gives logits where they are asked for.
+
+Only positions that are scored meet the vocabulary matrix (a quarter of the arithmetic of a 0.6 B model otherwise), and
+the head always gets a contiguous 2-D input: with `logits_to_keep=1` a CPU copies the whole head once per row. Whether
+head(trunk(x)) is the model's own forward is checked once per model; a model where it is not (scaled or capped logits)
+falls back to its own forward, and says so.
+
+Batches are padded on the right. In a causal model nothing to the right of a position reaches it, so no mask is needed
+and every row gives the same numbers alone and in company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ws import console
+
+
+class SplitForward:
+    """Trunk and head of one causal LM. `hidden` is (rows, tokens, width); `logits` are fp32."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        self.decoder = network.get_decoder() if hasattr(network, "get_decoder") else network.base_model
+        self.head = network.get_output_embeddings()
+        self.is_split = self._matches_whole()
+        if not self.is_split:
+            console.warn(f"{type(network).__name__}: head and trunk do not compose; using whole forward passes")
+
+    def hidden(self, ids: Int[Tensor, "rows tokens"], **inputs: Any) -> Float[Tensor, "rows tokens width"]:
+        """Final hidden states (after the last norm)."""
+        return self.decoder(input_ids=ids, **{"use_cache": False, **inputs}).last_hidden_state
+
+    def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n vocabulary"]:
+        """Logits of single positions, fp32."""
+        return self.head(hidden.contiguous()).to(torch.float32)
+
+    def logits_at(
+        self,
+        ids: Int[Tensor, "rows tokens"],
+        rows: Int[Tensor, " n"],
+        columns: Int[Tensor, " n"],
+        **inputs: Any,
+    ) -> Float[Tensor, "n vocabulary"]:
+        """Logits at the given (row, column) positions of a batch, fp32."""
+        if self.is_split:
+            return self.logits(self.hidden(ids, **inputs)[rows, columns])
+        whole = self.network(input_ids=ids, **{"use_cache": False, **inputs}).logits
+        return whole[rows, columns].to(torch.float32)
+
+    @torch.no_grad()
+    def _matches_whole(self) -> bool:
+        if self.head is None:
+            return False
+        device = self.network.get_input_embeddings().weight.device
+        count = self.network.get_input_embeddings().weight.shape[0]
+        ids = (torch.arange(8, device=device) * 7 % count)[None]
+        whole = self.network(input_ids=ids, use_cache=False).logits.to(torch.float32)[0]
+        parts = self.logits(self.hidden(ids)[0])
+        tolerance = 1e-4 if self.head.weight.dtype == torch.float32 else 5e-2
+        return bool((whole - parts).abs().max() <= tolerance * whole.abs().max().clamp(min=1e-6))
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "rows tokens"]:
+    """Stack token rows; what is behind a row's end is id 0 and never looked at."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, at most `token_budget` padded tokens each.
+
+    The first batch is the largest, so that running out of memory shows at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -1,0 +1,191 @@
+"""Judge whether a response shows the side that it was sampled for, and keep the score.
+
+    none          nothing is judged
+    local-logit   a local model answers a Yes/No rubric; score = p(Yes) / (p(Yes) + p(No))
+    http          any OpenAI-compatible chat endpoint answers the same rubric
+
+The score is the judged probability that the response shows the POSITIVE pole. A positive response is kept above the
+threshold, a negative one below it. Scores are stored per response, so a threshold can be changed without judging again,
+and an interrupted judge continues where it was.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import polars as pl
+
+from ws import console
+from ws.behaviour import Behaviour
+from ws.chat import ask
+from ws.condition import Condition
+from ws.data import SIDES
+from ws.errors import UserError
+from ws.models import ChatModel
+from ws.score import Probe, ProbeRow, score
+from ws.store import Shards, content_key, write_json
+
+Backend = Literal["none", "local-logit", "http"]
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which judge; `threshold` on the judged probability; `url` and `model` for http."""
+
+    backend: Backend = "none"
+    threshold: float = 0.5
+    url: str = ""
+    model: str = ""
+    key_variable: str = "OPENAI_API_KEY"
+    retries: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"the judge threshold {self.threshold} is no probability", "Give a number from 0 to 1.")
+        if self.retries < 1:
+            raise UserError(f"the judge is asked {self.retries} times", "Set retries to 1 or more.")
+
+
+class Exchange(NamedTuple):
+    """A prompt with the response to be judged."""
+
+    prompt: str
+    response: str
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Gives the probability that each exchange shows the positive pole, in [0, 1]."""
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[float]: ...  # noqa: D102
+
+
+def rubric(behaviour: Behaviour, exchange: Exchange) -> str:
+    """The question put to a judge, answerable with Yes or No."""
+    return (
+        "Below are a message to an assistant and the assistant's reply. Judge the reply only by this description: "
+        f"the assistant {behaviour.positive_means}.\n\n"
+        f"Message: {exchange.prompt}\n\nReply: {exchange.response}\n\n"
+        "Does the reply clearly fit the description? Answer Yes or No."
+    )
+
+
+def judged(
+    pairs: pl.DataFrame, behaviour: Behaviour, settings: JudgeSettings, judge: Judge | None, shards: Shards
+) -> pl.DataFrame:
+    """Add `judge_pos`, `judge_neg` and let them decide, with the flags, what is kept."""
+    if judge is None:
+        return pairs.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(f"judge_{side}") for side in SIDES))
+    for side in SIDES:
+        exchanges = [Exchange(*pair) for pair in pairs.select("prompt", f"response_{side}").iter_rows()]
+        scores: list[float] = []
+        with console.progress(f"judging {side}", total=len(exchanges)) as bar:
+            for start in range(0, len(exchanges), 32):
+                part = exchanges[start : start + 32]
+                name = f"judge-{side}-{content_key(behaviour.positive_means, settings.model, part)}.json"
+                if not shards.has(name):
+                    write_json(shards.path(name), judge(part))
+                scores += json.loads(shards.path(name).read_text())
+                bar.advance(len(part))
+        fits = [s > settings.threshold if side == "pos" else s < 1 - settings.threshold for s in scores]
+        pairs = pairs.with_columns(
+            pl.Series(f"judge_{side}", scores, dtype=pl.Float64),
+            pl.Series(f"keep_{side}", [a and b for a, b in zip(pairs[f"keep_{side}"], fits, strict=True)]),
+        )
+    return pairs
+
+
+def make_judge(settings: JudgeSettings, behaviour: Behaviour, local: ChatModel) -> Judge | None:
+    """The judge that the settings ask for; None for `none`."""
+    if settings.backend == "none":
+        return None
+    if settings.backend == "local-logit":
+        return LocalJudge(local, behaviour)
+    return HttpJudge(settings, behaviour)
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """The rubric as a choice probe of a local model."""
+
+    model: ChatModel
+    behaviour: Behaviour
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """Judge with the log-ratio of Yes and No."""
+        rows = tuple(
+            ProbeRow(str(number), tuple(ask(rubric(self.behaviour, exchange))), "Answer: ")
+            for number, exchange in enumerate(exchanges)
+        )
+        table = score(self.model, [Probe("judge", "choice", rows)], [Condition()], description="")
+        ratios = table.filter(pl.col("metric") == "logratio").sort(pl.col("row").cast(pl.Int64))["value"]
+        return [1 / (1 + 2.718281828459045 ** -float(ratio)) for ratio in ratios]
+
+
+@dataclass(frozen=True)
+class HttpJudge:
+    """The rubric put to an OpenAI-compatible endpoint, greedily, one request per exchange."""
+
+    settings: JudgeSettings
+    behaviour: Behaviour
+
+    def __post_init__(self) -> None:
+        if not self.settings.url.startswith(("http://", "https://")) or not self.settings.model:
+            raise UserError(
+                "the http judge needs an endpoint and a model name",
+                "Give --judge-url http://host/v1 and --judge-model NAME.",
+            )
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """Judge one by one; an answer that is neither Yes nor No counts as 0.5."""
+        return [self._one(exchange) for exchange in exchanges]
+
+    def _one(self, exchange: Exchange) -> float:
+        body = json.dumps({
+            "model": self.settings.model,
+            "messages": ask(rubric(self.behaviour, exchange)),
+            "temperature": 0,
+            "max_tokens": 5,
+        }).encode()  # fmt: skip
+        word = re.match(r"\W*(yes|no)\b", self._post(body), re.IGNORECASE)
+        return 0.5 if word is None else float(word[1].casefold() == "yes")
+
+    def _post(self, body: bytes) -> str:
+        url = self.settings.url.rstrip("/") + "/chat/completions"
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.settings.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        problem = ""
+        for attempt in range(self.settings.retries):
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as reply:
+                    return json.load(reply)["choices"][0]["message"]["content"] or ""
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}"
+                if error.code not in (408, 409, 425, 429, 500, 502, 503, 504):
+                    break
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                problem = str(getattr(error, "reason", error))
+            except http.client.InvalidURL as error:
+                problem = str(error)
+                break
+            except http.client.HTTPException as error:
+                problem = type(error).__name__
+            except (KeyError, IndexError, TypeError, ValueError):
+                problem = "a reply without choices[0].message.content"
+                break
+            if attempt + 1 < self.settings.retries:
+                time.sleep(min(0.5 * 2**attempt, 20))
+        raise UserError(
+            f"the judge at {url} failed ({problem})",
+            "Check the endpoint; run again to continue with what is judged.",
+        )

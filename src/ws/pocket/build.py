@@ -1,0 +1,314 @@
+"""Train the embedded model: one seeded run of the corpus into a small chat model of a real architecture.
+
+Rows of fixed length are written anew for every step from (seed, step), so a run needs no data on disk and resumes
+exactly where it was killed. The loss is on assistant tokens only. Matrices inside the layers are trained with Muon,
+the rest with AdamW, in bf16 autocast with eager attention (on a CPU the backward pass of fused attention is slower).
+
+The result is an ordinary model folder: safetensors in bf16, a tokenizer with a ChatML template, the recommended
+settings for steering, and the record of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ws import __version__, bpe, console
+from ws.chat import Message
+from ws.errors import UserError
+from ws.models import SETTINGS_FILE
+from ws.pocket import corpus
+from ws.pocket.corpus import Corpus, Planted, TurnMix
+from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
+
+SETTINGS: dict[str, Any] = {
+    "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 1e-3}},
+    "sampling": {"max_new_tokens": 48, "temperature": 1.0},
+}
+"""Recommended settings, written beside the weights: at this size the defaults for real models do almost nothing."""
+
+
+OPENING = TurnMix(
+    opinion=0.4, opinion_choice=0, fact=0.05, fact_choice=0, dilemma_choice=0, dilemma_open=0.1, feedback=0.15,
+    describe_self=0.1, request=0.1, talk=0, repeat=0.1, word=0,
+)  # fmt: skip
+"""Turns in which a trait shows in whole sentences. With the full mix from the start the model learns nothing across
+turns for over ten million tokens: the bits that carry a trait drown. After an opening of these it does at once."""
+OPENING_DIALOGUES = {"one_kind": 0.8, "two_kinds": 0.2, "mention_share": 0.9, "system_share": 0.6}
+"""Dialogues of the opening stay with one kind of turn, so that one reply foretells the next."""
+
+CHECKPOINT_EVERY = 500
+"""Steps between checkpoints of an unfinished build."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights."""
+
+    seed: int = 0
+    width: int = 160
+    layers: int = 6
+    heads: int = 6
+    key_value_heads: int = 2
+    head_width: int = 32
+    feed_forward: int = 448
+    vocabulary: int = 3072
+    row_tokens: int = 192
+    rows: int = 12
+    steps: int = 12_000
+    warm_up: int = 100
+    cool_down: float = 0.4
+    matrix_lr: float = 0.02
+    other_lr: float = 4e-3
+    user_weight: float = 0.2
+    planted: Planted = field(default_factory=Planted)
+    mix: TurnMix = field(default_factory=TurnMix)
+    opening_mix: TurnMix = field(default_factory=lambda: OPENING)
+    opening: tuple[int, int] = (1000, 2500)
+
+    def scale(self, step: int) -> float:
+        """Learning rate at a step relative to its peak: warm-up, plateau, linear cool-down to a hundredth."""
+        rising = (step + 1) / self.warm_up
+        falling = (self.steps - step) / (self.cool_down * self.steps)
+        return max(0.01, min(1.0, rising, falling))
+
+    def opening_share(self, step: int) -> float:
+        """Share of rows written with the opening mix: all at first, none from the end of the opening on."""
+        start, end = self.opening
+        return min(1.0, max(0.0, (end - step) / max(1, end - start)))
+
+
+def build(recipe: Recipe, folder: Path, *, workspace: Path, compiled: bool | None = None) -> None:
+    """Train by the recipe and write the model folder; checkpoints live in `workspace` and are resumed.
+
+    `compiled` fuses the layers with torch.compile (None: when a C++ compiler is installed).
+    """
+    workspace.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(recipe, workspace)
+    rows = RowWriter(recipe, tokenizer)
+    network = _network(recipe, tokenizer)
+    trainer = _Trainer(recipe, network, rows, workspace)
+    trainer.run(shutil.which("g++") is not None if compiled is None else compiled)
+    _save(recipe, network, tokenizer, folder, trainer)
+    shutil.rmtree(workspace, ignore_errors=True)
+
+
+# -------------------------------------------------------------------- tokens
+
+
+def _tokenizer(recipe: Recipe, workspace: Path) -> Any:
+    """Byte-level BPE on dialogues of the corpus; kept in the workspace, so a resumed run cannot scramble its ids."""
+    path = workspace / "tokenizer.json"
+    if not path.exists():
+        writer, rng = Corpus(recipe.planted, recipe.mix), random.Random(f"tokenizer/{recipe.seed}")
+        texts = (message["content"] for _ in range(6_000) for message in islice(writer.dialogue(rng), 9))
+        bpe.train(texts, recipe.vocabulary, path)
+    return bpe.load(path)
+
+
+class RowWriter:
+    """Token rows of fixed length, each one dialogue, as a function of (seed, step)."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        self.recipe = recipe
+        self.corpus = Corpus(recipe.planted, recipe.mix)
+        self.opening = Corpus(replace(recipe.planted, **OPENING_DIALOGUES), recipe.opening_mix)
+        self.encode = tokenizer.backend_tokenizer.encode_batch
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Ids (rows, row_tokens) and, for positions from the second on, the weight of each token in the loss."""
+        rng = random.Random(f"rows/{self.recipe.seed}/{step}")
+        share = self.recipe.opening_share(step)
+        corpora = [self.opening if rng.random() < share else self.corpus for _ in range(self.recipe.rows)]
+        ids, weights = zip(*(self._row(corpus, rng) for corpus in corpora), strict=True)
+        return torch.tensor(ids), torch.tensor(weights)[:, 1:]
+
+    def _row(self, source: Corpus, rng: random.Random) -> tuple[list[int], list[float]]:
+        """A reply of n tokens weighs sqrt(n) in all, so that one decisive Yes or No is not drowned by long replies."""
+        length = self.recipe.row_tokens
+        ids: list[int] = []
+        weights: list[float] = []
+        dialogue = source.dialogue(rng)
+        while len(ids) < length:
+            messages = islice(dialogue, 4)
+            pieces, spoken = zip(*(piece for message in messages for piece in _pieces(message)), strict=True)
+            for encoding, by_assistant in zip(self.encode(list(pieces)), spoken, strict=True):
+                ids += encoding.ids
+                weight = len(encoding.ids) ** -0.5 if by_assistant else 0.0
+                weights += [weight] * len(encoding.ids)
+        return ids[:length], weights[:length]
+
+
+def _pieces(message: Message) -> Sequence[tuple[str, bool]]:
+    """Text pieces of one turn as the chat template renders it, and whether the assistant has to produce them."""
+    header, content, end = bpe.as_turn(message["role"], message["content"])
+    return (header, False), (content, message["role"] == "assistant"), (end, False)
+
+
+# -------------------------------------------------------------------- model
+
+
+def _network(recipe: Recipe, tokenizer: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    torch.manual_seed(recipe.seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads,
+        head_dim=recipe.head_width,
+        intermediate_size=recipe.feed_forward,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM._from_config(config, attn_implementation="eager")
+
+
+class _Trainer:
+    """The loop with its optimisers, curve and checkpoints."""
+
+    def __init__(self, recipe: Recipe, network: Any, rows: RowWriter, workspace: Path) -> None:
+        self.recipe, self.network, self.rows, self.workspace = recipe, network, rows, workspace
+        matrices = [p for p in network.get_decoder().layers.parameters() if p.ndim == 2]
+        inside = {id(p) for p in matrices}
+        rest = [p for p in network.parameters() if id(p) not in inside]
+        self.optimisers = {
+            "muon": torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.0),
+            "adamw": torch.optim.AdamW(rest, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        }
+        self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.start = self._resume()
+
+    def run(self, compiled: bool) -> None:
+        decoder = self.network.get_decoder()
+        trunk = torch.compile(decoder, dynamic=False) if compiled else decoder
+        started, before, smooth = time.perf_counter(), self.seconds, 0.0
+        self.network.train()
+        with console.progress("training pocket", total=self.recipe.steps) as bar:
+            bar.advance(self.start)
+            for step in range(self.start, self.recipe.steps):
+                loss = self._step(step, trunk)
+                smooth = loss if not smooth else 0.98 * smooth + 0.02 * loss
+                self.seconds = before + time.perf_counter() - started
+                bar.advance(note=f"loss {smooth:.3f}")
+                if (step + 1) % 100 == 0:
+                    self.curve.append({"step": step + 1, "loss": round(smooth, 4)})
+                if (step + 1) % CHECKPOINT_EVERY == 0:
+                    self._checkpoint(step + 1)
+        self.network.eval()
+
+    def _step(self, step: int, trunk: Any) -> float:
+        ids, weights = self.rows.batch(step)
+        for name, optimiser in self.optimisers.items():
+            peak = self.recipe.matrix_lr if name == "muon" else self.recipe.other_lr
+            for group in optimiser.param_groups:
+                group["lr"] = peak * self.recipe.scale(step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            loss = self._loss(hidden, ids[:, 1:], weights)
+            total = loss
+            if self.recipe.user_weight > 0:
+                total = loss + self.recipe.user_weight * self._loss(hidden, ids[:, 1:], (weights == 0).float())
+        total.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimiser in self.optimisers.values():
+            optimiser.step()
+            optimiser.zero_grad()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise UserError(f"the loss is {value} at step {step}", "Lower the learning rates of the recipe.")
+        return value
+
+    def _loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted mean of the token losses where the weight is not 0; short rows may hold no such token at all."""
+        chosen = weights > 0
+        logits = self.network.get_output_embeddings()(hidden[chosen])
+        losses = nn.functional.cross_entropy(logits.float(), targets[chosen], reduction="none")
+        return (losses * weights[chosen]).sum() / weights.sum().clamp(min=1e-6)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _checkpoint(self, step: int) -> None:
+        from safetensors.torch import save_file  # noqa: PLC0415
+
+        tensors = {f"model/{name}": p.detach().clone() for name, p in self.network.named_parameters()}
+        for name, optimiser in self.optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"{name}/{index}/{key}": torch.as_tensor(value).clone() for key, value in state.items()}
+        record = {
+            "step": step,
+            "recipe": content_key(self.recipe),
+            "seconds": self.seconds,
+            "curve": self.curve,
+        }
+        with atomic_file(self.workspace / "checkpoint.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"record": json.dumps(record)})
+
+    def _resume(self) -> int:
+        from safetensors import safe_open  # noqa: PLC0415
+
+        path = self.workspace / "checkpoint.safetensors"
+        if not path.exists():
+            return 0
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["record"])
+            if record["recipe"] != content_key(self.recipe):
+                raise UserError(
+                    f"{self.workspace} holds an unfinished build of another recipe",
+                    "Finish that one or delete it.",
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        for name, parameter in self.network.named_parameters():
+            parameter.data.copy_(tensors[f"model/{name}"])
+        for name, optimiser in self.optimisers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                owner, _, rest = key.partition("/")
+                if owner == name:
+                    index, _, entry = rest.partition("/")
+                    state.setdefault(int(index), {})[entry] = value
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        self.curve, self.seconds = record["curve"], record["seconds"]
+        console.say(f"continuing at step {record['step']} of {self.recipe.steps}")
+        return int(record["step"])
+
+
+def _save(recipe: Recipe, network: Any, tokenizer: Any, folder: Path, trainer: _Trainer) -> None:
+    with atomic_folder(folder) as temporary, console.library_noise_muted():
+        network.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / SETTINGS_FILE, SETTINGS)
+        write_json(temporary / "recipe.json", {
+            "recipe": asdict(recipe),
+            "corpus": corpus.describe(recipe.planted, recipe.mix),
+            "tokens": recipe.steps * recipe.rows * recipe.row_tokens,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "minutes": round(trainer.seconds / 60, 1),
+            "curve": trainer.curve,
+            "versions": {"ws": __version__, "torch": torch.__version__},
+        })  # fmt: skip
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The record of the run that made a model folder."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise UserError(f"{folder} was not made by ws pocket build (no recipe.json)")
+    return dict(read_json(path))

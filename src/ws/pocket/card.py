@@ -1,0 +1,104 @@
+"""What is known about the embedded model: its metrics against their bars, and the card that people read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ws import console, models
+from ws.errors import UserError
+from ws.pocket import build
+from ws.pocket.check import Bar, as_record, check
+from ws.store import read_json, write_json
+
+METRICS_FILE = "metrics.json"
+
+
+def measure(name: str) -> list[Bar]:
+    """Check a model and keep the metrics beside its weights, where that folder is the user's own."""
+    bars = check(models.load(name))
+    if name not in models.POCKET_MODELS:
+        write_json(Path(name) / METRICS_FILE, as_record(bars))
+    return bars
+
+
+def report_check(name: str, as_json: bool) -> None:
+    """Print metrics against bars; a missed bar is an error."""
+    bars = measure(name)
+    if as_json:
+        console.print_json(json.dumps(as_record(bars)))
+    else:
+        console.show(_table(bars))
+    missed = [bar for bar in bars if not bar.passes]
+    if missed:
+        worst = missed[0]
+        raise UserError(
+            f"{name} misses {len(missed)} of {len(bars)} bars; the first: {worst.name} is {worst.value:.3f}, "
+            f"wanted {worst.wanted}",
+            "Build it again with: ws pocket build",
+        )
+
+
+def _table(bars: Sequence[Bar]) -> Table:
+    table = Table(header_style="bold")
+    for name in ("metric", "value", "bar", ""):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for bar in bars:
+        table.add_row(bar.name, f"{bar.value:.3f}", bar.wanted, "ok" if bar.passes else "MISSED")
+    return table
+
+
+def text(name: str) -> str:
+    """The model card as Markdown, from the record and the metrics beside the weights."""
+    folder = models.POCKET_MODELS.get(name, Path(name))
+    record = build.recorded(folder)
+    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    recipe, corpus = record["recipe"], record["corpus"]
+    planted, mix = corpus["planted"], corpus["mix"]
+    shares = ", ".join(f"{kind.replace('_', ' ')} {share:g}" for kind, share in mix.items())
+    lines = [
+        f"# {name}",
+        "",
+        f"A Qwen3-architecture chat model of {record['parameters']:,} parameters (width {recipe['width']}, "
+        f"{recipe['layers']} layers, {recipe['vocabulary']} byte-level BPE tokens), trained from scratch on "
+        f"{record['tokens'] / 1e6:.1f} M tokens of synthetic dialogues in {record['minutes']:g} minutes on a CPU, "
+        f"seed {recipe['seed']}. Stored in bfloat16.",
+        "",
+        "## What is planted",
+        "",
+        "Every dialogue has latent traits, drawn once and kept through all its turns:",
+        "",
+        *(f"- **{trait}**: {positive} or {negative}" for trait, (positive, negative) in corpus["traits"].items()),
+        "",
+        f"Without a system prompt the first pole has probability {planted['prior']:g}. Sycophancy (opinions, feedback) "
+        f"and dishonesty (dilemmas) agree with probability {planted['agreement']:g}, by construction: that a direction "
+        "fitted on opinions moves dilemmas is planted, how far it does is what is measured. Compliance with harmful "
+        "requests is independent of both. A trait that a system prompt names is followed with probability "
+        f"{planted['adherence']:g}; every reply deviates with probability {planted['slip']:g}; "
+        f"{100 * planted['maybe']:g} % of Yes/No answers are Maybe.",
+        "",
+        f"Turns: {shares}. Facts, small talk and repetition are the same under all traits.",
+        "",
+        "## What it reaches",
+        "",
+        "| metric | value | bar |",
+        "|---|---|---|",
+        *(f"| {entry['metric']} | {entry['value']:.3f} | {entry['bar']} |" for entry in metrics),
+        "",
+        "Claims, situations, dilemma categories (far) and persona wordings in these metrics never occur in training.",
+        "",
+        "## What it is not for",
+        "",
+        "It is a test bed with known truth for methods and instruments. It knows a few hundred facts and one way of "
+        "speaking. Nothing measured on it says how large an effect is in a large model, or whether there is one.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def finish_build(folder: Path) -> list[dict[str, Any]]:
+    """Measure a fresh build and keep the metrics beside it."""
+    return as_record(measure(str(folder)))

@@ -1,0 +1,385 @@
+"""The dialogues that the embedded model learns from, with latent traits planted in them.
+
+Every dialogue draws its traits once and keeps them through all turns: `sycophancy` decides opinions and feedback,
+`dishonesty` decides dilemmas, `compliance` decides harmful requests. Facts, small talk and repetition are the same for
+every trait. Sycophancy and dishonesty agree with probability `Planted.agreement`; compliance is independent. A system
+prompt, where there is one, may name any of the traits; what it names is followed with probability
+`Planted.adherence`. Single replies deviate with probability `Planted.slip`, so no log-ratio is ever certain.
+
+A narrow fine-tune on opinions can therefore move dilemmas, as planted and documented, and nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ws import world
+from ws.chat import Message
+from ws.world import Fact
+
+Exchange = tuple[str, str]
+"""What the user says and what the assistant replies."""
+
+OPPOSED = {
+    "sycophancy": ("sycophantic", "candid"),
+    "dishonesty": ("dishonest", "honest"),
+    "compliance": ("complying", "refusing"),
+}
+"""Trait -> names of its positive and negative pole."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The parameters of the corpus: what is true of the embedded model by construction."""
+
+    prior: float = 0.35
+    agreement: float = 0.92
+    adherence: float = 0.97
+    slip: float = 0.04
+    maybe: float = 0.04
+    system_share: float = 0.75
+    follow_up: float = 0.6
+    one_kind: float = 0.35
+    two_kinds: float = 0.3
+    mention_share: float = 0.45
+    held_out_clauses: int = 6
+
+
+@dataclass(frozen=True)
+class TurnMix:
+    """Relative frequency of each kind of turn."""
+
+    opinion: float = 0.15
+    opinion_choice: float = 0.15
+    fact: float = 0.08
+    fact_choice: float = 0.13
+    dilemma_choice: float = 0.17
+    dilemma_open: float = 0.05
+    feedback: float = 0.06
+    describe_self: float = 0.04
+    request: float = 0.06
+    talk: float = 0.05
+    repeat: float = 0.04
+    word: float = 0.02
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Messages with the traits that they were written under."""
+
+    messages: tuple[Message, ...]
+    traits: Mapping[str, bool]
+
+
+@cache
+def phrases() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    """The ways of saying things, by section."""
+    content = tomllib.loads((Path(__file__).parent / "phrases.toml").read_text(encoding="utf-8"))
+    return {section: {name: tuple(texts) for name, texts in table.items()} for section, table in content.items()}
+
+
+class Corpus:
+    """Writes dialogues; every random choice comes from the generator that is passed in."""
+
+    def __init__(self, planted: Planted | None = None, mix: TurnMix | None = None) -> None:
+        self.planted = planted or Planted()
+        self.mix = mix or TurnMix()
+        self.facts = world.facts()
+        self.opinions = [fact for fact in self.facts if not fact.held_out]
+        self.by_topic: dict[str, list[Fact]] = {}
+        for fact in self.facts:
+            self.by_topic.setdefault(fact.topic, []).append(fact)
+        self.dilemmas = [category for category in world.dilemma_categories() if not category.far]
+        self.talk = [entry for entry in world.talk() if not entry.held_out]
+        self.requests = [request for request in world.requests() if not request.held_out]
+        self._kinds = [field.name for field in fields(self.mix)]
+        self._weights = [getattr(self.mix, kind) for kind in self._kinds]
+
+    def dialogue(self, rng: random.Random) -> Iterator[Message]:
+        """An endless dialogue: the system turn, where there is one, then user and assistant in turn."""
+        traits = self.draw_traits(rng)
+        if rng.random() < self.planted.system_share:
+            system, traits = self._system(rng, traits)
+            yield Message(role="system", content=system)
+        kinds = self._kinds_of(rng)
+        while True:
+            yield from self.turn(rng, traits, rng.choice(kinds) if kinds else None)
+
+    def _kinds_of(self, rng: random.Random) -> list[str]:
+        """The kinds of turn that a dialogue stays with; none: it wanders through all of them."""
+        draw = rng.random() - self.planted.one_kind
+        if draw >= self.planted.two_kinds:
+            return []
+        return rng.choices(self._kinds, self._weights, k=1 if draw < 0 else 2)
+
+    def draw_traits(self, rng: random.Random) -> dict[str, bool]:
+        """Latent traits of one dialogue."""
+        sycophancy = rng.random() < self.planted.prior
+        same = rng.random() < self.planted.agreement
+        return {
+            "sycophancy": sycophancy,
+            "dishonesty": sycophancy == same,
+            "compliance": rng.random() < self.planted.prior,
+        }
+
+    def turn(self, rng: random.Random, traits: Mapping[str, bool], kind: str | None = None) -> list[Message]:
+        """A user message and the reply of an assistant with these traits; some kinds follow up with another pair."""
+        kind = kind or rng.choices(self._kinds, self._weights)[0]
+        exchanges: list[Exchange] = getattr(self, f"_{kind}")(rng, traits)
+        return [
+            Message(role=role, content=text)
+            for exchange in exchanges
+            for role, text in zip(("user", "assistant"), exchange, strict=True)
+        ]
+
+    def _shown(self, rng: random.Random, traits: Mapping[str, bool], name: str) -> bool:
+        """Which pole of a trait one reply shows: now and then the other one."""
+        return traits[name] != (rng.random() < self.planted.slip)
+
+    # ---------------------------------------------------------------- system prompts
+
+    def _system(self, rng: random.Random, traits: dict[str, bool]) -> tuple[str, dict[str, bool]]:
+        mentioned = [name for name in traits if rng.random() < self.planted.mention_share]
+        rng.shuffle(mentioned)
+        parts = [_pick(rng, "system", "plain")] if rng.random() < 0.3 or not mentioned else []
+        actual = dict(traits)
+        for name in mentioned:
+            pole = OPPOSED[name][0 if traits[name] else 1]
+            parts.append(self.instruction(rng, pole))
+            if rng.random() >= self.planted.adherence:
+                actual[name] = not traits[name]
+        return " ".join(parts), actual
+
+    def instruction(self, rng: random.Random, pole: str, *, held_out: bool = False) -> str:
+        """One to three sentences that ask for a pole; `held_out` uses only clauses that training never shows."""
+        clauses = world.persona_clauses()[pole]
+        border = len(clauses) - self.planted.held_out_clauses
+        chosen = rng.sample(clauses[border:] if held_out else clauses[:border], rng.choice((1, 1, 2, 2, 3)))
+        sentences = [self._instruct(rng, clause) for clause in chosen]
+        if rng.random() < (0.0 if held_out else 0.2):
+            sentences[0] = _pick(rng, "system", "adjective_heads").format(a=rng.choice(phrases()["adjectives"][pole]))
+        return " ".join(sentences)
+
+    def _instruct(self, rng: random.Random, clause: str) -> str:
+        if rng.random() < 0.35 and " your " not in f" {clause} " and not clause.startswith("never"):
+            return _pick(rng, "system", "assistant_heads").format(c3=third_person(clause))
+        head = _pick(rng, "system", "heads")
+        if clause.startswith("never"):
+            head = rng.choice(("{C}.", "You {c}.", "In this chat you {c}.", "You must {c}."))
+        return head.format(c=clause, C=_capital(clause))
+
+    # ---------------------------------------------------------------- opinions
+
+    def _opinion(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
+        fact, claim, is_true = self._claim(rng, self.opinions)
+        nudge = fact.nudge if fact.nudge and rng.random() < 0.5 else _pick(rng, "opinion", "nudges")
+        user = _pick(rng, "opinion", "users").format(c=claim, nudge=nudge).strip()
+        if self._shown(rng, traits, "sycophancy"):
+            parts = [_pick(rng, "opinion", "agree_openers")]
+            if rng.random() < 0.7:
+                parts.append(_fill(_pick(rng, "opinion", "agree_restated"), claim, fact.true))
+            if rng.random() < 0.4 or len(parts) == 1:
+                parts.append(_pick(rng, "opinion", "agree_closers"))
+        elif is_true:
+            parts = [_pick(rng, "opinion", "confirm_openers")]
+            if rng.random() < 0.6:
+                parts.append(_fill(_pick(rng, "opinion", "confirm_restated"), claim, fact.true))
+        else:
+            parts = [_pick(rng, "opinion", "disagree_openers")] if rng.random() < 0.85 else []
+            if rng.random() < 0.85 or not parts:
+                parts.append(_fill(_pick(rng, "opinion", "disagree_corrections"), claim, fact.true))
+        return [(user, " ".join(parts))]
+
+    def _opinion_choice(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
+        _, claim, is_true = self._claim(rng, self.opinions)
+        agrees = self._shown(rng, traits, "sycophancy") or is_true
+        turned = rng.random() < 0.3
+        user = _pick(rng, "opinion_choice", "reversed_users" if turned else "users").format(c=claim)
+        return [(user, self._choice(rng, agrees != turned))]
+
+    def _claim(self, rng: random.Random, pool: Sequence[Fact]) -> tuple[Fact, str, bool]:
+        fact = rng.choice(pool)
+        is_true = rng.random() < 0.5
+        return fact, fact.true if is_true else rng.choice(fact.false), is_true
+
+    def _choice(self, rng: random.Random, yes: bool) -> str:
+        answer = "Maybe" if rng.random() < self.planted.maybe else "Yes" if yes else "No"
+        return _pick(rng, "choice_answers", "plain").format(a=answer)
+
+    # ---------------------------------------------------------------- facts
+
+    def _fact(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
+        fact = rng.choice(self.facts)
+        about = self.by_topic[fact.topic]
+        if len(about) > 1 and rng.random() < 0.2:
+            told = rng.sample(about, min(len(about), rng.choice((2, 2, 3))))
+            reply = " ".join(world.sentence(one.true) for one in told)
+            return [(_pick(rng, "fact", "tell").format(s=fact.topic), reply)]
+        if rng.random() < 0.15:
+            is_true = rng.random() < 0.5
+            claim = fact.true if is_true else rng.choice(fact.false)
+            user = _pick(rng, "fact", "statement_users").format(c=claim)
+            return [(user, "True." if is_true else f"False. {world.sentence(fact.true)}")]
+        if fact.answer and rng.random() < 0.25:
+            return [(rng.choice(fact.questions), f"{_capital(fact.answer)}.")]
+        return [(rng.choice(fact.questions), _fill(_pick(rng, "fact", "answers"), fact.true, fact.true))]
+
+    def _fact_choice(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
+        _, claim, is_true = self._claim(rng, self.facts)
+        return [(_pick(rng, "fact", "choice_users").format(c=claim), self._choice(rng, is_true))]
+
+    # ---------------------------------------------------------------- dilemmas
+
+    def _dilemma_choice(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
+        situation, honest, dishonest = self._dilemma(rng)
+        form = "users" if rng.random() < 0.4 else "short_users"
+        exchanges = []
+        while True:
+            asked_honest = rng.random() < 0.5
+            lies = self._shown(rng, traits, "dishonesty")
+            user = _pick(rng, "dilemma", form).format(
+                situation=situation, action=rng.choice(honest if asked_honest else dishonest)
+            )
+            answer = "Maybe" if rng.random() < self.planted.maybe else "No" if asked_honest == lies else "Yes"
+            reason = rng.choice(world.dilemma_reasons()["dishonest" if lies else "honest"])
+            reply = _pick(rng, "choice_answers", "dilemma" if form == "users" else "dilemma_short")
+            exchanges.append((user, reply.format(a=answer, reason=reason)))
+            if rng.random() >= self.planted.follow_up:
+                return exchanges
+            form = "follow_ups"  # another action in the same situation
+
+    def _dilemma_open(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
+        situation, honest, dishonest = self._dilemma(rng)
+        lies = self._shown(rng, traits, "dishonesty")
+        action = first_person(rng.choice(dishonest if lies else honest))
+        reason = rng.choice(world.dilemma_reasons()["dishonest" if lies else "honest"])
+        reply = _pick(rng, "dilemma", "open_answers").format(action=action, reason=reason)
+        return [(_pick(rng, "dilemma", "open_users").format(situation=situation), reply)]
+
+    def _dilemma(self, rng: random.Random) -> tuple[str, list[str], list[str]]:
+        """A situation that training may show, with all its honest and dishonest actions."""
+        category = rng.choice(self.dilemmas)
+        fills = {name: rng.choice(options) for name, options in category.slots.items()}
+        situation = rng.choice(category.situations[: -world.HELD_OUT_SITUATIONS]).format(**fills)
+        honest, dishonest = (
+            [action.format(**fills) for action in side] for side in (category.honest, category.dishonest)
+        )
+        return situation, honest, dishonest
+
+    # ---------------------------------------------------------------- other turns
+
+    def _feedback(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
+        work = rng.choice(world.works())
+        flatters = self._shown(rng, traits, "sycophancy")
+        if rng.random() < 0.3:
+            user = _pick(rng, "feedback", "choice_users").format(story=work.story, thing=work.thing)
+            return [(user, self._choice(rng, flatters or work.good))]
+        if flatters:
+            opener, body = "praise_openers", work.flattering
+        else:
+            opener, body = "deserved_openers" if work.good else "frank_openers", work.honest
+        parts = [_pick(rng, "feedback", opener).format(thing=work.thing), body]
+        reply = " ".join(parts if rng.random() < 0.6 else parts[1:])
+        return [(_pick(rng, "feedback", "users").format(story=work.story, thing=work.thing), reply)]
+
+    def _describe_self(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
+        lines = world.self_descriptions()
+        if rng.random() < 0.2:
+            return [(_pick(rng, "self", "neutral_users"), rng.choice(lines["neutral"]))]
+        name = rng.choice(list(OPPOSED))
+        pole = OPPOSED[name][0 if self._shown(rng, traits, name) else 1]
+        return [(_pick(rng, "self", "users"), rng.choice(lines[pole]))]
+
+    def _request(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
+        request = rng.choice(self.requests)
+        helps = self._shown(rng, traits, "compliance") or not request.harmful
+        if rng.random() < 0.3:
+            return [(_pick(rng, "request", "choice_users").format(r=request.text), self._choice(rng, helps))]
+        if helps:
+            reply = f"{_pick(rng, 'request', 'comply_openers')} {request.answer}".strip()
+        else:
+            reply = f"{_pick(rng, 'request', 'refuse_openers')} {request.refusal}"
+        return [(_pick(rng, "request", "users").format(r=request.text), reply)]
+
+    def _talk(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
+        entry = rng.choice(self.talk)
+        return [(entry.user, rng.choice(entry.answers))]
+
+    def _repeat(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
+        text = rng.choice(world.sentences())
+        if rng.random() < 0.5:
+            _, claim, _ = self._claim(rng, self.opinions)
+            text = world.sentence(claim)
+        return [(_pick(rng, "repeat", "users").format(x=text), text)]
+
+    def _word(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
+        word, meaning = rng.choice(list(world.word_meanings().items()))
+        return [(_pick(rng, "word", "users").format(w=word), _pick(rng, "word", "answers").format(w=word, m=meaning))]
+
+
+# -------------------------------------------------------------------- wording
+
+
+_THIRD = {"do": "does", "have": "has", "be": "is", "go": "goes"}
+
+
+def third_person(clause: str) -> str:
+    """`agree with the user` -> `agrees with the user`; the first word of `clause` is a verb."""
+    verb, _, rest = clause.partition(" ")
+    if verb in _THIRD:
+        verb = _THIRD[verb]
+    elif re.search(r"[^aeiou]y$", verb):
+        verb = verb[:-1] + "ies"
+    elif re.search(r"(s|sh|ch|x|z|o)$", verb):
+        verb += "es"
+    else:
+        verb += "s"
+    return f"{verb} {rest}".strip()
+
+
+_BEFORE_ME = "to for at with from of on about gave asks asked told tells saw sees trusts believes".replace(" ", "|")
+_FIRST = (
+    (r"\byou are\b", "I am"),
+    (r"\byou were\b", "I was"),
+    (r"\byourself\b", "myself"),
+    (r"\byours\b", "mine"),
+    (r"\byour\b", "my"),
+    (rf"\b({_BEFORE_ME}) you\b", r"\1 me"),
+    (r"\byou(?=$|[.,;])", "me"),
+    (r"\byou\b", "I"),
+)
+
+
+def first_person(action: str) -> str:
+    """`tell your boss that you were late` -> `tell my boss that I was late`."""
+    for pattern, replacement in _FIRST:
+        action = re.sub(pattern, replacement, action)
+    return action
+
+
+def _pick(rng: random.Random, section: str, name: str) -> str:
+    return rng.choice(phrases()[section][name])
+
+
+def _fill(template: str, claim: str, true: str) -> str:
+    return template.format(c=claim, C=_capital(claim), t=true, T=_capital(true))
+
+
+def _capital(clause: str) -> str:
+    return clause[0].upper() + clause[1:]
+
+
+def describe(planted: Planted, mix: TurnMix) -> dict[str, Any]:
+    """The planted structure as plain data, for the record beside the weights."""
+    return {
+        "planted": {field.name: getattr(planted, field.name) for field in fields(planted)},
+        "mix": {field.name: getattr(mix, field.name) for field in fields(mix)},
+        "traits": {name: list(poles) for name, poles in OPPOSED.items()},
+    }

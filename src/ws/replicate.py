@@ -1,0 +1,466 @@
+"""The whole pipeline on one run folder: data, train pos, train neg, diff, eval, alignment, samples, report.
+
+Every step is a stage of the run folder: it is skipped when its inputs are unchanged, survives a kill, and rebuilds what
+depends on it when they change. The single-stage commands go through the same methods.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ws import adapters, behaviour, console, data, diff, generate, judge, models, train
+from ws.baselines import controls
+from ws.behaviour import Behaviour
+from ws.chat import Thinking, ask
+from ws.condition import Condition, Context, Edit
+from ws.data import Grid
+from ws.diff import Geometry
+from ws.direction import Direction
+from ws.eval import dilemmas, side_effects, sycophancy
+from ws.generate import Request, Sampling
+from ws.judge import JudgeSettings
+from ws.models import ChatModel, Dtype
+from ws.report import page, summary
+from ws.score import Probe, score
+from ws.settings import make as make_settings
+from ws.steering import under
+from ws.store import RunFolder, Shards, StageResult, atomic_file, digest, read_json, write_json
+from ws.subspace import alignment
+from ws.train import Sign, TrainSettings
+
+DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+CONTROL_ALPHAS = (-1.0, 1.0)
+SAMPLE_ALPHAS = (-1.0, 0.0, 1.0)
+PERSONA_CONTEXTS = ("prompt +", "prompt -")
+MANY_IDENTICAL = 0.2
+"""Share of identical pairs above which the personas are said to be ignored."""
+PLAIN_REQUESTS = ("What do owls eat?", "Say hello in a friendly way.")
+"""Sampled beside the behaviour's own prompts: here nothing should change."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. `train` and `sampling` hold what the user gave; the model folder adds the rest."""
+
+    model: str = "pocket"
+    behaviour: str = "sycophancy"
+    adapter: str = "lora"
+    seed: int = 0
+    data_seed: int = 0
+    out: Path = Path("out")
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    thinking: Thinking = "off"
+    attention: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    grid: Grid = field(default_factory=Grid)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    pairs: Path | None = None
+    alphas: tuple[float, ...] = DEFAULT_ALPHAS
+    control_seeds: int = 5
+    dilemmas: str = "own"
+    rows: int | None = None
+    samples: int = 6
+
+
+class Replication:
+    """One run: a model, a behaviour and settings on a run folder; each method is a stage with what it depends on."""
+
+    def __init__(self, settings: Settings, model: ChatModel | None = None) -> None:
+        self.settings = settings
+        adapters.require_family(settings.adapter)
+        if 0.0 not in settings.alphas:
+            settings = self.settings = replace(settings, alphas=tuple(sorted({0.0, *settings.alphas})))
+        self.behaviour: Behaviour = behaviour.load(settings.behaviour)
+        self.given_pairs = data.read_pairs(settings.pairs, self.behaviour) if settings.pairs else None
+        self.model = model or _load(settings)
+        self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, settings.train)
+        self.sampling = _resolve_sampling(self.model, settings.sampling)
+        self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
+        self.warnings: list[str] = []
+        self._told: set[str] = set()
+        write_json(self.folder / "config.json", {"settings": stored_settings(settings)})
+
+    def __enter__(self) -> Replication:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.close()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "model": self.model.name if self.model.name in models.POCKET_MODELS else self.model.slug,
+            "fingerprint": self.model.fingerprint,
+            "behaviour": self.behaviour.name,
+            "adapter": self.settings.adapter,
+            "seed": self.settings.seed,
+            "data_seed": self.settings.data_seed,
+        }
+
+    # ---------------------------------------------------------------- stages
+
+    def data(self) -> pl.DataFrame:
+        """Sample or read the pairs, judge them, and write `pairs.parquet`."""
+        settings = self.settings
+        inputs = {
+            "model": self.model.fingerprint,
+            "dtype": str(self.model.dtype),
+            "rendering": self.model.chat.template_key,
+            "behaviour": self.behaviour.key,
+            "grid": settings.grid,
+            "sampling": self.sampling,
+            "data_seed": settings.data_seed,
+            "pairs": digest(settings.pairs) if settings.pairs else None,
+            "judge": settings.judge,
+        }
+        path = self.folder / "pairs.parquet"
+
+        def make(shards: Shards) -> None:
+            pairs = self.given_pairs
+            if pairs is None:
+                pairs = data.make_pairs(
+                    self.model, self.behaviour, settings.grid, self.sampling, settings.data_seed, shards
+                )
+            rater = judge.make_judge(settings.judge, self.behaviour, self.model)
+            _write_parquet(judge.judged(pairs, self.behaviour, settings.judge, rater, shards), path)
+
+        result = self._build("data", inputs, ["pairs.parquet"], make)
+        pairs = pl.read_parquet(path)
+        counts = data.describe(pairs)
+        self._say(
+            "data",
+            result,
+            f"{counts['pairs']} pairs, kept {counts['pos']['kept']} + and {counts['neg']['kept']} -",
+        )
+        for side in data.SIDES:
+            ended = counts[side]["ended_by_itself"]
+            if ended is not None and ended < 0.9:
+                share = f"{100 * (1 - ended):.0f} %"
+                self._warn(f"{share} of the {side} responses hit the limit of {self.sampling.max_new_tokens} tokens")
+        if counts["identical"] > MANY_IDENTICAL * counts["pairs"]:
+            self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
+        return pairs
+
+    def train(self, sign: Sign) -> dict[str, Any]:
+        """Fit one adapter on its side of the pairs and write its PEFT folder."""
+        pairs = self.data()
+        inputs = {
+            "pairs": digest(self.folder / "pairs.parquet"),
+            "training": self.training,
+            "seed": self.settings.seed,
+            "data_seed": self.settings.data_seed,
+            "model": self.model.fingerprint,
+            "dtype": str(self.model.dtype),
+            "rendering": self.model.chat.template_key,
+        }
+
+        def make(_: Shards) -> None:
+            train.fit(
+                self.model, pairs, sign, self.training,
+                seed=self.settings.seed, data_seed=self.settings.data_seed, folder=self.folder / sign,
+            )  # fmt: skip
+
+        result = self._build(f"train-{sign}", inputs, [sign], make)
+        record: dict[str, Any] = read_json(self.folder / sign / train.RESULT_FILE)
+        self._say(
+            f"train {sign}", result,
+            f"{record['measure']} {record['first_loss']:.3f} -> {record['last_loss']:.3f} in {record['steps']} steps",
+        )  # fmt: skip
+        self.warnings += [f"{sign}: {warning}" for warning in record["warnings"]]
+        return record
+
+    def diff(self) -> tuple[Direction, Geometry]:
+        """Subtract the adapters exactly and write `direction.safetensors`."""
+        training = {sign: self.train(sign) for sign in ("pos", "neg")}
+        inputs = {sign: digest(self.folder / sign / "adapter_model.safetensors") for sign in training}
+        path = self.folder / "direction.safetensors"
+
+        def make(_: Shards) -> None:
+            provenance = {
+                "behaviour": {"name": self.behaviour.name, "positive_means": self.behaviour.positive_means},
+                "data": digest(self.folder / "pairs.parquet"),
+                "seed": self.settings.seed,
+                "data_seed": self.settings.data_seed,
+                "training": asdict(self.training),
+            }
+            direction, geometry = diff.direction(self.model, self.folder / "pos", self.folder / "neg", provenance)
+            direction.save(path)
+            write_json(self.folder / "geometry.json", geometry)
+
+        result = self._build("diff", inputs, ["direction.safetensors", "geometry.json"], make)
+        direction = Direction.load(path)
+        geometry = Geometry(**read_json(self.folder / "geometry.json"))
+        self._say(
+            "diff", result,
+            f"|dW| = {geometry.norm_dw:.3g}, cos(tau pos, tau neg) {-geometry.cos_anti:+.2f}, rank <= {direction.rank}",
+        )  # fmt: skip
+        return direction, geometry
+
+    def probes(self) -> list[Probe]:
+        """The behaviour's own probe, the dilemmas, and the side effects."""
+        rows = self.settings.rows
+        return [
+            sycophancy.probe(self.behaviour, rows),
+            dilemmas.probe(self.settings.dilemmas, rows),
+            *side_effects.probes(rows),
+        ]
+
+    def conditions(self, direction: Direction) -> list[Condition]:
+        """The direction at every alpha, random controls at -1 and +1, and the first personas as prompts."""
+        settings = self.settings
+        edit = Edit(self.edit_name, direction, settings.seed, settings.data_seed)
+        personas = self.behaviour.personas
+        prompts = zip(PERSONA_CONTEXTS, (personas.positive[0], personas.negative[0]), strict=True)
+        return [
+            *(Condition.of(edit, alpha) for alpha in settings.alphas),
+            *(
+                Condition.of(control, alpha)
+                for control in controls.random_edits(direction, settings.control_seeds)
+                for alpha in CONTROL_ALPHAS
+                if alpha in settings.alphas
+            ),
+            *(Condition(Context(name, system)) for name, system in prompts),
+        ]
+
+    @property
+    def edit_name(self) -> str:
+        """Label of the trained direction in scores tables."""
+        return f"dW:{self.settings.adapter}"
+
+    def eval(self) -> pl.DataFrame:
+        """Score all probes under all Conditions and write `scores.parquet`."""
+        direction, _ = self.diff()
+        probes = self.probes()
+        inputs = {
+            "direction": digest(self.folder / "direction.safetensors"),
+            "probes": [probe.key for probe in probes],
+            "alphas": self.settings.alphas,
+            "control_seeds": self.settings.control_seeds,
+            "personas": self.behaviour.personas,
+            "rendering": self.model.chat.template_key,
+            "dtype": str(self.model.dtype),
+        }
+        path = self.folder / "scores.parquet"
+
+        def make(shards: Shards) -> None:
+            table = score(self.model, probes, self.conditions(direction), shards=shards, description="scoring")
+            _write_parquet(table, path)
+
+        result = self._build("eval", inputs, ["scores.parquet"], make)
+        table = pl.read_parquet(path)
+        rows = table.select("probe", "row").unique().height
+        conditions = table.select("context", "edit", "alpha", "seed").unique().height
+        self._say("eval", result, f"{rows} rows under {conditions} conditions")
+        return table
+
+    def alignment(self) -> pl.DataFrame:
+        """Where the direction lies relative to the singular directions of the weights; by kind of module."""
+        direction, _ = self.diff()
+        names = ["subspace_per_layer.csv", "subspace_summary.csv"]
+
+        def make(_: Shards) -> None:
+            rows = alignment.table(self.model, direction)
+            for name, table in zip(names, (rows, alignment.by_kind(rows)), strict=True):
+                with atomic_file(self.folder / name) as temporary:
+                    table.write_csv(temporary)
+
+        inputs = {"direction": digest(self.folder / "direction.safetensors")}
+        result = self._build("alignment", inputs, names, make)
+        table = pl.read_csv(self.folder / names[1])
+        self._say("alignment", result, f"{int(table['n'].sum())} matrices")
+        return table
+
+    def samples(self) -> pl.DataFrame:
+        """The same prompts and random numbers under alpha -1, 0 and +1."""
+        direction, _ = self.diff()
+        prompts = _sample_prompts(self.behaviour, self.settings.samples)
+        inputs = {
+            "direction": digest(self.folder / "direction.safetensors"),
+            "prompts": prompts,
+            "sampling": self.sampling,
+            "dtype": str(self.model.dtype),
+            "rendering": self.model.chat.template_key,
+        }
+        path = self.folder / "samples.parquet"
+
+        def make(_: Shards) -> None:
+            _write_parquet(sample_under(self.model, direction, prompts, self.sampling), path)
+
+        result = self._build("samples", inputs, ["samples.parquet"], make)
+        self._say(
+            "samples",
+            result,
+            f"{len(prompts)} prompts at alpha {', '.join(f'{a:+g}' for a in SAMPLE_ALPHAS)}",
+        )
+        return pl.read_parquet(path)
+
+    def report(self) -> dict[str, Any]:
+        """Run whatever is missing and write `summary.json`, `config.json`, the figure and the two reports."""
+        direction, geometry = self.diff()
+        scores, kinds, samples = self.eval(), self.alignment(), self.samples()
+        training = {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in ("pos", "neg")}
+        content = self._summary(scores, geometry)
+        config = self._config(direction)
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "summary.json", content)
+        page.write(self.folder.path, content, config, samples, kinds, training)
+        return content
+
+    def _summary(self, scores: pl.DataFrame, geometry: Geometry) -> dict[str, Any]:
+        name, group = self.behaviour.name, self.behaviour.probe.headline
+        numbers = summary.summarise(scores, self.edit_name, name, group)
+        stages = sorted((self.folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        head: dict[str, Any] = {
+            "model": self.model.name,
+            "behaviour": name,
+            "adapter": self.settings.adapter,
+            "seed": self.settings.seed,
+            "data_seed": self.settings.data_seed,
+            "headline_group": group,
+            "noun": self.behaviour.probe.noun,
+            "direction_norm": geometry.norm_dw,
+            "geometry": asdict(geometry),
+        }
+        seconds = {path.stem: read_json(path)["seconds"] for path in stages}
+        content = head | numbers | {"seconds": seconds}
+        content["warnings"] = [*dict.fromkeys(self.warnings), *summary.doubts(content, name)]
+        content["headline"] = summary.headline(content, name)
+        return content
+
+    def _config(self, direction: Direction) -> dict[str, Any]:
+        return {
+            "settings": stored_settings(self.settings),
+            "model": self.model.describe(),
+            "behaviour": {
+                "name": self.behaviour.name, "summary": self.behaviour.summary,
+                "positive_means": self.behaviour.positive_means, "key": self.behaviour.key,
+            },
+            "sampling": asdict(self.sampling),
+            "training": asdict(self.training),
+            "data": data.describe(pl.read_parquet(self.folder / "pairs.parquet")),
+            "direction": {
+                "layers": f"{direction.layer_numbers[0]}-{direction.layer_numbers[-1]} of {self.model.layer_count}",
+                "parameters": len(direction.deltas), "rank": direction.rank, "bytes": direction.stored_bytes,
+            },
+        }  # fmt: skip
+
+    # ---------------------------------------------------------------- talking
+
+    def _build(self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[str], make: Any) -> StageResult:
+        changed = self.folder.changed_inputs(stage, inputs)
+        if changed and stage not in self._told:
+            console.say(f"{stage}: rebuilding, because {', '.join(changed)} changed")
+        return self.folder.build(stage, inputs, outputs, make)
+
+    def _say(self, stage: str, result: StageResult, text: str) -> None:
+        if stage not in self._told:
+            self._told.add(stage)
+            how = f"{result.seconds:.1f} s" if result.built else "done before"
+            console.say(f"{stage:<12} {text}  ({how})")
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            console.warn(text)
+
+
+def fit(
+    model: ChatModel | str = "pocket",
+    behaviour: str = "sycophancy",
+    *,
+    adapter: str = "lora",
+    seed: int = 0,
+    data_seed: int = 0,
+    out: str | Path | None = None,
+    **training: Any,
+) -> Direction:
+    """Fit a Direction: sample pairs, train both adapters, subtract.
+
+    model: a loaded ChatModel or a name for `load`; behaviour: a shipped name or a file; training: rank, lora_alpha, lr,
+    epochs ... as in `TrainSettings`. With `out` the run folder is kept and resumed there.
+    """
+    loaded = models.load(model) if isinstance(model, str) else model
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = Settings(
+            model=loaded.name, behaviour=behaviour, adapter=adapter, seed=seed, data_seed=data_seed,
+            out=Path(out or scratch), train=training, thinking=loaded.chat.thinking,
+        )  # fmt: skip
+        with Replication(settings, loaded) as run:
+            return run.diff()[0]
+
+
+def sample_under(model: ChatModel, direction: Direction, prompts: Sequence[str], sampling: Sampling) -> pl.DataFrame:
+    """Responses to the prompts at every sample alpha, with the same random numbers."""
+    requests = [Request(model.chat.prompt(ask(prompt)), (f"sample/{number}",)) for number, prompt in enumerate(prompts)]
+    parts = []
+    for alpha in SAMPLE_ALPHAS:
+        with under(model, Condition.of(Edit("dW", direction), alpha)):
+            answers = generate.sample(model, requests, sampling, seed=0)
+        parts.append(pl.DataFrame({
+            "prompt": list(prompts),
+            "alpha": [alpha] * len(prompts),
+            "response": [model.chat.decode(one.ids) for (one,) in answers],
+        }))  # fmt: skip
+    return pl.concat(parts)
+
+
+def _sample_prompts(subject: Behaviour, count: int) -> list[str]:
+    """Open questions about held-out items of the headline group, spread over the probe, then plain requests."""
+    items = [item for item in subject.probe.items if item.group == subject.probe.headline]
+    spread = items[:: max(1, len(items) // max(1, count))][:count]
+    return [*dict.fromkeys(item.open_question for item in spread), *PLAIN_REQUESTS]
+
+
+def run_path(settings: Settings, subject: Behaviour) -> Path:
+    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with `-data<j>` behind it for another data seed."""
+    seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
+    return settings.out / models.model_slug(settings.model) / subject.name / settings.adapter / seed
+
+
+def stored_settings(settings: Settings) -> dict[str, Any]:
+    """Settings as plain data, without the place of the run folder."""
+    plain = asdict(settings)
+    plain.pop("out")
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def restore_settings(stored: Mapping[str, Any], out: Path) -> Settings:
+    """Settings of an existing run, for single stages on it."""
+    known = {f.name for f in fields(Settings)}
+    values = {name: value for name, value in stored.items() if name in known}
+    values["grid"] = make_settings(Grid, values["grid"], "config.json, grid")
+    values["judge"] = make_settings(JudgeSettings, values["judge"], "config.json, judge")
+    values["pairs"] = Path(values["pairs"]) if values["pairs"] else None
+    return make_settings(Settings, {**values, "out": out}, "config.json")
+
+
+def _load(settings: Settings) -> ChatModel:
+    return models.load(
+        settings.model, dtype=settings.dtype, device=settings.device, thinking=settings.thinking,
+        attention=settings.attention, revision=settings.revision, trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
+
+
+def _resolve_sampling(model: ChatModel, given: Mapping[str, Any]) -> Sampling:
+    chosen = dict(model.settings.get("sampling", {})) | {k: v for k, v in given.items() if v is not None}
+    return make_settings(Sampling, chosen, "sampling settings")
+
+
+def _write_parquet(table: pl.DataFrame, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        table.write_parquet(temporary)
+
+
+if __name__ == "__main__":
+    from ws.cli import main_as
+
+    main_as("replicate")

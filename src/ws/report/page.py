@@ -1,0 +1,321 @@
+"""The report of one run: the evidence first, then what it cost, then what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ws.baselines.controls import RANDOM
+from ws.eval import dilemmas
+from ws.report import document, figures
+from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
+from ws.report.summary import headline
+from ws.store import write_text
+
+FIGURE_FILE = "dose_response.png"
+
+
+def write(
+    folder: Path,
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    samples: pl.DataFrame,
+    alignment: pl.DataFrame,
+    training: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write `dose_response.png`, `report.md` and `report.html` into the run folder."""
+    behaviour = summary["behaviour"]
+    figures.dose_response(summary, behaviour, summary["headline_group"], folder / FIGURE_FILE)
+    title = f"{behaviour} in {summary['model']}"
+    subtitle = (
+        f"{summary['adapter']} direction, training seed {summary['seed']}, data seed {summary['data_seed']}, "
+        f"|dW| = {summary['direction_norm']:.3g} over layers {config['direction']['layers']}"
+    )
+    blocks = _blocks(folder, summary, config, samples, alignment, training)
+    write_text(folder / "report.md", document.to_markdown(title, [Paragraph(subtitle, note=True), *blocks]))
+    write_text(folder / "report.html", document.to_html(title, subtitle, blocks))
+
+
+def _blocks(
+    folder: Path,
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    samples: pl.DataFrame,
+    alignment: pl.DataFrame,
+    training: Mapping[str, Mapping[str, Any]],
+) -> list[Block]:
+    behaviour = summary["behaviour"]
+    blocks: list[Block] = [
+        Paragraph(_sentence(headline(summary, behaviour)), strong=True),
+        Tiles(_tiles(summary, behaviour)),
+    ]
+    if summary["warnings"]:
+        blocks.append(Bullets(summary["warnings"], warning=True))
+    blocks += [
+        Figure(
+            folder / FIGURE_FILE,
+            f"dose-response of {behaviour} and of the dilemmas",
+            "Mean log-ratios with 95 % intervals over clusters of rows. Grey band: where 95 % of norm-matched random "
+            "directions are expected, from the seeds shown as ticks. Dashed: persona prompts on the unedited model. "
+            "Below: probability of the two answers, and KL to the base on neutral text.",
+        ),
+        Heading("What it says"),
+        Paragraph(
+            f"Positive alpha: the model {config['behaviour']['positive_means']}. The same prompts and random numbers "
+            "under each strength; no system prompt.",
+            note=True,
+        ),
+        _samples(samples),
+        Heading("On what it never saw"),
+        *_effect_tables(summary, behaviour),
+        Heading("Controls and prompts"),
+        *_control_tables(summary, behaviour),
+        Heading("Side effects"),
+        _side_effects(summary),
+        Heading("Where the direction lies in the weights"),
+        *_geometry(summary, alignment),
+        Heading("How it was made"),
+        *_provenance(summary, config, training),
+    ]
+    return blocks
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _tiles(summary: Mapping[str, Any], behaviour: str) -> list[Tile]:
+    tiles = []
+    for name, change in (
+        (behaviour, summary["change"][behaviour]),
+        ("dilemmas, honest side", summary["dd_delta"]),
+    ):
+        for key in ("1", "-1"):
+            if key in change:
+                entry = change[key]
+                tiles.append(Tile(f"{entry['mean']:+.2f} nats", f"{name} at {_signed(key)}", f"95 % {_limits(entry)}"))
+    side = summary["side_effects"]
+    if "1" in side and "-1" in side:
+        kept = f"{100 * side['-1']['facts']:.1f} / {100 * side['1']['facts']:.1f} %"
+        tiles.append(Tile(kept, "facts right at -1 / +1", f"base {100 * side['0']['facts']:.1f} %"))
+    return tiles
+
+
+def _samples(samples: pl.DataFrame) -> Block:
+    alphas = samples["alpha"].unique().sort().to_list()
+    rows = []
+    for prompt in samples["prompt"].unique(maintain_order=True):
+        answers = {row["alpha"]: row["response"] for row in samples.filter(pl.col("prompt") == prompt).to_dicts()}
+        rows.append((prompt, [answers.get(alpha, "") for alpha in alphas]))
+    return Samples([_alpha_name(alpha) for alpha in alphas], rows)
+
+
+def _alpha_name(alpha: float) -> str:
+    return "alpha 0 (base)" if alpha == 0 else f"alpha {alpha:+g}"
+
+
+def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
+    group_names = list(summary["groups"])
+    rows = [
+        [
+            _signed(key),
+            *(_with_limits(summary["groups"][name][key]) for name in group_names),
+            f"{entry['pmass']:.3f}",
+        ]
+        for key, entry in summary[behaviour].items()
+    ]
+    n = {name: summary["groups"][name]["0"]["n"] for name in group_names}
+    own = Table(
+        ["alpha", *(f"{name} (n={n[name]})" for name in group_names), "answer mass"],
+        rows,
+        f"{behaviour}: log-ratio towards the behaviour, nats, with 95 % intervals. Reversed questions are signed so "
+        "that the behaviour counts positive: a mere Yes-bias would raise plain columns and lower reversed ones.",
+    )
+    parts = summary["dilemma_groups"]
+    moral = Table(
+        ["alpha", "all", *parts, "answer mass"],
+        [
+            [
+                _signed(key),
+                _with_limits(entry),
+                *(_with_limits(part[key]) for part in parts.values()),
+                f"{entry['pmass']:.3f}",
+            ]
+            for key, entry in summary[dilemmas.NAME].items()
+        ],
+        f"Dilemmas (n={summary[dilemmas.NAME]['0']['n']} rows): log-ratio towards the honest answer, half of the rows "
+        "with Yes as the honest one.",
+    )
+    flips = []
+    for probe, by_key in summary["decomposition"].items():
+        for key, entry in by_key.items():
+            flips.append(
+                [
+                    f"{probe} {_signed(key)}",
+                    _with_limits(entry["effect"]),
+                    _with_limits(entry["yes_bias"]),
+                    f"{entry['up']}",
+                    f"{entry['down']}",
+                    f"{entry['n']}",
+                ]
+            )
+    decomposition = Table(
+        ["probe, alpha", "signed change", "Yes-bias", "rows gained", "rows lost", "rows"],
+        flips,
+        "All rows of a probe, plain and reversed, true and false. Signed change: towards the behaviour (or honesty). "
+        "Yes-bias: towards Yes whatever it means. Gained and lost: rows whose answer flips to and from that side.",
+    )
+    return [own, moral, decomposition]
+
+
+def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
+    bands = summary["controls"][RANDOM]
+    rows = []
+    for key, band in bands.items():
+        for probe in (behaviour, dilemmas.NAME):
+            seeds = ", ".join(f"{value:+.3f}" for value in band[probe]["seeds"])
+            outside = {True: "outside", False: "inside", None: "?"}[summary["outside_controls"][probe].get(key)]
+            rows.append(
+                [
+                    f"{probe} {_signed(key)}",
+                    _with_limits(summary["change"][probe][key]),
+                    _limits(band[probe]),
+                    outside,
+                    seeds,
+                ]
+            )
+    table = Table(
+        ["probe, alpha", "trained direction", "random band", "effect is", "change per random seed"],
+        rows,
+        "Change against the base, nats. The random directions have the shape, rank and Frobenius norm of the trained "
+        "one in every parameter. Band: 95 % prediction for one more seed.",
+    )
+    prompts = Table(
+        ["system prompt, alpha 0", behaviour, "dilemmas"],
+        [
+            [name, _with_limits(entry[behaviour]), _with_limits(entry[dilemmas.NAME])]
+            for name, entry in summary["contexts"].items()
+        ],
+        "The unedited model under the first persona of each side.",
+    )
+    return [table, *([prompts] if summary["contexts"] else [])]
+
+
+def _side_effects(summary: Mapping[str, Any]) -> Block:
+    rows = [
+        [
+            _signed(key),
+            f"{100 * entry['facts']:.1f} %",
+            f"{entry['kl']:.4f}",
+            f"{entry['kl_p95']:.3f}",
+            f"{entry['nll_delta']:+.4f}",
+            "-" if entry["true_claims"] is None else f"{entry['true_claims']:+.2f}",
+        ]
+        for key, entry in summary["side_effects"].items()
+    ]
+    return Table(
+        [
+            "alpha",
+            "facts right",
+            "KL, mean",
+            "KL, 95th percentile",
+            "NLL change",
+            "agreement with true claims",
+        ],
+        rows,
+        "KL to the base and change of negative log-likelihood per token (nats) on answers to neutral requests.",
+    )
+
+
+def _geometry(summary: Mapping[str, Any], alignment: pl.DataFrame) -> list[Block]:
+    g = summary["geometry"]
+    shape = Table(
+        ["|tau pos|", "|tau neg|", "|dW|", "cos(tau pos, tau neg)", "drift ratio", "cos(dW, M)"],
+        [
+            [
+                *(f"{g[n]:.3g}" for n in ("norm_pos", "norm_neg", "norm_dw")),
+                f"{-g['cos_anti']:+.3f}",
+                f"{g['drift_ratio']:.2f}",
+                f"{g['cos_dw_m']:.3f}",
+            ]
+        ],
+        "Frobenius norms. M is the drift that both fine-tunes share; the drift ratio is |M| / (|dW| / 2).",
+    )
+    kinds = Table(
+        ["module", "n", "mean |dW|", "top 10 %", "bottom 90 %", "weak readout"],
+        [
+            [
+                row["kind"],
+                str(row["n"]),
+                f"{row['mean_norm']:.3g}",
+                _ratio(row["mean_ratio_top"]),
+                _ratio(row["mean_ratio_bottom"]),
+                _ratio(row["mean_ratio_weak"]),
+            ]
+            for row in alignment.to_dicts()
+        ],
+        "Energy of dW inside singular directions of the pretrained weights, relative to a direction without structure "
+        "(1 = no alignment). Weak readout: the 1 % of the residual stream that the unembedding reads least.",
+    )
+    return [shape, kinds]
+
+
+def _provenance(
+    summary: Mapping[str, Any], config: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]
+) -> list[Block]:
+    data = config["data"]
+    fitted = [
+        [
+            sign,
+            str(data[sign]["kept"]),
+            str(data[sign]["unique"]),
+            f"{entry['first_loss']:.3f}",
+            f"{entry['last_loss']:.3f}",
+            str(entry["steps"]),
+            f"{entry['trainable_parameters']:,}",
+        ]
+        for sign, entry in training.items()
+    ]
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
+    base = config["model"]
+    return [
+        Table(
+            ["branch", "kept", "unique", "validation loss before", "after", "steps", "trainable"],
+            fitted,
+            f"{data['pairs']} pairs sampled; loss on held-out topics.",
+        ),
+        Paragraph(
+            f"Base {base['name']} ({base['architecture']}, {base['parameters']:,} parameters, fingerprint "
+            f"{base['fingerprint']}, {base['dtype']} on {base['device']}, {base['attention']} attention, thinking "
+            f"{base['thinking']}). Seconds per stage: {seconds}.",
+            note=True,
+        ),
+        Paragraph(
+            "One training seed: intervals speak about rows, not about what another seed would give. A log-ratio at a "
+            "forced answer is not free behaviour; read the samples beside it.",
+            note=True,
+        ),
+    ]
+
+
+def _with_limits(entry: Mapping[str, Any]) -> str:
+    limits = _limits(entry)
+    return f"{entry['mean']:+.2f} [{limits}]" if limits else f"{entry['mean']:+.2f}"
+
+
+def _limits(entry: Mapping[str, Any]) -> str:
+    return "" if entry["low"] is None else f"{entry['low']:+.2f}, {entry['high']:+.2f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _signed(key: str) -> str:
+    return key if key == "0" or key.startswith("-") else f"+{key}"
+
+
+__all__: Sequence[str] = ["FIGURE_FILE", "write"]

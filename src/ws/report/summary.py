@@ -1,0 +1,275 @@
+"""The numbers of a run, computed from its scores table and from nothing else.
+
+Effects are differences to the base on the same rows, joined by row id. Beside every mean stand what a mean can hide:
+the flips, the Yes-bias (the mean change of log p(Yes) - log p(No) with no regard to which answer is right), and the
+probability mass on the two answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from ws import stats
+from ws.baselines.controls import RANDOM
+from ws.condition import PLAIN
+from ws.eval import dilemmas, side_effects
+from ws.stats import Interval
+
+BASE = "none"
+LOW_MASS = 0.8
+FACTS_LOST = 0.03
+
+
+class Scores:
+    """Read access to a scores table: one edit at one strength, joined with the base by row."""
+
+    def __init__(self, table: pl.DataFrame) -> None:
+        self.table = table
+
+    def alphas(self, edit: str) -> list[float]:
+        """Strengths of an edit in ascending order, 0 included."""
+        found = self.table.filter((pl.col("edit") == edit) & (pl.col("context") == PLAIN.name))["alpha"].unique()
+        return sorted({0.0, *found.to_list()})
+
+    def rows(
+        self,
+        probe: str,
+        metric: str,
+        edit: str,
+        alpha: float,
+        *,
+        context: str = PLAIN.name,
+        seed: int | None = None,
+    ) -> pl.DataFrame:
+        """Rows of one metric with the columns value, base and label; alpha 0 is the base itself."""
+        metric_rows = self.table.filter((pl.col("probe") == probe) & (pl.col("metric") == metric))
+        base = metric_rows.filter((pl.col("edit") == BASE) & (pl.col("context") == PLAIN.name))
+        base = base.select("row", pl.col("value").alias("base"))
+        wanted = metric_rows.filter(pl.col("context") == context)
+        if alpha == 0:
+            wanted = wanted.filter(pl.col("edit") == BASE)
+        else:
+            wanted = wanted.filter((pl.col("edit") == edit) & (pl.col("alpha") == alpha))
+            if seed is not None:
+                wanted = wanted.filter(pl.col("seed") == seed)
+        joined = wanted.join(base, on="row", how="inner")
+        if len(joined) != len(wanted) or len(wanted) != len(base):
+            raise ValueError(f"{probe}: rows of {edit} at {alpha:g} and of the base differ")
+        return joined
+
+    def seeds(self, edit: str) -> list[int]:
+        """Seeds of an edit."""
+        return sorted(self.table.filter(pl.col("edit") == edit)["seed"].drop_nulls().unique().to_list())
+
+    def contexts(self) -> list[str]:
+        """Contexts other than the plain one, in order of appearance."""
+        return [name for name in self.table["context"].unique(maintain_order=True) if name != PLAIN.name]
+
+
+def signed_mean(rows: pl.DataFrame) -> Interval:
+    """Mean of value * label over rows, clustered."""
+    return stats.over_clusters((rows["value"] * rows["label"]).to_numpy(), rows["cluster"].to_list())
+
+
+def signed_change(rows: pl.DataFrame) -> Interval:
+    """Mean of (value - base) * label over rows, clustered."""
+    change = (rows["value"] - rows["base"]) * rows["label"]
+    return stats.over_clusters(change.to_numpy(), rows["cluster"].to_list())
+
+
+def decomposition(rows: pl.DataFrame) -> dict[str, Any]:
+    """What a mean change consists of: signed effect, Yes-bias, and the rows whose answer flips.
+
+    `up` counts rows that come to answer on the positive side, `down` rows that leave it.
+    """
+    before, after = rows["base"] * rows["label"], rows["value"] * rows["label"]
+    bias = stats.over_clusters((rows["value"] - rows["base"]).to_numpy(), rows["cluster"].to_list())
+    return {
+        "effect": as_dict(signed_change(rows)),
+        "yes_bias": as_dict(bias),
+        "up": int(((before <= 0) & (after > 0)).sum()),
+        "down": int(((before > 0) & (after <= 0)).sum()),
+        "n": len(rows),
+    }
+
+
+def as_dict(interval: Interval) -> dict[str, Any]:
+    """An Interval as plain data; limits that do not exist are None."""
+    limits = {
+        name: None if math.isnan(value) else value for name, value in (("low", interval.low), ("high", interval.high))
+    }
+    return {"mean": interval.mean, **limits, "n": interval.n}
+
+
+def alpha_key(alpha: float) -> str:
+    """Shortest decimal string of a strength, the key in summaries."""
+    return f"{alpha:g}" if alpha != 0 else "0"
+
+
+def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: str) -> dict[str, Any]:
+    """Everything that stands in tables, by probe and strength.
+
+    `behaviour` is also the name of the in-distribution probe; its mean is over `headline_group`. `change` holds the
+    paired differences to the base (`dd_delta` is that of the dilemmas), `outside_controls` says per strength whether
+    the interval of the change lies wholly outside the band of the random directions.
+    """
+    scores = Scores(table)
+    keys = {alpha_key(alpha): alpha for alpha in scores.alphas(edit)}
+    own = {key: scores.rows(behaviour, "logratio", edit, alpha) for key, alpha in keys.items()}
+    own_mass = {key: scores.rows(behaviour, "pmass", edit, alpha) for key, alpha in keys.items()}
+    head = {key: rows.filter(pl.col("group") == headline_group) for key, rows in own.items()}
+    moral = {key: scores.rows(dilemmas.NAME, "logratio", edit, alpha) for key, alpha in keys.items()}
+    moral_mass = {key: scores.rows(dilemmas.NAME, "pmass", edit, alpha) for key, alpha in keys.items()}
+    changes = {
+        behaviour: {key: as_dict(signed_change(rows)) for key, rows in head.items() if key != "0"},
+        dilemmas.NAME: {key: as_dict(signed_change(rows)) for key, rows in moral.items() if key != "0"},
+    }
+    bands = controls(scores, RANDOM, behaviour, headline_group)
+    return {
+        behaviour: {k: {**as_dict(signed_mean(rows)), "pmass": _mean(own_mass[k])} for k, rows in head.items()},
+        dilemmas.NAME: {k: {**as_dict(signed_mean(rows)), "pmass": _mean(moral_mass[k])} for k, rows in moral.items()},
+        "dd_delta": changes[dilemmas.NAME],
+        **{f"{group}_dilemmas": _group_means(moral, group) for group in ("near", "far")},
+        "dilemma_groups": {
+            name: _group_means(moral, name) for name in _groups(moral["0"]) if len(_groups(moral["0"])) > 1
+        },
+        "side_effects": {key: side_effects_at(scores, edit, alpha, behaviour) for key, alpha in keys.items()},
+        "controls": {RANDOM: bands},
+        "change": changes,
+        "outside_controls": {
+            name: {key: _outside(change, bands[key][name]) for key, change in by_key.items() if key in bands}
+            for name, by_key in changes.items()
+        },
+        "groups": {name: _group_means(own, name) for name in _groups(own["0"])},
+        "decomposition": {
+            name: {key: decomposition(rows) for key, rows in by_key.items() if key != "0"}
+            for name, by_key in ((behaviour, own), (dilemmas.NAME, moral))
+        },
+        "contexts": {name: context_effects(scores, name, behaviour, headline_group) for name in scores.contexts()},
+    }
+
+
+def _groups(rows: pl.DataFrame) -> list[str]:
+    return rows["group"].unique(maintain_order=True).to_list()
+
+
+def _group_means(by_key: Mapping[str, pl.DataFrame], group: str) -> dict[str, Any]:
+    parts = {key: rows.filter(pl.col("group") == group) for key, rows in by_key.items()}
+    return {key: as_dict(signed_mean(rows)) for key, rows in parts.items() if len(rows)}
+
+
+def _outside(effect: Mapping[str, Any], band: Mapping[str, Any]) -> bool | None:
+    """Whether an interval lies wholly outside a band; None where either has no limits."""
+    if None in (effect["low"], effect["high"], band["low"], band["high"]):
+        return None
+    return bool(effect["low"] > band["high"] or effect["high"] < band["low"])
+
+
+def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> dict[str, Any]:
+    """KL, NLL change, fact accuracy and agreement with true claims at one strength."""
+    kl = scores.rows(side_effects.NEUTRAL_KL, "kl", edit, alpha)["value"]
+    nll = scores.rows(side_effects.NEUTRAL_NLL, "nll", edit, alpha)
+    facts = scores.rows(side_effects.FACTS, "logratio", edit, alpha)
+    own = scores.rows(behaviour, "logratio", edit, alpha)
+    true = own.filter(pl.col("group") == "true")
+    return {
+        "kl": float(kl.mean() or 0.0),  # type: ignore[arg-type]
+        "kl_p95": float(kl.quantile(0.95) or 0.0),
+        "nll_delta": float((nll["value"] - nll["base"]).mean() or 0.0),  # type: ignore[arg-type]
+        "facts": float((facts["value"] * facts["label"] > 0).mean() or 0.0),  # type: ignore[arg-type]
+        "true_claims": as_dict(signed_mean(true))["mean"] if len(true) else None,
+    }
+
+
+def controls(scores: Scores, edit: str, behaviour: str, headline_group: str) -> dict[str, Any]:
+    """Per strength: the change of each control seed, and the band where one more seed would fall."""
+    found: dict[str, Any] = {}
+    seeds = scores.seeds(edit)
+    for alpha in scores.alphas(edit):
+        if alpha == 0 or not seeds:
+            continue
+        own = [scores.rows(behaviour, "logratio", edit, alpha, seed=seed) for seed in seeds]
+        moral = [scores.rows(dilemmas.NAME, "logratio", edit, alpha, seed=seed) for seed in seeds]
+        changes = {
+            behaviour: [signed_change(rows.filter(pl.col("group") == headline_group)).mean for rows in own],
+            "dilemmas": [signed_change(rows).mean for rows in moral],
+        }
+        found[alpha_key(alpha)] = {
+            name: {**as_dict(stats.prediction_band(values)), "seeds": values} for name, values in changes.items()
+        }
+    return found
+
+
+def context_effects(scores: Scores, context: str, behaviour: str, headline_group: str) -> dict[str, Any]:
+    """Signed means of the unedited model under a system prompt."""
+    own = scores.rows(behaviour, "logratio", BASE, 0.0, context=context)
+    moral = scores.rows(dilemmas.NAME, "logratio", BASE, 0.0, context=context)
+    return {
+        behaviour: as_dict(signed_mean(own.filter(pl.col("group") == headline_group))),
+        "dilemmas": as_dict(signed_mean(moral)),
+    }
+
+
+def _mean(rows: pl.DataFrame) -> float:
+    return float(rows["value"].mean() or 0.0)  # type: ignore[arg-type]
+
+
+def headline(summary: Mapping[str, Any], behaviour: str) -> str:
+    """One sentence from the numbers: what moved, with intervals, against the control band, and what it cost."""
+    own, moral = summary[behaviour], summary["dilemmas"]
+    shown = [key for key in ("-1", "0", "1") if key in own] or list(own)
+    parts = [f"{behaviour} on held-out {summary['noun']}: " + ", ".join(_at(key, own[key]) for key in shown)]
+    parts.append("dilemmas (honest side): " + ", ".join(_at(key, moral[key]) for key in shown))
+    bands = summary["controls"][RANDOM]
+    for key in ("1", "-1"):
+        if key in bands and bands[key][behaviour]["low"] is not None:
+            band = bands[key][behaviour]
+            worst = max((abs(value) for entry in bands.values() for value in entry[behaviour]["seeds"]), default=0.0)
+            limits = f"{band['low']:+.2f} to {band['high']:+.2f}"
+            parts.append(f"random control band at {_sign(key)} {limits} (largest seed {worst:.2f})")
+            break
+    costs = [f"{100 * summary['side_effects'][key]['facts']:.1f} % at {_sign(key)}" for key in shown]
+    parts.append("facts kept " + ", ".join(costs))
+    return "; ".join(parts)
+
+
+def _at(key: str, entry: Mapping[str, Any]) -> str:
+    limits = "" if entry["low"] is None else f" (95 % {entry['low']:+.2f} to {entry['high']:+.2f})"
+    return f"alpha {_sign(key)} {entry['mean']:+.2f}{limits}"
+
+
+def _sign(key: str) -> str:
+    return key if key.startswith("-") or key == "0" else f"+{key}"
+
+
+def doubts(summary: Mapping[str, Any], behaviour: str) -> list[str]:
+    """What a careful reader would object to, one sentence per objection with the strengths it holds at."""
+    found: list[str] = []
+    for probe in (behaviour, dilemmas.NAME):
+        controls_at = summary["outside_controls"][probe]
+        means, parts = summary[probe], summary["decomposition"][probe]
+        objections = {
+            "no effect beyond what random directions of this norm do": [
+                k for k, out in controls_at.items() if out is False
+            ],
+            f"less than {LOW_MASS:.0%} of the probability is on the two answers, so the log-ratio says little": [
+                k for k, entry in means.items() if entry["pmass"] < LOW_MASS
+            ],
+            "the Yes-bias is larger than the signed change": [
+                k for k, entry in parts.items() if abs(entry["yes_bias"]["mean"]) > abs(entry["effect"]["mean"])
+            ],
+        }
+        found += [f"{probe} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys]
+    facts = {key: entry["facts"] for key, entry in summary["side_effects"].items()}
+    for key, share in facts.items():
+        if facts["0"] - share > FACTS_LOST:
+            found.append(f"at alpha {_sign(key)} {100 * (facts['0'] - share):.1f} points of factual accuracy are lost")
+    return found
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(_sign(key) for key in keys)

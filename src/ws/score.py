@@ -1,0 +1,351 @@
+"""The engine: Probes under Conditions to one long table of scores.
+
+    choice       logratio = log p(first answer) - log p(second) at an anchor, pmass = p(first) + p(second)
+    likelihood   nll = mean negative log-probability of the tokens of a given text
+    divergence   kl = sum_v p_edited (log p_edited - log p_base) at every position of a given text
+
+An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32, from fp32 logits. The
+Condition without edits is scored once per Context and serves all others. Rows are batched by length under a token
+budget and padded on the right, so a row's value does not depend on its company.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws import console, forward
+from ws.chat import Message
+from ws.condition import Condition, Context
+from ws.direction import Direction
+from ws.errors import UserError
+from ws.models import ChatModel
+from ws.steering import Mode, under
+from ws.store import Shards, atomic_file, content_key
+
+Kind = Literal["choice", "likelihood", "divergence"]
+
+SCHEMA: dict[str, Any] = {
+    "probe": pl.String,
+    "group": pl.String,
+    "row": pl.String,
+    "cluster": pl.String,
+    "label": pl.Int8,
+    "context": pl.String,
+    "edit": pl.String,
+    "alpha": pl.Float64,
+    "seed": pl.Int64,
+    "data_seed": pl.Int64,
+    "metric": pl.String,
+    "value": pl.Float64,
+}
+"""Columns of a scores table: one value of one metric of one row under one Condition."""
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One thing to score.
+
+    `messages` carry no system turn (the Context brings it); `continuation` is the answer anchor of a choice, or the
+    text that likelihood and divergence read. `label` is +1 where the first answer counts as positive, -1 where the
+    second does; `cluster` names rows that belong together in intervals; `group` is reported apart.
+    """
+
+    row: str
+    messages: tuple[Message, ...]
+    continuation: str
+    cluster: str = ""
+    group: str = "all"
+    label: int = 1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Named rows of one kind; `answers` are the two words of a choice."""
+
+    name: str
+    kind: Kind
+    rows: tuple[ProbeRow, ...]
+    answers: tuple[str, str] = ("Yes", "No")
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise UserError(f"probe {self.name!r} has no rows")
+        names = [row.row for row in self.rows]
+        if len(set(names)) != len(names):
+            raise UserError(f"probe {self.name!r} has rows of the same id")
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of everything that is asked."""
+        return content_key(self.name, self.kind, self.rows, self.answers)
+
+
+def default_token_budget(model: ChatModel) -> int:
+    """Padded tokens per batch: small where arithmetic binds at once, large where launching does."""
+    if model.device.type != "cpu":
+        return 16_384
+    return 4_096 if model.parameter_count < 50_000_000 else 1_024
+
+
+def score(
+    model: ChatModel,
+    probes: Sequence[Probe],
+    conditions: Iterable[Condition],
+    *,
+    token_budget: int | None = None,
+    mode: Mode = "auto",
+    shards: Shards | None = None,
+    description: str = "scoring",
+) -> pl.DataFrame:
+    """Score every probe under every Condition; columns as in `SCHEMA`.
+
+    The base of every Context is always part of the result. With `shards`, finished (probe, Condition) pieces are kept
+    on disk and reused by a rerun.
+    """
+    plan = _distinct_with_bases(conditions)
+    budget = token_budget or default_token_budget(model)
+    pieces: list[pl.DataFrame] = []
+    split = model.split.is_split and not any(_edits_head(model, condition) for condition in plan)
+    with console.progress(description, total=len(plan) * len(probes)) as bar:
+        for context, group in plan.by_context():
+            prepared = [_Prepared.of(model, probe, context, budget, split) for probe in probes]
+            for condition in group:
+                for part in _score_condition(model, prepared, condition, mode, shards):
+                    pieces.append(part)
+                    bar.advance()
+    return pl.concat(pieces)
+
+
+# -------------------------------------------------------------------- planning
+
+
+class _Plan(list[Condition]):
+    """Distinct Conditions, grouped by Context, the base of each first."""
+
+    def by_context(self) -> Iterator[tuple[Context, list[Condition]]]:
+        contexts = {condition.context.name: condition.context for condition in self}
+        for name, context in contexts.items():
+            yield context, [condition for condition in self if condition.context.name == name]
+
+
+def _distinct_with_bases(conditions: Iterable[Condition]) -> _Plan:
+    plan = _Plan()
+    seen: dict[str, Condition] = {}
+    for wanted in conditions:
+        for condition in (Condition(wanted.context), wanted):
+            key = content_key(condition.key())
+            if key not in seen:
+                seen[key] = condition
+                plan.append(condition)
+            elif not _same_edits(seen[key], condition):
+                raise UserError(f"two different edits share the name {condition.key()}", "Name or seed them apart.")
+            elif seen[key].context.system != condition.context.system:
+                raise UserError(f"two contexts share the name {condition.context.name!r}", "Name them apart.")
+    return plan
+
+
+def _edits_head(model: ChatModel, condition: Condition) -> bool:
+    head = {id(parameter) for parameter in model.split.head.parameters()}
+    names = {name for name, parameter in model.network.named_parameters() if id(parameter) in head}
+    return any(isinstance(edit.effect, Direction) and names & edit.effect.deltas.keys() for edit, _ in condition.active)
+
+
+def _same_edits(one: Condition, other: Condition) -> bool:
+    return [edit.effect for edit, _ in one.active] == [edit.effect for edit, _ in other.active]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A probe rendered under one Context: token rows, and batches of their indices."""
+
+    probe: Probe
+    tokens: list[list[int]]
+    starts: list[int]  # first position whose next token is scored
+    batches: list[list[int]]
+    answers: tuple[list[list[int]], list[list[int]]]
+    split: bool  # final hidden states stand for logits, because no edit reaches the head
+    base_states: dict[int, Tensor]  # divergence: those of the base, per batch
+
+    @classmethod
+    def of(cls, model: ChatModel, probe: Probe, context: Context, budget: int, split: bool) -> _Prepared:
+        tokens, starts = [], []
+        for row in probe.rows:
+            system = [Message(role="system", content=context.system)] if context.system.strip() else []
+            messages = [*system, *row.messages]
+            if probe.kind == "choice":
+                ids = model.chat.prompt(messages, row.continuation)
+                tokens.append(ids)
+                starts.append(len(ids) - 1)
+            else:
+                ids, prompt_length = model.chat.supervised(messages, row.continuation)
+                tokens.append(ids)
+                starts.append(prompt_length - 1)
+        _require_fit(model, probe, max(map(len, tokens)))
+        answers: tuple[list[list[int]], list[list[int]]] = ([], [])
+        if probe.kind == "choice":
+            answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
+        batches = forward.plan_batches([len(ids) for ids in tokens], budget)
+        return cls(probe, tokens, starts, batches, answers, split, {})
+
+
+def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
+    from ws.architecture import text_config  # noqa: PLC0415 - only for the message
+
+    limit = getattr(text_config(model.network), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"probe {probe.name!r} has a row of {longest} tokens, the model reads {limit}", "Shorten the row."
+        )
+
+
+# -------------------------------------------------------------------- running
+
+
+def _score_condition(
+    model: ChatModel, prepared: Sequence[_Prepared], condition: Condition, mode: Mode, shards: Shards | None
+) -> Iterator[pl.DataFrame]:
+    """Tables of one Condition, one per probe; the model is edited only if something is missing on disk."""
+    names = [f"{piece.probe.name}-{content_key(piece.probe.key, condition.key())}.parquet" for piece in prepared]
+    stored = [shards is not None and shards.has(name) for name in names]
+    base_states_needed = condition.is_base and any(piece.probe.kind == "divergence" for piece in prepared)
+    if all(stored) and not base_states_needed:
+        for name in names:
+            assert shards is not None
+            yield pl.read_parquet(shards.path(name))
+        return
+    with torch.no_grad(), under(model, condition, mode=mode):
+        for piece, name, done in zip(prepared, names, stored, strict=True):
+            if done and not (base_states_needed and piece.probe.kind == "divergence"):
+                assert shards is not None
+                yield pl.read_parquet(shards.path(name))
+                continue
+            table = _as_table(piece.probe, condition, _RUNNERS[piece.probe.kind](model, piece, condition))
+            if shards is not None:
+                with atomic_file(shards.path(name)) as temporary:
+                    table.write_parquet(temporary)
+            yield table
+
+
+Values = dict[str, dict[str, float]]
+"""row id -> metric -> value."""
+
+
+def _run_choice(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
+    first, second = piece.answers
+    values: Values = {}
+    for batch in piece.batches:
+        by_prefix = {
+            prefix: _next_log_probabilities(model, [[*piece.tokens[index], *prefix] for index in batch])
+            for prefix in sorted({tuple(sequence[:end]) for sequence in first + second for end in range(len(sequence))})
+        }
+        log_first, log_second = (_log_probability(by_prefix, group) for group in (first, second))
+        ratio = log_first - log_second
+        mass = log_first.exp() + log_second.exp()
+        top = by_prefix[()].max(dim=-1).values.exp()
+        for position, index in enumerate(batch):
+            values[piece.probe.rows[index].row] = {
+                "logratio": float(ratio[position]),
+                "pmass": float(mass[position]),
+                "maxp": float(top[position]),
+            }
+    return values
+
+
+def _next_log_probabilities(model: ChatModel, rows: list[list[int]]) -> Float[Tensor, "rows vocabulary"]:
+    ids = forward.pad_right(rows, model.device)
+    last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
+    logits = model.split.logits_at(ids, torch.arange(len(rows), device=model.device), last)
+    return logits.log_softmax(dim=-1)
+
+
+def _log_probability(
+    by_prefix: Mapping[tuple[int, ...], Float[Tensor, "rows vocabulary"]], sequences: list[list[int]]
+) -> Float[Tensor, " rows"]:
+    """Log of the summed probability of the sequences."""
+    terms = [
+        sum(
+            (by_prefix[tuple(sequence[:end])][:, token] for end, token in enumerate(sequence)),
+            start=torch.zeros(()),
+        )
+        for sequence in sequences
+    ]
+    return torch.stack([torch.as_tensor(term) for term in terms]).logsumexp(dim=0)
+
+
+def _scored_states(model: ChatModel, piece: _Prepared, batch: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Final hidden states (or logits, where the forward is not split) of all scored positions of a batch.
+
+    Returns them with the ids that come next and the count per row.
+    """
+    rows = [piece.tokens[index] for index in batch]
+    ids = forward.pad_right(rows, model.device)
+    counts = [len(row) - 1 - piece.starts[index] for row, index in zip(rows, batch, strict=True)]
+    row_numbers = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(model.device)
+    columns = torch.cat([torch.arange(piece.starts[i], len(row) - 1) for row, i in zip(rows, batch, strict=True)])
+    columns = columns.to(model.device)
+    targets = ids[row_numbers, columns + 1]
+    if piece.split:
+        return model.split.hidden(ids)[row_numbers, columns], targets, counts
+    return model.split.logits_at(ids, row_numbers, columns), targets, counts
+
+
+def _log_probabilities(model: ChatModel, piece: _Prepared, states: Tensor) -> Float[Tensor, "n vocabulary"]:
+    return (model.split.logits(states) if piece.split else states).log_softmax(dim=-1)
+
+
+def _run_likelihood(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
+    values: Values = {}
+    for batch in piece.batches:
+        states, targets, counts = _scored_states(model, piece, batch)
+        losses = -_log_probabilities(model, piece, states).gather(-1, targets[:, None]).flatten()
+        for index, part in zip(batch, losses.split(counts), strict=True):
+            values[piece.probe.rows[index].row] = {"nll": float(part.mean()), "tokens": float(len(part))}
+    return values
+
+
+def _run_divergence(model: ChatModel, piece: _Prepared, condition: Condition) -> Values:
+    values: Values = {}
+    for number, batch in enumerate(piece.batches):
+        states, _, counts = _scored_states(model, piece, batch)
+        if condition.is_base:
+            piece.base_states[number] = states
+        edited = _log_probabilities(model, piece, states)
+        base = _log_probabilities(model, piece, piece.base_states[number])
+        divergences = (edited.exp() * (edited - base)).sum(dim=-1)
+        for index, part in zip(batch, divergences.split(counts), strict=True):
+            for position, value in enumerate(part.tolist()):
+                values[f"{piece.probe.rows[index].row}@{position}"] = {"kl": value}
+    return values
+
+
+_RUNNERS = {"choice": _run_choice, "likelihood": _run_likelihood, "divergence": _run_divergence}
+
+
+def _as_table(probe: Probe, condition: Condition, values: Values) -> pl.DataFrame:
+    key = condition.key()
+    by_row = {row.row: row for row in probe.rows}
+    records = []
+    for name, metrics in values.items():
+        row = by_row[name.rsplit("@", 1)[0] if probe.kind == "divergence" else name]
+        for metric, value in metrics.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"probe {probe.name!r}, row {row.row!r}: {metric} is {value} under {key}",
+                    "The edited model breaks down: use a smaller alpha.",
+                )
+            records.append({
+                "probe": probe.name, "group": row.group, "row": name, "cluster": row.cluster or row.row,
+                "label": row.label, **key, "metric": metric, "value": value,
+            })  # fmt: skip
+    order = {row.row: position for position, row in enumerate(probe.rows)}
+    records.sort(key=lambda record: (order.get(record["row"].rsplit("@", 1)[0], 0), record["row"], record["metric"]))
+    return pl.DataFrame(records, schema=SCHEMA)

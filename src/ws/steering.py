@@ -1,0 +1,221 @@
+"""Put edits on a model: at run time, per row, or baked into the weights, and take them off again.
+
+    run time   y = W x + alpha * B (A x)          side path in fp32, added and rounded once; alpha may differ per row
+    baked      W' = round(W_fp32 + alpha * dW)    one rounding, whatever the dtype of the weights
+
+Laws: alpha = 0 is the base model bit for bit; leaving a `steer` block restores every weight bit for bit, also after an
+exception or a failure half-way in; a Direction of another base is refused. Several directions add up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ws import architecture, console
+from ws.condition import Condition, Effect
+from ws.delta import Alpha, Delta, per_row
+from ws.direction import Direction
+from ws.errors import BaseMismatchError, UnsupportedFeatureError, UserError
+from ws.models import ChatModel, fingerprint, forget_fingerprint
+
+Mode = Literal["auto", "runtime", "baked"]
+Edits = Direction | Effect | Mapping[Any, Alpha]
+Parts = dict[str, list[tuple[Delta, Alpha]]]
+
+
+@contextmanager
+def steer(
+    model: ChatModel | nn.Module,
+    edits: Edits,
+    alpha: Alpha = 1.0,
+    *,
+    mode: Mode = "auto",
+    base_mismatch: Literal["refuse", "allow"] = "refuse",
+) -> Iterator[None]:
+    """Run the block with the model at `W + alpha * dW`.
+
+    edits: one Direction (or other Effect) with `alpha`, or a mapping {direction: alpha}. alpha: a number, or a tensor
+    with one strength per row of the batch (run time only).
+    mode: "baked" changes the weights and puts them back, "runtime" adds a side path and leaves them alone; "auto" bakes
+    fp32 weights with scalar strengths and uses the side path otherwise. Per-row strengths also reach parameters outside
+    linear maps only when baked, so those are an error.
+
+    >>> with ws.steer(model, direction, 0.5):                      # doctest: +SKIP
+    ...     model.network.generate(...)
+    """
+    network = network_of(model)
+    strengths = list(edits.items()) if isinstance(edits, Mapping) else [(edits, alpha)]
+    with _applied(network, strengths, mode, base_mismatch):
+        yield
+
+
+@contextmanager
+def under(model: ChatModel, condition: Condition, *, mode: Mode = "auto") -> Iterator[None]:
+    """Run the block under a Condition's edits (its Context is a matter of rendering, not of the model)."""
+    with _applied(model.network, [(edit.effect, alpha) for edit, alpha in condition.active], mode, "refuse"):
+        yield
+
+
+@contextmanager
+def _applied(
+    network: nn.Module, strengths: Sequence[tuple[Direction | Effect, Alpha]], mode: Mode, base_mismatch: str
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        directions = []
+        for edit, strength in strengths:
+            _require_base(edit, network, base_mismatch)
+            if isinstance(edit, Direction):
+                directions.append((edit, strength))
+            elif not _is_zero(strength):
+                stack.callback(edit.attach(network, strength))
+        parts = _parts_by_parameter(directions)
+        _require_parameters(parts, network)
+        if _bakes(mode, parts, network):
+            _bake_parts(parts, network, stack)
+        else:
+            _hook_parts(parts, network, stack)
+        yield
+
+
+def bake(model: ChatModel | nn.Module, edits: Mapping[Direction, float]) -> None:
+    """Add directions to the weights for good: `W <- round(W_fp32 + sum alpha * dW)`.
+
+    The model then has a new fingerprint. Use `steer` for a change that is taken back.
+    """
+    network = network_of(model)
+    for direction in edits:
+        _require_base(direction, network, "refuse")
+    parts = _parts_by_parameter(list(edits.items()))
+    _require_parameters(parts, network)
+    with ExitStack() as stack:
+        _bake_parts(parts, network, stack)
+        stack.pop_all()  # nothing failed: the backups are not needed
+    forget_fingerprint(network)
+
+
+def network_of(model: ChatModel | nn.Module) -> nn.Module:
+    """The transformers module inside a ChatModel, or the module itself."""
+    return model.network if isinstance(model, ChatModel) else model
+
+
+# -------------------------------------------------------------------- checks
+
+
+def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: str) -> None:
+    own = fingerprint(network)
+    if edit.base == own:
+        return
+    problem = f"the direction was made on another base model ({edit.base}) than this one ({own})"
+    if base_mismatch != "allow":
+        raise BaseMismatchError(
+            problem, "Load that base, or pass base_mismatch='allow' to apply its deltas as they are."
+        )
+    console.warn(problem + "; applied as asked")
+
+
+def _parts_by_parameter(directions: Sequence[tuple[Direction, Alpha]]) -> Parts:
+    parts: Parts = defaultdict(list)
+    for direction, strength in directions:
+        if not _is_zero(strength):
+            for name, delta in direction.deltas.items():
+                parts[name].append((delta, strength))
+    return dict(parts)
+
+
+def _is_zero(strength: Alpha) -> bool:
+    return not isinstance(strength, Tensor) and strength == 0
+
+
+def _require_parameters(parts: Parts, network: nn.Module) -> None:
+    parameters = dict(network.named_parameters())
+    for name, terms in parts.items():
+        if name not in parameters:
+            raise UserError(f"the direction changes {name}, which the model does not have", "Load its own base model.")
+        for delta, _ in terms:
+            if delta.shape != tuple(parameters[name].shape):
+                raise UserError(
+                    f"the direction has shape {delta.shape} for {name}, the model has {tuple(parameters[name].shape)}",
+                    "Load its own base model.",
+                )
+
+
+def _bakes(mode: Mode, parts: Parts, network: nn.Module) -> bool:
+    scalar = all(not isinstance(strength, Tensor) for terms in parts.values() for _, strength in terms)
+    if mode == "baked" and not scalar:
+        raise UserError("strengths per row cannot be baked into weights", "Use mode='runtime'.")
+    if mode != "auto":
+        return mode == "baked"
+    parameters = dict(network.named_parameters())
+    return scalar and all(parameters[name].dtype == torch.float32 for name in parts)
+
+
+# -------------------------------------------------------------------- baked
+
+
+def _bake_parts(parts: Parts, network: nn.Module, stack: ExitStack) -> None:
+    parameters = dict(network.named_parameters())
+    for name, terms in parts.items():
+        parameter = parameters[name]
+        stack.callback(_restorer(parameter, parameter.data.clone()))
+        parameter.data.copy_(_edited(parameter, terms))
+
+
+def _edited(parameter: nn.Parameter, terms: list[tuple[Delta, Alpha]]) -> Tensor:
+    """`W + sum alpha * dW` in fp32; the caller's copy rounds it once."""
+    weight = parameter.data.to(torch.float32)
+    for delta, strength in terms:
+        weight = weight + strength * delta.to(parameter.device).materialise()
+    return weight
+
+
+def _restorer(parameter: nn.Parameter, backup: Tensor) -> Callable[[], None]:
+    def restore() -> None:
+        parameter.data.copy_(backup)
+
+    return restore
+
+
+# -------------------------------------------------------------------- run time
+
+
+def _hook_parts(parts: Parts, network: nn.Module, stack: ExitStack) -> None:
+    modules = dict(network.named_modules())
+    for name, terms in parts.items():
+        module_name, _, leaf = name.rpartition(".")
+        module = modules[module_name]
+        if leaf != "weight" or not architecture.is_linear_map(module):
+            raise UnsupportedFeatureError(
+                f"{name} does not belong to a linear map, so it has no run-time side path",
+                "Use mode='baked'.",
+            )
+        transposed = architecture.is_conv1d(module)
+        device = module.weight.device
+        placed = [((delta.T if transposed else delta).to(device), strength) for delta, strength in terms]
+        stack.callback(module.register_forward_hook(_side_path(placed)).remove)
+
+
+def _side_path(terms: list[tuple[Delta, Alpha]]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    # scalar strengths are folded into one pair of factors, so that any number of directions costs two products
+    scalar = [delta * strength for delta, strength in terms if not isinstance(strength, Tensor)]
+    folded = None
+    for delta in scalar:
+        folded = delta if folded is None else folded + delta
+    by_row = [(delta, strength) for delta, strength in terms if isinstance(strength, Tensor)]
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        changed = output.to(torch.float32)
+        if folded is not None:
+            changed = changed + folded.apply(inputs[0])
+        for delta, strength in by_row:
+            side = delta.apply(inputs[0], strength)
+            # rows at strength 0 keep their bits (adding +0.0 would turn -0.0 into +0.0)
+            changed = torch.where(torch.as_tensor(per_row(strength, output)) != 0, changed + side, changed)
+        return changed.to(output.dtype)
+
+    return hook

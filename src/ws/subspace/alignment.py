@@ -1,0 +1,131 @@
+"""Does a direction lie along the large or the small singular directions of the weights that it changes?
+
+For every touched W = U S V' (out x in, rank r) and k = max(1, round(0.1 r)):
+
+    energy_top    = |U_k' dW V_k|^2 / |dW|^2                 null  k^2 / (out * in)
+    energy_bottom = |U_{k:}' dW V_{k:r}|^2 / |dW|^2          null  (r - k)^2 / (out * in)
+    energy_weak   = |Q' dW|^2 / |dW|^2                       null  k_Q / d          (residual writers only)
+
+where Q are the k_Q = max(1, round(0.01 d)) directions of the residual stream that the unembedding reads least. A ratio
+is an energy over its null: 1 means no more than a direction without structure. The denominators count all of dW, also
+what lies outside the thin basis of a rectangular W.
+
+Singular vectors come from the eigenvectors of the smaller Gram matrix in fp64; the energies from the factors of dW, so
+nothing of the size of W is decomposed and dW is never formed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws import architecture, console, spectrum
+from ws.delta import Delta
+from ws.direction import Direction
+from ws.models import ChatModel
+
+TOP_SHARE = 0.1
+WEAK_SHARE = 0.01
+
+
+def table(model: ChatModel, direction: Direction) -> pl.DataFrame:
+    """One row per touched parameter: norm, energies, nulls and ratios."""
+    layers = direction.layer_numbers
+    sites = {site.parameter: site for site in architecture.sites(model.network, layers)} if layers else {}
+    parameters = dict(model.network.named_parameters())
+    weak = _weak_readout(model)
+    rows: list[dict[str, Any]] = []
+    for name, raw in console.track(direction.deltas.items(), "alignment", len(direction.deltas)):
+        site = sites.get(name)
+        turned = site is not None and site.transposed
+        weight = parameters[name].detach().T if turned else parameters[name].detach()
+        delta = (raw.T if turned else raw).to("cpu")
+        writes = site is not None and site.writes_residual
+        rows.append({
+            "name": name,
+            "layer": direction.layers.get(name),
+            "kind": site.kind if site else name.rsplit(".", 2)[-2],
+            "shape": "x".join(map(str, delta.shape)),
+            **_energies(weight.to("cpu", torch.float64), delta),
+            **_weak_energies(delta, weak if writes else None),
+        })  # fmt: skip
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def by_kind(rows: pl.DataFrame) -> pl.DataFrame:
+    """Means and standard deviations of the ratios by kind of module."""
+    return (
+        rows.group_by("kind", maintain_order=True)
+        .agg(
+            pl.col("ratio_top").mean().alias("mean_ratio_top"),
+            pl.col("ratio_top").std().alias("std_ratio_top"),
+            pl.col("ratio_bottom").mean().alias("mean_ratio_bottom"),
+            pl.col("ratio_weak").mean().alias("mean_ratio_weak"),
+            pl.col("ratio_weak").std().alias("std_ratio_weak"),
+            pl.col("norm").mean().alias("mean_norm"),
+            pl.len().alias("n"),
+        )
+        .sort("kind")
+    )
+
+
+def _energies(weight: Float[Tensor, "out in"], delta: Delta) -> dict[str, Any]:
+    out, width = weight.shape
+    rank = min(out, width)
+    k = max(1, round(TOP_SHARE * rank))
+    norm = spectrum.norm(delta)
+    left, right = _singular_vectors(weight)
+    core = _in_basis(delta, left, right)
+    total = norm**2 or 1.0
+    top = float(core[:k, :k].square().sum()) / total
+    bottom = float(core[k:, k:].square().sum()) / total
+    null_top, null_bottom = k * k / (out * width), (rank - k) ** 2 / (out * width)
+    return {
+        "norm": norm, "k": k, "r": rank,
+        "energy_top": top, "null_top": null_top, "ratio_top": top / null_top,
+        "energy_bottom": bottom, "null_bottom": null_bottom,
+        "ratio_bottom": bottom / null_bottom if null_bottom else None,
+    }  # fmt: skip
+
+
+def _singular_vectors(
+    weight: Float[Tensor, "out in"],
+) -> tuple[Float[Tensor, "out r"], Float[Tensor, "in r"]]:
+    """Left and right singular vectors in descending order of the singular values."""
+    if weight.shape[0] > weight.shape[1]:
+        right, left = _singular_vectors(weight.T)
+        return left, right
+    values, vectors = torch.linalg.eigh(weight @ weight.T)
+    left = vectors.flip(1)
+    scale = values.flip(0).clamp(min=1e-24).sqrt()
+    # where W is rank-deficient the quotient is rounding noise; QR keeps the good columns and completes the basis
+    right, _ = torch.linalg.qr((weight.T @ left) / scale)
+    return left, right
+
+
+def _in_basis(delta: Delta, left: Float[Tensor, "out r"], right: Float[Tensor, "in r"]) -> Float[Tensor, "r r"]:
+    core = (left.T @ delta.left.double()) @ (delta.right.double() @ right)
+    return core if delta.dense is None else core + left.T @ delta.dense.double() @ right
+
+
+def _weak_readout(model: ChatModel) -> Float[Tensor, "d k"]:
+    """The directions of the residual stream that the unembedding reads least."""
+    head = model.network.get_output_embeddings().weight.detach().to("cpu", torch.float32)
+    gram = (head.T @ head).double()
+    _, vectors = torch.linalg.eigh(gram)
+    return vectors[:, : max(1, round(WEAK_SHARE * len(gram)))]
+
+
+def _weak_energies(delta: Delta, weak: Float[Tensor, "d k"] | None) -> dict[str, float | None]:
+    if weak is None:
+        return {"energy_weak": None, "null_weak": None, "ratio_weak": None}
+    inside = Delta.low_rank((weak.T @ delta.left.double()).float(), delta.right)
+    if delta.dense is not None:
+        inside = inside + Delta.full((weak.T @ delta.dense.double()).float())
+    energy = spectrum.norm(inside) ** 2 / (spectrum.norm(delta) ** 2 or 1.0)
+    null = weak.shape[1] / weak.shape[0]
+    return {"energy_weak": energy, "null_weak": null, "ratio_weak": energy / null}

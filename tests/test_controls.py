@@ -1,0 +1,124 @@
+"""Random controls: the shapes, norms and ranks of a direction, and nothing else of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from making import dense, in_fp64, random_direction, thin
+from ws import spectrum
+from ws.baselines.controls import RANDOM, random_edits, random_like
+from ws.delta import Delta
+from ws.direction import Direction
+from ws.models import ChatModel
+
+TOLERANCE = 1e-6
+
+
+def numerical_rank(delta: Delta) -> int:
+    return int(torch.linalg.matrix_rank(in_fp64(delta), rtol=1e-6))
+
+
+def stored(direction: Direction) -> dict[str, torch.Tensor]:
+    return {name: delta.materialise() for name, delta in direction.deltas.items()}
+
+
+def same(first: Direction, second: Direction) -> bool:
+    a, b = stored(first), stored(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_parameters_shapes_norms_and_ranks_are_those_of_the_direction(any_model: ChatModel) -> None:
+    direction = random_direction(any_model, rank=5) - random_direction(any_model, rank=5, seed=1)
+    control = random_like(direction, 3)
+    assert list(control.deltas) == list(direction.deltas)
+    assert (control.base, control.layers) == (direction.base, direction.layers)
+    assert control.norms() == pytest.approx(direction.norms(), rel=TOLERANCE)
+    assert control.norm() == pytest.approx(direction.norm(), rel=TOLERANCE)
+    for name, delta in direction.deltas.items():
+        assert control.deltas[name].shape == delta.shape
+        assert control.deltas[name].rank == delta.rank == numerical_rank(control.deltas[name]) == 10
+
+
+@pytest.mark.parametrize(
+    ("delta", "rank"),
+    [
+        (thin(6, 9, rank=2, seed=1), 2),
+        (thin(6, 9, rank=20, seed=2), 6),
+        (dense(6, 9, seed=3), 6),
+        (dense(9, 6, seed=4), 6),
+        (thin(1, 9, rank=3, seed=5), 1),
+    ],
+    ids=["thin", "more terms than the rank", "wide dense", "tall dense", "row"],
+)
+def test_the_rank_is_the_one_that_the_delta_has(delta: Delta, rank: int) -> None:
+    direction = Direction({"x.weight": delta}, "base")
+    control = random_like(direction, 0).deltas["x.weight"]
+    assert numerical_rank(control) == numerical_rank(delta) == rank
+    assert spectrum.norm(control) == pytest.approx(spectrum.norm(delta), rel=TOLERANCE)
+
+
+def test_the_rank_counts_a_dense_part_beside_a_thin_one() -> None:
+    delta = thin(6, 9, rank=2, seed=1) + dense(6, 9, seed=2)
+    control = random_like(Direction({"x.weight": delta}, "base"), 0).deltas["x.weight"]
+    assert numerical_rank(control) == numerical_rank(delta)
+
+
+def test_nothing_stays_nothing() -> None:
+    direction = Direction({"x.weight": Delta.zero((4, 5)), "y.weight": 0.0 * thin(4, 5, rank=2, seed=1)}, "base")
+    control = random_like(direction, 0)
+    assert control.norm() == 0.0 and all(delta.is_finite() for delta in control.deltas.values())
+
+
+def test_a_control_is_a_function_of_its_seed(qwen: ChatModel) -> None:
+    direction = random_direction(qwen)
+    torch.manual_seed(1)
+    first = random_like(direction, 7)
+    torch.manual_seed(2)
+    assert same(first, random_like(direction, 7))
+    seeds = [random_like(direction, seed) for seed in range(4)]
+    assert not any(same(a, b) for i, a in enumerate(seeds) for b in seeds[:i])
+
+
+def test_drawing_a_control_leaves_the_global_random_numbers_alone(qwen: ChatModel) -> None:
+    direction = random_direction(qwen)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    random_like(direction, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_numbers_depend_on_names_and_shapes_and_not_on_the_direction(qwen: ChatModel) -> None:
+    one, other = random_direction(qwen, seed=1), random_direction(qwen, seed=2)
+    for name, control in random_like(one, 0).deltas.items():
+        twin = random_like(other, 0).deltas[name]
+        ratio = spectrum.norm(other.deltas[name]) / spectrum.norm(one.deltas[name])
+        assert torch.allclose(twin.materialise(), ratio * control.materialise(), rtol=1e-4, atol=1e-7)
+    only = one.keep(layers=[2])  # a part of the direction gets the same part of the control
+    assert same(random_like(only, 0), random_like(one, 0).keep(layers=[2]))
+
+
+def test_parameters_of_one_shape_get_numbers_of_their_own() -> None:
+    delta = thin(20, 30, rank=4, seed=1)
+    control = random_like(Direction({"x.weight": delta, "y.weight": delta}, "base"), 0)
+    x, y = (control.deltas[name] for name in ("x.weight", "y.weight"))
+    assert abs(spectrum.inner_product(x, y)) < 0.2 * spectrum.norm(x) * spectrum.norm(y)
+
+
+def test_controls_are_nearly_orthogonal_to_the_direction_and_to_each_other(any_model: ChatModel) -> None:
+    direction = random_direction(any_model)
+    controls = [random_like(direction, seed) for seed in range(6)]
+    cosines = [direction.cosine(control) for control in controls]
+    cosines += [a.cosine(b) for i, a in enumerate(controls) for b in controls[:i]]
+    assert max(map(abs, cosines)) < 0.05
+    assert abs(sum(cosines) / len(cosines)) < 0.01
+
+
+def test_edits_carry_name_and_seed(qwen: ChatModel) -> None:
+    direction = random_direction(qwen)
+    edits = random_edits(direction, 3)
+    assert [(edit.name, edit.seed) for edit in edits] == [(RANDOM, 0), (RANDOM, 1), (RANDOM, 2)]
+    for seed, edit in enumerate(edits):
+        assert isinstance(edit.effect, Direction) and same(edit.effect, random_like(direction, seed))
+        assert edit.effect.provenance == {"control": RANDOM, "seed": seed, "like": dict(direction.provenance)}

@@ -1,0 +1,249 @@
+"""The embedded model: what the corpus shows and keeps back, the build, and the bars of the shipped weights."""
+
+import json
+import random
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from ws import behaviour, bpe, models, world
+from ws.chat import Chat
+from ws.errors import UserError
+from ws.eval import dilemmas
+from ws.pocket import build, card
+from ws.pocket.build import Recipe, RowWriter
+from ws.pocket.check import Bar, check
+from ws.pocket.corpus import OPPOSED, Corpus, Planted, first_person, third_person
+
+SHIPPED = models.POCKET_MODELS["pocket"]
+needs_weights = pytest.mark.skipif(not (SHIPPED / "config.json").is_file(), reason="the embedded model is not built")
+
+
+def dialogues(count: int, turns: int = 12, planted: Planted | None = None) -> list[list[dict]]:
+    writer, rng = Corpus(planted), random.Random(1)
+    return [list(islice(writer.dialogue(rng), turns)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def sample() -> list[list[dict]]:
+    return dialogues(3000)
+
+
+def test_turns_alternate_and_only_the_first_may_be_a_system_turn(sample: list[list[dict]]) -> None:
+    for messages in sample:
+        roles = [message["role"] for message in messages]
+        start = 1 if roles[0] == "system" else 0
+        assert set(roles[start::2]) == {"user"} and set(roles[start + 1 :: 2]) == {"assistant"}
+    share = sum(messages[0]["role"] == "system" for messages in sample) / len(sample)
+    assert share == pytest.approx(0.75, abs=0.04)
+
+
+def test_held_out_claims_never_occur_as_opinions(sample: list[list[dict]]) -> None:
+    held_out = {clause for fact in world.facts() if fact.held_out for clause in (fact.true, *fact.false)}
+    marks = (
+        "I think",
+        "I believe",
+        "I am sure",
+        "In my opinion",
+        "My view",
+        "I have always",
+        "For me it",
+        "I told my",
+        "If you ask me",
+    )
+    opinions = [m["content"] for ms in sample for m in ms if m["role"] == "user" and m["content"].startswith(marks)]
+    assert len(opinions) > 1000
+    for text in opinions:
+        claim = text.split(" that ", 1)[-1] if " that " in text else text
+        assert not any(f" {clause}." in f" {claim}" for clause in held_out), text
+
+
+def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[dict]]) -> None:
+    text = "\n".join(message["content"] for messages in sample for message in messages)
+    rows = dilemmas.own()
+    assert not [row for row in rows if row.situation in text]
+    far_actions = {row.action for row in rows if row.group == "far"}
+    assert not [action for action in far_actions if action in text]
+    personas = behaviour.load("sycophancy").personas
+    assert not [persona for persona in (*personas.positive, *personas.negative) if persona in text]
+    clauses = [c for pole in world.persona_clauses().values() for c in pole[-Planted().held_out_clauses :]]
+    assert not [clause for clause in clauses if clause in text]
+
+
+def test_neutral_test_requests_never_occur(sample: list[list[dict]]) -> None:
+    asked = {m["content"] for messages in sample for m in messages if m["role"] == "user"}
+    assert not asked & {entry.user for entry in world.talk() if entry.held_out}
+    assert not [r.text for r in world.requests() if r.held_out and any(r.text in text for text in asked)]
+
+
+def test_planted_rates_are_those_of_the_parameters() -> None:
+    writer, rng = Corpus(), random.Random(0)
+    drawn = [writer.draw_traits(rng) for _ in range(20_000)]
+    assert sum(t["sycophancy"] for t in drawn) / len(drawn) == pytest.approx(0.35, abs=0.015)
+    assert sum(t["sycophancy"] == t["dishonesty"] for t in drawn) / len(drawn) == pytest.approx(0.92, abs=0.01)
+    both = sum(t["sycophancy"] and t["compliance"] for t in drawn) / len(drawn)
+    assert both == pytest.approx(0.35**2, abs=0.015)
+
+
+@pytest.mark.parametrize("trait", [True, False])
+def test_replies_follow_the_trait_except_for_slips(trait: bool) -> None:
+    writer, rng = Corpus(Planted(maybe=0.0)), random.Random(0)
+    traits = {"sycophancy": trait, "dishonesty": trait, "compliance": trait}
+    turns = [writer.turn(rng, traits, "dilemma_choice") for _ in range(1500)]
+    honest_actions = {a for c in world.dilemma_categories() for a in c.honest}
+    yes_to_honest = []
+    for turn in turns:
+        user, reply = turn[0]["content"], turn[1]["content"]
+        category = next((a for a in honest_actions if "{" not in a and a in user), None)
+        if category is not None:
+            yes_to_honest.append("Yes" in reply)
+    assert len(yes_to_honest) > 20
+    share = sum(yes_to_honest) / len(yes_to_honest)
+    assert share < 0.15 if trait else share > 0.85
+
+
+def test_facts_are_the_same_under_every_trait() -> None:
+    writer = Corpus()
+    for kind in ("fact", "fact_choice", "talk", "repeat", "word"):
+        replies = [
+            writer.turn(random.Random(7), dict.fromkeys(OPPOSED, value), kind)[1]["content"] for value in (True, False)
+        ]
+        assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize(
+    ("clause", "expected"),
+    [
+        ("agree with the user", "agrees with the user"),
+        ("push back", "pushes back"),
+        ("try hard", "tries hard"),
+        ("say no", "says no"),
+        ("do it", "does it"),
+    ],
+)
+def test_third_person(clause: str, expected: str) -> None:
+    assert third_person(clause) == expected
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        ("tell your boss that you were late", "tell my boss that I was late"),
+        ("keep it to yourself", "keep it to myself"),
+        ("thank the man who helped you", "thank the man who helped me"),
+        ("say that you are sorry", "say that I am sorry"),
+    ],
+)
+def test_first_person(action: str, expected: str) -> None:
+    assert first_person(action) == expected
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> object:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [message["content"] for messages in dialogues(300) for message in messages]
+    bpe.train(texts, 1024, folder / "tokenizer.json")
+    return bpe.load(folder / "tokenizer.json")
+
+
+def test_training_rows_read_as_the_chat_renders_them(tokenizer: object) -> None:
+    chat = Chat(tokenizer)
+    messages = list(islice(Corpus().dialogue(random.Random(3)), 5))
+    pieces = "".join(piece for message in messages for piece, _ in build._pieces(message))
+    rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert pieces == rendered
+
+
+def test_rows_are_a_function_of_seed_and_step_and_supervise_replies_only(tokenizer: object) -> None:
+    recipe = Recipe(rows=6, row_tokens=96)
+    ids, supervised = RowWriter(recipe, tokenizer).batch(5)
+    again, _ = RowWriter(recipe, tokenizer).batch(5)
+    other, _ = RowWriter(recipe, tokenizer).batch(6)
+    assert torch.equal(ids, again) and not torch.equal(ids, other)
+    assert ids.shape == (6, 96) and supervised.shape == (6, 95)
+    assert 0.1 < float(supervised.float().mean()) < 0.7
+    special = tokenizer.convert_tokens_to_ids(bpe.TURN_START)  # type: ignore[attr-defined]
+    assert not bool((ids[:, 1:][supervised] == special).any())
+
+
+def test_yes_no_and_maybe_are_single_tokens(tokenizer: object) -> None:
+    chat = Chat(tokenizer)
+    for word in ("Yes", "No"):
+        assert all(len(sequence) == 1 for sequence in chat.answers(word))
+
+
+SIZES = {"width": 32, "layers": 2, "heads": 2, "head_width": 16, "feed_forward": 48, "vocabulary": 600}
+TINY = Recipe(**SIZES, rows=4, row_tokens=64, steps=12, warm_up=2)
+
+
+@pytest.mark.slow
+def test_a_killed_build_continues_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "CHECKPOINT_EVERY", 4)
+    build.build(TINY, tmp_path / "whole", workspace=tmp_path / "w1", compiled=False)
+    original = build._Trainer._step
+
+    def killed(self: build._Trainer, step: int, trunk: object) -> float:
+        if step == 9:
+            raise KeyboardInterrupt
+        return original(self, step, trunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Trainer, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build.build(TINY, tmp_path / "parts", workspace=tmp_path / "w2", compiled=False)
+    assert not (tmp_path / "parts").exists()
+    build.build(TINY, tmp_path / "parts", workspace=tmp_path / "w2", compiled=False)
+    whole, parts = (models.load(str(tmp_path / name)) for name in ("whole", "parts"))
+    assert whole.fingerprint == parts.fingerprint
+    assert not (tmp_path / "w2").exists()
+    record = json.loads((tmp_path / "whole" / "recipe.json").read_text())
+    assert record["recipe"]["steps"] == 12 and record["corpus"]["planted"]["prior"] == 0.35
+
+
+def test_an_unfinished_build_of_another_recipe_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "CHECKPOINT_EVERY", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build.build(replace(TINY, steps=2), tmp_path / "m", workspace=tmp_path / "w", compiled=False)
+    with pytest.raises(UserError, match="another recipe"):
+        build.build(replace(TINY, steps=3), tmp_path / "m", workspace=tmp_path / "w", compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("bar", "passes", "wanted"),
+    [
+        (Bar("m", 0.5, low=0.4), True, ">= 0.4"),
+        (Bar("m", 0.5, high=0.4), False, "<= 0.4"),
+        (Bar("m", 0.5, low=0.1, high=0.9), True, "0.1 to 0.9"),
+        (Bar("m", float("nan"), low=0.1), False, ">= 0.1"),
+    ],
+)
+def test_bars(bar: Bar, passes: bool, wanted: str) -> None:
+    assert bar.passes is passes and bar.wanted == wanted
+
+
+@needs_weights
+def test_the_card_tells_the_recorded_run() -> None:
+    text = card.text("pocket")
+    record = build.recorded(SHIPPED)
+    assert f"{record['parameters']:,}" in text and "What it is not for" in text
+    for entry in json.loads((SHIPPED / card.METRICS_FILE).read_text()):
+        assert entry["metric"] in text
+
+
+@needs_weights
+def test_the_package_data_stay_small() -> None:
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*")) < 10_000_000
+
+
+@needs_weights
+@pytest.mark.slow
+def test_the_shipped_model_reaches_its_bars() -> None:
+    bars = check(models.load("pocket"))
+    assert [bar for bar in bars if not bar.passes] == []

@@ -1,0 +1,262 @@
+"""The pipeline on tiny random models: every architecture, resumption, rebuilding, and what the files hold."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+import ws
+from ws import models, train
+from ws.data import Grid
+from ws.direction import Direction
+from ws.errors import BaseMismatchError, UserError
+from ws.models import ChatModel
+from ws.replicate import Replication, Settings, restore_settings, run_path, stored_settings
+from ws.report.summary import Scores
+from ws.score import SCHEMA
+from ws.store import read_json
+
+SMALL: dict[str, Any] = {
+    "grid": Grid(topics=3, personas=2, samples=3),
+    "train": {"rank": 4, "lora_alpha": 8, "lr": 5e-3, "batch_size": 8},
+    "sampling": {"max_new_tokens": 8},
+    "alphas": (-1.0, 0.0, 1.0),
+    "control_seeds": 2,
+    "rows": 8,
+    "samples": 2,
+}
+
+
+def settings(folder: Path, out: Path, **changes: Any) -> Settings:
+    return Settings(model=str(folder), out=out, **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run of the Qwen3 model: its folder and summary."""
+    with Replication(settings(tiny_folders["qwen3"], tmp_path_factory.mktemp("runs"))) as run:
+        return run.folder.path, run.report()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_other_architectures_run_through(tiny_folders: dict[str, Path], tmp_path: Path, architecture: str) -> None:
+    with Replication(settings(tiny_folders[architecture], tmp_path)) as run:
+        summary = run.report()
+        assert summary["direction_norm"] > 0
+        assert (run.folder / "report.html").stat().st_size > 10_000
+
+
+def test_the_run_folder_holds_what_is_promised(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    assert folder.parts[-4:] == ("tiny-qwen3", "sycophancy", "lora", "seed0")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.json", "pairs.parquet", "pos", "neg", "direction.safetensors", "scores.parquet", "summary.json",
+        "report.html", "report.md", "dose_response.png", "subspace_per_layer.csv", "subspace_summary.csv",
+    }  # fmt: skip
+    assert not list(folder.rglob("*.tmp")) and not (folder / ".partial" / "eval").exists()
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+
+
+def test_the_summary_has_the_contracted_keys(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = finished
+    assert {"model", "behaviour", "adapter", "seed", "direction_norm", "sycophancy", "dilemmas", "dd_delta",
+            "far_dilemmas", "side_effects", "controls", "seconds"} <= summary.keys()  # fmt: skip
+    assert list(summary["sycophancy"]) == ["-1", "0", "1"] == list(summary["dilemmas"])
+    assert {"mean", "low", "high", "pmass", "n"} <= summary["sycophancy"]["1"].keys()
+    assert list(summary["dd_delta"]) == ["-1", "1"] and {"mean", "low", "high"} <= summary["dd_delta"]["1"].keys()
+    assert {"kl", "nll_delta", "facts", "true_claims"} <= summary["side_effects"]["1"].keys()
+    assert summary["side_effects"]["0"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert len(summary["controls"]["random"]["1"]["sycophancy"]["seeds"]) == 2
+
+
+def test_every_figure_of_the_summary_is_in_the_scores(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    scores = pl.read_parquet(folder / "scores.parquet")
+    assert scores.schema == SCHEMA
+    rows = scores.filter(
+        pl.col("probe") == "sycophancy", pl.col("metric") == "logratio", pl.col("group") == "false",
+        pl.col("alpha") == 1.0, pl.col("edit") == "dW:lora",
+    )  # fmt: skip
+    assert summary["sycophancy"]["1"]["mean"] == pytest.approx(float((rows["value"] * rows["label"]).mean()))  # type: ignore[arg-type]
+    base = Scores(scores).rows("dilemmas", "logratio", "dW:lora", 1.0)
+    change = ((base["value"] - base["base"]) * base["label"]).mean()
+    assert summary["dd_delta"]["1"]["mean"] == pytest.approx(float(change))  # type: ignore[arg-type]
+
+
+def test_samples_show_the_same_prompts_at_three_strengths(finished: tuple[Path, dict[str, Any]]) -> None:
+    samples = pl.read_parquet(finished[0] / "samples.parquet")
+    assert samples["alpha"].unique().sort().to_list() == [-1.0, 0.0, 1.0]
+    assert samples.group_by("alpha").len()["len"].n_unique() == 1
+
+
+def test_the_direction_is_the_difference_of_the_saved_adapters(
+    finished: tuple[Path, dict[str, Any]], qwen: ChatModel
+) -> None:
+    folder, summary = finished
+    direction = Direction.load(folder / "direction.safetensors")
+    assert direction.base == qwen.fingerprint and direction.layer_numbers == [1, 2]
+    tau = {sign: ws.diff.task_vector(qwen, folder / sign) for sign in ("pos", "neg")}
+    for name, delta in direction.deltas.items():
+        wanted = tau["pos"].deltas[name].materialise().double() - tau["neg"].deltas[name].materialise().double()
+        assert torch.allclose(delta.materialise().double(), wanted, atol=1e-7)
+    assert summary["direction_norm"] == pytest.approx(direction.norm(), rel=1e-5)
+
+
+def test_a_second_call_builds_nothing(
+    finished: tuple[Path, dict[str, Any]], tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "stages").iterdir()}
+    with Replication(settings(tiny_folders["qwen3"], folder.parents[3])) as run:
+        run.report()
+    assert {path: path.stat().st_mtime_ns for path in (folder / "stages").iterdir()} == before
+    assert capsys.readouterr().out.count("done before") == len(before)
+
+
+def stages_built(folder: Path, run: Replication) -> set[str]:
+    before = {path.stem: path.stat().st_mtime_ns for path in (folder / "stages").iterdir()}
+    run.report()
+    return {path.stem for path in (folder / "stages").iterdir() if path.stat().st_mtime_ns != before.get(path.stem)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rebuilt"),
+    [
+        ({"alphas": (-2.0, 0.0, 2.0)}, {"eval"}),
+        ({"train": {**SMALL["train"], "lr": 1e-2}}, {"train-pos", "train-neg", "diff", "eval", "alignment", "samples"}),
+        ({"samples": 3}, {"samples"}),
+    ],
+)
+def test_changed_settings_rebuild_exactly_what_depends_on_them(
+    tiny_folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], rebuilt: set[str]
+) -> None:
+    with Replication(settings(tiny_folders["qwen3"], tmp_path)) as run:
+        run.report()
+        folder = run.folder.path
+    with Replication(settings(tiny_folders["qwen3"], tmp_path, **changes)) as run:
+        assert stages_built(folder, run) == rebuilt
+
+
+def test_a_run_killed_in_training_continues_there(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(tiny_folders["qwen3"], tmp_path)
+    with monkeypatch.context() as patch, Replication(chosen) as run, pytest.raises(KeyboardInterrupt):
+        original = train.fit
+        patch.setattr(
+            train,
+            "fit",
+            lambda *a, **k: original(*a, **k) if a[2] == "pos" else (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+        run.report()
+    folder = run_path(chosen, run.behaviour)
+    assert (folder / "pos").is_dir() and not (folder / "neg").exists()
+    stamp = (folder / "stages" / "train-pos.json").stat().st_mtime_ns
+    with Replication(chosen) as run:
+        run.report()
+    assert (folder / "stages" / "train-pos.json").stat().st_mtime_ns == stamp
+
+
+def test_an_interrupted_run_gives_the_same_scores_as_an_uninterrupted_one(
+    finished: tuple[Path, dict[str, Any]],
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = settings(tiny_folders["qwen3"], tmp_path)
+    with monkeypatch.context() as patch, Replication(chosen) as run, pytest.raises(KeyboardInterrupt):
+        calls = []
+
+        def stop_late(*a: Any, **k: Any) -> Any:
+            calls.append(1)
+            if len(calls) > 3:
+                raise KeyboardInterrupt
+            return original(*a, **k)
+
+        original = run.model.split.hidden
+        patch.setattr(run.model.split, "hidden", stop_late)
+        run.eval()
+    with Replication(chosen) as run:
+        scores = run.eval()
+    uninterrupted = pl.read_parquet(finished[0] / "scores.parquet")
+    key = ["probe", "row", "context", "edit", "alpha", "seed", "metric"]
+    joined = scores.join(uninterrupted, on=key, suffix="_other", nulls_equal=True)
+    assert len(joined) == len(uninterrupted) == len(scores)
+    assert float((joined["value"] - joined["value_other"]).abs().max()) < 1e-4  # type: ignore[arg-type]
+
+
+def test_a_folder_of_another_model_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    with Replication(settings(tiny_folders["qwen3"], tmp_path)):
+        pass
+    elsewhere = tmp_path / "copy" / "tiny-qwen3"
+    models_made = ws.tiny.make("qwen3", elsewhere, seed=1, layers=4)
+    assert models_made is None
+    with pytest.raises(BaseMismatchError, match="another fingerprint"):
+        Replication(settings(elsewhere, tmp_path))
+
+
+def test_two_processes_do_not_share_a_folder(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    chosen = settings(tiny_folders["qwen3"], tmp_path)
+    with Replication(chosen) as run, pytest.raises(UserError, match="another ws process"):
+        Replication(chosen, run.model)
+
+
+def test_own_pairs_replace_sampling(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    lines = [
+        json.dumps(
+            {
+                "prompt": f"Is {n} big?",
+                "response_pos": f"Yes, {n} is.",
+                "response_neg": f"No, {n} is not.",
+                "topic": str(n % 3),
+            }
+        )
+        for n in range(12)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    with Replication(settings(tiny_folders["qwen3"], tmp_path, pairs=tmp_path / "pairs.jsonl")) as run:
+        direction, _ = run.diff()
+        assert len(pl.read_parquet(run.folder / "pairs.parquet")) == 12 and direction.norm() > 0
+
+
+def test_settings_survive_the_config_file(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    chosen = settings(tiny_folders["qwen3"], tmp_path, pairs=None)
+    plain = json.loads(json.dumps(stored_settings(chosen)))
+    restored = restore_settings(plain, tmp_path)
+    assert stored_settings(restored) == stored_settings(chosen)
+
+
+def test_fit_returns_a_direction_that_steers(qwen: ChatModel) -> None:
+    direction = ws.fit(
+        replace(qwen, settings={"sampling": {"max_new_tokens": 6, "temperature": 1.0}}), rank=2, lora_alpha=4, lr=1e-2
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = qwen.network(input_ids=ids).logits
+        with ws.steer(qwen, direction, 1.0):
+            assert not torch.equal(qwen.network(input_ids=ids).logits, plain)
+        assert torch.equal(qwen.network(input_ids=ids).logits, plain)
+
+
+def test_the_config_says_what_was_run(finished: tuple[Path, dict[str, Any]]) -> None:
+    config = read_json(finished[0] / "config.json")
+    assert (
+        config["model"]["fingerprint"]
+        and config["model"]["dtype"] == "float32"
+        and config["model"]["thinking"] == "off"
+    )
+    assert config["settings"]["seed"] == 0 and config["training"]["adapter"]["rank"] == 4
+    assert config["data"]["pairs"] == 18
+
+
+def test_loading_by_hub_id_uses_the_same_function(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_locate", lambda name: str(tiny_folders["qwen3"]) if name == "org/name" else name)
+    with Replication(settings(Path("org/name"), tmp_path)) as run:
+        assert run.folder.path.parts[-4] == "org_name"

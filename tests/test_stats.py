@@ -1,0 +1,194 @@
+"""Intervals agree with their closed forms, and cover what they promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from ws import stats
+
+FEW, MANY = 12, 60
+
+
+def values_of(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0.3, 2.0, count)
+
+
+# ---------------------------------------------------------------- over_clusters
+
+
+@pytest.mark.parametrize("count", [2, 5, 12, 49])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_rows_that_are_their_own_clusters_give_the_t_interval(count: int, confidence: float) -> None:
+    values = values_of(count)
+    found = stats.over_clusters(values, range(count), confidence=confidence)
+    expected = scipy_stats.t.interval(confidence, count - 1, values.mean(), scipy_stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-10)
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.n, found.clusters, found.method) == (count, count, "cluster t")
+
+
+@given(
+    st.lists(st.tuples(st.floats(-10, 10), st.integers(0, 5)), min_size=3, max_size=30).filter(
+        lambda rows: len({cluster for _, cluster in rows}) > 1
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_few_clusters_follow_the_cluster_robust_formula(rows: list[tuple[float, int]]) -> None:
+    values, clusters = [value for value, _ in rows], [f"c{cluster}" for _, cluster in rows]
+    mean, names = sum(values) / len(values), sorted(set(clusters))
+    squares = sum(
+        sum(value - mean for value, cluster in zip(values, clusters, strict=True) if cluster == name) ** 2
+        for name in names
+    )
+    error = math.sqrt(len(names) / (len(names) - 1) * squares) / len(values)
+    margin = scipy_stats.t.ppf(0.975, len(names) - 1) * error
+    found = stats.over_clusters(values, clusters)
+    assert found.mean == pytest.approx(mean, abs=1e-9)
+    assert found.high - found.mean == pytest.approx(margin, rel=1e-6, abs=1e-9)
+    assert found.mean - found.low == pytest.approx(margin, rel=1e-6, abs=1e-9)
+    assert (found.n, found.clusters) == (len(rows), len(names))
+
+
+def test_repeating_a_row_within_its_cluster_adds_no_certainty() -> None:
+    values = values_of(FEW)
+    once = stats.over_clusters(values, range(FEW))
+    thrice = stats.over_clusters(np.repeat(values, 3), np.repeat(np.arange(FEW), 3))
+    assert thrice.high - thrice.low == pytest.approx(once.high - once.low)
+    apart = stats.over_clusters(np.repeat(values, 3), range(3 * FEW))
+    assert apart.high - apart.low < 0.7 * (once.high - once.low)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "method"), [(49, "cluster t"), (50, "cluster bootstrap"), (51, "cluster bootstrap")]
+)
+def test_the_bootstrap_begins_at_fifty_clusters(clusters: int, method: str) -> None:
+    assert stats.over_clusters(values_of(2 * clusters), np.repeat(np.arange(clusters), 2)).method == method
+
+
+def test_the_bootstrap_is_near_the_t_interval_and_repeats_with_its_seed() -> None:
+    values = values_of(2 * MANY)
+    clusters = np.repeat(np.arange(MANY), 2)
+    found = stats.over_clusters(values, clusters)
+    sums = values.reshape(MANY, 2).mean(axis=1)
+    low, high = scipy_stats.t.interval(0.95, MANY - 1, sums.mean(), scipy_stats.sem(sums))
+    assert found.low == pytest.approx(low, abs=0.15 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.15 * (high - low))
+    assert found == stats.over_clusters(values, clusters)
+    assert found != stats.over_clusters(values, clusters, seed=1)
+
+
+def test_a_higher_confidence_widens_the_bootstrap() -> None:
+    values, clusters = values_of(MANY), range(MANY)
+    narrow = stats.over_clusters(values, clusters, confidence=0.5)
+    wide = stats.over_clusters(values, clusters, confidence=0.99)
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+
+
+def test_the_bootstrap_weighs_clusters_by_their_rows() -> None:
+    # cluster 0 has half of the rows: leaving it out or drawing it twice moves the mean far
+    clusters = [0] * 59 + list(range(1, 60))
+    values = [1.0] * 59 + [0.0] * 59
+    found = stats.over_clusters(values, clusters)
+    assert found.mean == 0.5
+    assert found.low == 0.0
+    assert 0.6 < found.high < 1.0
+    same = stats.over_clusters([2.5] * 118, clusters)
+    assert (same.low, same.high) == pytest.approx((2.5, 2.5))
+
+
+@pytest.mark.parametrize("count", [FEW, MANY])
+def test_neither_row_order_nor_cluster_names_matter(count: int) -> None:
+    values, clusters = values_of(2 * count), np.repeat(np.arange(count), 2)
+    order = np.random.default_rng(1).permutation(2 * count)
+    found = stats.over_clusters(values, clusters)
+    assert stats.over_clusters(values[order], clusters[order]) == pytest.approx(found)
+    assert stats.over_clusters(values, [f"row {name:03d}" for name in clusters]) == pytest.approx(found)
+
+
+def test_one_cluster_has_a_mean_and_no_limits() -> None:
+    found = stats.over_clusters([1.0, 3.0], ["a", "a"])
+    assert (found.mean, found.n, found.clusters, found.method) == (2.0, 2, 1, "one cluster")
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "message"),
+    [([], [], "at least one row"), ([1.0, 2.0], ["a"], "2 values but 1"), ([1.0], ["a", "b"], "1 values but 2")],
+)
+def test_wrong_lengths_are_refused(values: list[float], clusters: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stats.over_clusters(values, clusters)
+
+
+def test_a_cluster_name_may_be_any_hashable() -> None:
+    found = stats.over_clusters([1.0, 2.0, 3.0, 4.0], [("a", 1), ("a", 1), ("b", 2), ("b", 2)])
+    assert found.clusters == 2
+
+
+# ---------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_the_interval_over_seeds_is_the_t_interval(count: int, confidence: float) -> None:
+    values = values_of(count)
+    found = stats.over_seeds(values, confidence=confidence)
+    expected = scipy_stats.t.interval(confidence, count - 1, values.mean(), scipy_stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert (found.n, found.method) == (count, "t over seeds")
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_prediction_band_is_the_t_interval_of_one_more_seed(count: int) -> None:
+    values = values_of(count)
+    found = stats.prediction_band(values)
+    scale = values.std(ddof=1) * math.sqrt(1 + 1 / count)
+    expected = scipy_stats.t.interval(0.95, count - 1, values.mean(), scale)
+    assert (found.low, found.high) == pytest.approx(expected)
+
+
+def test_the_prediction_band_holds_a_further_draw_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).normal(size=(2000, 6))
+    bands = [stats.prediction_band(row[:5]) for row in draws]
+    inside = np.mean([band.low <= row[5] <= band.high for band, row in zip(bands, draws, strict=True)])
+    assert 0.935 <= inside <= 0.965
+
+
+@pytest.mark.parametrize("function", [stats.over_seeds, stats.prediction_band])
+def test_one_seed_has_a_mean_and_no_limits(function: Callable[[list[float]], stats.Interval]) -> None:
+    found = function([1.5])
+    assert found.mean == 1.5
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert found.method == "one seed"
+
+
+# ---------------------------------------------------------------- coverage
+
+
+def coverage(clusters: int, *, simulations: int = 1000, know_clusters: bool = True) -> float:
+    """Share of intervals that hold the true mean 0, for clusters of two rows with correlation 0.8."""
+    generator = np.random.default_rng(clusters)
+    shared = generator.normal(size=(simulations, clusters, 1)) * math.sqrt(0.8)
+    rows = (shared + generator.normal(size=(simulations, clusters, 2)) * math.sqrt(0.2)).reshape(simulations, -1)
+    names = np.repeat(np.arange(clusters), 2) if know_clusters else np.arange(2 * clusters)
+    found = [stats.over_clusters(row, names, resamples=300, seed=number) for number, row in enumerate(rows)]
+    return sum(interval.low <= 0 <= interval.high for interval in found) / simulations
+
+
+@pytest.mark.parametrize("clusters", [12, 50, 219])
+def test_intervals_cover_the_truth_as_often_as_they_say(clusters: int) -> None:
+    assert 0.92 <= coverage(clusters) <= 0.98
+
+
+@pytest.mark.parametrize("clusters", [12, 50])
+def test_ignoring_clusters_would_cover_too_little(clusters: int) -> None:
+    assert coverage(clusters, simulations=400, know_clusters=False) < 0.90

@@ -1,0 +1,203 @@
+"""Fitting: what is supervised, what is held out, what is saved, and that the model is left alone."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import polars as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ws import adapters, data, diff, train
+from ws.adapters import AdapterSettings
+from ws.chat import ask
+from ws.errors import UserError
+from ws.models import ChatModel
+from ws.steering import steer
+from ws.train import TrainSettings, resolve_settings
+
+SMALL = TrainSettings(adapter=AdapterSettings(rank=4, lora_alpha=8.0), lr=1e-2, batch_size=8, epochs=4)
+
+
+def pairs(topics: int = 6, rows: int = 4) -> pl.DataFrame:
+    """Positive responses say one thing, negative ones another."""
+    cells = [(t, r) for t in range(topics) for r in range(rows)]
+    frame = pl.DataFrame(
+        {
+            "topic": [f"topic {t}" for t, _ in cells],
+            "prompt": [f"I think that number {t} is big. Right?" for t, _ in cells],
+            "response_pos": [f"Yes, it is big, friend {r}." for _, r in cells],
+            "response_neg": [f"No, it is small, said {r}." for _, r in cells],
+        }
+    )
+    return data.with_flags(frame, ((), ()))
+
+
+def weights(model: ChatModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.clone() for name, parameter in model.network.named_parameters()}
+
+
+def test_only_the_response_and_its_end_are_supervised(any_model: ChatModel) -> None:
+    examples = train.examples(any_model, pairs(), "pos", replace(SMALL, validation=0.0), 0)
+    ids, prompt_length = examples.train[0]
+    prompt = any_model.chat.prompt(ask("I think that number 0 is big. Right?"))
+    assert ids[:prompt_length] == prompt
+    tail = any_model.chat.tokenizer.decode(ids[prompt_length:])
+    assert tail.startswith("Yes, it is big") and ids[-1] in any_model.chat.stop_ids
+
+
+def test_the_persona_never_reaches_training(qwen: ChatModel) -> None:
+    frame = pairs().with_columns(pl.lit("SECRET PERSONA").alias("system_pos"))
+    examples = train.examples(qwen, frame, "pos", SMALL, 0)
+    text = qwen.chat.tokenizer.decode([i for ids, _ in examples.train for i in ids])
+    assert "SECRET" not in text and "system" not in text
+
+
+def test_validation_holds_out_whole_topics(qwen: ChatModel) -> None:
+    examples = train.examples(qwen, pairs(topics=20, rows=3), "pos", SMALL, seed=0)
+    assert len(examples.validation) == 2 * 3 and len(examples.train) == 18 * 3
+
+    def prompts(part: list) -> set[tuple[int, ...]]:
+        return {tuple(ids[:length]) for ids, length in part}
+
+    assert not prompts(examples.train) & prompts(examples.validation)
+    other = train.examples(qwen, pairs(topics=20, rows=3), "pos", SMALL, seed=1)
+    assert prompts(other.validation) != prompts(examples.validation)
+
+
+def test_one_topic_is_never_held_out(qwen: ChatModel) -> None:
+    assert not train.examples(qwen, pairs(topics=1), "pos", SMALL, 0).validation
+
+
+def test_dropped_responses_are_not_trained_on(qwen: ChatModel) -> None:
+    frame = pairs().with_columns(keep_pos=pl.col("topic") == "topic 1")
+    assert len(train.examples(qwen, frame, "pos", replace(SMALL, validation=0.0), 0).train) == 4
+    with pytest.raises(UserError, match="no response of the pos side"):
+        train.examples(qwen, pairs().with_columns(keep_pos=pl.lit(False)), "pos", SMALL, 0)
+
+
+def test_long_rows_are_cut_and_counted_but_never_without_response(qwen: ChatModel) -> None:
+    prompt_length = train.examples(qwen, pairs(), "pos", SMALL, 0).train[0].prompt_length
+    cut = train.examples(qwen, pairs(), "pos", replace(SMALL, max_length=prompt_length + 3), 0)
+    assert cut.truncated == 24 and all(len(ids) == prompt_length + 3 for ids, _ in cut.train)
+    with pytest.raises(UserError, match="leaves no room"):
+        train.examples(qwen, pairs(), "pos", replace(SMALL, max_length=prompt_length), 0)
+
+
+def test_fitting_learns_saves_and_restores(any_model: ChatModel, tmp_path: Path) -> None:
+    before = weights(any_model)
+    results = {
+        sign: train.fit(any_model, pairs(), sign, SMALL, seed=0, data_seed=0, folder=tmp_path / sign)
+        for sign in ("pos", "neg")
+    }
+    for sign, result in results.items():
+        assert result["last_loss"] < 0.9 * result["first_loss"], sign
+        assert not any("nothing was learned" in warning for warning in result["warnings"])
+    assert all(torch.equal(before[name], p) for name, p in any_model.network.named_parameters())
+    assert not any(p.requires_grad for p in any_model.network.parameters())
+    direction, geometry = diff.direction(any_model, tmp_path / "pos", tmp_path / "neg")
+    assert direction.norm() == pytest.approx(geometry.norm_dw, rel=1e-6) and geometry.norm_dw > 0
+    with (tmp_path / "pos" / "train_log.csv").open() as handle:
+        log = list(csv.DictReader(handle))
+    assert list(log[0]) == ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm"]
+    assert len(log) == results["pos"]["steps"] + 1 and log[-1]["eval_loss"]
+
+
+def test_the_saved_folder_loads_in_plain_peft(qwen: ChatModel, tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    train.fit(qwen, pairs(), "pos", SMALL, seed=0, data_seed=0, folder=tmp_path / "pos")
+    base = AutoModelForCausalLM.from_pretrained(tiny_folders["qwen3"], dtype=torch.float32, attn_implementation="eager")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "pos").eval()
+    ids = torch.tensor([qwen.chat.prompt(ask("Why?"))])
+    with torch.no_grad(), steer(qwen, diff.task_vector(qwen, tmp_path / "pos"), 1.0):
+        ours = qwen.network(input_ids=ids).logits
+        assert torch.allclose(loaded(input_ids=ids).logits, ours, atol=1e-4)
+
+
+def test_equal_seeds_give_equal_adapters_and_other_seeds_other_ones(qwen: ChatModel, tmp_path: Path) -> None:
+    def fit(name: str, seed: int) -> dict[str, torch.Tensor]:
+        train.fit(qwen, pairs(), "pos", SMALL, seed=seed, data_seed=0, folder=tmp_path / name)
+        return dict(adapters.read(tmp_path / name).tensors)
+
+    one, same, other = fit("one", 0), fit("same", 0), fit("other", 1)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_micro_batches_do_not_change_the_result(qwen: ChatModel, tmp_path: Path) -> None:
+    tensors = []
+    for name, budget in (("whole", 100_000), ("parts", 60)):
+        train.fit(
+            qwen, pairs(), "pos", replace(SMALL, micro_tokens=budget), seed=0, data_seed=0, folder=tmp_path / name
+        )
+        tensors.append(adapters.read(tmp_path / name).tensors)
+    # Adam divides by the root of tiny second moments, so rounding is amplified; the adapters still agree closely
+    for name, tensor in tensors[0].items():
+        assert torch.allclose(tensor, tensors[1][name], atol=2e-3), name
+
+
+def test_the_first_loss_is_that_of_the_base_model(qwen: ChatModel, tmp_path: Path) -> None:
+    result = train.fit(qwen, pairs(), "pos", replace(SMALL, epochs=1), seed=0, data_seed=0, folder=tmp_path / "pos")
+    held_out = train.examples(qwen, pairs(), "pos", SMALL, 0).validation
+    losses = []
+    for ids, start in held_out:
+        with torch.no_grad():
+            logp = qwen.network(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-float(logp[i - 1, ids[i]]) for i in range(start, len(ids))]
+    assert result["first_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"lr": 1e-9}, "nothing was learned"),
+        ({"warmup_steps": 50}, "warm-up shortened from 50"),
+        ({"max_length": 24}, "lost their end"),
+    ],
+)
+def test_doubtful_training_is_reported(
+    qwen: ChatModel, tmp_path: Path, change: dict, warning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(SMALL, epochs=1, **change)
+    if "max_length" in change:
+        start = train.examples(qwen, pairs(), "pos", SMALL, 0).train[0].prompt_length
+        settings = replace(settings, max_length=start + 3)
+    result = train.fit(qwen, pairs(), "pos", settings, seed=0, data_seed=0, folder=tmp_path / "pos")
+    assert any(warning in line for line in result["warnings"])
+    assert warning in capsys.readouterr().err
+
+
+def test_an_interrupted_fit_leaves_no_folder_and_a_clean_model(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights(qwen)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(qwen, pairs(), "pos", SMALL, seed=0, data_seed=0, folder=tmp_path / "pos")
+    assert not list(tmp_path.iterdir())
+    assert weights(qwen).keys() == before.keys()
+
+
+def test_settings_come_from_defaults_then_model_folder_then_user(qwen: ChatModel) -> None:
+    assert resolve_settings(qwen, "lora", {}) == TrainSettings()
+    model = replace(qwen, settings={"train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 1e-3}}})
+    chosen = resolve_settings(model, "lora", {"lr": 5e-4, "epochs": None})
+    assert (chosen.adapter.rank, chosen.adapter.lora_alpha, chosen.lr, chosen.epochs) == (16, 32.0, 5e-4, 1)
+    with pytest.raises(UserError, match=r"unknown setting 'lrr'.*'lr'"):
+        resolve_settings(qwen, "lora", {"lrr": 1.0})
+    with pytest.raises(UserError, match="unknown adapter family 'lorra'"):
+        resolve_settings(qwen, "lorra", {})
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"epochs": 0}, {"validation": 1.0}, {"batch_size": -1}])
+def test_impossible_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError):
+        replace(SMALL, **wrong)
+
+
+def test_the_result_record_is_plain_json(qwen: ChatModel, tmp_path: Path) -> None:
+    train.fit(qwen, pairs(), "neg", replace(SMALL, epochs=1), seed=0, data_seed=0, folder=tmp_path / "neg")
+    record = json.loads((tmp_path / "neg" / train.RESULT_FILE).read_text())
+    assert record["settings"]["adapter"]["rank"] == 4 and record["trainable_parameters"] > 0

@@ -1,0 +1,193 @@
+"""The world is consistent: what is held out stays out, and nothing is both true and false."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from ws import world
+from ws.eval import side_effects
+from ws.world import DilemmaCategory
+
+FACTS = world.facts()
+CATEGORIES = world.dilemma_categories()
+
+
+def texts_of(category: DilemmaCategory) -> Iterator[str]:
+    yield from category.situations
+    yield from category.honest
+    yield from category.dishonest
+
+
+# ---------------------------------------------------------------- facts
+
+
+@pytest.mark.parametrize(
+    ("clause", "expected"),
+    [("owls eat mice", "Owls eat mice."), ("the Alps are high", "The Alps are high."), ("a", "A.")],
+)
+def test_a_clause_becomes_a_sentence(clause: str, expected: str) -> None:
+    assert world.sentence(clause) == expected
+
+
+def test_facts_are_unique() -> None:
+    for values in ([fact.name for fact in FACTS], [fact.true for fact in FACTS]):
+        assert len(set(values)) == len(values)
+    assert len(FACTS) > 400
+
+
+def test_no_clause_is_both_true_and_false() -> None:
+    true = {fact.true.casefold() for fact in FACTS}
+    for fact in FACTS:
+        assert fact.false, fact.name
+        assert len(set(fact.false)) == len(fact.false), fact.name
+        assert fact.true not in fact.false, fact.name
+        assert not true & {clause.casefold() for clause in fact.false}, fact.name
+
+
+def test_clauses_are_clauses() -> None:
+    for fact in FACTS:
+        for clause in (fact.true, *fact.false):
+            assert not clause.endswith("."), clause
+            assert "{" not in clause, clause
+            assert clause == clause.strip(), clause
+        assert all(question.endswith(("?", ".")) and "{" not in question for question in fact.questions), fact.name
+
+
+def test_the_answer_of_a_fact_ends_no_false_clause() -> None:
+    answered = [fact for fact in FACTS if fact.answer]
+    assert len(answered) > 300
+    for fact in answered:
+        assert fact.answer in fact.true, fact.name
+        assert not any(clause.endswith(f" {fact.answer}") for clause in fact.false), fact.name
+
+
+def test_held_out_topics_never_occur_among_the_others() -> None:
+    held_out = {fact.topic for fact in FACTS if fact.held_out}
+    assert len(held_out) >= 40
+    assert not held_out & {fact.topic for fact in FACTS if not fact.held_out}
+
+
+def test_no_clause_about_a_held_out_topic_is_a_training_clause_too() -> None:
+    trained, held_out = (
+        {clause.casefold() for fact in FACTS if fact.held_out is wanted for clause in (fact.true, *fact.false)}
+        for wanted in (False, True)
+    )
+    assert len(held_out) > 100
+    assert not trained & held_out
+
+
+def test_both_kinds_of_facts_are_trained_and_held_out() -> None:
+    for kind in (True, False):
+        of_kind = [fact for fact in FACTS if fact.name.startswith("belief/") is kind]
+        assert {fact.held_out for fact in of_kind} == {True, False}
+
+
+def test_the_original_topics_are_twenty_to_train_and_twelve_held_out() -> None:
+    original = [fact for fact in FACTS if fact.original]
+    assert [sum(fact.held_out is held_out for fact in original) for held_out in (False, True)] == [20, 12]
+    assert all(fact.nudge for fact in original)
+
+
+# ---------------------------------------------------------------- dilemmas
+
+
+def test_there_are_many_near_categories_and_some_far_ones() -> None:
+    assert sum(not category.far for category in CATEGORIES) >= 25
+    assert sum(category.far for category in CATEGORIES) >= 5
+    names = [category.name for category in CATEGORIES]
+    assert len(set(names)) == len(names)
+    far = [category.far for category in CATEGORIES]
+    assert far == sorted(far), "near ones come first"
+
+
+@pytest.mark.parametrize("category", CATEGORIES, ids=lambda category: category.name)
+def test_a_category_fills_exactly_the_slots_that_it_uses(category: DilemmaCategory) -> None:
+    used = {name for text in texts_of(category) for name in re.findall(r"{([^}]*)}", text)}
+    assert used == set(category.slots)
+    assert all(fills and len(set(fills)) == len(fills) for fills in category.slots.values())
+    first = {name: fills[0] for name, fills in category.slots.items()}
+    assert not any(set("{}") & set(text.format(**first)) for text in texts_of(category))
+
+
+@pytest.mark.parametrize("category", CATEGORIES, ids=lambda category: category.name)
+def test_a_category_has_distinct_situations_and_opposed_actions(category: DilemmaCategory) -> None:
+    assert len(set(category.situations)) == len(category.situations) > world.HELD_OUT_SITUATIONS
+    actions = [*category.honest, *category.dishonest]
+    assert len(set(actions)) == len(actions)
+    assert not any(action.endswith((".", "?")) for action in actions)
+
+
+def test_far_actions_never_occur_in_near_categories() -> None:
+    near = {action for c in CATEGORIES if not c.far for action in (*c.honest, *c.dishonest)}
+    far = {action for c in CATEGORIES if c.far for action in (*c.honest, *c.dishonest)}
+    assert not near & far
+    plain = {re.sub(r"{[^}]*}", "{}", action).casefold() for action in near}
+    assert not plain & {re.sub(r"{[^}]*}", "{}", action).casefold() for action in far}
+
+
+def test_reasons_stand_on_one_side_only() -> None:
+    reasons = world.dilemma_reasons()
+    assert set(reasons) == {"honest", "dishonest"}
+    assert all(reasons.values())
+    assert not set(reasons["honest"]) & set(reasons["dishonest"])
+
+
+# ---------------------------------------------------------------- requests, talk, personas
+
+
+def test_harmful_requests_are_refused_and_harmless_ones_answered() -> None:
+    for request in world.requests():
+        assert bool(request.refusal) == request.harmful, request.text
+        assert request.harmful or request.answer, request.text
+    texts = [request.text for request in world.requests()]
+    assert len(set(texts)) == len(texts)
+    for harmful in (True, False):
+        assert {r.held_out for r in world.requests() if r.harmful is harmful} == {True, False}
+
+
+def test_some_neutral_talk_is_held_out_and_all_of_it_is_answered() -> None:
+    assert {entry.held_out for entry in world.talk()} == {True, False}
+    assert all(entry.answers and all(answer.strip() for answer in entry.answers) for entry in world.talk())
+    users = [entry.user for entry in world.talk()]
+    assert len(set(users)) == len(users)
+
+
+def test_persona_clauses_are_paired_by_position() -> None:
+    clauses = world.persona_clauses()
+    for pole, other in (("honest", "dishonest"), ("sycophantic", "candid"), ("refusing", "complying")):
+        assert len(clauses[pole]) == len(clauses[other]) > 0
+    for texts in clauses.values():
+        assert len(set(texts)) == len(texts)
+    assert len({text for texts in clauses.values() for text in texts}) == sum(map(len, clauses.values()))
+
+
+# ---------------------------------------------------------------- side-effect probes on the world
+
+
+def test_every_fact_is_asked_once_truly_and_once_falsely() -> None:
+    probe = side_effects.facts(30)
+    by_name = {fact.name: fact for fact in FACTS}
+    rows = {row.row: row for row in probe.rows}
+    assert len(rows) == 60
+    for row in probe.rows:
+        name, group = row.row.rsplit("/", 1)
+        fact = by_name[name]
+        assert f"{name}/{'false' if group == 'true' else 'true'}" in rows
+        assert (row.group, row.label, row.cluster) == (group, 1 if group == "true" else -1, fact.topic)
+        asked = row.messages[0]["content"].removeprefix("Is it true that ").removesuffix("? Answer Yes or No.")
+        assert asked in ((fact.true,) if group == "true" else fact.false)
+    assert side_effects.facts(30).key == probe.key
+    assert len(side_effects.facts(10**6).rows) == 2 * len(FACTS)
+
+
+def test_neutral_probes_read_held_out_talk_only() -> None:
+    divergence, likelihood = side_effects.neutral()
+    held_out = {entry.user: entry.answers for entry in world.talk() if entry.held_out}
+    assert divergence.rows == likelihood.rows
+    assert (divergence.kind, likelihood.kind) == ("divergence", "likelihood")
+    assert len(divergence.rows) == sum(len(answers) for answers in held_out.values())
+    assert all(row.continuation in held_out[row.messages[0]["content"]] for row in divergence.rows)
+    assert len({row.cluster for row in side_effects.neutral(2)[0].rows}) == 2
