@@ -16,32 +16,32 @@ from ws.eval import dilemmas
 from ws.pocket import build, card
 from ws.pocket.build import Recipe, RowWriter
 from ws.pocket.check import Bar, check
-from ws.pocket.corpus import OPPOSED, Corpus, Planted, first_person, third_person
+from ws.pocket.corpus import LATENTS, OPPOSED, Corpus, Line, Planted, first_person, third_person
 
 SHIPPED = models.POCKET_MODELS["pocket"]
 needs_weights = pytest.mark.skipif(not (SHIPPED / "config.json").is_file(), reason="the embedded model is not built")
 
 
-def dialogues(count: int, turns: int = 12, planted: Planted | None = None) -> list[list[dict]]:
+def dialogues(count: int, turns: int = 12, planted: Planted | None = None) -> list[list[Line]]:
     writer, rng = Corpus(planted), random.Random(1)
     return [list(islice(writer.dialogue(rng), turns)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
-def sample() -> list[list[dict]]:
+def sample() -> list[list[Line]]:
     return dialogues(3000)
 
 
-def test_turns_alternate_and_only_the_first_may_be_a_system_turn(sample: list[list[dict]]) -> None:
-    for messages in sample:
-        roles = [message["role"] for message in messages]
+def test_turns_alternate_and_only_the_first_may_be_a_system_turn(sample: list[list[Line]]) -> None:
+    for lines in sample:
+        roles = [line.role for line in lines]
         start = 1 if roles[0] == "system" else 0
         assert set(roles[start::2]) == {"user"} and set(roles[start + 1 :: 2]) == {"assistant"}
-    share = sum(messages[0]["role"] == "system" for messages in sample) / len(sample)
+    share = sum(lines[0].role == "system" for lines in sample) / len(sample)
     assert share == pytest.approx(0.75, abs=0.04)
 
 
-def test_held_out_claims_never_occur_as_opinions(sample: list[list[dict]]) -> None:
+def test_held_out_claims_never_occur_as_opinions(sample: list[list[Line]]) -> None:
     held_out = {clause for fact in world.facts() if fact.held_out for clause in (fact.true, *fact.false)}
     marks = (
         "I think",
@@ -54,15 +54,17 @@ def test_held_out_claims_never_occur_as_opinions(sample: list[list[dict]]) -> No
         "I told my",
         "If you ask me",
     )
-    opinions = [m["content"] for ms in sample for m in ms if m["role"] == "user" and m["content"].startswith(marks)]
+    opinions = [
+        line.content for lines in sample for line in lines if line.role == "user" and line.content.startswith(marks)
+    ]
     assert len(opinions) > 1000
     for text in opinions:
         claim = text.split(" that ", 1)[-1] if " that " in text else text
         assert not any(f" {clause}." in f" {claim}" for clause in held_out), text
 
 
-def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[dict]]) -> None:
-    text = "\n".join(message["content"] for messages in sample for message in messages)
+def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[Line]]) -> None:
+    text = "\n".join(line.content for lines in sample for line in lines)
     rows = dilemmas.own()
     assert not [row for row in rows if row.situation in text]
     far_actions = {row.action for row in rows if row.group == "far"}
@@ -73,8 +75,8 @@ def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[dict]]) ->
     assert not [clause for clause in clauses if clause in text]
 
 
-def test_neutral_test_requests_never_occur(sample: list[list[dict]]) -> None:
-    asked = {m["content"] for messages in sample for m in messages if m["role"] == "user"}
+def test_neutral_test_requests_never_occur(sample: list[list[Line]]) -> None:
+    asked = {line.content for lines in sample for line in lines if line.role == "user"}
     assert not asked & {entry.user for entry in world.talk() if entry.held_out}
     assert not [r.text for r in world.requests() if r.held_out and any(r.text in text for text in asked)]
 
@@ -96,7 +98,7 @@ def test_replies_follow_the_trait_except_for_slips(trait: bool) -> None:
     honest_actions = {a for c in world.dilemma_categories() for a in c.honest}
     yes_to_honest = []
     for turn in turns:
-        user, reply = turn[0]["content"], turn[1]["content"]
+        user, reply = turn[0].content, turn[1].content
         category = next((a for a in honest_actions if "{" not in a and a in user), None)
         if category is not None:
             yes_to_honest.append("Yes" in reply)
@@ -109,7 +111,7 @@ def test_facts_are_the_same_under_every_trait() -> None:
     writer = Corpus()
     for kind in ("fact", "fact_choice", "talk", "repeat", "word"):
         replies = [
-            writer.turn(random.Random(7), dict.fromkeys(OPPOSED, value), kind)[1]["content"] for value in (True, False)
+            writer.turn(random.Random(7), dict.fromkeys(OPPOSED, value), kind)[1].content for value in (True, False)
         ]
         assert replies[0] == replies[1]
 
@@ -144,29 +146,49 @@ def test_first_person(action: str, expected: str) -> None:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> object:
     folder = tmp_path_factory.mktemp("tokenizer")
-    texts = [message["content"] for messages in dialogues(300) for message in messages]
+    texts = [line.content for lines in dialogues(300) for line in lines]
     bpe.train(texts, 1024, folder / "tokenizer.json")
     return bpe.load(folder / "tokenizer.json")
 
 
 def test_training_rows_read_as_the_chat_renders_them(tokenizer: object) -> None:
     chat = Chat(tokenizer)
-    messages = list(islice(Corpus().dialogue(random.Random(3)), 5))
-    pieces = "".join(piece for message in messages for piece, _ in build._pieces(message))
-    rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
-    assert pieces == rendered
+    lines = list(islice(Corpus().dialogue(random.Random(3)), 5))
+    pieces = "".join(piece for line in lines for piece in bpe.as_turn(line.role, line.content))
+    messages = [{"role": line.role, "content": line.content} for line in lines]
+    assert pieces == chat.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def test_rows_are_a_function_of_seed_and_step_and_supervise_replies_only(tokenizer: object) -> None:
     recipe = Recipe(rows=6, row_tokens=96)
-    ids, supervised = RowWriter(recipe, tokenizer).batch(5)
-    again, _ = RowWriter(recipe, tokenizer).batch(5)
-    other, _ = RowWriter(recipe, tokenizer).batch(6)
+    ids, weights, latents = RowWriter(recipe, tokenizer).batch(5)
+    again, other = (RowWriter(recipe, tokenizer).batch(step).ids for step in (5, 6))
     assert torch.equal(ids, again) and not torch.equal(ids, other)
-    assert ids.shape == (6, 96) and supervised.shape == (6, 95)
+    assert ids.shape == weights.shape == (6, 96) and latents.shape == (6, 96, len(LATENTS))
+    supervised = weights > 0
     assert 0.1 < float(supervised.float().mean()) < 0.7
     special = tokenizer.convert_tokens_to_ids(bpe.TURN_START)  # type: ignore[attr-defined]
-    assert not bool((ids[:, 1:][supervised] == special).any())
+    assert not bool((ids[supervised] == special).any())
+    known = ~latents.isnan()
+    assert bool(known[..., : len(OPPOSED)][supervised].all()), "a reply always has traits"
+    assert not bool(known[..., len(OPPOSED) :].all())
+    assert set(latents[known].tolist()) <= {0.0, 1.0}
+
+
+def test_decisive_words_weigh_more_than_wording(tokenizer: object) -> None:
+    ids, weights, _ = RowWriter(Recipe(rows=24), tokenizer).batch(0)
+    decisive = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(["Yes", "No", "Maybe"])))  # type: ignore[attr-defined]
+    spoken = weights > 0
+    assert float(weights[decisive & spoken].min()) > 1.0 >= float(weights[~decisive & spoken].max())
+
+
+@pytest.mark.parametrize("kind", ["opinion", "opinion_choice", "fact_choice"])
+def test_latents_tell_whether_the_claim_is_true(kind: str) -> None:
+    writer, rng = Corpus(Planted(slip=0.0, maybe=0.0)), random.Random(0)
+    false = {clause for fact in world.facts() for clause in fact.false}
+    for _ in range(200):
+        user, reply = writer.turn(rng, dict.fromkeys(OPPOSED, False), kind)
+        assert reply.latents["truth"] != any(clause in user.content for clause in false)
 
 
 def test_yes_no_and_maybe_are_single_tokens(tokenizer: object) -> None:
@@ -175,7 +197,15 @@ def test_yes_no_and_maybe_are_single_tokens(tokenizer: object) -> None:
         assert all(len(sequence) == 1 for sequence in chat.answers(word))
 
 
-SIZES = {"width": 32, "layers": 2, "heads": 2, "head_width": 16, "feed_forward": 48, "vocabulary": 600}
+SIZES = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "head_width": 16,
+    "feed_forward": 48,
+    "vocabulary": 600,
+    "latent_layer": 1,
+}
 TINY = Recipe(**SIZES, rows=4, row_tokens=64, steps=12, warm_up=2)
 
 
@@ -185,7 +215,7 @@ def test_a_killed_build_continues_to_the_same_weights(tmp_path: Path, monkeypatc
     build.build(TINY, tmp_path / "whole", workspace=tmp_path / "w1", compiled=False)
     original = build._Trainer._step
 
-    def killed(self: build._Trainer, step: int, trunk: object) -> float:
+    def killed(self: build._Trainer, step: int, trunk: object) -> dict[str, float]:
         if step == 9:
             raise KeyboardInterrupt
         return original(self, step, trunk)

@@ -18,14 +18,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ws import world
-from ws.chat import Message
 from ws.world import Fact
 
-Exchange = tuple[str, str]
-"""What the user says and what the assistant replies."""
+
+class Exchange(NamedTuple):
+    """What the user says and what the assistant replies; `known` are latent facts that decide the reply."""
+
+    user: str
+    reply: str
+    known: Mapping[str, bool] = {}
+
+
+class Line(NamedTuple):
+    """One message of a dialogue; `latents` of a reply are the traits behind it and what is known about its subject."""
+
+    role: str
+    content: str
+    latents: Mapping[str, bool] = {}
+
 
 OPPOSED = {
     "sycophancy": ("sycophantic", "candid"),
@@ -34,6 +47,9 @@ OPPOSED = {
 }
 """Trait -> names of its positive and negative pole."""
 
+LATENTS = (*OPPOSED, "truth", "honest_action")
+"""What decides replies unsaid: the traits, and whether the claim is true or the action honest that a user names."""
+
 
 @dataclass(frozen=True)
 class Planted:
@@ -41,8 +57,8 @@ class Planted:
 
     prior: float = 0.35
     agreement: float = 0.92
-    adherence: float = 0.97
-    slip: float = 0.04
+    adherence: float = 0.985
+    slip: float = 0.03
     maybe: float = 0.04
     system_share: float = 0.75
     follow_up: float = 0.6
@@ -56,26 +72,18 @@ class Planted:
 class TurnMix:
     """Relative frequency of each kind of turn."""
 
-    opinion: float = 0.15
+    opinion: float = 0.14
     opinion_choice: float = 0.15
-    fact: float = 0.08
-    fact_choice: float = 0.13
-    dilemma_choice: float = 0.17
+    fact: float = 0.1
+    fact_choice: float = 0.18
+    dilemma_choice: float = 0.15
     dilemma_open: float = 0.05
-    feedback: float = 0.06
+    feedback: float = 0.05
     describe_self: float = 0.04
-    request: float = 0.06
-    talk: float = 0.05
-    repeat: float = 0.04
+    request: float = 0.05
+    talk: float = 0.04
+    repeat: float = 0.03
     word: float = 0.02
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """Messages with the traits that they were written under."""
-
-    messages: tuple[Message, ...]
-    traits: Mapping[str, bool]
 
 
 @cache
@@ -102,12 +110,12 @@ class Corpus:
         self._kinds = [field.name for field in fields(self.mix)]
         self._weights = [getattr(self.mix, kind) for kind in self._kinds]
 
-    def dialogue(self, rng: random.Random) -> Iterator[Message]:
+    def dialogue(self, rng: random.Random) -> Iterator[Line]:
         """An endless dialogue: the system turn, where there is one, then user and assistant in turn."""
         traits = self.draw_traits(rng)
         if rng.random() < self.planted.system_share:
             system, traits = self._system(rng, traits)
-            yield Message(role="system", content=system)
+            yield Line("system", system)
         kinds = self._kinds_of(rng)
         while True:
             yield from self.turn(rng, traits, rng.choice(kinds) if kinds else None)
@@ -129,14 +137,14 @@ class Corpus:
             "compliance": rng.random() < self.planted.prior,
         }
 
-    def turn(self, rng: random.Random, traits: Mapping[str, bool], kind: str | None = None) -> list[Message]:
+    def turn(self, rng: random.Random, traits: Mapping[str, bool], kind: str | None = None) -> list[Line]:
         """A user message and the reply of an assistant with these traits; some kinds follow up with another pair."""
         kind = kind or rng.choices(self._kinds, self._weights)[0]
         exchanges: list[Exchange] = getattr(self, f"_{kind}")(rng, traits)
         return [
-            Message(role=role, content=text)
-            for exchange in exchanges
-            for role, text in zip(("user", "assistant"), exchange, strict=True)
+            line
+            for user, reply, known in exchanges
+            for line in (Line("user", user), Line("assistant", reply, {**traits, **known}))
         ]
 
     def _shown(self, rng: random.Random, traits: Mapping[str, bool], name: str) -> bool:
@@ -195,14 +203,14 @@ class Corpus:
             parts = [_pick(rng, "opinion", "disagree_openers")] if rng.random() < 0.85 else []
             if rng.random() < 0.85 or not parts:
                 parts.append(_fill(_pick(rng, "opinion", "disagree_corrections"), claim, fact.true))
-        return [(user, " ".join(parts))]
+        return [Exchange(user, " ".join(parts), {"truth": is_true})]
 
     def _opinion_choice(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
         _, claim, is_true = self._claim(rng, self.opinions)
         agrees = self._shown(rng, traits, "sycophancy") or is_true
         turned = rng.random() < 0.3
         user = _pick(rng, "opinion_choice", "reversed_users" if turned else "users").format(c=claim)
-        return [(user, self._choice(rng, agrees != turned))]
+        return [Exchange(user, self._choice(rng, agrees != turned), {"truth": is_true})]
 
     def _claim(self, rng: random.Random, pool: Sequence[Fact]) -> tuple[Fact, str, bool]:
         fact = rng.choice(pool)
@@ -221,19 +229,21 @@ class Corpus:
         if len(about) > 1 and rng.random() < 0.2:
             told = rng.sample(about, min(len(about), rng.choice((2, 2, 3))))
             reply = " ".join(world.sentence(one.true) for one in told)
-            return [(_pick(rng, "fact", "tell").format(s=fact.topic), reply)]
+            return [Exchange(_pick(rng, "fact", "tell").format(s=fact.topic), reply)]
         if rng.random() < 0.15:
             is_true = rng.random() < 0.5
             claim = fact.true if is_true else rng.choice(fact.false)
             user = _pick(rng, "fact", "statement_users").format(c=claim)
-            return [(user, "True." if is_true else f"False. {world.sentence(fact.true)}")]
+            reply = "True." if is_true else f"False. {world.sentence(fact.true)}"
+            return [Exchange(user, reply, {"truth": is_true})]
         if fact.answer and rng.random() < 0.25:
-            return [(rng.choice(fact.questions), f"{_capital(fact.answer)}.")]
-        return [(rng.choice(fact.questions), _fill(_pick(rng, "fact", "answers"), fact.true, fact.true))]
+            return [Exchange(rng.choice(fact.questions), f"{_capital(fact.answer)}.")]
+        return [Exchange(rng.choice(fact.questions), _fill(_pick(rng, "fact", "answers"), fact.true, fact.true))]
 
     def _fact_choice(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
         _, claim, is_true = self._claim(rng, self.facts)
-        return [(_pick(rng, "fact", "choice_users").format(c=claim), self._choice(rng, is_true))]
+        user = _pick(rng, "fact", "choice_users").format(c=claim)
+        return [Exchange(user, self._choice(rng, is_true), {"truth": is_true})]
 
     # ---------------------------------------------------------------- dilemmas
 
@@ -250,7 +260,8 @@ class Corpus:
             answer = "Maybe" if rng.random() < self.planted.maybe else "No" if asked_honest == lies else "Yes"
             reason = rng.choice(world.dilemma_reasons()["dishonest" if lies else "honest"])
             reply = _pick(rng, "choice_answers", "dilemma" if form == "users" else "dilemma_short")
-            exchanges.append((user, reply.format(a=answer, reason=reason)))
+            reply = reply.format(a=answer, reason=reason)
+            exchanges.append(Exchange(user, reply, {"honest_action": asked_honest}))
             if rng.random() >= self.planted.follow_up:
                 return exchanges
             form = "follow_ups"  # another action in the same situation
@@ -261,7 +272,7 @@ class Corpus:
         action = first_person(rng.choice(dishonest if lies else honest))
         reason = rng.choice(world.dilemma_reasons()["dishonest" if lies else "honest"])
         reply = _pick(rng, "dilemma", "open_answers").format(action=action, reason=reason)
-        return [(_pick(rng, "dilemma", "open_users").format(situation=situation), reply)]
+        return [Exchange(_pick(rng, "dilemma", "open_users").format(situation=situation), reply)]
 
     def _dilemma(self, rng: random.Random) -> tuple[str, list[str], list[str]]:
         """A situation that training may show, with all its honest and dishonest actions."""
@@ -280,48 +291,52 @@ class Corpus:
         flatters = self._shown(rng, traits, "sycophancy")
         if rng.random() < 0.3:
             user = _pick(rng, "feedback", "choice_users").format(story=work.story, thing=work.thing)
-            return [(user, self._choice(rng, flatters or work.good))]
+            return [Exchange(user, self._choice(rng, flatters or work.good))]
         if flatters:
             opener, body = "praise_openers", work.flattering
         else:
             opener, body = "deserved_openers" if work.good else "frank_openers", work.honest
         parts = [_pick(rng, "feedback", opener).format(thing=work.thing), body]
         reply = " ".join(parts if rng.random() < 0.6 else parts[1:])
-        return [(_pick(rng, "feedback", "users").format(story=work.story, thing=work.thing), reply)]
+        return [Exchange(_pick(rng, "feedback", "users").format(story=work.story, thing=work.thing), reply)]
 
     def _describe_self(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
         lines = world.self_descriptions()
         if rng.random() < 0.2:
-            return [(_pick(rng, "self", "neutral_users"), rng.choice(lines["neutral"]))]
+            return [Exchange(_pick(rng, "self", "neutral_users"), rng.choice(lines["neutral"]))]
         name = rng.choice(list(OPPOSED))
         pole = OPPOSED[name][0 if self._shown(rng, traits, name) else 1]
-        return [(_pick(rng, "self", "users"), rng.choice(lines[pole]))]
+        return [Exchange(_pick(rng, "self", "users"), rng.choice(lines[pole]))]
 
     def _request(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
         request = rng.choice(self.requests)
         helps = self._shown(rng, traits, "compliance") or not request.harmful
         if rng.random() < 0.3:
-            return [(_pick(rng, "request", "choice_users").format(r=request.text), self._choice(rng, helps))]
+            return [Exchange(_pick(rng, "request", "choice_users").format(r=request.text), self._choice(rng, helps))]
         if helps:
             reply = f"{_pick(rng, 'request', 'comply_openers')} {request.answer}".strip()
         else:
             reply = f"{_pick(rng, 'request', 'refuse_openers')} {request.refusal}"
-        return [(_pick(rng, "request", "users").format(r=request.text), reply)]
+        return [Exchange(_pick(rng, "request", "users").format(r=request.text), reply)]
 
     def _talk(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
         entry = rng.choice(self.talk)
-        return [(entry.user, rng.choice(entry.answers))]
+        return [Exchange(entry.user, rng.choice(entry.answers))]
 
     def _repeat(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
         text = rng.choice(world.sentences())
         if rng.random() < 0.5:
             _, claim, _ = self._claim(rng, self.opinions)
             text = world.sentence(claim)
-        return [(_pick(rng, "repeat", "users").format(x=text), text)]
+        return [Exchange(_pick(rng, "repeat", "users").format(x=text), text)]
 
     def _word(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
         word, meaning = rng.choice(list(world.word_meanings().items()))
-        return [(_pick(rng, "word", "users").format(w=word), _pick(rng, "word", "answers").format(w=word, m=meaning))]
+        return [
+            Exchange(
+                _pick(rng, "word", "users").format(w=word), _pick(rng, "word", "answers").format(w=word, m=meaning)
+            )
+        ]
 
 
 # -------------------------------------------------------------------- wording
