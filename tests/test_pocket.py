@@ -170,8 +170,11 @@ def test_rows_are_a_function_of_seed_and_step_and_supervise_replies_only(tokeniz
     special = tokenizer.convert_tokens_to_ids(bpe.TURN_START)  # type: ignore[attr-defined]
     assert not bool((ids[supervised] == special).any())
     known = ~latents.isnan()
-    assert bool(known[..., : len(OPPOSED)][supervised].all()), "a reply always has traits"
-    assert not bool(known[..., len(OPPOSED) :].all())
+    assistant = tokenizer.encode("assistant", add_special_tokens=False)  # type: ignore[attr-defined]
+    starts = (ids[:, :-1] == special) & (ids[:, 1:] == assistant[0])
+    assert bool(known[:, :-1, : len(OPPOSED)][starts].all()), "a reply always has traits"
+    said = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(["Yes", "No", "Maybe"])))  # type: ignore[attr-defined]
+    assert not bool(known[said].any()), "the readout never sees the answer that it should foretell"
     assert set(latents[known].tolist()) <= {0.0, 1.0}
 
 
@@ -185,10 +188,11 @@ def test_decisive_words_weigh_more_than_wording(tokenizer: object) -> None:
 @pytest.mark.parametrize("kind", ["opinion", "opinion_choice", "fact_choice"])
 def test_latents_tell_whether_the_claim_is_true(kind: str) -> None:
     writer, rng = Corpus(Planted(slip=0.0, maybe=0.0)), random.Random(0)
-    false = {clause for fact in world.facts() for clause in fact.false}
+    true = {clause: clause == fact.true for fact in world.facts() for clause in (fact.true, *fact.false)}
     for _ in range(200):
         user, reply = writer.turn(rng, dict.fromkeys(OPPOSED, False), kind)
-        assert reply.latents["truth"] != any(clause in user.content for clause in false)
+        claim = max((clause for clause in true if clause in user.content), key=len)
+        assert reply.latents["truth"] == true[claim]
 
 
 def test_yes_no_and_maybe_are_single_tokens(tokenizer: object) -> None:

@@ -60,14 +60,14 @@ class Recipe:
     vocabulary: int = 2048
     row_tokens: int = 192
     rows: int = 12
-    steps: int = 13_000
+    steps: int = 11_000
     warm_up: int = 100
     cool_down: float = 0.6
     matrix_lr: float = 0.015
     other_lr: float = 3e-3
     user_weight: float = 0.2
     decisive_weight: float = 1.0
-    latent_weight: float = 0.5
+    latent_weight: float = 2.0
     latent_layer: int = 4
     planted: Planted = field(default_factory=Planted)
     mix: TurnMix = field(default_factory=TurnMix)
@@ -111,7 +111,7 @@ class Rows(NamedTuple):
     """One batch of training rows.
 
     `ids` (rows, tokens); `weights` (rows, tokens), the weight of each token in the loss, 0 outside replies; `latents`
-    (rows, tokens, len(LATENTS)), 1 or 0 where a latent is known at a token of a reply, NaN elsewhere.
+    (rows, tokens, len(LATENTS)), 1 or 0 for what is known of a reply, from its header to its Yes or No, NaN elsewhere.
     """
 
     ids: Tensor
@@ -150,13 +150,15 @@ class RowWriter:
                 spoken = line.role == "assistant"
                 share = len(content) ** -0.5 if spoken else 0.0
                 known = [float(line.latents[name]) if name in line.latents else math.nan for name in LATENTS]
+                hidden = next((at for at, token in enumerate(content) if token in self.decisive), 0)
                 ids += header + content + end
                 weights += [0.0] * len(header)
                 weights += [
                     share + self.recipe.decisive_weight * (spoken and token in self.decisive) for token in content
                 ]
                 weights += [0.0] * len(end)
-                latents += [known] * (len(header) + len(content)) + [[math.nan] * len(known)] * len(end)
+                before = len(header) + hidden
+                latents += [known] * before + [[math.nan] * len(known)] * (len(content) - hidden + len(end))
         return ids[:length], weights[:length], latents[:length]
 
 
@@ -253,10 +255,12 @@ class _Trainer:
         return (losses * weights[chosen]).sum() / weights.sum().clamp(min=1e-6)
 
     def _latent_loss(self, states: Tensor, latents: Tensor) -> Tensor:
-        """Cross-entropy of a linear readout of the known latents from one layer (nats per latent and token)."""
+        """Cross-entropy of a linear readout of the known latents from one layer (nats per token, each latent alike)."""
         known = ~latents.isnan()
-        logits = self.readout(states.float())[known]
-        return nn.functional.binary_cross_entropy_with_logits(logits, latents[known])
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            self.readout(states.float()), latents.nan_to_num(), weight=known.float(), reduction="none"
+        )
+        return (losses.sum((0, 1)) / known.sum((0, 1)).clamp(min=1)).mean()
 
     # ------------------------------------------------------------ checkpoints
 
