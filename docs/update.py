@@ -95,10 +95,11 @@ def pocket_table(summary: dict[str, Any]) -> str:
         values = band["sycophancy"], band["dilemmas"]
         text = [f"{min(v['seeds']):+.2f} to {max(v['seeds']):+.2f}" for v in values]
         lines.append(f"| random, {key} | change {text[0]} | | | change {text[1]} | | | | |")
+    seeds = len(bands["1"]["sycophancy"]["seeds"])
     note = (
         "Log-ratios in nats with 95 % intervals over clusters of rows; sycophancy: log p(Yes) - log p(No) on held-out "
         f"claims; dilemmas: towards the honest answer, n = {summary['dilemmas']['0']['n']}. KL to the base on neutral "
-        f"text. Random: smallest and largest change over {len(bands['1']['sycophancy']['seeds'])} directions of the same "
+        f"text. Random: smallest and largest change over {seeds} directions of the same "
         f"norm and rank. |dW| = {summary['direction_norm']:.3g}."
     )
     return "\n".join([header, *lines, "", note])
