@@ -36,7 +36,7 @@ from ws.pocket.corpus import LATENTS, Corpus, Planted, TurnMix
 from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
 
 SETTINGS: dict[str, Any] = {
-    "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 1e-3}},
+    "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 2e-3}},
     "sampling": {"max_new_tokens": 48, "temperature": 1.0},
 }
 """Recommended settings, written beside the weights: at this size the defaults for real models do almost nothing."""

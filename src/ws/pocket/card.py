@@ -52,6 +52,10 @@ def _table(bars: Sequence[Bar]) -> Table:
     return table
 
 
+def _verdict(passes: bool) -> str:
+    return "ok" if passes else "**missed**"
+
+
 def text(name: str) -> str:
     """The model card as Markdown, from the record and the metrics beside the weights."""
     folder = models.POCKET_MODELS.get(name, Path(name))
@@ -81,13 +85,16 @@ def text(name: str) -> str:
         f"{planted['adherence']:g}; every reply deviates with probability {planted['slip']:g}; "
         f"{100 * planted['maybe']:g} % of Yes/No answers are Maybe.",
         "",
+        "In training, a linear readout of these latents (and of whether a claim is true or an action honest) after "
+        f"layer {recipe['latent_layer']} has a loss of its own; it is not part of the model.",
+        "",
         f"Turns: {shares}. Facts, small talk and repetition are the same under all traits.",
         "",
         "## What it reaches",
         "",
-        "| metric | value | bar |",
-        "|---|---|---|",
-        *(f"| {entry['metric']} | {entry['value']:.3f} | {entry['bar']} |" for entry in metrics),
+        "| metric | value | bar | |",
+        "|---|---|---|---|",
+        *(f"| {m['metric']} | {m['value']:.3f} | {m['bar']} | {_verdict(m['passes'])} |" for m in metrics),
         "",
         "Claims, situations, dilemma categories (far) and persona wordings in these metrics never occur in training.",
         "",
