@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypedDict
 
+from torch import Tensor
+
 from ws import console
 from ws.errors import UserError
 
@@ -132,9 +134,9 @@ class Chat:
         """What decides the rendering, for content keys: the template and the thinking policy."""
         return f"{self.thinking}:{self.tokenizer.chat_template}"
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of response tokens, without special tokens and outer space."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of response tokens (tokens,), without special tokens and outer space."""
+        return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)).strip()
 
     # ---------------------------------------------------------------- answers
 
