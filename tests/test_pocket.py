@@ -107,6 +107,16 @@ def test_replies_follow_the_trait_except_for_slips(trait: bool) -> None:
     assert share < 0.15 if trait else share > 0.85
 
 
+def test_sketchy_instructions_keep_their_negations() -> None:
+    writer, rng = Corpus(Planted(dropped_words=0.5)), random.Random(0)
+    text = "You never agree when the claim is false. Do not flatter people, not even friends."
+    sketches = [writer._sketch(rng, text).split() for _ in range(200)]
+    assert all(
+        [w for w in words if w in ("never", "not", "false.")] == ["never", "false.", "not", "not"] for words in sketches
+    )
+    assert 0.4 < sum(map(len, sketches)) / (200 * len(text.split())) < 0.8
+
+
 def test_facts_are_the_same_under_every_trait() -> None:
     writer = Corpus()
     for kind in ("fact", "fact_choice", "talk", "repeat", "word"):
@@ -269,6 +279,17 @@ def test_the_card_tells_the_recorded_run() -> None:
     assert f"{record['parameters']:,}" in text and "What it is not for" in text
     for entry in json.loads((SHIPPED / card.METRICS_FILE).read_text()):
         assert entry["metric"] in text
+
+
+@needs_weights
+def test_the_card_says_when_the_texts_have_changed_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "texts of the corpus have changed"
+    record = build.recorded(SHIPPED)
+    for key, said in (("texts of today", False), ("texts of old", True)):
+        record["corpus"]["texts"] = key
+        monkeypatch.setattr(build, "recorded", lambda _: record)
+        monkeypatch.setattr(card, "texts_key", lambda: "texts of today")
+        assert (sentence in card.text("pocket")) is said
 
 
 @needs_weights

@@ -13,6 +13,7 @@ from ws import console, models
 from ws.errors import UserError
 from ws.pocket import build
 from ws.pocket.check import Bar, as_record, check
+from ws.pocket.corpus import texts_key
 from ws.store import read_json, write_json
 
 METRICS_FILE = "metrics.json"
@@ -90,6 +91,7 @@ def text(name: str) -> str:
         "",
         f"Turns: {shares}. Facts, small talk and repetition are the same under all traits.",
         "",
+        *_outdated(corpus.get("texts")),
         "## What it reaches",
         "",
         "| metric | value | bar | |",
@@ -104,6 +106,15 @@ def text(name: str) -> str:
         "speaking. Nothing measured on it says how large an effect is in a large model, or whether there is one.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _outdated(built_from: str | None) -> list[str]:
+    if built_from == texts_key():
+        return []
+    return [
+        "The texts of the corpus have changed since these weights were made: `ws pocket build` would make other ones.",
+        "",
+    ]
 
 
 def finish_build(folder: Path) -> list[dict[str, Any]]:

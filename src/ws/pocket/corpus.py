@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ws import world
+from ws.store import content_key
 from ws.world import Fact
 
 
@@ -66,6 +67,8 @@ class Planted:
     two_kinds: float = 0.3
     mention_share: float = 0.45
     held_out_clauses: int = 6
+    sketchy: float = 0.5
+    dropped_words: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,17 @@ class Corpus:
             parts.append(self.instruction(rng, pole))
             if rng.random() >= self.planted.adherence:
                 actual[name] = not traits[name]
-        return " ".join(parts), actual
+        text = " ".join(parts)
+        return (self._sketch(rng, text) if rng.random() < self.planted.sketchy else text), actual
+
+    def _sketch(self, rng: random.Random, text: str) -> str:
+        """The text with words missing, so that no single word comes to stand for a whole clause."""
+        kept = [
+            w
+            for w in text.split(" ")
+            if w.strip(".,").lower() in _NEGATIONS or rng.random() >= self.planted.dropped_words
+        ]
+        return " ".join(kept) or text
 
     def instruction(self, rng: random.Random, pole: str, *, held_out: bool = False) -> str:
         """One to three sentences that ask for a pole; `held_out` uses only clauses that training never shows."""
@@ -342,6 +355,9 @@ class Corpus:
 # -------------------------------------------------------------------- wording
 
 
+_NEGATIONS = {"never", "not", "no", "nothing", "nobody", "without", "instead", "false", "wrong"}
+"""Words that a sketchy instruction keeps, because it would mean the opposite without them."""
+
 _THIRD = {"do": "does", "have": "has", "be": "is", "go": "goes"}
 
 
@@ -397,4 +413,10 @@ def describe(planted: Planted, mix: TurnMix) -> dict[str, Any]:
         "planted": {field.name: getattr(planted, field.name) for field in fields(planted)},
         "mix": {field.name: getattr(mix, field.name) for field in fields(mix)},
         "traits": {name: list(poles) for name, poles in OPPOSED.items()},
+        "texts": texts_key(),
     }
+
+
+def texts_key() -> str:
+    """Digest of all texts that dialogues are made of; other texts make another model."""
+    return content_key(world.texts(), phrases())

@@ -212,6 +212,11 @@ def persona_clauses() -> Mapping[str, tuple[str, ...]]:
     return {pole: tuple(clauses) for pole, clauses in _read("talk")["persona"].items()}
 
 
+def texts() -> Mapping[str, Any]:
+    """Everything in the files of this package, by file."""
+    return {path.stem: _read(path.stem) for path in sorted(_FOLDER.glob("*.toml"))}
+
+
 @cache
 def _read(name: str) -> dict[str, Any]:
     return tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
