@@ -194,7 +194,7 @@ class Corpus:
         head = _pick(rng, "system", "heads")
         if clause.startswith("never"):
             head = rng.choice(("{C}.", "You {c}.", "In this chat you {c}.", "You must {c}."))
-        return head.format(c=clause, C=_capital(clause))
+        return re.sub(r"\b([Yy]ou) be\b", r"\1 are", head.format(c=clause, C=_capital(clause)))
 
     # ---------------------------------------------------------------- opinions
 
