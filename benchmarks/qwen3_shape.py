@@ -25,16 +25,22 @@ from ws.store import write_json
 
 GRID = Grid(topics=2, personas=1, samples=4)
 ROWS = 6
+VOCABULARY = 151_936
 
 
 def make(folder: Path) -> None:
-    """Save the random model, bf16, with a small tokenizer whose ids are part of the large vocabulary."""
+    """Save the random model, bf16, with a small tokenizer; words that it never splits text into name all other ids."""
     folder.mkdir(parents=True)
-    bpe.train(tiny.training_texts(), 1024, folder / "tokenizer.json")
-    tokenizer = bpe.load(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    bpe.train(tiny.training_texts(), 1024, path)
+    content = json.loads(path.read_text())
+    known = content["model"]["vocab"]
+    known |= {f"word{number}": number for number in range(len(known), VOCABULARY)}
+    path.write_text(json.dumps(content))
+    tokenizer = bpe.load(path)
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, rope_theta=1_000_000,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
