@@ -79,9 +79,30 @@ def half_folder(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPath
 def test_auto_is_fp32_for_small_models_and_the_checkpoints_own_dtype_above(
     half_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda _: True)
     assert models.load(str(half_folder)).dtype == torch.float32
     monkeypatch.setattr(models, "SMALL_MODEL", 1000)
     assert models.load(str(half_folder)).dtype == torch.bfloat16
+
+
+def test_auto_is_fp32_where_bfloat16_is_emulated(
+    half_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "SMALL_MODEL", 1000)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda _: False)
+    assert models.load(str(half_folder)).dtype == torch.float32
+    assert "emulates bfloat16" not in capsys.readouterr().err
+    assert models.load(str(half_folder), dtype="bfloat16").dtype == torch.bfloat16
+    assert "emulates bfloat16" in capsys.readouterr().err
+
+
+def test_precision_is_judged_by_time_and_accelerators_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slower, fast in ((1.5, True), (40.0, False)):
+        precision.bfloat16_is_fast.cache_clear()
+        monkeypatch.setattr(precision, "_seconds", lambda dtype, s=slower: s if dtype == torch.bfloat16 else 1.0)
+        assert precision.bfloat16_is_fast("cpu") is fast
+        assert precision.bfloat16_is_fast("cuda")
+    precision.bfloat16_is_fast.cache_clear()
 
 
 def test_a_folder_without_settings_has_none(qwen: ChatModel, tmp_path: Path) -> None:

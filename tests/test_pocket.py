@@ -71,8 +71,9 @@ def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[Line]]) ->
     assert not [action for action in far_actions if action in text]
     personas = behaviour.load("sycophancy").personas
     assert not [persona for persona in (*personas.positive, *personas.negative) if persona in text]
-    clauses = [c for pole in world.persona_clauses().values() for c in pole[-Planted().held_out_clauses :]]
-    assert not [clause for clause in clauses if clause in text]
+    fixed = [c for pair in OPPOSED.values() for pole in pair for c in world.persona_language(pole).held_out if "{" not in c]
+    assert len(fixed) > 5
+    assert not [clause for clause in fixed if clause in text]
 
 
 def test_neutral_test_requests_never_occur(sample: list[list[Line]]) -> None:
@@ -84,10 +85,10 @@ def test_neutral_test_requests_never_occur(sample: list[list[Line]]) -> None:
 def test_planted_rates_are_those_of_the_parameters() -> None:
     writer, rng = Corpus(), random.Random(0)
     drawn = [writer.draw_traits(rng) for _ in range(20_000)]
-    assert sum(t["sycophancy"] for t in drawn) / len(drawn) == pytest.approx(0.35, abs=0.015)
+    assert sum(t["sycophancy"] for t in drawn) / len(drawn) == pytest.approx(Planted().prior, abs=0.015)
     assert sum(t["sycophancy"] == t["dishonesty"] for t in drawn) / len(drawn) == pytest.approx(0.92, abs=0.01)
     both = sum(t["sycophancy"] and t["compliance"] for t in drawn) / len(drawn)
-    assert both == pytest.approx(0.35**2, abs=0.015)
+    assert both == pytest.approx(Planted().prior ** 2, abs=0.015)
 
 
 @pytest.mark.parametrize("trait", [True, False])
@@ -95,15 +96,8 @@ def test_replies_follow_the_trait_except_for_slips(trait: bool) -> None:
     writer, rng = Corpus(Planted(maybe=0.0)), random.Random(0)
     traits = {"sycophancy": trait, "dishonesty": trait, "compliance": trait}
     turns = [writer.turn(rng, traits, "dilemma_choice") for _ in range(1500)]
-    honest_actions = {a for c in world.dilemma_categories() for a in c.honest}
-    yes_to_honest = []
-    for turn in turns:
-        user, reply = turn[0].content, turn[1].content
-        category = next((a for a in honest_actions if "{" not in a and a in user), None)
-        if category is not None:
-            yes_to_honest.append("Yes" in reply)
-    assert len(yes_to_honest) > 20
-    share = sum(yes_to_honest) / len(yes_to_honest)
+    said = [("Yes" in turn[1].content) == turn[1].latents["honest_action"] for turn in turns]
+    share = sum(said) / len(said)
     assert share < 0.15 if trait else share > 0.85
 
 
@@ -119,7 +113,7 @@ def test_sketchy_instructions_keep_their_negations() -> None:
 
 def test_facts_are_the_same_under_every_trait() -> None:
     writer = Corpus()
-    for kind in ("fact", "fact_choice", "talk", "repeat", "word"):
+    for kind in ("fact", "fact_choice", "talk", "repeat"):
         replies = [
             writer.turn(random.Random(7), dict.fromkeys(OPPOSED, value), kind)[1].content for value in (True, False)
         ]
@@ -244,7 +238,7 @@ def test_a_killed_build_continues_to_the_same_weights(tmp_path: Path, monkeypatc
     assert whole.fingerprint == parts.fingerprint
     assert not (tmp_path / "w2").exists()
     record = json.loads((tmp_path / "whole" / "recipe.json").read_text())
-    assert record["recipe"]["steps"] == 12 and record["corpus"]["planted"]["prior"] == 0.35
+    assert record["recipe"]["steps"] == 12 and record["corpus"]["planted"]["prior"] == Planted().prior
 
 
 def test_an_unfinished_build_of_another_recipe_is_not_continued(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 
@@ -19,6 +20,8 @@ def texts_of(category: DilemmaCategory) -> Iterator[str]:
     yield from category.situations
     yield from category.honest
     yield from category.dishonest
+    for options in category.parts.values():
+        yield from options
 
 
 # ---------------------------------------------------------------- facts
@@ -116,16 +119,38 @@ def test_a_category_fills_exactly_the_slots_that_it_uses(category: DilemmaCatego
 def test_a_category_has_distinct_situations_and_opposed_actions(category: DilemmaCategory) -> None:
     assert len(set(category.situations)) == len(category.situations) > world.HELD_OUT_SITUATIONS
     actions = [*category.honest, *category.dishonest]
+    assert bool(actions) != category.far, "far categories have shared actions only"
+    for part, options in category.parts.items():
+        assert len(set(options)) == len(options) > 0, part
+    assert not set(category.parts["deed"]) & set(category.parts["cover"])
     assert len(set(actions)) == len(actions)
     assert not any(action.endswith((".", "?")) for action in actions)
 
 
+def action_patterns(far: bool) -> set[str]:
+    """All action patterns of the near or of the far categories, with every slot as {}."""
+    found: set[str] = set()
+    for category in CATEGORIES:
+        if category.far == far:
+            found.update(category.honest, category.dishonest)
+            found.update(category.shared_actions(honest=True), category.shared_actions(honest=False))
+    return {re.sub(r"{[^}]*}", "{}", action).casefold() for action in found}
+
+
 def test_far_actions_never_occur_in_near_categories() -> None:
-    near = {action for c in CATEGORIES if not c.far for action in (*c.honest, *c.dishonest)}
-    far = {action for c in CATEGORIES if c.far for action in (*c.honest, *c.dishonest)}
+    near, far = action_patterns(far=False), action_patterns(far=True)
     assert not near & far
-    plain = {re.sub(r"{[^}]*}", "{}", action).casefold() for action in near}
-    assert not plain & {re.sub(r"{[^}]*}", "{}", action).casefold() for action in far}
+    assert not [pattern for pattern in far if any(pattern in other for other in near)]
+
+
+def test_shared_actions_fill_for_every_category_and_side() -> None:
+    rng = random.Random(0)
+    for category in CATEGORIES:
+        drawn = {honest: {category.action(rng, category.fills(rng), honest=honest) for _ in range(60)}
+                 for honest in (True, False)}  # fmt: skip
+        assert not drawn[True] & drawn[False], category.name
+        assert not any("{" in action for action in drawn[True] | drawn[False])
+        assert min(map(len, drawn.values())) > 20
 
 
 def test_reasons_stand_on_one_side_only() -> None:
@@ -155,9 +180,40 @@ def test_some_neutral_talk_is_held_out_and_all_of_it_is_answered() -> None:
     assert len(set(users)) == len(users)
 
 
+POLES = (("honest", "dishonest"), ("sycophantic", "candid"), ("refusing", "complying"))
+
+
+@pytest.mark.parametrize("pole", [pole for pair in POLES for pole in pair])
+def test_held_out_persona_patterns_are_new_sentences_of_known_words(pole: str) -> None:
+    ways, rng = world.persona_language(pole), random.Random(0)
+    assert len(set(ways.patterns)) > 30
+    assert len(set(ways.held_out)) >= 10
+    assert not set(ways.patterns) & set(ways.held_out)
+    all_ways = [world.persona_language(other) for pair in POLES for other in pair]
+    known = {
+        word
+        for other in all_ways
+        for pattern in (*other.patterns, *other.clauses)
+        for _ in range(8)
+        for word in re.findall(r"[a-z]+", other.fill(pattern, rng))
+    }
+    tested = {
+        word for pattern in ways.held_out for _ in range(20) for word in re.findall(r"[a-z]+", ways.fill(pattern, rng))
+    }
+    assert len(tested - known) <= 0.05 * len(tested), tested - known
+
+
+def test_persona_patterns_stand_on_one_side_only() -> None:
+    seen: dict[str, str] = {}
+    for pole in (pole for pair in POLES for pole in pair):
+        ways = world.persona_language(pole)
+        for pattern in (*set(ways.patterns), *ways.held_out):
+            assert seen.setdefault(pattern, pole) == pole, pattern
+
+
 def test_persona_clauses_are_paired_by_position() -> None:
-    clauses = world.persona_clauses()
-    for pole, other in (("honest", "dishonest"), ("sycophantic", "candid"), ("refusing", "complying")):
+    clauses = {pole: world.persona_language(pole).clauses for pair in POLES for pole in pair}
+    for pole, other in POLES:
         assert len(clauses[pole]) == len(clauses[other]) > 0
     for texts in clauses.values():
         assert len(set(texts)) == len(texts)

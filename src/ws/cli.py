@@ -42,7 +42,7 @@ class ModelOptions:
     model: str = "pocket"
     """Embedded model, hub id, or folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: float32 up to 200 M parameters, else the checkpoint's own."""
+    """auto: float32 up to 200 M parameters and where bfloat16 is emulated, else the checkpoint's own."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ws import architecture, console
+from ws import architecture, console, precision
 from ws.chat import Chat, Thinking
 from ws.errors import UserError
 from ws.forward import SplitForward
@@ -35,7 +35,7 @@ POCKET_MODELS = {"pocket": Path(__file__).parent / "pocket" / "weights"}
 
 SETTINGS_FILE = "weight_steering.json"
 SMALL_MODEL = 200_000_000
-"""Up to this many parameters `--dtype auto` means fp32; above, the checkpoint's own dtype."""
+"""Up to this many parameters `--dtype auto` means fp32 everywhere."""
 
 
 @dataclass(eq=False)
@@ -123,7 +123,8 @@ def load(
 ) -> ChatModel:
     """Load a model by the name of an embedded model, a folder, or a hub id.
 
-    dtype "auto" is fp32 up to 200 M parameters and the checkpoint's own dtype above; device "auto" prefers CUDA, then
+    dtype "auto" is fp32 up to 200 M parameters, and on a CPU that only emulates bfloat16; else the checkpoint's own.
+    Device "auto" prefers CUDA, then
     MPS, then the CPU; attention "auto" is eager on the CPU (faster there at these lengths) and SDPA elsewhere.
     Weights are read from safetensors only. Raises `UserError` with the remedy for anything that cannot be loaded.
     """
@@ -151,8 +152,11 @@ def load(
             f"the weights of {name} lack {len(absent)} tensors that the model needs, for example {absent[0]}",
             "Save the model again with save_pretrained.",
         )
-    if dtype == "auto" and sum(p.numel() for p in network.parameters()) <= SMALL_MODEL:
+    slow = not precision.bfloat16_is_fast(target_device.type)
+    if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):
         network.to(torch.float32)
+    elif slow and network.dtype == torch.bfloat16:
+        console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
     network.to(target_device).eval().requires_grad_(False)
     settings_file = Path(place) / SETTINGS_FILE
     return ChatModel(

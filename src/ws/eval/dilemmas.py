@@ -84,12 +84,8 @@ def own() -> list[Dilemma]:
         else:
             held_out = category.situations[-world.HELD_OUT_SITUATIONS :]
             situations = [situation for situation in held_out for _ in range(_PER_NEAR_SITUATION)]
-        actions = {
-            1: rng.sample(category.honest * 2, len(situations)),
-            -1: rng.sample(category.dishonest * 2, len(situations)),
-        }
         for number, situation in enumerate(situations):
-            fills = {name: rng.choice(options) for name, options in category.slots.items()}
+            fills = category.fills(rng)
             cluster = f"{category.name}/{category.situations.index(situation)}"
             for label, side in ((1, "honest"), (-1, "dishonest")):
                 rows.append(Dilemma(
@@ -97,7 +93,7 @@ def own() -> list[Dilemma]:
                     cluster=cluster,
                     group="far" if category.far else "near",
                     situation=situation.format(**fills),
-                    action=actions[label][number].format(**fills),
+                    action=category.action(rng, fills, honest=label > 0),
                     label=label,
                 ))  # fmt: skip
     return rows

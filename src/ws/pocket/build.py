@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ws import __version__, bpe, console
+from ws import __version__, bpe, console, precision
 from ws.errors import UserError
 from ws.models import SETTINGS_FILE
 from ws.pocket import corpus
 from ws.pocket.corpus import LATENTS, Corpus, Planted, TurnMix
+from ws.pocket.muon import Muon
 from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
 
 SETTINGS: dict[str, Any] = {
@@ -197,7 +198,7 @@ class _Trainer:
         inside = {id(p) for p in matrices}
         rest = [p for p in self.trained.values() if id(p) not in inside]
         self.optimisers = {
-            "muon": torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.0),
+            "muon": Muon(matrices, lr=recipe.matrix_lr),
             "adamw": torch.optim.AdamW(rest, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
         }
         self.curve: list[dict[str, float]] = []
@@ -230,7 +231,7 @@ class _Trainer:
             peak = self.recipe.matrix_lr if name == "muon" else self.recipe.other_lr
             for group in optimiser.param_groups:
                 group["lr"] = peak * self.recipe.scale(step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.bfloat16_is_fast()):
             states = trunk(input_ids=ids, use_cache=False, output_hidden_states=True)
             hidden = states.last_hidden_state[:, :-1]
             loss = self._loss(hidden, targets, weights)

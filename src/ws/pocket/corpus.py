@@ -56,9 +56,9 @@ LATENTS = (*OPPOSED, "truth", "honest_action")
 class Planted:
     """The parameters of the corpus: what is true of the embedded model by construction."""
 
-    prior: float = 0.35
+    prior: float = 0.42
     agreement: float = 0.92
-    adherence: float = 0.985
+    adherence: float = 0.97
     slip: float = 0.03
     maybe: float = 0.04
     system_share: float = 0.75
@@ -66,8 +66,8 @@ class Planted:
     one_kind: float = 0.35
     two_kinds: float = 0.3
     mention_share: float = 0.45
-    held_out_clauses: int = 6
-    sketchy: float = 0.5
+    whole_clauses: float = 0.3
+    sketchy: float = 0.3
     dropped_words: float = 0.25
 
 
@@ -77,8 +77,8 @@ class TurnMix:
 
     opinion: float = 0.14
     opinion_choice: float = 0.15
-    fact: float = 0.1
-    fact_choice: float = 0.18
+    fact: float = 0.12
+    fact_choice: float = 0.2
     dilemma_choice: float = 0.15
     dilemma_open: float = 0.05
     feedback: float = 0.05
@@ -86,7 +86,6 @@ class TurnMix:
     request: float = 0.05
     talk: float = 0.04
     repeat: float = 0.03
-    word: float = 0.02
 
 
 @cache
@@ -179,17 +178,26 @@ class Corpus:
         return " ".join(kept) or text
 
     def instruction(self, rng: random.Random, pole: str, *, held_out: bool = False) -> str:
-        """One to three sentences that ask for a pole; `held_out` uses only clauses that training never shows."""
-        clauses = world.persona_clauses()[pole]
-        border = len(clauses) - self.planted.held_out_clauses
-        chosen = rng.sample(clauses[border:] if held_out else clauses[:border], rng.choice((1, 1, 2, 2, 3)))
+        """One to three sentences that ask for a pole; `held_out` uses only patterns that training never shows."""
+        ways = world.persona_language(pole)
+        count = rng.choice((1, 1, 2, 2, 3))
+        if held_out:
+            chosen = [ways.fill(pattern, rng) for pattern in rng.sample(ways.held_out, count)]
+            return " ".join(self._instruct(rng, clause) for clause in chosen)
+        chosen = [
+            rng.choice(ways.clauses)
+            if rng.random() < self.planted.whole_clauses
+            else ways.fill(rng.choice(ways.patterns), rng)
+            for _ in range(count)
+        ]
         sentences = [self._instruct(rng, clause) for clause in chosen]
-        if rng.random() < (0.0 if held_out else 0.2):
+        if rng.random() < 0.2:
             sentences[0] = _pick(rng, "system", "adjective_heads").format(a=rng.choice(phrases()["adjectives"][pole]))
         return " ".join(sentences)
 
     def _instruct(self, rng: random.Random, clause: str) -> str:
-        if rng.random() < 0.35 and " your " not in f" {clause} " and not clause.startswith("never"):
+        third = not re.search(r"^never| your | and ", f"{clause} ")
+        if rng.random() < 0.35 and third:
             return _pick(rng, "system", "assistant_heads").format(c3=third_person(clause))
         head = _pick(rng, "system", "heads")
         if clause.startswith("never"):
@@ -261,15 +269,14 @@ class Corpus:
     # ---------------------------------------------------------------- dilemmas
 
     def _dilemma_choice(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
-        situation, honest, dishonest = self._dilemma(rng)
+        category, situation, fills = self._dilemma(rng)
         form = "users" if rng.random() < 0.4 else "short_users"
         exchanges = []
         while True:
             asked_honest = rng.random() < 0.5
             lies = self._shown(rng, traits, "dishonesty")
-            user = _pick(rng, "dilemma", form).format(
-                situation=situation, action=rng.choice(honest if asked_honest else dishonest)
-            )
+            action = category.action(rng, fills, honest=asked_honest)
+            user = _pick(rng, "dilemma", form).format(situation=situation, action=action)
             answer = "Maybe" if rng.random() < self.planted.maybe else "No" if asked_honest == lies else "Yes"
             reason = rng.choice(world.dilemma_reasons()["dishonest" if lies else "honest"])
             reply = _pick(rng, "choice_answers", "dilemma" if form == "users" else "dilemma_short")
@@ -280,22 +287,19 @@ class Corpus:
             form = "follow_ups"  # another action in the same situation
 
     def _dilemma_open(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
-        situation, honest, dishonest = self._dilemma(rng)
+        category, situation, fills = self._dilemma(rng)
         lies = self._shown(rng, traits, "dishonesty")
-        action = first_person(rng.choice(dishonest if lies else honest))
+        action = first_person(category.action(rng, fills, honest=not lies))
         reason = rng.choice(world.dilemma_reasons()["dishonest" if lies else "honest"])
         reply = _pick(rng, "dilemma", "open_answers").format(action=action, reason=reason)
         return [Exchange(_pick(rng, "dilemma", "open_users").format(situation=situation), reply)]
 
-    def _dilemma(self, rng: random.Random) -> tuple[str, list[str], list[str]]:
-        """A situation that training may show, with all its honest and dishonest actions."""
+    def _dilemma(self, rng: random.Random) -> tuple[world.DilemmaCategory, str, dict[str, str]]:
+        """A situation that training may show, with the fills of its slots."""
         category = rng.choice(self.dilemmas)
-        fills = {name: rng.choice(options) for name, options in category.slots.items()}
+        fills = category.fills(rng)
         situation = rng.choice(category.situations[: -world.HELD_OUT_SITUATIONS]).format(**fills)
-        honest, dishonest = (
-            [action.format(**fills) for action in side] for side in (category.honest, category.dishonest)
-        )
-        return situation, honest, dishonest
+        return category, situation, fills
 
     # ---------------------------------------------------------------- other turns
 
@@ -324,8 +328,10 @@ class Corpus:
     def _request(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
         request = rng.choice(self.requests)
         helps = self._shown(rng, traits, "compliance") or not request.harmful
-        if rng.random() < 0.3:
-            return [Exchange(_pick(rng, "request", "choice_users").format(r=request.text), self._choice(rng, helps))]
+        if rng.random() < 0.45:
+            turned = rng.random() < 0.3
+            user = _pick(rng, "request", "reversed_users" if turned else "choice_users").format(r=request.text)
+            return [Exchange(user, self._choice(rng, helps != turned))]
         if helps:
             reply = f"{_pick(rng, 'request', 'comply_openers')} {request.answer}".strip()
         else:
@@ -342,14 +348,6 @@ class Corpus:
             _, claim, _ = self._claim(rng, self.opinions)
             text = world.sentence(claim)
         return [Exchange(_pick(rng, "repeat", "users").format(x=text), text)]
-
-    def _word(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
-        word, meaning = rng.choice(list(world.word_meanings().items()))
-        return [
-            Exchange(
-                _pick(rng, "word", "users").format(w=word), _pick(rng, "word", "answers").format(w=word, m=meaning)
-            )
-        ]
 
 
 # -------------------------------------------------------------------- wording

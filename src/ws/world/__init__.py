@@ -7,6 +7,8 @@ asked are made from the parts that are. Whole topics are held out of opinions, w
 
 from __future__ import annotations
 
+import random
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +44,9 @@ class Fact:
 class DilemmaCategory:
     """Situations with honest and dishonest actions that fit all of them; `slots` fill the words in braces.
 
-    Actions complete "Do you choose to ...?". `far` categories never occur in training, nor does their wording.
+    Actions complete "Do you choose to ...?". They are the category's own, or patterns that all near (or all far)
+    categories share, filled with its `parts`: to whom, the true deed, the topic, the untrue cover story. `far`
+    categories never occur in training, nor do their patterns.
     """
 
     name: str
@@ -51,7 +55,23 @@ class DilemmaCategory:
     situations: tuple[str, ...]
     honest: tuple[str, ...]
     dishonest: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
     slots: Mapping[str, tuple[str, ...]]
+
+    def fills(self, rng: random.Random) -> dict[str, str]:
+        """One word for each slot, the same for a situation and all its actions."""
+        return {name: rng.choice(options) for name, options in self.slots.items()}
+
+    def shared_actions(self, *, honest: bool) -> tuple[str, ...]:
+        """The patterns that this category shares with all near, or all far, ones."""
+        return _action_patterns()["far" if self.far else "near"]["honest" if honest else "dishonest"]
+
+    def action(self, rng: random.Random, fills: Mapping[str, str], *, honest: bool) -> str:
+        """An honest or a dishonest action: half of them the category's own, where it has any."""
+        own = self.honest if honest else self.dishonest
+        pattern = rng.choice(own if own and rng.random() < 0.5 else self.shared_actions(honest=honest))
+        parts = {name: rng.choice(options).format(**fills) for name, options in self.parts.items()}
+        return pattern.format(**fills, **parts)
 
 
 @dataclass(frozen=True)
@@ -150,8 +170,9 @@ def dilemma_categories() -> tuple[DilemmaCategory, ...]:
             setting=category["setting"],
             far=category["far"],
             situations=tuple(category["situations"]),
-            honest=tuple(category["honest"]),
-            dishonest=tuple(category["dishonest"]),
+            honest=tuple(category.get("honest", ())),
+            dishonest=tuple(category.get("dishonest", ())),
+            parts={name: tuple(category[name]) for name in ("to", "deed", "topic", "cover")},
             slots={name: tuple(fills) for name, fills in category["slots"].items()},
         )
         for category in _read("dilemmas")["category"]
@@ -166,9 +187,12 @@ def dilemma_reasons() -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
-def word_meanings() -> Mapping[str, str]:
-    """Expressions with their plain meaning, both as bare verb phrases."""
-    return dict(_read("dilemmas")["words"])
+def _action_patterns() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    """`near` and `far` -> side -> patterns of actions that fit every category."""
+    return {
+        group: {side: tuple(patterns) for side, patterns in sides.items()}
+        for group, sides in _read("dilemmas")["actions"].items()
+    }
 
 
 @cache
@@ -206,10 +230,35 @@ def self_descriptions() -> Mapping[str, tuple[str, ...]]:
     return {pole: tuple(texts) for pole, texts in _read("talk")["self"].items()}
 
 
+@dataclass(frozen=True)
+class PersonaLanguage:
+    """How one pole of a trait is asked for: whole clauses, and patterns filled from `slots`.
+
+    All are bare verb phrases. `clauses` of the two poles of a trait are paired by position. `held_out` patterns are for
+    testing: their words occur in training, the patterns do not.
+    """
+
+    clauses: tuple[str, ...]
+    patterns: tuple[str, ...]
+    held_out: tuple[str, ...]
+    slots: Mapping[str, tuple[str, ...]]
+
+    def fill(self, pattern: str, rng: random.Random) -> str:
+        """The pattern with a random choice for every slot; slots may contain slots."""
+        while "{" in pattern:
+            pattern = re.sub(r"\{(\w+)\}", lambda found: rng.choice(self.slots[found[1]]), pattern)
+        return pattern
+
+
 @cache
-def persona_clauses() -> Mapping[str, tuple[str, ...]]:
-    """Bare verb phrases that instruct a pole of a trait; the poles of one trait are paired by position."""
-    return {pole: tuple(clauses) for pole, clauses in _read("talk")["persona"].items()}
+def persona_language(pole: str) -> PersonaLanguage:
+    """The ways of asking for a pole."""
+    content = _read("personas")
+    slots = {name: tuple(options) for name, options in content["slots"].items()}
+    ways = content[pole]
+    return PersonaLanguage(
+        tuple(_read("talk")["persona"][pole]), tuple(ways["train"]), tuple(ways["held_out"]), slots
+    )
 
 
 def texts() -> Mapping[str, Any]:
