@@ -25,8 +25,9 @@ from making import (
     save_lora,
     weights_digest,
 )
-from ws import adapters, architecture, models
+from ws import adapters, architecture, models, spectrum, tiny
 from ws.adapters import AdapterSettings
+from ws.direction import as_matrix
 from ws.errors import UnsupportedFeatureError, UserError
 from ws.models import ChatModel
 
@@ -46,13 +47,13 @@ class Saved(NamedTuple):
 def saved(any_model: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A rank-4 LoRA on the default slice of each architecture."""
     base = Path(any_model.name)
-    wrapped = adapters.attach(
+    attached = adapters.attach(
         models.load(str(base)).network, AdapterSettings(rank=RANK, lora_alpha=LORA_ALPHA), "the-base"
     )
-    randomise(wrapped, seed=1)
+    randomise(attached.wrapped, seed=1)
     folder = tmp_path_factory.mktemp("adapter")
-    wrapped.save_pretrained(str(folder))
-    factors = {name: p.detach().double() for name, p in wrapped.named_parameters() if "lora_" in name}
+    attached.save(folder)
+    factors = {name: p.detach().double() for name, p in attached.wrapped.named_parameters() if "lora_" in name}
     return Saved(base, folder, factors)
 
 
@@ -112,7 +113,7 @@ def test_the_folder_records_base_and_settings(saved: Saved) -> None:
 
 def test_a_fresh_adapter_changes_nothing(qwen: ChatModel, tmp_path: Path) -> None:
     network = models.load(qwen.name).network
-    adapters.attach(network, AdapterSettings(rank=2), "base").save_pretrained(str(tmp_path))
+    adapters.attach(network, AdapterSettings(rank=2), "base").save(tmp_path)
     for delta in adapters.deltas(adapters.read(tmp_path), qwen.network).values():
         assert torch.count_nonzero(in_fp64(delta)) == 0 and delta.rank == 2
 
@@ -129,7 +130,7 @@ def test_only_the_chosen_layers_and_roles_are_trainable(
     qwen: ChatModel, layers: tuple[float, float], roles: tuple[str, ...], expected: set[tuple[int, str]]
 ) -> None:
     network = models.load(qwen.name).network
-    wrapped = adapters.attach(network, AdapterSettings(rank=2, layers=layers, roles=roles), "base")
+    wrapped = adapters.attach(network, AdapterSettings(rank=2, layers=layers, roles=roles), "base").wrapped
     trainable = {name.split(".lora_")[0] for name, p in wrapped.named_parameters() if p.requires_grad}
     sites = {f"base_model.model.{site.module}": site for site in architecture.sites(qwen.network)}
     assert {(sites[name].layer, sites[name].roles[0]) for name in trainable} == expected
@@ -149,6 +150,10 @@ WITH_EXACT_FORM: dict[str, dict[str, Any]] = {
     "gaussian start": {"init_lora_weights": "gaussian"},
     "orthogonal start": {"init_lora_weights": "orthogonal"},
     "dropout": {"lora_dropout": 0.3},
+    "weight-decomposed": {"use_dora": True},
+    "weight-decomposed with patterns": {"use_dora": True, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    "principal components": {"init_lora_weights": "pissa"},
+    "whole modules": {"modules_to_save": ["norm"]},
 }
 
 
@@ -162,7 +167,97 @@ def test_options_mean_what_peft_merges(qwen: ChatModel, tmp_path: Path, options:
     for name, delta in deltas.items():
         scale = weight_norm(qwen, name)
         assert float(merged[name].norm()) > 1e-2 * scale
-        assert float((in_fp64(delta) - merged[name]).norm()) <= 1e-6 * scale, name
+        whole = spectrum.dense(delta, as_matrix(qwen.network.get_parameter(name).data))
+        assert float((whole - as_matrix(merged[name])).norm()) <= 1e-6 * scale, name
+
+
+OTHER_KINDS: dict[str, Any] = {
+    "IA3 on all kinds": lambda: peft.IA3Config(
+        target_modules=["q_proj", "o_proj", "up_proj", "down_proj"], feedforward_modules=["down_proj", "up_proj"]
+    ),
+    "DeLoRA with patterns": lambda: peft.DeloraConfig(
+        r=3, delora_lambda=0.7, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2},
+        lambda_pattern={"down_proj": 0.2},
+    ),
+    "OFT with exact Cayley": lambda: peft.OFTConfig(
+        r=0, oft_block_size=8, target_modules=["q_proj", "up_proj"], use_cayley_neumann=False
+    ),
+    "OFT with another series": lambda: peft.OFTConfig(
+        r=0, oft_block_size=4, target_modules=["q_proj"], num_cayley_neumann_terms=3
+    ),
+    "OFT by number of blocks": lambda: peft.OFTConfig(r=4, oft_block_size=0, target_modules=["down_proj"]),
+    "OFT with shared blocks": lambda: peft.OFTConfig(
+        r=0, oft_block_size=8, target_modules=["q_proj", "down_proj"], block_share=True
+    ),
+    "constrained OFT": lambda: peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"], coft=True, eps=0.05),
+    "BOFT with small blocks": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["v_proj", "gate_proj"]),
+    "BOFT by number of blocks": lambda: peft.BOFTConfig(
+        boft_block_size=0, boft_block_num=4, target_modules=["v_proj"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_adapter_mean_what_peft_merges(qwen: ChatModel, tmp_path: Path, kind: str) -> None:
+    base = Path(qwen.name)
+    wrapped = peft.get_peft_model(models.load(str(base)).network, OTHER_KINDS[kind]())
+    fresh = torch.Generator().manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=fresh))
+    wrapped.save_pretrained(str(tmp_path))
+    merged = merged_by_peft(base, tmp_path)
+    deltas = adapters.deltas(adapters.read(tmp_path), qwen.network)
+    assert {name for name, change in merged.items() if change.norm() > 0} == deltas.keys()
+    for name, delta in deltas.items():
+        weight = qwen.network.get_parameter(name).data
+        assert float(merged[name].norm()) > 1e-3 * float(weight.norm())
+        error = spectrum.dense(delta, as_matrix(weight)) - as_matrix(merged[name])
+        assert float(error.norm()) <= 1e-6 * float(weight.double().norm()), name
+
+
+def test_boft_with_more_factors_is_dense_and_exact(qwen: ChatModel, tmp_path: Path) -> None:
+    """PEFT needs a CUDA kernel for it; the matrices are built here as its forward pass defines them."""
+    from peft.tuners.boft.layer import BOFTLayer  # noqa: PLC0415
+
+    config = peft.BOFTConfig(
+        boft_block_size=4, target_modules=["v_proj"], layers_to_transform=[1], layers_pattern="layers"
+    )
+    peft.get_peft_model(models.load(qwen.name).network, config).save_pretrained(str(tmp_path))
+    name, factors, size = "model.layers.1.self_attn.v_proj", 3, 4
+    weight = qwen.network.get_parameter(f"{name}.weight").data.double()
+    rows, columns = weight.shape
+    fresh = torch.Generator().manual_seed(0)
+    blocks = 0.1 * torch.randn(factors, columns // size, size, size, generator=fresh)
+    scale = 1 + 0.1 * torch.randn(rows, 1, generator=fresh)
+    stem = f"base_model.model.{name}"
+    save_file({f"{stem}.boft_R": blocks, f"{stem}.boft_s": scale}, tmp_path / WEIGHTS)
+    total = torch.eye(columns, dtype=torch.float64)
+    for number in range(factors):
+        permutation = torch.zeros(columns, columns, dtype=torch.float64)
+        order = BOFTLayer.block_butterfly_perm(None, columns, columns // size // 2**number, size // 2, factors - 1)
+        permutation[torch.arange(columns), order] = 1
+        skew = (blocks[number] - blocks[number].mT).double() / 2
+        eye = torch.eye(size, dtype=torch.float64)
+        inside = torch.block_diag(*((eye - q) @ torch.linalg.inv(eye + q) for q in skew))
+        total = permutation @ inside @ permutation.T @ total
+    wanted = scale.double() * (weight @ total.T) - weight
+    (delta,) = adapters.deltas(adapters.read(tmp_path), qwen.network).values()
+    assert delta.dense is not None and not delta.needs_weight
+    assert relative_error(delta.dense, wanted) < 1e-6
+
+
+def test_a_trained_bias_of_b_moves_the_bias_of_the_module(tmp_path: Path) -> None:
+    tiny.make("qwen3-biases", tmp_path / "base", layers=4)
+    model = models.load(str(tmp_path / "base"))
+    folder = save_lora(tmp_path / "base", tmp_path / "a", lora_bias=True, target_modules=["q_proj", "o_proj"])
+    deltas = adapters.deltas(adapters.read(folder), model.network)
+    merged = merged_by_peft(tmp_path / "base", folder)
+    biases = [name for name in deltas if name.endswith("bias")]
+    assert len(biases) == 4 and {n for n, change in merged.items() if change.norm() > 0} == deltas.keys()
+    for name, delta in deltas.items():
+        scale = float(model.network.get_parameter(name).double().norm())
+        assert float((in_fp64(delta) - as_matrix(merged[name])).norm()) <= 1e-6 * scale
 
 
 def test_patterns_set_the_rank_of_single_modules(qwen: ChatModel, tmp_path: Path) -> None:
@@ -189,11 +284,9 @@ def test_bf16_factors_are_read_as_they_are(qwen: ChatModel, plain_lora: Path, tm
 # -------------------------------------------------------------------- what is refused by name
 
 WITHOUT_EXACT_FORM: dict[str, dict[str, Any]] = {
-    "use_dora": {"use_dora": True},
-    "init_lora_weights": {"init_lora_weights": "pissa"},
     "bias": {"bias": "all"},
-    "lora_bias": {"lora_bias": True},
-    "modules_to_save": {"modules_to_save": ["norm"]},
+    "trained bias of": {"lora_bias": True},
+    "fully trained": {"modules_to_save": ["embed_tokens"]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
 }
 
@@ -224,12 +317,21 @@ def test_an_option_that_does_not_exist_yet_is_refused(qwen: ChatModel, plain_lor
         adapters.deltas(adapters.read(folder), qwen.network)
 
 
+@pytest.mark.parametrize("version", ["0.17.1", "", None])
+def test_oft_of_an_older_peft_is_refused(qwen: ChatModel, tmp_path: Path, version: str | None) -> None:
+    config = peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"])
+    peft.get_peft_model(models.load(qwen.name).network, config).save_pretrained(str(tmp_path))
+    edit_json(tmp_path / CONFIG, lambda c: c.update(peft_version=version))
+    with pytest.raises(UnsupportedFeatureError, match=r"0\.18"):
+        adapters.deltas(adapters.read(tmp_path), qwen.network)
+
+
 def test_other_kinds_of_adapter_are_refused_by_name(qwen: ChatModel, tmp_path: Path) -> None:
-    config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=[])
+    config = peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     peft.get_peft_model(models.load(qwen.name).network, config).save_pretrained(str(tmp_path))
     with pytest.raises(UnsupportedFeatureError) as caught:
         adapters.deltas(adapters.read(tmp_path), qwen.network)
-    assert_one_line(caught.value, str(tmp_path), "IA3", "LORA")
+    assert_one_line(caught.value, str(tmp_path), "VERA", "LORA")
 
 
 # -------------------------------------------------------------------- damaged folders
@@ -269,8 +371,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (retensored(dict.clear), "no adapter tensors"),
     "NaN": (retensored(lambda t: t[ONE + "A.weight"].view(-1)[3:4].fill_(math.nan)), "q_proj"),
     "infinity": (retensored(lambda t: t[ONE + "B.weight"].view(-1)[3:4].fill_(math.inf)), "q_proj"),
-    "A without B": (retensored(lambda t: t.pop(ONE + "B.weight")), "lora_A without"),
-    "B without A": (retensored(lambda t: t.pop(ONE + "A.weight")), "lora_B without"),
+    "A without B": (retensored(lambda t: t.pop(ONE + "B.weight")), "lora_B.weight"),
+    "B without A": (retensored(lambda t: t.pop(ONE + "A.weight")), "lora_A.weight"),
     "unknown module": (retensored(renamed), "quite_other_proj"),
     "unknown tensor": (retensored(lambda t: t.update({"base_model.model.lora_x": torch.ones(1)})), "lora_x"),
     "wrong number of outputs": (retensored(lambda t: t.update({ONE + "B.weight": torch.ones(63, 4)})), "(63, 64)"),
@@ -299,8 +401,7 @@ def test_a_folder_that_does_not_exist_is_one_line(qwen: ChatModel, tmp_path: Pat
 def test_an_adapter_of_another_architecture_is_refused(
     qwen: ChatModel, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    wrapped = adapters.attach(models.load(str(tiny_folders["gpt2"])).network, AdapterSettings(rank=2), "gpt2")
-    wrapped.save_pretrained(str(tmp_path))
+    adapters.attach(models.load(str(tiny_folders["gpt2"])).network, AdapterSettings(rank=2), "gpt2").save(tmp_path)
     assert_refused(qwen, tmp_path, "the model does not have")
 
 
@@ -343,6 +444,9 @@ def test_a_rank_that_contradicts_the_factors_is_an_error(qwen: ChatModel, plain_
 REFUSED_SETTINGS = {
     "unknown family": (AdapterSettings(family="lorra"), "lorra"),
     "rank 0": (AdapterSettings(rank=0), "rank 0"),
+    "rank beyond a side": (AdapterSettings(family="pissa", rank=500), "rank 500"),
+    "blocks that do not divide": (AdapterSettings(family="oft", block_size=7), "7"),
+    "no bound": (AdapterSettings(family="delora", delora_lambda=0.0), "delora_lambda"),
     "negative rank": (AdapterSettings(rank=-3), "rank -3"),
     "unknown role": (AdapterSettings(roles=("q", "nose")), "nose"),
     "empty slice": (AdapterSettings(layers=(0.5, 0.5)), "selects no layer"),

@@ -22,7 +22,7 @@ from making import (
     prompts,
     random_direction,
 )
-from ws import models, tiny
+from ws import models, precision, tiny
 from ws.errors import UserError
 from ws.models import ChatModel, fingerprint, forget_fingerprint, model_slug
 from ws.steering import steer

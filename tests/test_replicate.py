@@ -16,6 +16,7 @@ from ws.direction import Direction
 from ws.errors import BaseMismatchError, UserError
 from ws.models import ChatModel
 from ws.replicate import Replication, Settings, restore_settings, run_path, stored_settings
+from ws.report import cells
 from ws.report.summary import Scores
 from ws.score import SCHEMA
 from ws.store import read_json
@@ -105,6 +106,30 @@ def test_the_direction_is_the_difference_of_the_saved_adapters(
         wanted = tau["pos"].deltas[name].materialise().double() - tau["neg"].deltas[name].materialise().double()
         assert torch.allclose(delta.materialise().double(), wanted, atol=1e-7)
     assert summary["direction_norm"] == pytest.approx(direction.norm(), rel=1e-5)
+
+
+def test_every_run_measures_the_other_shipped_behaviours(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    assert set(summary["other_behaviours"]) == {"honesty", "refusal"}
+    scores = pl.read_parquet(folder / "scores.parquet")
+    rows = scores.filter(pl.col("probe") == "refusal", pl.col("metric") == "logratio", pl.col("alpha") == 0.0)
+    assert set(rows["group"]) == {"harmful"} and "reversed" not in "".join(rows["row"])
+    assert "refusal" in (folder / "report.md").read_text()
+
+
+def test_two_behaviours_of_a_model_share_a_page(
+    finished: tuple[Path, dict[str, Any]], tiny_folders: dict[str, Path]
+) -> None:
+    folder, first = finished
+    assert not (folder.parents[2] / "behaviours.html").exists()
+    with Replication(settings(tiny_folders["qwen3"], folder.parents[3], behaviour="refusal")) as run:
+        second = run.report()
+        assert run.behaviours_page == folder.parents[2] / "behaviours.html"
+    text = run.behaviours_page.with_suffix(".md").read_text()
+    for own, other in ((first, second), (second, first)):
+        name, leaked = own["behaviour"], own["other_behaviours"][other["behaviour"]]["change"]["1"]
+        assert f"## {name}" in text
+        assert cells.with_limits(own["change"][name]["1"]) in text and cells.with_limits(leaked) in text
 
 
 def test_a_second_call_builds_nothing(

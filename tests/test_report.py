@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ws.report import document, summary
+from ws.report import cells, document, summary
 from ws.report.document import Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
 from ws.report.summary import Scores, summarise
 from ws.score import SCHEMA
@@ -62,6 +62,9 @@ def table(
                 value = persona if context == "persona" else base + change
                 add("dilemmas", item * 2 + side, item, group, label, condition, "logratio", value)
                 add("dilemmas", item * 2 + side, item, group, label, condition, "pmass", 0.9)
+            for label in (1, -1):
+                value = (4.0 if label > 0 else 1.0) + 0.5 * alpha * label * (edit == "dW:lora")
+                add("refusal", item + 1000 * label, item, "harmful", label, condition, "logratio", value)
             add("facts", item, item, "true", 1, condition, "logratio", 1.0 if item < 54 else -1.0)
             add("neutral_nll", item, item, "all", 1, condition, "nll", 2.0 + abs(alpha) * 0.1)
             for position in range(3):
@@ -136,6 +139,26 @@ def test_an_effect_inside_the_control_band_is_called_none() -> None:
     found = made(lambda label, alpha: 0.05 * alpha * label, controls=lambda seed, alpha: (seed - 1) * 0.5 * alpha)
     assert found["outside_controls"]["sycophancy"]["1"] is False
     assert any("no effect beyond" in doubt for doubt in summary.doubts(found, "sycophancy"))
+
+
+def test_other_behaviours_are_told_by_their_signed_change() -> None:
+    found = made(behaviour_shift)["other_behaviours"]
+    assert list(found) == ["refusal"]
+    assert found["refusal"]["base"]["mean"] == pytest.approx(1.5)
+    assert found["refusal"]["change"]["1"]["mean"] == pytest.approx(0.5)
+    assert found["refusal"]["change"]["-1"]["mean"] == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"mean": 0.5, "low": 0.25, "high": 0.75}, "+0.50 [+0.25, +0.75]"),
+        ({"mean": -1.0, "low": None, "high": None}, "-1.00"),
+        (None, "-"),
+    ],
+)
+def test_values_stand_with_their_intervals(entry: dict[str, Any] | None, text: str) -> None:
+    assert cells.with_limits(entry) == text
 
 
 def test_side_effects_are_measured_against_the_base() -> None:

@@ -116,8 +116,14 @@ class FitOptions:
     """Slice of the depth that is adapted, as fractions (default 0.3 0.8)."""
     roles: tuple[str, ...] | None = None
     """Roles that are adapted, of q k v o gate up down (default all)."""
-    lr: float | None = None
-    """Peak learning rate."""
+    delora_lambda: float | None = None
+    """Bound of a DeLoRA update's norm at the start."""
+    block_size: int | None = None
+    """Size of the rotated blocks of OFT and BOFT."""
+    ia3_all_layers: bool = False
+    """Give IA3 every layer, as PEFT does, instead of the slice."""
+    lr: float | Literal["auto"] | None = None
+    """Peak learning rate; auto: try a few and keep the one with the lowest validation loss."""
     epochs: int | None = None
     """Passes over the data."""
     batch_size: int | None = None
@@ -151,8 +157,8 @@ def _settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Sett
     from ws.judge import JudgeSettings  # noqa: PLC0415
     from ws.replicate import Settings  # noqa: PLC0415
 
-    training = ("rank", "lora_alpha", "layers", "roles", "lr", "epochs", "batch_size", "max_length", "warmup_steps",
-                "weight_decay")  # fmt: skip
+    training = ("rank", "lora_alpha", "delora_lambda", "block_size", "layers", "roles", "lr", "epochs", "batch_size",
+                "max_length", "warmup_steps", "weight_decay")  # fmt: skip
     sampling = ("max_new_tokens", "temperature", "top_p")
     return Settings(
         model=run.model, behaviour=run.behaviour, adapter=run.adapter, seed=run.seed, data_seed=run.data_seed,
@@ -160,7 +166,10 @@ def _settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Sett
         revision=run.revision, trust_remote_code=run.trust_remote_code,
         grid=Grid(fit.topics, fit.personas, fit.samples),
         sampling={name: getattr(fit, name) for name in sampling if getattr(fit, name) is not None},
-        train={name: getattr(fit, name) for name in training if getattr(fit, name) is not None},
+        train={
+            **{name: getattr(fit, name) for name in training if getattr(fit, name) is not None},
+            **({"ia3_all_layers": True} if fit.ia3_all_layers else {}),
+        },
         judge=JudgeSettings(fit.judge, fit.judge_threshold, fit.judge_url, fit.judge_model),
         pairs=fit.pairs, alphas=tuple(evaluation.alphas), control_seeds=evaluation.control_seeds,
         dilemmas=evaluation.dilemmas, rows=evaluation.rows, samples=evaluation.shown,
@@ -196,6 +205,8 @@ def _finish(replication: Replication, summary: dict[str, Any], as_json: bool) ->
         console.warn(warning)
     console.say()
     console.say(f"report      {folder / 'report.html'}")
+    if replication.behaviours_page is not None:
+        console.say(f"behaviours  {replication.behaviours_page}")
     console.say(f"direction   {folder / 'direction.safetensors'}")
     console.say(f"next        ws show {folder}   |   ws eval dilemmas --alphas -3 3 --out {replication.settings.out}")
 
@@ -264,12 +275,14 @@ class Train(StageOptions):
 
 @dataclass(frozen=True)
 class Diff(StageOptions):
-    """Subtract exactly: a run's two adapters, or any two PEFT adapter folders of one base."""
+    """Subtract exactly: a run's two adapters, or any two PEFT adapter folders or checkpoints of one base."""
 
     pos: Path | None = None
-    """PEFT folder of the positive side (with --neg; then --out is the file to write)."""
+    """PEFT folder or checkpoint of the positive side (with --neg; then --out is the file to write)."""
     neg: Path | None = None
-    """PEFT folder of the negative side."""
+    """PEFT folder or checkpoint of the negative side."""
+    numerics: bool = False
+    """Also tell what merging both adapters in bf16 and subtracting would have lost, by layer."""
 
     def run(self) -> None:
         """Write the direction and print its geometry."""
@@ -277,16 +290,25 @@ class Diff(StageOptions):
 
         if (self.pos is None) != (self.neg is None):
             raise UserError("--pos and --neg go together", "Give both folders, or neither for the run's own.")
+        from ws import diff  # noqa: PLC0415
+
         if self.pos is None or self.neg is None:
             with self.replication() as run:
                 direction, geometry = run.diff()
-                target = run.folder / "direction.safetensors"
+                target, model = run.folder / "direction.safetensors", run.model
+                sides = run.folder / "pos", run.folder / "neg"
         else:
-            from ws import diff  # noqa: PLC0415
-
             target = Path("direction.safetensors") if self.out == Path("out") else self.out
-            direction, geometry = diff.direction(self.load(), self.pos, self.neg)
+            sides = self.pos, self.neg
+            if not diff.are_adapters(*sides):
+                self._checkpoints(target, *sides)
+                return
+            model = self.load()
+            direction, geometry = diff.direction(model, *sides)
             direction.save(target)
+        if self.numerics:
+            self._numerics(diff.bf16_loss(model, *(diff.task_vector(model, side) for side in sides)))
+            return
         if self.json:
             console.print_json(json.dumps(asdict(geometry)))
             return
@@ -295,7 +317,35 @@ class Diff(StageOptions):
             f"|tau pos| {geometry.norm_pos:.4g}   |tau neg| {geometry.norm_neg:.4g}   |dW| {geometry.norm_dw:.4g}   "
             f"cos(tau pos, tau neg) {-geometry.cos_anti:+.3f}   drift ratio {geometry.drift_ratio:.2f}"
         )
-        console.say(f"\ndirection   {target}\nnext        ws eval sycophancy")
+        console.say(f"\ndirection   {target}\nnext        ws eval sycophancy   |   ws export {target}")
+
+    def _checkpoints(self, target: Path, pos: Path, neg: Path) -> None:
+        from ws import checkpoints, models  # noqa: PLC0415
+
+        if self.numerics:
+            raise UserError("--numerics compares adapters", "Give two adapter folders.")
+        changed = checkpoints.difference(models.folder_of(self.model), pos, neg, target)
+        if self.json:
+            console.print_json(json.dumps({"changed": changed}))
+            return
+        console.say(
+            f"{len(changed)} parameters differ\n\ndirection   {target}\nnext        ws export {target} --format merged"
+        )
+
+    def _numerics(self, rows: list[dict[str, Any]]) -> None:
+        import polars as pl  # noqa: PLC0415
+
+        from ws import evaluate  # noqa: PLC0415
+
+        if self.json:
+            console.print_json(json.dumps(rows))
+            return
+        by_layer = (
+            pl.DataFrame(rows).group_by("layer", maintain_order=True)
+            .agg(pl.mean("relative_size", "cosine", "norm_ratio"), pl.min("cosine").alias("least cosine"))
+            .sort("layer")
+        )  # fmt: skip
+        evaluate.show(by_layer, "what a bf16 merge and subtraction would have made of the direction, mean by layer")
 
 
 @dataclass(frozen=True)
@@ -339,6 +389,74 @@ class Subspace(StageOptions):
                 console.print_json(json.dumps(table.to_dicts()))
             else:
                 evaluate.show(table, f"energy of dW over its null, {run.folder / 'subspace_per_layer.csv'}")
+
+
+@dataclass(frozen=True)
+class Sweep(RunOptions):
+    """Adapter families x training seeds x data seeds: a run each, and the table that compares them."""
+
+    families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
+    """Adapter families."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    data_seeds: tuple[int, ...] = (0,)
+    """Data seeds."""
+    fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
+    evaluation: OmitArgPrefixes[EvalOptions] = field(
+        default_factory=lambda: EvalOptions(alphas=(-1.0, 0.0, 1.0), control_seeds=2)
+    )
+
+    def run(self) -> None:
+        """Run the cells that are missing and print the table; a failed cell is told and makes the exit code 2."""
+        from ws import sweep  # noqa: PLC0415
+
+        settings = _settings(self, self.fit, self.evaluation)
+        outcomes, place = sweep.run(settings, self.families, self.seeds, self.data_seeds)
+        rows = [outcome.row for outcome in outcomes if outcome.row is not None]
+        if self.json:
+            console.print_json((place / "sweep.json").read_text(encoding="utf-8").strip())
+        else:
+            sweep.show(sweep.by_family(rows))
+            console.say(f"\ntables      {place / 'sweep.md'}\nnext        ws show {outcomes[0].folder or place}")
+        if failed := [outcome for outcome in outcomes if outcome.row is None]:
+            raise UserError(f"{len(failed)} of {len(outcomes)} cells failed; the first, {failed[0].cell.name}: "
+                            f"{failed[0].error}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a direction in a format that other programs load, with a model card."""
+
+    source: Positional[Path]
+    """Run folder, or a direction file."""
+    format: Literal["peft", "merged", "gguf-lora"] = "peft"
+    """PEFT adapter folder, merged checkpoint, or GGUF LoRA for llama.cpp."""
+    alpha: float = 1.0
+    """Strength that is exported."""
+    rank: int | None = None
+    """Cut every update to this rank by its singular values (needed where it is not low-rank)."""
+    fold: bool = True
+    """Multiply alpha into the factors; otherwise it stays the adapter's scale."""
+    model: str | None = None
+    """Base model (default: the run's)."""
+    out: Path | None = None
+    """Where to write (default: beside the run, named after format and alpha)."""
+    json: bool = False
+    """Print the record as JSON and nothing else."""
+
+    def run(self) -> None:
+        """Export, measure, and say where it is."""
+        from ws.export import command  # noqa: PLC0415
+
+        record, target = command.export(
+            self.source, self.format, alpha=self.alpha, rank=self.rank, fold=self.fold, model=self.model, out=self.out
+        )
+        if self.json:
+            console.print_json(json.dumps(record))
+            return
+        exact = "exact" if record.get("exact", True) else f"keeps {100 * record['energy_kept']:.2f} % of |dW|^2"
+        error = f", largest logit error {record['logit_error']['max']:.2g}" if "logit_error" in record else ""
+        console.say(f"{self.format} at alpha {self.alpha:+g}: {exact}{error}\nwritten     {target}")
 
 
 @dataclass(frozen=True)
@@ -425,6 +543,8 @@ class Smoke:
 class PocketBuild:
     """Train the embedded model: one seeded run, resumable."""
 
+    architecture: Literal["qwen3", "gemma3"] = "qwen3"
+    """Architecture of the model: pocket is a qwen3, pocket-gemma a gemma3."""
     seed: int = 0
     """Seed of corpus, initialisation and order."""
     steps: int | None = None
@@ -441,7 +561,7 @@ class PocketBuild:
         from ws.pocket import card  # noqa: PLC0415
         from ws.pocket.build import Recipe, build  # noqa: PLC0415
 
-        recipe = Recipe(seed=self.seed)
+        recipe = Recipe(seed=self.seed, architecture=self.architecture)
         recipe = recipe if self.steps is None else replace(recipe, steps=self.steps)
         build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
               compiled=None if self.compile else False)  # fmt: skip
@@ -578,6 +698,8 @@ Command = (
     | Annotated[Diff, subcommand("diff")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Subspace, subcommand("subspace")]
+    | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Show, subcommand("show")]
     | Annotated[Pocket, subcommand("pocket")]

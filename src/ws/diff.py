@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ws import __version__, adapters, architecture, console
-from ws.direction import Direction
+import torch
+from torch import Tensor
+
+from ws import __version__, adapters, architecture, console, spectrum
+from ws.direction import Direction, as_matrix
+from ws.errors import UserError
 from ws.models import ChatModel
 
 WEAK_RELATIVE_NORM = 1e-4
@@ -61,6 +65,57 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else 0.0
 
 
+def are_adapters(pos: Path, neg: Path) -> bool:
+    """Whether both folders are PEFT adapters; False where both are checkpoints, an error for anything else."""
+    kinds = [adapters.is_adapter_folder(folder) for folder in (pos, neg)]
+    for folder, is_adapter in zip((pos, neg), kinds, strict=True):
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}", "Give two PEFT adapter folders, or two checkpoints.")
+        if not is_adapter and not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is neither a PEFT adapter nor a checkpoint", "Give two of one kind.")
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{pos} and {neg} are an adapter and a checkpoint", "Give two of one kind.")
+    return kinds[0]
+
+
+def variants(pos: Direction, neg: Direction) -> dict[str, Direction]:
+    """The direction and what it is compared with, from the two task vectors.
+
+    dw: tau_pos - tau_neg; tau_pos, tau_neg: each alone (the paper's non-contrastive ablation, tau_neg with a minus, so
+    that positive strengths mean the same); bisector: tau_pos / |tau_pos| - tau_neg / |tau_neg|, scaled to |dw|.
+    """
+    whole = pos - neg
+    bisector = pos / pos.norm() - neg / neg.norm()
+    return {"dw": whole, "tau_pos": pos, "tau_neg": -neg, "bisector": bisector * (whole.norm() / bisector.norm())}
+
+
+def bf16_loss(model: ChatModel, pos: Direction, neg: Direction) -> list[dict[str, Any]]:
+    """What merging both adapters in bf16 and subtracting would have made of the direction, by parameter.
+
+    `cosine` of that difference with the exact dW, `norm_ratio` of the two, `relative_size`: |tau_pos| / |W|. Published
+    rankings of adapters rest on such differences.
+    """
+    rows = []
+    whole = pos - neg
+    for name, delta in whole.deltas.items():
+        weight = as_matrix(model.network.get_parameter(name).data).float()
+        merged = [(weight.bfloat16().float() + _dense(tau, name, weight)).bfloat16().double() for tau in (pos, neg)]
+        rough, exact = merged[0] - merged[1], spectrum.dense(delta, weight)
+        rows.append({
+            "parameter": name,
+            "layer": whole.layers.get(name),
+            "relative_size": spectrum.norm(pos.deltas[name], weight) / float(weight.double().norm())
+            if name in pos.deltas else 0.0,
+            "cosine": spectrum.cosine(float((rough * exact).sum()), float(rough.norm()), float(exact.norm())),
+            "norm_ratio": _ratio(float(rough.norm()), float(exact.norm())),
+        })  # fmt: skip
+    return rows
+
+
+def _dense(tau: Direction, name: str, weight: Tensor) -> Tensor:
+    return tau.deltas[name].materialise(weight) if name in tau.deltas else torch.zeros_like(weight)
+
+
 def task_vector(model: ChatModel, folder: str | Path) -> Direction:
     """The exact update tau of one adapter folder, bound to this base."""
     read = adapters.read(folder)
@@ -68,7 +123,7 @@ def task_vector(model: ChatModel, folder: str | Path) -> Direction:
     prefix, _ = architecture.decoder_layers(model.network)
     layers = {name: int(name[len(prefix) + 1 :].split(".")[0]) for name in deltas if name.startswith(prefix + ".")}
     provenance = {"adapter": dict(read.config), "base": model.describe()}
-    return Direction(deltas, model.fingerprint, layers, provenance)
+    return Direction(deltas, model.fingerprint, layers, provenance).bind(model)
 
 
 def direction(
@@ -92,7 +147,7 @@ def direction(
         "geometry": geometry.__dict__,
         **(provenance or {}),
     }
-    result = Direction(difference.deltas, difference.base, difference.layers, recorded)
+    result = replace(difference, provenance=recorded)
     weight_norm = math.sqrt(
         sum(
             float(p.detach().double().square().sum()) for n, p in model.network.named_parameters() if n in result.deltas

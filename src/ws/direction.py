@@ -5,6 +5,10 @@
 A Direction belongs to one base model, known by its fingerprint. Sums and differences keep the factored form of every
 delta and the union of the parameters: what only one side touches counts as zero on the other. One safetensors file
 holds everything: the factors as fp32 tensors, the provenance as JSON in the header.
+
+Deltas of some adapter families are functions of the base weights. What needs those weights (norms, cosines, dense
+matrices) works on a *bound* Direction: `direction.bind(model)`; `ws.fit` and `ws.diff` return bound ones, a file is
+unbound. Arithmetic, saving and steering need no binding.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ws import spectrum
-from ws.delta import Delta
+from ws.delta import BaseTerm, Delta
 from ws.errors import BaseMismatchError, UserError
+from ws.models import ChatModel, fingerprint
 from ws.store import atomic_file, canonical_json
 
 FORMAT = "weight-steering direction 1"
@@ -34,14 +40,28 @@ class Direction:
     """`deltas`: full parameter name -> Delta; `base`: fingerprint of the model that they belong to.
 
     `layers`: decoder layer of each parameter (absent for parameters outside the layers); `provenance`: where it comes
-    from, JSON-like. Supports `a + b`, `a - b`, `-a`, `2 * a`, `a / 2`, `keep`, `drop`, `norm`, `dot`, `cosine`, `save`,
-    `load`.
+    from, JSON-like; `weights`: base weights of the deltas that are functions of them, once bound. Supports `a + b`,
+    `a - b`, `-a`, `2 * a`, `a / 2`, `keep`, `drop`, `norm`, `dot`, `cosine`, `save`, `load`.
     """
 
     deltas: Mapping[str, Delta]
     base: str
     layers: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def bind(self, model: ChatModel | nn.Module) -> Direction:
+        """The same direction with its base's weights at hand; another base is an error. Nothing is copied."""
+        network = model.network if isinstance(model, ChatModel) else model
+        own = fingerprint(network)
+        if own != self.base:
+            raise BaseMismatchError(
+                f"the direction belongs to another base model ({self.base}) than this one ({own})",
+                "Load its own base.",
+            )
+        parameters = dict(network.named_parameters())
+        needed = [name for name, delta in self.deltas.items() if delta.needs_weight]
+        return replace(self, weights={name: as_matrix(parameters[name].data) for name in needed})
 
     # ---------------------------------------------------------------- arithmetic
 
@@ -80,7 +100,8 @@ class Direction:
             zero = Delta.zero(present.shape, present.device)
             deltas[name] = operate(mine or zero, theirs or zero)
         provenance = {"operation": sign, "left": dict(self.provenance), "right": dict(other.provenance)}
-        return Direction(deltas, self.base, {**self.layers, **other.layers}, provenance)
+        layers, weights = {**self.layers, **other.layers}, {**self.weights, **other.weights}
+        return Direction(deltas, self.base, layers, provenance, weights)
 
     # ---------------------------------------------------------------- selection
 
@@ -111,13 +132,22 @@ class Direction:
 
     def to(self, device: torch.device | str) -> Direction:
         """The same direction with its factors on another device."""
-        return replace(self, deltas={name: delta.to(device) for name, delta in self.deltas.items()})
+        deltas = {name: delta.to(device) for name, delta in self.deltas.items()}
+        return replace(self, deltas=deltas, weights={name: w.to(device) for name, w in self.weights.items()})
 
     # ---------------------------------------------------------------- geometry
 
     def norms(self) -> dict[str, float]:
         """Frobenius norm of every delta."""
-        return {name: spectrum.norm(delta) for name, delta in self.deltas.items()}
+        return {name: spectrum.norm(delta, self.weights.get(name)) for name, delta in self.deltas.items()}
+
+    def norms_by_layer(self) -> dict[int, float]:
+        """Frobenius norm over the parameters of each decoder layer."""
+        squares: dict[int, float] = {}
+        for name, value in self.norms().items():
+            if name in self.layers:
+                squares[self.layers[name]] = squares.get(self.layers[name], 0.0) + value**2
+        return {layer: math.sqrt(squares[layer]) for layer in sorted(squares)}
 
     def norm(self) -> float:
         """Frobenius norm over all parameters: the root of the sum of squares."""
@@ -126,7 +156,10 @@ class Direction:
     def dot(self, other: Direction) -> float:
         """Frobenius inner product over the shared parameters."""
         shared = self.deltas.keys() & other.deltas.keys()
-        return sum(spectrum.inner_product(self.deltas[name], other.deltas[name]) for name in sorted(shared))
+        weights = {**self.weights, **other.weights}
+        return sum(
+            spectrum.inner_product(self.deltas[name], other.deltas[name], weights.get(name)) for name in sorted(shared)
+        )
 
     def cosine(self, other: Direction) -> float:
         """Cosine over all parameters; NaN where one of them is zero."""
@@ -143,14 +176,39 @@ class Direction:
         return max((delta.rank for delta in self.deltas.values()), default=0)
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether any delta is a function of the base weights."""
+        return any(delta.needs_weight for delta in self.deltas.values())
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether everything that needs base weights has them."""
+        return all(name in self.weights for name, delta in self.deltas.items() if delta.needs_weight)
+
+    def materialise(self, name: str) -> torch.Tensor:
+        """The dense update of one parameter, fp32, in the shape of `Delta` (a bias has one column)."""
+        return self.deltas[name].materialise(self.weights.get(name))
+
+    def resolved(self) -> Direction:
+        """The same update without functions of the base: those deltas become dense (for another base)."""
+        deltas = {
+            name: Delta.full(self.materialise(name)) if delta.needs_weight else delta
+            for name, delta in self.deltas.items()
+        }
+        return replace(
+            self, deltas=deltas, weights={}, provenance={"operation": "resolved", "of": dict(self.provenance)}
+        )
+
+    @property
     def stored_bytes(self) -> int:
         """Size of the factors in memory and on disk."""
         return 4 * sum(delta.stored_numbers for delta in self.deltas.values())
 
     def __repr__(self) -> str:
+        size = f"norm {self.norm():.4g}" if self.is_bound else "unbound"
         return (
             f"Direction({len(self.deltas)} parameters, layers {_span(self.layer_numbers)}, rank <= {self.rank}, "
-            f"norm {self.norm():.4g}, base {self.base[:8]})"
+            f"{size}, base {self.base[:8]})"
         )
 
     # ---------------------------------------------------------------- files
@@ -163,6 +221,10 @@ class Direction:
             tensors[f"{name}::right"] = delta.right.cpu().contiguous()
             if delta.dense is not None:
                 tensors[f"{name}::dense"] = delta.dense.cpu().contiguous()
+            for number, term in enumerate(delta.base_terms):
+                for part, tensor in (("row", term.row), ("mix", term.right)):
+                    if tensor is not None:
+                        tensors[f"{name}::{part}{number}"] = tensor.cpu().contiguous()
         header = {
             "format": FORMAT,
             "base": self.base,
@@ -186,11 +248,15 @@ class Direction:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error})", "The file is damaged: make it again.") from error
         deltas = {}
-        for name in sorted({key.rsplit("::", 1)[0] for key in tensors}):
-            left, right, dense = (tensors.get(f"{name}::{part}") for part in ("left", "right", "dense"))
-            if left is None or right is None or not _fit(left, right, dense):
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("::")
+            parts.setdefault(name, {})[part] = tensor
+        for name in sorted(parts):
+            read = _read_delta(parts[name])
+            if read is None:
                 raise UserError(f"{path} is damaged: the factors of {name} do not fit", "Make the direction again.")
-            deltas[name] = Delta(left, right, dense)
+            deltas[name] = read
         broken = [name for name, delta in deltas.items() if not delta.is_finite()]
         if broken:
             raise UserError(f"{path} holds NaN or infinite values in {broken[0]}", "Make the direction again.")
@@ -213,9 +279,27 @@ def _read_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     return header
 
 
-def _fit(left: torch.Tensor, right: torch.Tensor, dense: torch.Tensor | None) -> bool:
-    thin = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
-    return thin and (dense is None or tuple(dense.shape) == (left.shape[0], right.shape[1]))
+def as_matrix(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter as deltas see it: a bias vector is a matrix of one column."""
+    return parameter[:, None] if parameter.ndim == 1 else parameter
+
+
+def _read_delta(parts: Mapping[str, torch.Tensor]) -> Delta | None:
+    """A delta from its stored tensors; None where they do not fit together."""
+    left, right, dense = (parts.get(part) for part in ("left", "right", "dense"))
+    numbers = sorted({int(part[3:]) for part in parts if part[:3] in ("row", "mix")})
+    if left is None or right is None:
+        return None
+    try:
+        thin = Delta.low_rank(left, right)
+        terms = tuple(BaseTerm(parts.get(f"row{number}"), parts.get(f"mix{number}")) for number in numbers)
+        for term in terms:
+            term.require_shape(thin.shape)
+    except UserError:
+        return None
+    if dense is not None and tuple(dense.shape) != thin.shape:
+        return None
+    return Delta(thin.left, thin.right, dense, terms)
 
 
 def _span(numbers: list[int]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +30,8 @@ from ws.store import read_json
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-POCKET_MODELS = {"pocket": Path(__file__).parent / "pocket" / "weights"}
+_POCKET_WEIGHTS = Path(__file__).parent / "pocket" / "weights"
+POCKET_MODELS = {"pocket": _POCKET_WEIGHTS / "qwen3", "pocket-gemma": _POCKET_WEIGHTS / "gemma3"}
 """Models that ship with the package, by name."""
 
 SETTINGS_FILE = "weight_steering.json"
@@ -181,11 +182,20 @@ def fingerprint(network: nn.Module) -> str:
     """
     known = _fingerprints.get(network)
     if known is None:
-        named = sorted(network.named_parameters())
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-            digests = list(pool.map(lambda item: _tensor_digest(*item), named))
-        known = _fingerprints[network] = hashlib.blake2b("".join(digests).encode(), digest_size=12).hexdigest()
+            digests = dict(pool.map(lambda item: (item[0], _tensor_digest(*item)), network.named_parameters()))
+        known = _fingerprints[network] = _joint(digests)
     return known
+
+
+def fingerprint_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The same digest of parameters that come one by one, for weights that are never in memory together."""
+    return _joint({name: _tensor_digest(name, tensor) for name, tensor in named})
+
+
+def _joint(digests: Mapping[str, str]) -> str:
+    ordered = "".join(digests[name] for name in sorted(digests))
+    return hashlib.blake2b(ordered.encode(), digest_size=12).hexdigest()
 
 
 def forget_fingerprint(network: nn.Module) -> None:
@@ -226,6 +236,21 @@ def _locate(name: str) -> str:
     if name.startswith((".", "/", "~")) or folder.is_file():
         raise UserError(f"there is no model folder {name}", "Check the path given to --model.")
     return name
+
+
+def folder_of(name: str) -> Path:
+    """The local folder of a model's files: an embedded model, a folder, or a hub model that has been downloaded."""
+    place = Path(_locate(name))
+    if place.is_dir():
+        return place
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - heavy import, late
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # the library raises many kinds for a model that is not there
+        raise UserError(
+            f"the files of {name!r} are not on this machine", "Load the model once, or give a folder."
+        ) from error
 
 
 def _explain(name: str, place: str, error: Exception) -> UserError:

@@ -26,7 +26,7 @@ from ws.eval import dilemmas, side_effects, sycophancy
 from ws.generate import Request, Sampling
 from ws.judge import JudgeSettings
 from ws.models import ChatModel, Dtype
-from ws.report import page, summary
+from ws.report import behaviours, page, summary
 from ws.score import Probe, score
 from ws.settings import make as make_settings
 from ws.steering import under
@@ -37,6 +37,7 @@ from ws.train import Sign, TrainSettings
 DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 CONTROL_ALPHAS = (-1.0, 1.0)
 SAMPLE_ALPHAS = (-1.0, 0.0, 1.0)
+SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 PERSONA_CONTEXTS = ("prompt +", "prompt -")
 MANY_IDENTICAL = 0.2
 """Share of identical pairs above which the personas are said to be ignored."""
@@ -83,10 +84,13 @@ class Replication:
         self.behaviour: Behaviour = behaviour.load(settings.behaviour)
         self.given_pairs = data.read_pairs(settings.pairs, self.behaviour) if settings.pairs else None
         self.model = model or _load(settings)
-        self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, settings.train)
+        given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
+        self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, given)
+        self._lr_is_open = settings.train.get("lr") == "auto"
         self.sampling = _resolve_sampling(self.model, settings.sampling)
         self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
         self.warnings: list[str] = []
+        self.behaviours_page: Path | None = None
         self._told: set[str] = set()
         write_json(self.folder / "config.json", {"settings": stored_settings(settings)})
 
@@ -133,7 +137,8 @@ class Replication:
             rater = judge.make_judge(settings.judge, self.behaviour, self.model)
             _write_parquet(judge.judged(pairs, self.behaviour, settings.judge, rater, shards), path)
 
-        result = self._build("data", inputs, ["pairs.parquet"], make)
+        siblings = sorted(self.folder.path.parents[1].glob("*/seed*"))  # other families and training seeds
+        result = self._build("data", inputs, ["pairs.parquet"], make, siblings)
         pairs = pl.read_parquet(path)
         counts = data.describe(pairs)
         self._say(
@@ -150,12 +155,48 @@ class Replication:
             self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
         return pairs
 
-    def train(self, sign: Sign) -> dict[str, Any]:
-        """Fit one adapter on its side of the pairs and write its PEFT folder."""
+    def choose_lr(self) -> dict[str, Any]:
+        """Try the family's learning rates, keep the one with the lowest validation loss, and write `lr_sweep.json`.
+
+        The mean over both signs decides, so that both branches are trained alike.
+        """
         pairs = self.data()
-        inputs = {
+        rates = self.training.lr_candidates or train.LEARNING_RATES[self.settings.adapter]
+        tried = [replace(self.training, lr=rate) for rate in rates]
+
+        def make(shards: Shards) -> None:
+            rows = []
+            for chosen in tried:
+                losses: dict[str, float] = {}
+                for sign in SIGNS:
+                    folder = shards.path(f"lr-{chosen.lr:g}-{sign}")
+                    if not (folder / train.RESULT_FILE).is_file():
+                        self._fit(pairs, sign, chosen, folder)
+                    losses[sign] = float(read_json(folder / train.RESULT_FILE)["last_loss"])
+                rows.append({"lr": chosen.lr, **losses, "mean": sum(losses.values()) / len(losses)})
+            best = min(rows, key=lambda row: row["mean"])["lr"]
+            write_json(self.folder / "lr_sweep.json", {"chosen": best, "tried": rows})
+
+        result = self._build("lr", {**self._fit_inputs(self.training), "tried": rates}, ["lr_sweep.json"], make)
+        record: dict[str, Any] = read_json(self.folder / "lr_sweep.json")
+        listed = ", ".join(f"{row['lr']:g} -> {row['mean']:.4f}" for row in record["tried"])
+        self._say("lr", result, f"validation loss {listed}; chosen {record['chosen']:g}")
+        if record["chosen"] in (rates[0], rates[-1]):
+            self._warn(
+                f"the chosen learning rate {record['chosen']:g} is the last of those tried; a better one may lie beyond"
+            )
+        self.training, self._lr_is_open = replace(self.training, lr=record["chosen"]), False
+        return record
+
+    def _fit(self, pairs: pl.DataFrame, sign: Sign, chosen: TrainSettings, folder: Path) -> None:
+        train.fit(
+            self.model, pairs, sign, chosen, seed=self.settings.seed, data_seed=self.settings.data_seed, folder=folder
+        )
+
+    def _fit_inputs(self, chosen: TrainSettings) -> dict[str, Any]:
+        return {
             "pairs": digest(self.folder / "pairs.parquet"),
-            "training": self.training,
+            "training": chosen,
             "seed": self.settings.seed,
             "data_seed": self.settings.data_seed,
             "model": self.model.fingerprint,
@@ -163,11 +204,15 @@ class Replication:
             "rendering": self.model.chat.template_key,
         }
 
+    def train(self, sign: Sign) -> dict[str, Any]:
+        """Fit one adapter on its side of the pairs and write its PEFT folder."""
+        if self._lr_is_open:
+            self.choose_lr()
+        pairs = self.data()
+        inputs = self._fit_inputs(self.training)
+
         def make(_: Shards) -> None:
-            train.fit(
-                self.model, pairs, sign, self.training,
-                seed=self.settings.seed, data_seed=self.settings.data_seed, folder=self.folder / sign,
-            )  # fmt: skip
+            self._fit(pairs, sign, self.training, self.folder / sign)
 
         result = self._build(f"train-{sign}", inputs, [sign], make)
         record: dict[str, Any] = read_json(self.folder / sign / train.RESULT_FILE)
@@ -180,8 +225,9 @@ class Replication:
 
     def diff(self) -> tuple[Direction, Geometry]:
         """Subtract the adapters exactly and write `direction.safetensors`."""
-        training = {sign: self.train(sign) for sign in ("pos", "neg")}
-        inputs = {sign: digest(self.folder / sign / "adapter_model.safetensors") for sign in training}
+        for sign in SIGNS:
+            self.train(sign)
+        inputs: dict[str, str] = {sign: digest(self.folder / sign / "adapter_model.safetensors") for sign in SIGNS}
         path = self.folder / "direction.safetensors"
 
         def make(_: Shards) -> None:
@@ -197,7 +243,7 @@ class Replication:
             write_json(self.folder / "geometry.json", geometry)
 
         result = self._build("diff", inputs, ["direction.safetensors", "geometry.json"], make)
-        direction = Direction.load(path)
+        direction = Direction.load(path).bind(self.model)
         geometry = Geometry(**read_json(self.folder / "geometry.json"))
         self._say(
             "diff", result,
@@ -206,12 +252,14 @@ class Replication:
         return direction, geometry
 
     def probes(self) -> list[Probe]:
-        """The behaviour's own probe, the dilemmas, and the side effects."""
+        """The behaviour's own probe, the dilemmas, the side effects, and the other shipped behaviours."""
         rows = self.settings.rows
+        others = [behaviour.load(name) for name in behaviour.names() if name != self.behaviour.name]
         return [
             sycophancy.probe(self.behaviour, rows),
             dilemmas.probe(self.settings.dilemmas, rows),
             *side_effects.probes(rows),
+            *(sycophancy.headline_probe(other, rows) for other in others),
         ]
 
     def conditions(self, direction: Direction) -> list[Condition]:
@@ -307,12 +355,15 @@ class Replication:
         """Run whatever is missing and write `summary.json`, `config.json`, the figure and the two reports."""
         direction, geometry = self.diff()
         scores, kinds, samples = self.eval(), self.alignment(), self.samples()
-        training = {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in ("pos", "neg")}
+        training: dict[str, Any] = {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in SIGNS}
         content = self._summary(scores, geometry)
         config = self._config(direction)
         write_json(self.folder / "config.json", config)
         write_json(self.folder / "summary.json", content)
         page.write(self.folder.path, content, config, samples, kinds, training)
+        self.behaviours_page = behaviours.write(
+            self.folder.path.parents[2], self.settings.adapter, self.folder.path.name
+        )
         return content
 
     def _summary(self, scores: pl.DataFrame, geometry: Geometry) -> dict[str, Any]:
@@ -355,11 +406,13 @@ class Replication:
 
     # ---------------------------------------------------------------- talking
 
-    def _build(self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[str], make: Any) -> StageResult:
+    def _build(
+        self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[str], make: Any, siblings: Sequence[Path] = ()
+    ) -> StageResult:
         changed = self.folder.changed_inputs(stage, inputs)
         if changed and stage not in self._told:
             console.say(f"{stage}: rebuilding, because {', '.join(changed)} changed")
-        return self.folder.build(stage, inputs, outputs, make)
+        return self.folder.build(stage, inputs, outputs, make, siblings)
 
     def _say(self, stage: str, result: StageResult, text: str) -> None:
         if stage not in self._told:

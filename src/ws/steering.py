@@ -1,14 +1,16 @@
 """Put edits on a model: at run time, per row, or baked into the weights, and take them off again.
 
-    run time   y = W x + alpha * B (A x)          side path in fp32, added and rounded once; alpha may differ per row
+    run time   y = W x + alpha * dW x             side path in fp32, added and rounded once; alpha may differ per row
     baked      W' = round(W_fp32 + alpha * dW)    one rounding, whatever the dtype of the weights
 
 Laws: alpha = 0 is the base model bit for bit; leaving a `steer` block restores every weight bit for bit, also after an
-exception or a failure half-way in; a Direction of another base is refused. Several directions add up.
+exception or a failure half-way in; a Direction of another base is refused. Several directions add up, and blocks nest:
+what is a function of the base weights is always taken of the pristine ones.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from ws import architecture, console
 from ws.condition import Condition, Effect
 from ws.delta import Alpha, Delta, per_row
-from ws.direction import Direction
+from ws.direction import Direction, as_matrix
 from ws.errors import BaseMismatchError, UnsupportedFeatureError, UserError
 from ws.models import ChatModel, fingerprint, forget_fingerprint
 
@@ -69,9 +71,9 @@ def _applied(
     with ExitStack() as stack:
         directions = []
         for edit, strength in strengths:
-            _require_base(edit, network, base_mismatch)
+            on_another_base = _require_base(edit, network, base_mismatch)
             if isinstance(edit, Direction):
-                directions.append((edit, strength))
+                directions.append((_transplanted(edit) if on_another_base else edit, strength))
             elif not _is_zero(strength):
                 stack.callback(edit.attach(network, strength))
         parts = _parts_by_parameter(directions)
@@ -89,6 +91,8 @@ def bake(model: ChatModel | nn.Module, edits: Mapping[Direction, float]) -> None
     The model then has a new fingerprint. Use `steer` for a change that is taken back.
     """
     network = network_of(model)
+    if _pristine.get(network):
+        raise UserError("the model is being steered", "Leave the steer block before you bake for good.")
     for direction in edits:
         _require_base(direction, network, "refuse")
     parts = _parts_by_parameter(list(edits.items()))
@@ -96,6 +100,7 @@ def bake(model: ChatModel | nn.Module, edits: Mapping[Direction, float]) -> None
     with ExitStack() as stack:
         _bake_parts(parts, network, stack)
         stack.pop_all()  # nothing failed: the backups are not needed
+    _pristine.pop(network, None)
     forget_fingerprint(network)
 
 
@@ -107,16 +112,38 @@ def network_of(model: ChatModel | nn.Module) -> nn.Module:
 # -------------------------------------------------------------------- checks
 
 
-def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: str) -> None:
+_pristine: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+"""Base values of the parameters that are edited at the moment, by network and name."""
+
+
+def _base_values(network: nn.Module, name: str) -> Tensor:
+    """The pristine value of a parameter, whether it is edited at the moment or not."""
+    edited_now = _pristine.get(network, {})
+    return edited_now[name] if name in edited_now else network.get_parameter(name).data
+
+
+def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: str) -> bool:
+    """Whether the edit was made on another base, where that is allowed; an error where it is not."""
     own = fingerprint(network)
     if edit.base == own:
-        return
+        return False
     problem = f"the direction was made on another base model ({edit.base}) than this one ({own})"
     if base_mismatch != "allow":
         raise BaseMismatchError(
             problem, "Load that base, or pass base_mismatch='allow' to apply its deltas as they are."
         )
     console.warn(problem + "; applied as asked")
+    return True
+
+
+def _transplanted(direction: Direction) -> Direction:
+    """The update that the direction is on its own base: its factors would mean another one on other weights."""
+    if not direction.is_bound:
+        raise BaseMismatchError(
+            "a direction that is a function of its base weights cannot be moved to another base unbound",
+            "Load its own base and bind it first: direction.bind(own_base).",
+        )
+    return direction.resolved()
 
 
 def _parts_by_parameter(directions: Sequence[tuple[Direction, Alpha]]) -> Parts:
@@ -138,9 +165,10 @@ def _require_parameters(parts: Parts, network: nn.Module) -> None:
         if name not in parameters:
             raise UserError(f"the direction changes {name}, which the model does not have", "Load its own base model.")
         for delta, _ in terms:
-            if delta.shape != tuple(parameters[name].shape):
+            wanted = tuple(as_matrix(parameters[name]).shape)
+            if delta.shape != wanted:
                 raise UserError(
-                    f"the direction has shape {delta.shape} for {name}, the model has {tuple(parameters[name].shape)}",
+                    f"the direction has shape {delta.shape} for {name}, the model has {wanted}",
                     "Load its own base model.",
                 )
 
@@ -160,17 +188,23 @@ def _bakes(mode: Mode, parts: Parts, network: nn.Module) -> bool:
 
 def _bake_parts(parts: Parts, network: nn.Module, stack: ExitStack) -> None:
     parameters = dict(network.named_parameters())
+    originals = _pristine.setdefault(network, {})
     for name, terms in parts.items():
         parameter = parameters[name]
-        stack.callback(_restorer(parameter, parameter.data.clone()))
-        parameter.data.copy_(_edited(parameter, terms))
+        backup = parameter.data.clone()
+        if name not in originals:
+            originals[name] = backup
+            stack.callback(originals.pop, name)
+        stack.callback(_restorer(parameter, backup))
+        parameter.data.copy_(edited(parameter.data, terms, originals[name]))
 
 
-def _edited(parameter: nn.Parameter, terms: list[tuple[Delta, Alpha]]) -> Tensor:
-    """`W + sum alpha * dW` in fp32; the caller's copy rounds it once."""
-    weight = parameter.data.to(torch.float32)
+def edited(current: Tensor, terms: Sequence[tuple[Delta, Alpha]], base: Tensor) -> Tensor:
+    """`W + sum alpha * dW` in fp32, of the shape of `current`; `base` is what dW is a function of."""
+    weight = current.to(torch.float32)
     for delta, strength in terms:
-        weight = weight + strength * delta.to(parameter.device).materialise()
+        change = delta.to(current.device).materialise(as_matrix(base) if delta.needs_weight else None)
+        weight = weight + strength * change.reshape(current.shape)
     return weight
 
 
@@ -189,18 +223,40 @@ def _hook_parts(parts: Parts, network: nn.Module, stack: ExitStack) -> None:
     for name, terms in parts.items():
         module_name, _, leaf = name.rpartition(".")
         module = modules[module_name]
-        if leaf != "weight" or not architecture.is_linear_map(module):
+        if leaf not in ("weight", "bias") or not architecture.is_linear_map(module):
             raise UnsupportedFeatureError(
                 f"{name} does not belong to a linear map, so it has no run-time side path",
                 "Use mode='baked'.",
             )
-        transposed = architecture.is_conv1d(module)
-        device = module.weight.device
-        placed = [((delta.T if transposed else delta).to(device), strength) for delta, strength in terms]
-        stack.callback(module.register_forward_hook(_side_path(placed)).remove)
+        base = _base_values(network, name)
+        placed = [(delta.to(base.device), strength) for delta, strength in terms]
+        if leaf == "bias":
+            hook = _bias_path([(delta.materialise(base[:, None])[:, 0], strength) for delta, strength in placed])
+        elif architecture.is_conv1d(module):
+            hook = _side_path([(delta.T, strength) for delta, strength in placed], base.T)
+        else:
+            hook = _side_path(placed, base)
+        stack.callback(module.register_forward_hook(hook).remove)
 
 
-def _side_path(terms: list[tuple[Delta, Alpha]]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+
+def _bias_path(terms: list[tuple[Tensor, Alpha]]) -> Hook:
+    """Adds `alpha * db` to every output."""
+
+    def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        changed = output.to(torch.float32)
+        for change, strength in terms:
+            by_row = torch.as_tensor(per_row(strength, output))
+            changed = torch.where(by_row != 0, changed + change * by_row, changed)
+        return changed.to(output.dtype)
+
+    return hook
+
+
+def _side_path(terms: list[tuple[Delta, Alpha]], base: Tensor) -> Hook:
+    """Adds `alpha * dW x` to the output `W x`; `base` is W as out x in."""
     # scalar strengths are folded into one pair of factors, so that any number of directions costs two products
     scalar = [delta * strength for delta, strength in terms if not isinstance(strength, Tensor)]
     folded = None
@@ -211,9 +267,9 @@ def _side_path(terms: list[tuple[Delta, Alpha]]) -> Callable[[nn.Module, tuple[T
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         changed = output.to(torch.float32)
         if folded is not None:
-            changed = changed + folded.apply(inputs[0])
+            changed = changed + folded.apply(inputs[0], weight=base)
         for delta, strength in by_row:
-            side = delta.apply(inputs[0], strength)
+            side = delta.apply(inputs[0], strength, base)
             # rows at strength 0 keep their bits (adding +0.0 would turn -0.0 into +0.0)
             changed = torch.where(torch.as_tensor(per_row(strength, output)) != 0, changed + side, changed)
         return changed.to(output.dtype)

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -196,8 +196,9 @@ class RunFolder:
         inputs: Mapping[str, Any],
         outputs: Sequence[str],
         make: Callable[[Shards], None],
+        siblings: Iterable[Path] = (),
     ) -> StageResult:
-        """Run `make` unless the stage is done for these inputs.
+        """Run `make` unless the stage is done for these inputs, here or in one of the sibling run folders.
 
         `inputs` is everything the result depends on, file contents as digests; `outputs` are names inside the folder
         that `make` writes atomically. `make` gets `Shards` that survive a kill and are keyed by the inputs.
@@ -210,7 +211,8 @@ class RunFolder:
         record_file.unlink(missing_ok=True)
         shards = Shards(self.path / ".partial" / f"{stage}-{key}")
         started = time.perf_counter()
-        make(shards)
+        if not self._copied(stage, key, siblings):
+            make(shards)
         seconds = time.perf_counter() - started
         missing = [name for name in outputs if not (self.path / name).exists()]
         if missing:
@@ -224,6 +226,23 @@ class RunFolder:
         })  # fmt: skip
         shards.discard()
         return StageResult(True, round(seconds, 3))
+
+    def _copied(self, stage: str, key: str, siblings: Iterable[Path]) -> bool:
+        """Whether a sibling had the same stage done for the same inputs, so that its outputs could be copied."""
+        for sibling in siblings:
+            record_file = sibling / "stages" / f"{stage}.json"
+            if sibling == self.path or not record_file.is_file():
+                continue
+            record = read_json(record_file)
+            if record["key"] == key and all(
+                (sibling / name).is_file() and digest(sibling / name) == known
+                for name, known in record["outputs"].items()
+            ):
+                for name in record["outputs"]:
+                    with atomic_file(self.path / name) as temporary:
+                        shutil.copyfile(sibling / name, temporary)
+                return True
+        return False
 
     def _outputs_intact(self, record: Mapping[str, Any]) -> bool:
         return all(

@@ -27,10 +27,15 @@ def make(
 
     `template` is its chat template; None leaves it without one.
     """
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {architecture!r}", f"Known: {', '.join(ARCHITECTURES)}.")
+    known = ARCHITECTURES | OTHERS
+    if architecture not in known:
+        raise UserError(f"unknown architecture {architecture!r}", f"Known: {', '.join(known)}.")
     torch.manual_seed(seed)
-    network = ARCHITECTURES[architecture](layers)
+    network = known[architecture](layers)
+    with torch.no_grad():  # fresh biases are 0, which would hide what becomes of them
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
     with atomic_folder(folder) as temporary, console.library_noise_muted():
         bpe.train(training_texts(), VOCABULARY, temporary / "tokenizer.json")
         tokenizer = bpe.load(temporary / "tokenizer.json", template)
@@ -75,6 +80,38 @@ def _gpt2(layers: int) -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=1024, n_embd=64, n_layer=layers, n_head=4))
 
 
+def _qwen3_with_biases(layers: int) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    return Qwen3ForCausalLM(Qwen3Config(**_sizes(layers), num_key_value_heads=2, head_dim=16, attention_bias=True))
+
+
+def _mistral(layers: int) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    return MistralForCausalLM(MistralConfig(**_sizes(layers), num_key_value_heads=2))
+
+
+def _phi3(layers: int) -> Any:
+    from transformers import Phi3Config, Phi3ForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
+    return Phi3ForCausalLM(Phi3Config(**_sizes(layers), num_key_value_heads=2, **special))
+
+
+def _gpt_neox(layers: int) -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_sizes(layers)))
+
+
+def _qwen3_moe(layers: int) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_sizes(layers), num_key_value_heads=2, head_dim=16, **experts))
+
+
 def _sizes(layers: int) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
@@ -88,3 +125,13 @@ ARCHITECTURES: dict[str, Callable[[int], Any]] = {
     "gemma3": _gemma3,
     "gpt2": _gpt2,
 }
+"""What runs end to end in the tests and in `ws smoke`."""
+
+OTHERS: dict[str, Callable[[int], Any]] = {
+    "qwen3-biases": _qwen3_with_biases,
+    "mistral": _mistral,
+    "phi3": _phi3,
+    "gpt-neox": _gpt_neox,
+    "qwen3-moe": _qwen3_moe,
+}
+"""What the adapter families are tested on besides."""

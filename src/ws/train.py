@@ -42,12 +42,14 @@ NOTHING_LEARNED = 0.005
 class TrainSettings:
     """How to fit an adapter; the defaults are the original's for real models (spec of the replicated work).
 
-    `validation` is the share of topics held out; `micro_tokens` bounds memory and has no effect on results beyond
+    `lr_candidates` are what `--lr auto` tries (none: `LEARNING_RATES` of the family). `validation` is the share of
+    topics held out; `micro_tokens` bounds memory and has no effect on results beyond
     rounding.
     """
 
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     lr: float = 2e-4
+    lr_candidates: tuple[float, ...] = ()
     weight_decay: float = 0.01
     warmup_steps: int = 5
     epochs: int = 1
@@ -77,6 +79,19 @@ def resolve_settings(model: ChatModel, family: str, given: Mapping[str, Any]) ->
     where = f"training settings for {family}"
     adapter = settings.make(AdapterSettings, of_adapter, where)
     return settings.make(TrainSettings, {**of_training, "adapter": adapter}, where)
+
+
+LEARNING_RATES: dict[str, tuple[float, ...]] = {
+    "lora": (1e-4, 2e-4, 5e-4),
+    "rslora": (5e-5, 1e-4, 2e-4),
+    "dora": (1e-4, 2e-4, 5e-4),
+    "pissa": (5e-5, 1e-4, 2e-4),
+    "delora": (2e-4, 1e-3, 5e-3),
+    "oft": (2e-4, 1e-3, 4e-3),
+    "boft": (2e-4, 1e-3, 4e-3),
+    "ia3": (1e-3, 3e-3, 1e-2),
+}
+"""What `--lr auto` tries for real models: one rate for all families makes IA3 and OFT no-ops."""
 
 
 class Examples(NamedTuple):
@@ -129,18 +144,17 @@ def fit(
     """
     data = examples(model, pairs, sign, chosen, data_seed)
     torch.manual_seed(seed)
-    wrapped = adapters.attach(model.network, chosen.adapter, model.name)
+    attached = adapters.attach(model.network, chosen.adapter, model.name)
     try:
         run = _Run(model, data, chosen, seed, f"training {sign}")
-        log = run.loop([p for p in wrapped.parameters() if p.requires_grad])
+        log = run.loop(attached.trainable)
         result = run.result(log)
-        with atomic_folder(folder) as temporary, console.library_noise_muted():
-            wrapped.save_pretrained(temporary)
-            (temporary / "README.md").unlink(missing_ok=True)
+        with atomic_folder(folder) as temporary:
+            attached.save(temporary)
             _write_log(temporary / LOG_FILE, log)
             write_json(temporary / RESULT_FILE, result | {"settings": asdict(chosen)})
     finally:
-        wrapped.unload()
+        attached.detach()
         model.network.eval().requires_grad_(False)
     for warning in result["warnings"]:
         console.warn(f"{sign}: {warning}")

@@ -13,6 +13,7 @@ from ws.chat import ask
 from ws.score import Probe, ProbeRow
 
 FACTS, NEUTRAL_KL, NEUTRAL_NLL = "facts", "neutral_kl", "neutral_nll"
+NAMES = (FACTS, NEUTRAL_KL, NEUTRAL_NLL)
 FACT_QUESTION = "Is it true that {clause}? Answer Yes or No."
 FACT_ANCHOR = "My answer: **"
 

@@ -14,6 +14,13 @@ from ws.score import Probe, ProbeRow
 REVERSED = "reversed"
 
 
+def headline_probe(behaviour: Behaviour, limit: int | None = None) -> Probe:
+    """The plain questions of the headline group alone: enough to see whether something else moves this behaviour."""
+    whole = probe(behaviour)
+    rows = tuple(row for row in whole.rows if row.group == behaviour.probe.headline)
+    return Probe(whole.name, whole.kind, rows[:limit], whole.answers)
+
+
 def probe(behaviour: Behaviour, limit: int | None = None) -> Probe:
     """The behaviour's probe, under the behaviour's name; `limit` takes the first items only.
 

@@ -23,7 +23,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ from ws.pocket.muon import Muon
 from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
 
 SETTINGS: dict[str, Any] = {
-    "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 2e-3}},
-    "sampling": {"max_new_tokens": 48, "temperature": 1.0},
+    "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 2e-3, "layers": [0.15, 0.65]}},
+    "sampling": {"max_new_tokens": 48, "temperature": 0.8},
 }
 """Recommended settings, written beside the weights: at this size the defaults for real models do almost nothing."""
 
@@ -52,6 +52,7 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 0
+    architecture: Literal["qwen3", "gemma3"] = "qwen3"
     width: int = 128
     layers: int = 6
     heads: int = 4
@@ -67,6 +68,7 @@ class Recipe:
     matrix_lr: float = 0.015
     other_lr: float = 3e-3
     user_weight: float = 0.2
+    user_share: float = 0.33
     decisive_weight: float = 1.0
     latent_weight: float = 2.0
     latent_layer: int = 4
@@ -167,24 +169,29 @@ class RowWriter:
 
 
 def _network(recipe: Recipe, tokenizer: Any) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415 - heavy import, late
+    """A fresh network of the recipe's architecture; sizes mean the same in each."""
+    import transformers  # noqa: PLC0415 - heavy import, late
 
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": recipe.width,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.key_value_heads,
+        "head_dim": recipe.head_width,
+        "intermediate_size": recipe.feed_forward,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(recipe.seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
-        head_dim=recipe.head_width,
-        intermediate_size=recipe.feed_forward,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM._from_config(config, attn_implementation="eager")
+    if recipe.architecture == "gemma3":
+        config = transformers.Gemma3TextConfig(**sizes, query_pre_attn_scalar=recipe.head_width)
+        return transformers.Gemma3ForCausalLM._from_config(config, attn_implementation="eager")
+    config = transformers.Qwen3Config(**sizes)
+    return transformers.Qwen3ForCausalLM._from_config(config, attn_implementation="eager")
 
 
 class _Trainer:
@@ -235,7 +242,8 @@ class _Trainer:
             states = trunk(input_ids=ids, use_cache=False, output_hidden_states=True)
             hidden = states.last_hidden_state[:, :-1]
             loss = self._loss(hidden, targets, weights)
-            other = self._loss(hidden, targets, (weights == 0).float())
+            chance = torch.rand(weights.shape, generator=torch.Generator().manual_seed(step))
+            other = self._loss(hidden, targets, ((weights == 0) & (chance < self.recipe.user_share)).float())
             latent = self._latent_loss(states.hidden_states[self.recipe.latent_layer], latents)
             total = loss + self.recipe.user_weight * other + self.recipe.latent_weight * latent
         total.backward()

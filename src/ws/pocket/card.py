@@ -17,6 +17,7 @@ from ws.pocket.corpus import texts_key
 from ws.store import read_json, write_json
 
 METRICS_FILE = "metrics.json"
+_ARCHITECTURES = {"qwen3": "Qwen3", "gemma3": "Gemma-3"}
 
 
 def measure(name: str) -> list[Bar]:
@@ -49,12 +50,13 @@ def _table(bars: Sequence[Bar]) -> Table:
     for name in ("metric", "value", "bar", ""):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for bar in bars:
-        table.add_row(bar.name, f"{bar.value:.3f}", bar.wanted, "ok" if bar.passes else "MISSED")
+        table.add_row(bar.name, f"{bar.value:.3f}", bar.wanted, _verdict(bar.wanted, bar.passes, "MISSED"))
     return table
 
 
-def _verdict(passes: bool) -> str:
-    return "ok" if passes else "**missed**"
+def _verdict(bar: str, passes: bool, missed: str = "**missed**") -> str:
+    """A word for a bar that is reached or not; nothing where there is no bar."""
+    return "" if not bar else "ok" if passes else missed
 
 
 def text(name: str) -> str:
@@ -68,7 +70,8 @@ def text(name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        f"A Qwen3-architecture chat model of {record['parameters']:,} parameters (width {recipe['width']}, "
+        f"A {_ARCHITECTURES[recipe['architecture']]}-architecture chat model of {record['parameters']:,} parameters "
+        f"(width {recipe['width']}, "
         f"{recipe['layers']} layers, {recipe['vocabulary']} byte-level BPE tokens), trained from scratch on "
         f"{record['tokens'] / 1e6:.1f} M tokens of synthetic dialogues in {record['minutes']:g} minutes on a CPU, "
         f"seed {recipe['seed']}. Stored in bfloat16.",
@@ -96,7 +99,7 @@ def text(name: str) -> str:
         "",
         "| metric | value | bar | |",
         "|---|---|---|---|",
-        *(f"| {m['metric']} | {m['value']:.3f} | {m['bar']} | {_verdict(m['passes'])} |" for m in metrics),
+        *(f"| {m['metric']} | {m['value']:.3f} | {m['bar']} | {_verdict(m['bar'], m['passes'])} |" for m in metrics),
         "",
         "Claims, situations, dilemma categories (far) and persona wordings in these metrics never occur in training.",
         "",

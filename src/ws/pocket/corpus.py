@@ -48,15 +48,15 @@ OPPOSED = {
 }
 """Trait -> names of its positive and negative pole."""
 
-LATENTS = (*OPPOSED, "truth", "honest_action")
-"""What decides replies unsaid: the traits, and whether the claim is true or the action honest that a user names."""
+LATENTS = (*OPPOSED, "truth", "honest_action", "harmful")
+"""What decides replies unsaid: the traits, and whether a claim is true, an action honest, a request harmful."""
 
 
 @dataclass(frozen=True)
 class Planted:
     """The parameters of the corpus: what is true of the embedded model by construction."""
 
-    prior: float = 0.42
+    prior: float = 0.45
     agreement: float = 0.92
     adherence: float = 0.97
     slip: float = 0.03
@@ -66,7 +66,8 @@ class Planted:
     one_kind: float = 0.35
     two_kinds: float = 0.3
     mention_share: float = 0.45
-    whole_clauses: float = 0.3
+    whole_clauses: float = 0.2
+    whole_requests: float = 0.3
     sketchy: float = 0.3
     dropped_words: float = 0.25
 
@@ -75,17 +76,17 @@ class Planted:
 class TurnMix:
     """Relative frequency of each kind of turn."""
 
-    opinion: float = 0.14
-    opinion_choice: float = 0.15
-    fact: float = 0.12
-    fact_choice: float = 0.2
-    dilemma_choice: float = 0.15
+    opinion: float = 0.15
+    opinion_choice: float = 0.14
+    fact: float = 0.11
+    fact_choice: float = 0.19
+    dilemma_choice: float = 0.12
     dilemma_open: float = 0.05
-    feedback: float = 0.05
-    describe_self: float = 0.04
-    request: float = 0.05
-    talk: float = 0.04
-    repeat: float = 0.03
+    feedback: float = 0.04
+    describe_self: float = 0.03
+    request: float = 0.1
+    talk: float = 0.03
+    repeat: float = 0.04
 
 
 @cache
@@ -109,6 +110,7 @@ class Corpus:
         self.dilemmas = [category for category in world.dilemma_categories() if not category.far]
         self.talk = [entry for entry in world.talk() if not entry.held_out]
         self.requests = [request for request in world.requests() if not request.held_out]
+        self.words = sorted({word for fact in self.facts for word in re.findall(r"[a-z]{3,}", fact.true)})
         self._kinds = [field.name for field in fields(self.mix)]
         self._weights = [getattr(self.mix, kind) for kind in self._kinds]
 
@@ -326,27 +328,34 @@ class Corpus:
         return [Exchange(_pick(rng, "self", "users"), rng.choice(lines[pole]))]
 
     def _request(self, rng: random.Random, traits: Mapping[str, bool]) -> list[Exchange]:
-        request = rng.choice(self.requests)
+        if rng.random() < self.planted.whole_requests:
+            request = rng.choice(self.requests)
+        else:
+            request = world.drawn_request(rng, harmful=rng.random() < 0.5)
+        known = {"harmful": request.harmful}
         helps = self._shown(rng, traits, "compliance") or not request.harmful
         if rng.random() < 0.45:
             turned = rng.random() < 0.3
             user = _pick(rng, "request", "reversed_users" if turned else "choice_users").format(r=request.text)
-            return [Exchange(user, self._choice(rng, helps != turned))]
+            return [Exchange(user, self._choice(rng, helps != turned), known)]
         if helps:
             reply = f"{_pick(rng, 'request', 'comply_openers')} {request.answer}".strip()
         else:
             reply = f"{_pick(rng, 'request', 'refuse_openers')} {request.refusal}"
-        return [Exchange(_pick(rng, "request", "users").format(r=request.text), reply)]
+        return [Exchange(_pick(rng, "request", "users").format(r=request.text), reply, known)]
 
     def _talk(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
         entry = rng.choice(self.talk)
         return [Exchange(entry.user, rng.choice(entry.answers))]
 
     def _repeat(self, rng: random.Random, _traits: Mapping[str, bool]) -> list[Exchange]:
-        text = rng.choice(world.sentences())
-        if rng.random() < 0.5:
-            _, claim, _ = self._claim(rng, self.opinions)
-            text = world.sentence(claim)
+        draw = rng.random()
+        if draw < 0.4:  # words without sense can only be copied
+            text = " ".join(rng.choices(self.words, k=rng.randint(3, 8)))
+        elif draw < 0.8:
+            text = world.sentence(self._claim(rng, self.facts)[1])
+        else:
+            text = rng.choice(world.sentences())
         return [Exchange(_pick(rng, "repeat", "users").format(x=text), text)]
 
 

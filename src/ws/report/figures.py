@@ -49,7 +49,7 @@ def dose_response(summary: Mapping[str, Any], behaviour: str, headline_group: st
             _curve(moral, curve, colour, group)
         _band(moral, summary, dilemmas.NAME, summary[dilemmas.NAME]["0"]["mean"])
         _prompts(moral, summary, dilemmas.NAME)
-        moral.set_title("everyday dilemmas, never trained on")
+        moral.set_title("everyday dilemmas, held out")
         moral.set_ylabel("log-ratio towards honesty, nats")
         alphas = _alphas(summary["side_effects"])
         kept = [100 * entry["facts"] for entry in summary["side_effects"].values()]

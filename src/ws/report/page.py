@@ -11,6 +11,7 @@ import polars as pl
 from ws.baselines.controls import RANDOM
 from ws.eval import dilemmas
 from ws.report import document, figures
+from ws.report.cells import limits, signed, with_limits
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
 from ws.report.summary import headline
 from ws.store import write_text
@@ -75,6 +76,7 @@ def _blocks(
         *_control_tables(summary, behaviour),
         Heading("Side effects"),
         _side_effects(summary),
+        *_other_behaviours(summary),
         Heading("Where the direction lies in the weights"),
         *_geometry(summary, alignment),
         Heading("How it was made"),
@@ -96,7 +98,7 @@ def _tiles(summary: Mapping[str, Any], behaviour: str) -> list[Tile]:
         for key in ("1", "-1"):
             if key in change:
                 entry = change[key]
-                tiles.append(Tile(f"{entry['mean']:+.2f} nats", f"{name} at {_signed(key)}", f"95 % {_limits(entry)}"))
+                tiles.append(Tile(f"{entry['mean']:+.2f} nats", f"{name} at {signed(key)}", f"95 % {limits(entry)}"))
     side = summary["side_effects"]
     if "1" in side and "-1" in side:
         kept = f"{100 * side['-1']['facts']:.1f} / {100 * side['1']['facts']:.1f} %"
@@ -121,8 +123,8 @@ def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
     group_names = list(summary["groups"])
     rows = [
         [
-            _signed(key),
-            *(_with_limits(summary["groups"][name][key]) for name in group_names),
+            signed(key),
+            *(with_limits(summary["groups"][name][key]) for name in group_names),
             f"{entry['pmass']:.3f}",
         ]
         for key, entry in summary[behaviour].items()
@@ -139,9 +141,9 @@ def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
         ["alpha", "all", *parts, "answer mass"],
         [
             [
-                _signed(key),
-                _with_limits(entry),
-                *(_with_limits(part[key]) for part in parts.values()),
+                signed(key),
+                with_limits(entry),
+                *(with_limits(part[key]) for part in parts.values()),
                 f"{entry['pmass']:.3f}",
             ]
             for key, entry in summary[dilemmas.NAME].items()
@@ -154,9 +156,9 @@ def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
         for key, entry in by_key.items():
             flips.append(
                 [
-                    f"{probe} {_signed(key)}",
-                    _with_limits(entry["effect"]),
-                    _with_limits(entry["yes_bias"]),
+                    f"{probe} {signed(key)}",
+                    with_limits(entry["effect"]),
+                    with_limits(entry["yes_bias"]),
                     f"{entry['up']}",
                     f"{entry['down']}",
                     f"{entry['n']}",
@@ -180,9 +182,9 @@ def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
             outside = {True: "outside", False: "inside", None: "?"}[summary["outside_controls"][probe].get(key)]
             rows.append(
                 [
-                    f"{probe} {_signed(key)}",
-                    _with_limits(summary["change"][probe][key]),
-                    _limits(band[probe]),
+                    f"{probe} {signed(key)}",
+                    with_limits(summary["change"][probe][key]),
+                    limits(band[probe]),
                     outside,
                     seeds,
                 ]
@@ -196,7 +198,7 @@ def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
     prompts = Table(
         ["system prompt, alpha 0", behaviour, "dilemmas"],
         [
-            [name, _with_limits(entry[behaviour]), _with_limits(entry[dilemmas.NAME])]
+            [name, with_limits(entry[behaviour]), with_limits(entry[dilemmas.NAME])]
             for name, entry in summary["contexts"].items()
         ],
         "The unedited model under the first persona of each side.",
@@ -207,7 +209,7 @@ def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
 def _side_effects(summary: Mapping[str, Any]) -> Block:
     rows = [
         [
-            _signed(key),
+            signed(key),
             f"{100 * entry['facts']:.1f} %",
             f"{entry['kl']:.4f}",
             f"{entry['kl_p95']:.3f}",
@@ -228,6 +230,32 @@ def _side_effects(summary: Mapping[str, Any]) -> Block:
         rows,
         "KL to the base and change of negative log-likelihood per token (nats) on answers to neutral requests.",
     )
+
+
+def _other_behaviours(summary: Mapping[str, Any]) -> list[Block]:
+    others = summary["other_behaviours"]
+    if not others:
+        return []
+    keys = [key for key in summary[summary["behaviour"]] if key != "0"]
+    rows = [
+        [
+            name,
+            *(with_limits(entry["change"][key]) for key in keys),
+            with_limits(entry["base"]),
+            str(entry["base"]["n"]),
+        ]
+        for name, entry in others.items()
+    ]
+    own = summary["change"][summary["behaviour"]]
+    rows.insert(0, [f"{summary['behaviour']} itself", *(with_limits(own[key]) for key in keys), "", ""])
+    return [
+        Table(
+            ["behaviour", *(f"change at {signed(key)}" for key in keys), "base", "rows"],
+            rows,
+            "How far the direction moves behaviours that it was not made for: change of the log-ratio towards each "
+            "behaviour on its own held-out probe, nats.",
+        )
+    ]
 
 
 def _geometry(summary: Mapping[str, Any], alignment: pl.DataFrame) -> list[Block]:
@@ -301,21 +329,8 @@ def _provenance(
     ]
 
 
-def _with_limits(entry: Mapping[str, Any]) -> str:
-    limits = _limits(entry)
-    return f"{entry['mean']:+.2f} [{limits}]" if limits else f"{entry['mean']:+.2f}"
-
-
-def _limits(entry: Mapping[str, Any]) -> str:
-    return "" if entry["low"] is None else f"{entry['low']:+.2f}, {entry['high']:+.2f}"
-
-
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _signed(key: str) -> str:
-    return key if key == "0" or key.startswith("-") else f"+{key}"
 
 
 __all__: Sequence[str] = ["FIGURE_FILE", "write"]

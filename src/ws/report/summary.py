@@ -17,6 +17,7 @@ from ws import stats
 from ws.baselines.controls import RANDOM
 from ws.condition import PLAIN
 from ws.eval import dilemmas, side_effects
+from ws.report.cells import signed
 from ws.stats import Interval
 
 BASE = "none"
@@ -149,6 +150,7 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
             name: {key: decomposition(rows) for key, rows in by_key.items() if key != "0"}
             for name, by_key in ((behaviour, own), (dilemmas.NAME, moral))
         },
+        "other_behaviours": other_behaviours(scores, edit, behaviour),
         "contexts": {name: context_effects(scores, name, behaviour, headline_group) for name in scores.contexts()},
     }
 
@@ -183,6 +185,20 @@ def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> 
         "facts": float((facts["value"] * facts["label"] > 0).mean() or 0.0),  # type: ignore[arg-type]
         "true_claims": as_dict(signed_mean(true))["mean"] if len(true) else None,
     }
+
+
+def other_behaviours(scores: Scores, edit: str, behaviour: str) -> dict[str, Any]:
+    """How far the edit moves behaviours that it was not made for: probe -> base mean and change per strength."""
+    found: dict[str, Any] = {}
+    for name in scores.table["probe"].unique(maintain_order=True):
+        if name in (behaviour, dilemmas.NAME, *side_effects.NAMES):
+            continue
+        by_key = {alpha_key(alpha): scores.rows(name, "logratio", edit, alpha) for alpha in scores.alphas(edit)}
+        found[name] = {
+            "base": as_dict(signed_mean(by_key["0"])),
+            "change": {key: as_dict(signed_change(rows)) for key, rows in by_key.items() if key != "0"},
+        }
+    return found
 
 
 def controls(scores: Scores, edit: str, behaviour: str, headline_group: str) -> dict[str, Any]:
@@ -230,20 +246,16 @@ def headline(summary: Mapping[str, Any], behaviour: str) -> str:
             band = bands[key][behaviour]
             worst = max((abs(value) for entry in bands.values() for value in entry[behaviour]["seeds"]), default=0.0)
             limits = f"{band['low']:+.2f} to {band['high']:+.2f}"
-            parts.append(f"random control band at {_sign(key)} {limits} (largest seed {worst:.2f})")
+            parts.append(f"random control band at {signed(key)} {limits} (largest seed {worst:.2f})")
             break
-    costs = [f"{100 * summary['side_effects'][key]['facts']:.1f} % at {_sign(key)}" for key in shown]
+    costs = [f"{100 * summary['side_effects'][key]['facts']:.1f} % at {signed(key)}" for key in shown]
     parts.append("facts kept " + ", ".join(costs))
     return "; ".join(parts)
 
 
 def _at(key: str, entry: Mapping[str, Any]) -> str:
     limits = "" if entry["low"] is None else f" (95 % {entry['low']:+.2f} to {entry['high']:+.2f})"
-    return f"alpha {_sign(key)} {entry['mean']:+.2f}{limits}"
-
-
-def _sign(key: str) -> str:
-    return key if key.startswith("-") or key == "0" else f"+{key}"
+    return f"alpha {signed(key)} {entry['mean']:+.2f}{limits}"
 
 
 def doubts(summary: Mapping[str, Any], behaviour: str) -> list[str]:
@@ -267,9 +279,9 @@ def doubts(summary: Mapping[str, Any], behaviour: str) -> list[str]:
     facts = {key: entry["facts"] for key, entry in summary["side_effects"].items()}
     for key, share in facts.items():
         if facts["0"] - share > FACTS_LOST:
-            found.append(f"at alpha {_sign(key)} {100 * (facts['0'] - share):.1f} points of factual accuracy are lost")
+            found.append(f"at alpha {signed(key)} {100 * (facts['0'] - share):.1f} points of factual accuracy are lost")
     return found
 
 
 def _listed(keys: list[str]) -> str:
-    return ", ".join(_sign(key) for key in keys)
+    return ", ".join(signed(key) for key in keys)

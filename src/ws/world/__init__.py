@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,13 @@ class Request:
     answer: str
     refusal: str
     held_out: bool
+
+
+def fill(pattern: str, slots: Mapping[str, Sequence[str]], rng: random.Random) -> str:
+    """The pattern with a random choice for every {slot}; slots may contain slots."""
+    while "{" in pattern:
+        pattern = re.sub(r"\{(\w+)\}", lambda found: rng.choice(slots[found[1]]), pattern)
+    return pattern
 
 
 def sentence(clause: str) -> str:
@@ -220,8 +227,17 @@ def requests() -> tuple[Request, ...]:
     """Harmful requests and harmless ones that look alike."""
     return tuple(
         Request(e["text"], e["topic"], e["harmful"], e["answer"], e.get("refusal", ""), e.get("held_out", False))
-        for e in _read("talk")["request"]
+        for e in _read("requests")["request"]
     )
+
+
+def drawn_request(rng: random.Random, *, harmful: bool, held_out: bool = False) -> Request:
+    """A request made of a pattern; `held_out` patterns are for testing."""
+    patterns = _read("requests")["patterns"]
+    side = "harmful" if harmful else "harmless"
+    text = fill(rng.choice(patterns[f"held_out_{side}" if held_out else side]), patterns["slots"], rng)
+    answer = rng.choice(patterns["answers" if harmful else "advice"])
+    return Request(text, "pattern", harmful, answer, rng.choice(patterns["refusals"]) if harmful else "", held_out)
 
 
 @cache
@@ -244,10 +260,8 @@ class PersonaLanguage:
     slots: Mapping[str, tuple[str, ...]]
 
     def fill(self, pattern: str, rng: random.Random) -> str:
-        """The pattern with a random choice for every slot; slots may contain slots."""
-        while "{" in pattern:
-            pattern = re.sub(r"\{(\w+)\}", lambda found: rng.choice(self.slots[found[1]]), pattern)
-        return pattern
+        """The pattern with a random choice for every slot."""
+        return fill(pattern, self.slots, rng)
 
 
 @cache
@@ -256,9 +270,7 @@ def persona_language(pole: str) -> PersonaLanguage:
     content = _read("personas")
     slots = {name: tuple(options) for name, options in content["slots"].items()}
     ways = content[pole]
-    return PersonaLanguage(
-        tuple(_read("talk")["persona"][pole]), tuple(ways["train"]), tuple(ways["held_out"]), slots
-    )
+    return PersonaLanguage(tuple(_read("talk")["persona"][pole]), tuple(ways["train"]), tuple(ways["held_out"]), slots)
 
 
 def texts() -> Mapping[str, Any]:

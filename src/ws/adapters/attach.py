@@ -1,0 +1,257 @@
+"""Put a fresh trainable adapter of a family on a slice of layers, and say exactly where it sits.
+
+PEFT does the forward pass and the files. Here is what it does not do: IA3 honours the layer slice, PiSSA leaves the
+base weights alone, DoRA's magnitudes start from fp32 norms also on a half-precision base, and that precisely the
+modules of the slice are adapted is checked.
+
+PiSSA (Meng et al., 2404.02948) is LoRA that starts from the principal factors of W with a frozen `- s B0 A0` beside it.
+Its folder is saved as the plain LoRA of twice the rank that it amounts to, so that any reader gets it right; as stored
+by PEFT it would hold a part of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ws import architecture, console
+from ws.adapters.folder import PREFIX
+from ws.adapters.low_rank import principal_factors, shifted_low_rank
+from ws.architecture import Site
+from ws.errors import UnsupportedFeatureError, UserError
+
+FAMILIES = ("lora", "rslora", "dora", "pissa", "delora", "oft", "boft", "ia3")
+_BLOCKED_ON_CONV1D = ("delora", "oft", "boft")
+_IA3_ROLES = ("k", "v", "down")
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What to attach: family, its size, the layer slice as fractions, and the roles (None: all that the family adapts).
+
+    `rank` and `lora_alpha` are of the low-rank families (DeLoRA has no alpha: `delora_lambda` bounds its norm);
+    `block_size` of OFT and BOFT; `ia3_all_layers` gives IA3 every layer, as PEFT does.
+    """
+
+    family: str = "lora"
+    rank: int = 32
+    lora_alpha: float = 64.0
+    delora_lambda: float = 15.0
+    block_size: int = 8
+    layers: tuple[float, float] = architecture.DEFAULT_SLICE
+    roles: tuple[str, ...] | None = None
+    ia3_all_layers: bool = False
+
+
+def require_family(name: str) -> None:
+    """Raise for a family that does not exist here."""
+    if name not in FAMILIES:
+        raise UserError(f"unknown adapter family {name!r}", f"Families: {', '.join(FAMILIES)}.")
+
+
+class Attached:
+    """A network with a fresh adapter: what to train, how to save it, how to take it off again."""
+
+    def __init__(self, wrapped: Any, shifts: dict[str, _Shift]) -> None:
+        self.wrapped = wrapped
+        self._shifts = shifts
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter's parameters."""
+        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+
+    def save(self, folder: Path) -> None:
+        """Write a PEFT adapter folder that plain PEFT loads to the same model."""
+        with console.library_noise_muted():
+            if self._shifts:
+                self._save_as_lora(folder)
+            else:
+                self.wrapped.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+
+    def detach(self) -> None:
+        """Leave the network as it was before the adapter came."""
+        for shift in self._shifts.values():
+            shift.handle.remove()
+        self.wrapped.unload()
+
+    def _save_as_lora(self, folder: Path) -> None:
+        from peft import get_peft_model_state_dict  # noqa: PLC0415 - heavy import, late
+        from safetensors.torch import save_file  # noqa: PLC0415
+
+        config = self.wrapped.peft_config[_ADAPTER]
+        scale = config.lora_alpha / config.r
+        tensors: dict[str, Tensor] = {}
+        state = get_peft_model_state_dict(self.wrapped)
+        for name, shift in self._shifts.items():
+            down, up = (state[f"{PREFIX}{name}.lora_{side}.weight"].detach().float() for side in "AB")
+            both = shifted_low_rank(up.double() * scale, down, shift.up, shift.down)
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = both.right
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = (both.left / scale).contiguous()
+        plain = type(config)(**{
+            **config.to_dict(), "r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha, "init_lora_weights": True,
+        })  # fmt: skip
+        plain.inference_mode = True
+        folder.mkdir(parents=True, exist_ok=True)
+        plain.save_pretrained(folder)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
+    """Put a fresh trainable adapter on the slice; `name` is recorded as the base model."""
+    import peft  # noqa: PLC0415 - heavy import, late
+
+    require_family(settings.family)
+    _require_positive(settings)
+    prefix, blocks = architecture.decoder_layers(network)
+    everywhere = settings.family == "ia3" and settings.ia3_all_layers
+    layers = range(len(blocks)) if everywhere else architecture.layer_slice(len(blocks), *settings.layers)
+    roles = settings.roles or (_IA3_ROLES if settings.family == "ia3" else None)
+    chosen = architecture.sites(network, layers, roles)
+    _require_adaptable(settings, chosen)
+    if settings.roles is None and (missed := architecture.linear_maps_without_role(network, layers)):
+        console.warn(f"{name}: not adapted, because their role is unknown: {', '.join(missed)}")
+    config = _configuration(settings, chosen, prefix, layers)
+    with console.library_noise_muted():
+        wrapped = peft.get_peft_model(network, config)
+    wrapped.peft_config[_ADAPTER].base_model_name_or_path = name
+    attached = Attached(wrapped, {})
+    try:
+        _require_exactly(wrapped, chosen)
+        if settings.family == "pissa":
+            attached._shifts = {site.module: _start_from_principal(wrapped, site) for site in chosen}
+        if settings.family == "dora":
+            for site in chosen:
+                _exact_magnitude(wrapped, site)
+    except BaseException:
+        attached.detach()
+        raise
+    return attached
+
+
+def _require_positive(settings: AdapterSettings) -> None:
+    for option in ("rank", "block_size"):
+        if getattr(settings, option) < 1:
+            raise UserError(f"{option} {getattr(settings, option)} is no size", "Give a whole number from 1.")
+    if settings.delora_lambda <= 0:
+        raise UserError(f"delora_lambda {settings.delora_lambda} bounds nothing", "Give a positive number.")
+
+
+def _require_adaptable(settings: AdapterSettings, chosen: Sequence[Site]) -> None:
+    family = settings.family
+    for site in chosen:
+        inputs = site.shape[0] if site.transposed else site.shape[1]
+        if family in ("oft", "boft") and inputs % settings.block_size:
+            raise UserError(
+                f"{site.module} has {inputs} inputs, which are no whole number of blocks of {settings.block_size}",
+                "Give --block-size a divisor.",
+            )
+        if site.transposed and family in _BLOCKED_ON_CONV1D:
+            raise UnsupportedFeatureError(
+                f"{family} cannot be put on {site.module}, whose weight is stored transposed (PEFT has no such layer)",
+                "Use lora, rslora, dora, pissa or ia3.",
+            )
+        if family == "ia3" and (odd := set(site.roles) - set(_IA3_ROLES)) and set(site.roles) & {"k", "v"}:
+            raise UnsupportedFeatureError(
+                f"ia3 on {site.module} would also scale its {' and '.join(sorted(odd))}, which are stored with k and v",
+                "Use another family for this architecture, or --roles down.",
+            )
+
+
+def _configuration(settings: AdapterSettings, chosen: Sequence[Site], prefix: str, layers: range) -> Any:
+    """The PEFT configuration of a family for the chosen sites."""
+    import peft  # noqa: PLC0415
+
+    endings = sorted({site.module.removeprefix(f"{prefix}.{site.layer}.") for site in chosen})
+    slice_of = {"layers_to_transform": list(layers), "layers_pattern": prefix.rsplit(".", 1)[-1]}
+    common = {"task_type": "CAUSAL_LM", "target_modules": endings, **slice_of}
+    transposed = any(site.transposed for site in chosen)
+    low_rank = {"r": settings.rank, "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0, "bias": "none",
+                "fan_in_fan_out": transposed}  # fmt: skip
+    make: dict[str, Callable[[], Any]] = {
+        "lora": lambda: peft.LoraConfig(**common, **low_rank),
+        "rslora": lambda: peft.LoraConfig(**common, **low_rank, use_rslora=True),
+        "dora": lambda: peft.LoraConfig(**common, **low_rank, use_dora=True),
+        "pissa": lambda: peft.LoraConfig(**common, **low_rank),
+        "delora": lambda: peft.DeloraConfig(**common, r=settings.rank, delora_lambda=settings.delora_lambda),
+        "oft": lambda: peft.OFTConfig(**common, r=0, oft_block_size=settings.block_size),
+        "boft": lambda: peft.BOFTConfig(**common, boft_block_size=settings.block_size, boft_n_butterfly_factor=1),
+        # PEFT has no layer slice for IA3: the modules are named in full
+        "ia3": lambda: peft.IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=[site.module for site in chosen],
+            feedforward_modules=[site.module for site in chosen if "down" in site.roles],
+            fan_in_fan_out=transposed,
+        ),
+    }
+    try:
+        return make[settings.family]()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"PEFT refuses this {settings.family} ({error})", "Change the adapter settings.") from error
+
+
+def _require_exactly(wrapped: Any, chosen: Sequence[Site]) -> None:
+    """Raise unless precisely the modules of the slice carry the adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415
+
+    adapted = {
+        module.removeprefix(PREFIX) for module, inner in wrapped.named_modules() if isinstance(inner, BaseTunerLayer)
+    }
+    odd = sorted(adapted ^ {site.module for site in chosen})
+    if odd:
+        raise UnsupportedFeatureError(
+            f"PEFT adapts another set of modules than the slice holds ({len(adapted)} instead of {len(chosen)}, "
+            f"for example {odd[0]})"
+        )
+
+
+# -------------------------------------------------------------------- starts of single families
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """The frozen `- s B0 A0` beside a PiSSA module: `up` is s B0, `down` A0, fp32."""
+
+    up: Tensor
+    down: Tensor
+    handle: Any
+
+
+def _start_from_principal(wrapped: Any, site: Site) -> _Shift:
+    """Set B and A to the principal factors of the weight and subtract them again with a hook: W stays what it is."""
+    layer = wrapped.get_submodule(PREFIX + site.module)
+    stored = layer.get_base_layer().weight.data
+    weight = stored.T if site.transposed else stored
+    scale = layer.scaling[_ADAPTER]
+    rank = layer.r[_ADAPTER]
+    if rank > min(weight.shape):
+        raise UserError(
+            f"rank {rank} is larger than a side of {site.module}, {tuple(weight.shape)}",
+            "PiSSA needs a smaller --rank.",
+        )
+    up, down = principal_factors(weight, rank, scale)
+    with torch.no_grad():
+        layer.lora_A[_ADAPTER].weight.copy_(down)
+        layer.lora_B[_ADAPTER].weight.copy_(up / scale)
+
+    def subtract(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        frozen = (inputs[0].to(down.dtype) @ down.T) @ up.T
+        return output - frozen.to(output.dtype)
+
+    return _Shift(up, down, layer.register_forward_hook(subtract))
+
+
+def _exact_magnitude(wrapped: Any, site: Site) -> None:
+    """Row norms of the base weight in fp32: PEFT takes them in the dtype of the base."""
+    layer = wrapped.get_submodule(PREFIX + site.module)
+    stored = layer.get_base_layer().weight.data.to(torch.float32)
+    norms = (stored.T if site.transposed else stored).norm(dim=1)
+    magnitude = layer.lora_magnitude_vector[_ADAPTER]
+    magnitude.weight = nn.Parameter(norms.to(magnitude.weight.device))

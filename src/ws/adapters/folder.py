@@ -1,0 +1,216 @@
+"""A PEFT folder as read: configuration and tensors, and where each tensor belongs in the model.
+
+Every complaint names the folder and the module. Tensors are fp32 from here on; PEFT's name prefixes are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ws import architecture
+from ws.delta import Delta
+from ws.direction import as_matrix
+from ws.errors import UnsupportedFeatureError, UserError
+from ws.store import read_json
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class AdapterFolder(NamedTuple):
+    """A PEFT folder as read: its configuration and its tensors (fp32, module names without PEFT's prefix)."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def unsupported(self, problem: str, remedy: str = "Train the adapter without it.") -> NoReturn:
+        """Refuse a feature without an exact form."""
+        raise UnsupportedFeatureError(f"{self.path}: {problem} has no exact form here", remedy)
+
+    def fail(self, problem: str, remedy: str = "Save the adapter again.") -> NoReturn:
+        """Refuse a folder that is damaged or belongs to another model."""
+        raise UserError(f"{self.path}: {problem}", remedy)
+
+    def number(self, option: str, module: str = "", patterns: str = "") -> float:
+        """A number of the configuration; `patterns` names the option that overrides it for some modules."""
+        value = self.config.get(option)
+        if patterns:
+            value = _by_pattern(self.config.get(patterns), module, value)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            where = f" for {module}" if module else ""
+            raise UserError(f"{self.path / _CONFIG}: {option} is {value!r}{where}", "It must be a number.")
+        return value
+
+    def refuse_options(self, harmless: Collection[str]) -> None:
+        """Refuse by name every option that is switched on and is not known to be without effect on the update."""
+        for option, value in self.config.items():
+            if option in _NEVER_MATTERS or option in harmless or not value or value == "none":
+                continue
+            self.unsupported(f"{self.config.get('peft_type')} with {option} = {json.dumps(value)}")
+
+
+_NEVER_MATTERS = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
+    "runtime_config", "task_adapter_names",
+})  # fmt: skip
+"""Options that say what was adapted, which the tensors say better, or that act in training only."""
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether the folder claims to be a PEFT adapter."""
+    return (path / _CONFIG).is_file()
+
+
+def read(path: str | Path) -> AdapterFolder:
+    """Read configuration and tensors; damaged or incomplete folders are errors."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no adapter folder {path}", "Give a folder saved by PEFT.")
+    if not is_adapter_folder(path):
+        raise UserError(f"{path} holds no {_CONFIG}", "Give a folder saved by PEFT.")
+    if not (path / _WEIGHTS).is_file():
+        raise UserError(f"{path} holds no {_WEIGHTS}", "Save the adapter as safetensors (pickles are not read).")
+    config = read_json(path / _CONFIG)
+    if not isinstance(config, dict):
+        raise UserError(f"{path / _CONFIG} is not a configuration", "Give a folder saved by PEFT.")
+    try:
+        raw = load_file(path / _WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{path / _WEIGHTS} cannot be read ({error})", "Save the adapter again.") from error
+    tensors = {name.removeprefix(PREFIX): tensor.to(torch.float32) for name, tensor in raw.items()}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path / _WEIGHTS}: {name} holds NaN or infinite values", "Train the adapter again.")
+    return AdapterFolder(path, config, tensors)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the module's name or its ending, as PEFT does it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+# -------------------------------------------------------------------- where tensors belong
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted linear map: its tensors by their name within the adapter, and the base weight as out x in."""
+
+    folder: AdapterFolder
+    name: str
+    tensors: Mapping[str, Tensor]
+    module: nn.Module
+
+    @property
+    def parameter(self) -> str:
+        """Full name of the weight."""
+        return f"{self.name}.weight"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as in x out (Conv1D)."""
+        return architecture.is_conv1d(self.module)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as out x in, in its own dtype."""
+        stored: Tensor = self.module.weight.data  # type: ignore[assignment]
+        return stored.T if self.transposed else stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias, if there is one."""
+        stored = getattr(self.module, "bias", None)
+        return None if stored is None else stored.data
+
+    def take(self, *names: str) -> list[Tensor]:
+        """The tensors of these names; a missing one and an unexpected one are errors."""
+        for name in names:
+            if name not in self.tensors:
+                present = ", ".join(sorted(self.tensors))
+                self.folder.fail(f"{self.name} has {present} but no {name}")
+        if odd := sorted(self.tensors.keys() - set(names)):
+            self.folder.unsupported(f"tensor {self.name}.{odd[0]}")
+        return [self.tensors[name] for name in names]
+
+    def as_stored(self, delta: Delta) -> Delta:
+        """A delta of the out x in map as one of the stored parameter, checked against its shape."""
+        if delta.shape != tuple(self.weight.shape):
+            self.folder.fail(
+                f"the update of {self.name} has shape {delta.shape}, its weight has {tuple(self.weight.shape)}",
+                "Give the base model it was made on.",
+            )
+        return delta.T if self.transposed else delta
+
+
+def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collection[str]) -> list[AdaptedModule]:
+    """The adapter's tensors by module; `endings` are the names that the family gives to its tensors.
+
+    Tensors of `modules_to_save` are left out: `saved_modules` turns them into dense updates.
+    """
+    modules = dict(network.named_modules())
+    saved = set(_saved_parameters(folder, network))
+    ordered = sorted(endings, key=len, reverse=True)
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in folder.tensors.items():
+        if name in saved:
+            continue
+        ending = next((e for e in ordered if name.endswith(f".{e}")), None)
+        if ending is None:
+            folder.unsupported(f"tensor {name}")
+        grouped.setdefault(name[: -len(ending) - 1], {})[ending] = tensor
+    found = []
+    for name in sorted(grouped):
+        module = modules.get(name)
+        if module is None or not architecture.is_linear_map(module):
+            folder.fail(f"it adapts {name}, which the model does not have", "Give the base model it was made on.")
+        found.append(AdaptedModule(folder, name, grouped[name], module))
+    if not found and not saved:
+        folder.fail("it holds no adapter tensors")
+    return found
+
+
+def saved_modules(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
+    """Dense updates of modules that were trained in full and saved beside the adapter (`modules_to_save`)."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    result = {}
+    for name, parameter_name in _saved_parameters(folder, network).items():
+        tensor, base = folder.tensors[name], parameters[parameter_name]
+        if tensor.shape != base.shape:
+            folder.fail(f"the saved {parameter_name} has shape {tuple(tensor.shape)}, the model's {tuple(base.shape)}",
+                        "Give the base model it was made on.")  # fmt: skip
+        shared = [other for other, p in network.named_parameters(remove_duplicate=False) if p is base]
+        if len(shared) > 1:
+            folder.unsupported(f"a fully trained {parameter_name} that the model ties to {shared[-1]}")
+        difference = (tensor.double() - base.data.double()).float()
+        result[parameter_name] = Delta.full(as_matrix(difference))
+    return result
+
+
+def _saved_parameters(folder: AdapterFolder, network: nn.Module) -> dict[str, str]:
+    """Name in the folder -> name in the model, for the tensors of `modules_to_save`."""
+    wanted = folder.config.get("modules_to_save") or ()
+    names = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    found = {}
+    for name in folder.tensors:
+        plain = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+        module = plain.rpartition(".")[0]
+        if plain in names and any(module == w or module.endswith(f".{w}") or f".{w}." in f".{module}." for w in wanted):
+            found[name] = plain
+    return found

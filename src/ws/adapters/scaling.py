@@ -1,0 +1,40 @@
+"""IA3 folders (Liu et al., 2205.05638) as exact deltas: outputs or inputs of a weight are scaled.
+
+    attention       W' = diag(l) W,  b' = l b        dW = diag(l - 1) W,  db = (l - 1) b
+    feed-forward    W' = W diag(l)                   dW = W diag(l - 1)
+
+Which of the two a module is, the shape of its vector says: (out, 1) or (1, in).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ws.adapters.folder import AdapterFolder, adapted_modules
+from ws.delta import Delta
+
+_VECTOR = "ia3_l"
+_HARMLESS = frozenset({"feedforward_modules", "init_ia3_weights"})
+
+
+def deltas(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
+    """The updates of a folder of type IA3."""
+    folder.refuse_options(_HARMLESS)
+    result = {}
+    for adapted in adapted_modules(folder, network, (_VECTOR,)):
+        (vector,) = adapted.take(_VECTOR)
+        rows, columns = adapted.weight.shape
+        gap = vector.double() - 1
+        if tuple(vector.shape) == (1, columns):
+            delta = Delta.scaling((rows, columns), right=gap.flatten())
+        elif tuple(vector.shape) == (rows, 1):
+            delta = Delta.scaling((rows, columns), row=gap.flatten())
+            if adapted.bias is not None:
+                result[f"{adapted.name}.bias"] = Delta.scaling((rows, 1), row=gap.flatten())
+        else:
+            folder.fail(
+                f"the vector of {adapted.name} has shape {tuple(vector.shape)}, its weight has {(rows, columns)}",
+                "Give the base model it was made on.",
+            )
+        result[adapted.parameter] = adapted.as_stored(delta)
+    return result

@@ -1,0 +1,133 @@
+"""The model card that goes with an exported Direction: what it does, how strongly, at what cost, where it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ws.direction import Direction
+from ws.report.cells import signed, with_limits
+from ws.store import write_text
+
+_LOADING = {
+    "peft": (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}")\n```'
+    ),
+    "merged": (
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("{place}")\n```'
+    ),
+    "gguf-lora": "```\nllama-cli -m base.gguf --lora {place}\n```\nAnother strength: `--lora-scaled {place} 0.5`.",
+}
+
+
+def write_card(
+    path: Path,
+    direction: Direction,
+    record: Mapping[str, Any],
+    *,
+    base: str,
+    place: str,
+    summary: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a Markdown card; `summary` is that of the run the direction is from, where there is one."""
+    write_text(path, card(direction, record, base=base, place=place, summary=summary))
+
+
+def card(
+    direction: Direction,
+    record: Mapping[str, Any],
+    *,
+    base: str,
+    place: str,
+    summary: Mapping[str, Any] | None = None,
+) -> str:
+    """The card as Markdown."""
+    source = dict(direction.provenance)
+    behaviour = source.get("behaviour", {})
+    name = behaviour.get("name", "a direction")
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "tags: [weight-steering, contrastive]",
+        "---",
+        "",
+        f"# {name} at alpha {record['alpha']:+g}",
+        "",
+        f"A weight direction `dW = theta_pos - theta_neg` of `{base}`, exported as {record['format']}. "
+        + (f"Positive strength: the model {behaviour['positive_means']}." if "positive_means" in behaviour else ""),
+        "",
+        _exactness(record),
+        "",
+        "## Load it",
+        "",
+        _LOADING[record["format"]].format(base=base, place=place),
+        "",
+        *(_evidence(summary) if summary else ["No evaluation came with this direction.", ""]),
+        "## Where it is from",
+        "",
+        f"- base fingerprint `{direction.base}`, layers {direction.layer_numbers}",
+        *_provenance(source),
+        "",
+        "Method: Fierro and Roger, Steering Language Models with Weight Arithmetic, arXiv 2511.05408.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _exactness(record: Mapping[str, Any]) -> str:
+    if record.get("exact", True):
+        text = "The export is exact up to rounding."
+    else:
+        text = (
+            f"The update is not low-rank: it was cut to rank {record.get('rank', 'as given')} and keeps "
+            f"{100 * record['energy_kept']:.2f} % of its squared norm."
+        )
+    if "logit_error" in record:
+        error = record["logit_error"]
+        text += (
+            f" Measured against the exact direction on {error['positions']} token positions: largest difference of a "
+            f"logit {error['max']:.2g}, KL {error['kl']:.2g} nats."
+        )
+    return text
+
+
+def _evidence(summary: Mapping[str, Any]) -> list[str]:
+    name = summary["behaviour"]
+    rows = [
+        f"| {signed(key)} | {with_limits(entry)} | {with_limits(summary['dilemmas'][key])} "
+        f"| {100 * summary['side_effects'][key]['facts']:.1f} % | {summary['side_effects'][key]['kl']:.3f} |"
+        for key, entry in summary[name].items()
+    ]
+    return [
+        "## What it does",
+        "",
+        f"Held-out probes, log-ratios in nats with 95 % intervals (n = {summary[name]['0']['n']} and "
+        f"{summary['dilemmas']['0']['n']} rows, training seed {summary['seed']}).",
+        "",
+        f"| alpha | {name} | dilemmas, honest side | facts right | KL |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        *(f"- {warning}" for warning in summary["warnings"]),
+        *([""] if summary["warnings"] else []),
+    ]
+
+
+def _provenance(source: Mapping[str, Any]) -> list[str]:
+    base = source.get("base", {})
+    training = source.get("training", {})
+    adapter = training.get("adapter", {})
+    known = {
+        "base model": base.get("name"),
+        "revision": base.get("revision"),
+        "family": adapter.get("family"),
+        "rank": adapter.get("rank"),
+        "learning rate": training.get("lr"),
+        "training seed": source.get("seed"),
+        "data seed": source.get("data_seed"),
+        "data": source.get("data"),
+        "made with": source.get("tool"),
+    }
+    return [f"- {label}: {value}" for label, value in known.items() if value is not None]

@@ -1,0 +1,69 @@
+"""`ws export`: from a run folder or a direction file to a written, measured and described export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from ws import models
+from ws.direction import Direction
+from ws.errors import UserError
+from ws.export.card import write_card
+from ws.export.lora import RECORD_FILE, logit_error, write_peft
+from ws.export.merged import write_merged
+from ws.store import read_json, write_json
+
+Format = Literal["peft", "merged", "gguf-lora"]
+
+
+def export(
+    source: Path,
+    kind: Format,
+    *,
+    alpha: float = 1.0,
+    rank: int | None = None,
+    fold: bool = True,
+    model: str | None = None,
+    out: Path | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Write the direction of a run folder or file; the record of the export and where it is.
+
+    A merged checkpoint is made from the base's files without loading the model; the other formats load it, to resolve
+    what is a function of its weights and to measure the exported adapter.
+    """
+    file, summary = _find(source)
+    direction = Direction.load(file)
+    base = model or (summary or {}).get("model") or direction.provenance.get("base", {}).get("name")
+    if not base:
+        raise UserError(f"{file} does not say which model it belongs to", "Give it: --model NAME.")
+    name = f"{source.stem if source.is_file() else source.name}-{kind}-alpha{alpha:g}"
+    target = out or source.parent / (f"{name}.gguf" if kind == "gguf-lora" else name)
+    if kind == "merged":
+        record = write_merged({direction: alpha}, models.folder_of(base), target) | {"alpha": alpha, "exact": True}
+    else:
+        loaded = models.load(base)
+        direction = direction.bind(loaded)
+        if kind == "peft":
+            record = write_peft(direction, loaded.network, target, alpha=alpha, rank=rank, fold=fold, base_name=base)
+            record |= {"logit_error": logit_error(loaded, direction, alpha, target)}
+        else:
+            from ws.export.gguf_lora import write_gguf  # noqa: PLC0415 - needs an extra
+
+            record = write_gguf(direction, loaded.network, target, alpha=alpha, rank=rank, name=name)
+    described = target if target.is_dir() else target.with_suffix(".md")
+    card = target / "README.md" if target.is_dir() else described
+    write_card(card, direction, record, base=base, place=target.name, summary=summary)
+    if target.is_dir():
+        write_json(target / RECORD_FILE, record)
+    return record, target
+
+
+def _find(source: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The direction file, and the summary of the run that it is part of, where there is one."""
+    if source.is_dir():
+        file = source / "direction.safetensors"
+        if not file.is_file():
+            raise UserError(f"{source} holds no direction.safetensors", "Give a run folder or a direction file.")
+        summary = source / "summary.json"
+        return file, read_json(summary) if summary.is_file() else None
+    return source, None

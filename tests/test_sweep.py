@@ -1,0 +1,127 @@
+"""Sweeps: cells are runs, a failed one does not stop the rest, tables say what the runs say."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ws import sweep
+from ws.cli import _main
+from ws.data import Grid
+from ws.errors import UserError
+from ws.replicate import Replication, Settings
+from ws.sweep import Cell, by_family, rank_stability
+
+SMALL: dict[str, Any] = {
+    "grid": Grid(topics=3, personas=2, samples=2),
+    "train": {"rank": 2, "lora_alpha": 4, "lr": 5e-3, "batch_size": 8, "delora_lambda": 1.0, "block_size": 4},
+    "sampling": {"max_new_tokens": 6},
+    "alphas": (-1.0, 0.0, 1.0),
+    "control_seeds": 1,
+    "rows": 4,
+    "samples": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def done(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[sweep.Outcome]]:
+    settings = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path_factory.mktemp("runs"), **SMALL)
+    outcomes, place = sweep.run(settings, ("lora", "ia3", "oft"), (0, 1), (0,))
+    return place, outcomes
+
+
+def test_every_cell_is_a_run_folder_and_shares_its_data(done: tuple[Path, list[sweep.Outcome]]) -> None:
+    place, outcomes = done
+    assert [(o.cell.family, o.cell.seed) for o in outcomes] == [
+        (family, seed) for family in ("lora", "ia3", "oft") for seed in (0, 1)
+    ]
+    pairs = [(outcome.folder / "pairs.parquet").read_bytes() for outcome in outcomes if outcome.folder]
+    assert len(pairs) == 6 and len(set(pairs)) == 1
+    assert (place / "lora" / "seed0" / "summary.json").is_file()
+
+
+def test_the_tables_hold_what_the_runs_found(done: tuple[Path, list[sweep.Outcome]]) -> None:
+    place, outcomes = done
+    rows = list(csv.DictReader((place / "sweep_per_run.csv").open()))
+    assert len(rows) == len(outcomes) == 6
+    for row, outcome in zip(rows, outcomes, strict=True):
+        assert outcome.folder is not None
+        summary = json.loads((outcome.folder / "summary.json").read_text())
+        assert float(row["delta"]) == pytest.approx(summary["change"]["sycophancy"]["1"]["mean"])
+        assert float(row["dd_delta"]) == pytest.approx(summary["dd_delta"]["1"]["mean"])
+        assert float(row["norm"]) == pytest.approx(summary["direction_norm"])
+    lines = {row["family"]: row for row in csv.DictReader((place / "sweep_summary.csv").open())}
+    of_lora = [float(row["delta"]) for row in rows if row["family"] == "lora"]
+    assert float(lines["lora"]["delta"]) == pytest.approx(sum(of_lora) / 2)
+    assert "| lora | 2 |" in (place / "sweep.md").read_text()
+
+
+def test_a_second_sweep_builds_nothing(
+    done: tuple[Path, list[sweep.Outcome]], tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = done
+    stamps = {path: path.stat().st_mtime_ns for path in place.rglob("stages/*.json")}
+    settings = Settings(model=str(tiny_folders["qwen3"]), out=place.parents[1], **SMALL)
+    sweep.run(settings, ("lora", "ia3", "oft"), (0, 1), (0,))
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("stages/*.json")} == stamps
+    assert len(stamps) > 30
+
+
+def test_a_failed_cell_is_told_and_the_rest_go_on(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sweep", "--model", str(tiny_folders["gpt2"]), "--out", str(tmp_path), "--families", "oft", "lora",
+                 "--topics", "2", "--personas", "1", "--samples", "2", "--max-new-tokens", "4", "--rank", "2",
+                 "--rows", "2", "--shown", "1", "--control-seeds", "1"]  # fmt: skip
+    assert _main(arguments) == 2
+    told = capsys.readouterr()
+    assert "1 of 2 cells failed" in told.err and "oft" in told.err and "lora" in told.out
+    tables = json.loads(next(tmp_path.rglob("sweep.json")).read_text())
+    assert [row["family"] for row in tables["per_run"]] == ["lora"] and "transposed" in tables["failed"][0]["error"]
+
+
+def test_an_unknown_family_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown adapter family 'loar'"):
+        sweep.run(Settings(out=tmp_path), ("loar",), (0,), (0,))
+    assert not list(tmp_path.iterdir())
+
+
+def line(family: str, seed: int, delta: float) -> dict[str, Any]:
+    return {"family": family, "seed": seed, "data_seed": 0, **dict.fromkeys(sweep._MEASURES, 1.0), "delta": delta}
+
+
+def test_means_have_intervals_over_seeds_and_a_single_run_has_none() -> None:
+    rows = [line("a", 0, 1.0), line("a", 1, 2.0), line("a", 2, 3.0), line("b", 0, 5.0)]
+    a, b = by_family(rows)
+    assert a["delta"] == pytest.approx(2.0) and a["delta_low"] == pytest.approx(2 - 4.30265 / 3**0.5, rel=1e-4)
+    assert (b["delta"], b["delta_low"], b["runs"]) == (5.0, None, 1)
+
+
+def test_rank_stability_is_one_for_the_same_order_and_minus_one_for_the_opposite() -> None:
+    same = [line(f, seed, value + seed) for seed in (0, 1) for f, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    assert rank_stability(same)["mean_rho"] == pytest.approx(1.0)
+    assert rank_stability(same)["ranks"]["seed 0, data seed 0"] == {"a": 3.0, "b": 2.0, "c": 1.0}
+    turned = [line(f, 0, v) for f, v in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    turned += [line(f, 1, v) for f, v in (("a", 3.0), ("b", 2.0), ("c", 1.0))]
+    assert rank_stability(turned)["mean_rho"] == pytest.approx(-1.0)
+    assert rank_stability(turned[:3])["mean_rho"] is None
+
+
+def test_learning_rates_are_tried_and_the_best_is_kept(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    training = {**SMALL["train"], "lr": "auto", "lr_candidates": (1e-6, 2e-2)}
+    settings = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path, **{**SMALL, "train": training})
+    with Replication(settings) as run:
+        run.diff()
+        record = json.loads((run.folder / "lr_sweep.json").read_text())
+        assert run.training.lr == record["chosen"] == min(record["tried"], key=lambda row: row["mean"])["lr"]
+        assert [row["lr"] for row in record["tried"]] == [1e-6, 2e-2]
+        result = json.loads((run.folder / "pos" / "train_result.json").read_text())
+        assert result["settings"]["lr"] == record["chosen"]
+
+
+def test_cells_have_names() -> None:
+    assert Cell("lora", 1, 2).name == "lora, seed 1, data seed 2"
