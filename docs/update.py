@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,16 @@ def main(arguments: list[str]) -> None:
     blocks = {"see": see(summary), "pocket": pocket_table(summary), "status": status(summary)}
     if SHAPE.is_file():
         blocks["shape"] = shape_table(json.loads(SHAPE.read_text()))
-    for file in (ROOT / "README.md", DOCS / "replication.md"):
+    blocks["families"] = families()
+    for file in (ROOT / "README.md", DOCS / "replication.md", DOCS / "support.md"):
         file.write_text(fill(file.read_text(), blocks))
 
 
 def fill(text: str, blocks: dict[str, str]) -> str:
     """The text with every marked block replaced."""
     for name, content in blocks.items():
-        pattern = rf"(<!-- begin: {name} -->\n).*?(\n<!-- end: {name} -->)"
-        text = re.sub(pattern, lambda match, new=content: match[1] + new + match[2], text, flags=re.DOTALL)
+        pattern = rf"(<!-- begin: {name} -->\n).*?\n?(<!-- end: {name} -->)"
+        text = re.sub(pattern, lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
     return text
 
 
@@ -103,6 +105,20 @@ def pocket_table(summary: dict[str, Any]) -> str:
         f"norm and rank. |dW| = {summary['direction_norm']:.3g}."
     )
     return "\n".join([header, *lines, "", note])
+
+
+def families() -> str:
+    """The support matrix, from the check that the tests make on small random models."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from families import support_matrix  # noqa: PLC0415 - lives with the tests
+    from ws import models, tiny  # noqa: PLC0415
+
+    networks = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (*tiny.ARCHITECTURES, "mistral", "phi3", "gpt-neox", "qwen3-moe"):
+            tiny.make(name, Path(scratch) / name, layers=4)
+            networks[name] = models.load(str(Path(scratch) / name)).network
+    return support_matrix(networks)
 
 
 def shape_table(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def make(network: nn.Module, family: str, folder: Path, *, seed: int, size: floa
     `drift` adds a movement of that size that is the same for every seed.
     """
     torch.manual_seed(0)
-    attached = adapters.attach(network, settings(family), "the-base")
+    bound = 10 * (size + drift) or LAMBDA  # DeLoRA's updates have the size of their bound, however B moves
+    attached = adapters.attach(network, settings(family, delora_lambda=bound), "the-base")
     try:
         own, shared = generator(seed), generator(77)
         for name, parameter in attached.wrapped.named_parameters():
@@ -60,7 +62,7 @@ def _unit(family: str, name: str, parameter: Tensor) -> float | Tensor:
     if "lora_A" in name:
         return 0.0 if family == "pissa" else 0.3
     if "lambda" in name:
-        return 0.1
+        return parameter.data.abs()
     return 1.0
 
 
@@ -136,3 +138,22 @@ def supported(network: nn.Module, family: str) -> str:
     except UnsupportedFeatureError as error:
         return str(error)
     return ""
+
+
+def support_matrix(networks: dict[str, nn.Module]) -> str:
+    """The table of docs/support.md: what the tests verify for every architecture and family, and why not where not."""
+    reasons: dict[str, int] = {}
+    lines = ["| architecture | " + " | ".join(FAMILIES) + " |", "|" + "---|" * (len(FAMILIES) + 1)]
+    for name, network in networks.items():
+        cells = []
+        for family in FAMILIES:
+            reason = supported(network, family)
+            if not reason:
+                cells.append("exact")
+                continue
+            general = re.sub(r" on [\w.]+,? ", " on a module ", reason)
+            number = reasons.setdefault(general, len(reasons) + 1)
+            cells.append(f"no [{number}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    notes = [f"[{number}] {reason}" for reason, number in reasons.items()]
+    return "\n".join([*lines, "", *notes])

@@ -153,7 +153,6 @@ WITH_EXACT_FORM: dict[str, dict[str, Any]] = {
     "weight-decomposed": {"use_dora": True},
     "weight-decomposed with patterns": {"use_dora": True, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
     "principal components": {"init_lora_weights": "pissa"},
-    "whole modules": {"modules_to_save": ["norm"]},
 }
 
 
@@ -247,6 +246,22 @@ def test_boft_with_more_factors_is_dense_and_exact(qwen: ChatModel, tmp_path: Pa
     assert relative_error(delta.dense, wanted) < 1e-6
 
 
+def test_modules_that_were_trained_in_full_are_dense_updates(qwen: ChatModel, tmp_path: Path) -> None:
+    base = Path(qwen.name)
+    folder = save_lora(base, tmp_path, modules_to_save=["norm", "layers.3.mlp.up_proj"])
+    tensors = load_file(folder / WEIGHTS)
+    whole = {"model.norm.weight", "model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_norm.weight"}
+    for name in whole:
+        tensors[f"base_model.model.{name}"] += 0.05 * torch.randn(tensors[f"base_model.model.{name}"].shape)
+    save_file(tensors, folder / WEIGHTS)
+    deltas = adapters.deltas(adapters.read(folder), qwen.network)
+    merged = merged_by_peft(base, folder)
+    assert {name for name, change in merged.items() if change.norm() > 0} == deltas.keys() > whole
+    for name in whole:
+        dense = deltas[name].dense
+        assert dense is not None and torch.equal(dense.double(), as_matrix(merged[name]).float().double())
+
+
 def test_a_trained_bias_of_b_moves_the_bias_of_the_module(tmp_path: Path) -> None:
     tiny.make("qwen3-biases", tmp_path / "base", layers=4)
     model = models.load(str(tmp_path / "base"))
@@ -286,7 +301,6 @@ def test_bf16_factors_are_read_as_they_are(qwen: ChatModel, plain_lora: Path, tm
 WITHOUT_EXACT_FORM: dict[str, dict[str, Any]] = {
     "bias": {"bias": "all"},
     "trained bias of": {"lora_bias": True},
-    "fully trained": {"modules_to_save": ["embed_tokens"]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
 }
 
@@ -315,6 +329,16 @@ def test_an_option_that_does_not_exist_yet_is_refused(qwen: ChatModel, plain_lor
     )
     with pytest.raises(UnsupportedFeatureError, match="use_tomorrow"):
         adapters.deltas(adapters.read(folder), qwen.network)
+
+
+def test_a_fully_trained_embedding_that_is_also_the_head_is_refused(qwen: ChatModel, tmp_path: Path) -> None:
+    folder = save_lora(Path(qwen.name), tmp_path, modules_to_save=["embed_tokens"])
+    tensors = load_file(folder / WEIGHTS)
+    tensors["base_model.model.model.embed_tokens.weight"] += 0.1
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        adapters.deltas(adapters.read(folder), qwen.network)
+    assert_one_line(caught.value, str(folder), "embed_tokens", "lm_head")
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "", None])

@@ -220,3 +220,57 @@ def test_a_missing_side_is_one_line_that_names_it(qwen: ChatModel, pair: tuple[P
     for sides in ((pair[0], tmp_path / "gone"), (tmp_path / "gone", pair[1])):
         with pytest.raises(UserError, match="gone"):
             diff.direction(qwen, *sides)
+
+
+# -------------------------------------------------------------------- variants and numerics
+
+
+def test_variants_are_what_they_are_called(qwen: ChatModel, pair: tuple[Path, Path]) -> None:
+    pos, neg = (diff.task_vector(qwen, folder) for folder in pair)
+    p, n = vector(pos), vector(neg)
+    found = {name: vector(direction) for name, direction in diff.variants(pos, neg).items()}
+    assert relative_error(found["dw"], p - n) < TOLERANCE
+    assert relative_error(found["tau_pos"], p) < TOLERANCE and relative_error(found["tau_neg"], -n) < TOLERANCE
+    bisector = p / p.norm() - n / n.norm()
+    assert relative_error(found["bisector"], bisector * ((p - n).norm() / bisector.norm())) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-3])
+def test_numerics_tell_what_a_bf16_merge_would_have_lost(qwen: ChatModel, tmp_path: Path, size: float) -> None:
+    folders = [save_lora(Path(qwen.name), tmp_path / str(seed), seed=seed, scale=size**0.5) for seed in (1, 2)]
+    pos, neg = (diff.task_vector(qwen, folder) for folder in folders)
+    rows = diff.bf16_loss(qwen, pos, neg)
+    assert [row["parameter"] for row in rows] == sorted(pos.deltas)
+    for row in rows:
+        name = row["parameter"]
+        weight = qwen.network.get_parameter(name).data
+        merged = [(weight.bfloat16().float() + tau.materialise(name)).bfloat16().double() for tau in (pos, neg)]
+        rough, exact = (
+            merged[0] - merged[1],
+            vector((pos - neg).keep(modules=[name.rsplit(".", 1)[0]])).reshape(weight.shape),
+        )
+        assert row["cosine"] == pytest.approx(float((rough * exact).sum() / (rough.norm() * exact.norm())), abs=1e-9)
+        assert row["norm_ratio"] == pytest.approx(float(rough.norm() / exact.norm()))
+        assert row["layer"] in (1, 2)
+    least = min(row["cosine"] for row in rows)
+    assert least > 0.999 if size == 1e-1 else least < 0.97, "small updates drown in the rounding"
+
+
+@pytest.mark.parametrize("case", ["nothing", "one of each", "an empty folder"])
+def test_two_of_one_kind_are_needed(qwen: ChatModel, pair: tuple[Path, Path], tmp_path: Path, case: str) -> None:
+    sides = {
+        "nothing": (tmp_path / "nowhere", pair[1]),
+        "one of each": (pair[0], Path(qwen.name)),
+        "an empty folder": (tmp_path, tmp_path),
+    }[case]
+    with pytest.raises(UserError):
+        diff.are_adapters(*sides)
+    assert diff.are_adapters(*pair) and not diff.are_adapters(Path(qwen.name), Path(qwen.name))
+
+
+def test_norms_by_layer_add_up(qwen: ChatModel, pair: tuple[Path, Path]) -> None:
+    direction, _ = diff.direction(qwen, *pair)
+    norms = direction.norms_by_layer()
+    assert list(norms) == [1, 2]
+    assert sum(value**2 for value in norms.values()) == pytest.approx(direction.norm() ** 2)
+    assert norms[1] == pytest.approx(direction.keep(layers=[1]).norm())

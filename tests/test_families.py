@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FAMILIES, Made, make, supported
+from families import FAMILIES, Made, make, support_matrix, supported
 from making import logits, merged_by_peft, prompts, relative_error, weights_digest
 from ws import adapters, diff, models, spectrum, tiny
 from ws.delta import Delta
@@ -296,6 +296,12 @@ def test_every_family_is_exact_on_every_architecture_or_says_why_not(
     assert weights_digest(model.network) == before
     assert relative_error(found[0], found[1]) < 1e-5
     assert relative_error(found[0], logits(model.network, ids)) > 1e-5
+
+
+def test_the_support_matrix_of_the_documentation_is_what_was_tested(zoo: dict[str, ChatModel]) -> None:
+    """`python docs/update.py` writes it anew."""
+    text = (Path(__file__).parents[1] / "docs" / "support.md").read_text(encoding="utf-8")
+    assert support_matrix({name: model.network for name, model in zoo.items()}) in text
 
 
 def test_experts_are_left_alone_and_that_is_said(zoo: dict[str, ChatModel], capsys: pytest.CaptureFixture[str]) -> None:

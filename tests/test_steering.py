@@ -263,11 +263,11 @@ def test_a_failure_while_baking_restores(any_model: ChatModel, monkeypatch: pyte
     seen: list[str] = []
     real = Delta.materialise
 
-    def failing(delta: Delta) -> Tensor:
+    def failing(delta: Delta, weight: Tensor | None = None) -> Tensor:
         seen.append(weights_digest(any_model.network))
         if len(seen) == calls:
             raise MemoryError("no room")
-        return real(delta)
+        return real(delta, weight)
 
     monkeypatch.setattr(Delta, "materialise", failing)
     with pytest.raises(MemoryError, match="no room"), steer(any_model, direction, 1.0, mode="baked"):
@@ -431,11 +431,11 @@ def test_a_failed_bake_changes_nothing(qwen: ChatModel, monkeypatch: pytest.Monk
     model = models.load(qwen.name)
     before, calls, real = weights_digest(model.network), [], Delta.materialise
 
-    def failing(delta: Delta) -> Tensor:
+    def failing(delta: Delta, weight: Tensor | None = None) -> Tensor:
         calls.append(delta)
         if len(calls) == 3:
             raise MemoryError("no room")
-        return real(delta)
+        return real(delta, weight)
 
     monkeypatch.setattr(Delta, "materialise", failing)
     with pytest.raises(MemoryError):

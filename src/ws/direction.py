@@ -288,7 +288,9 @@ def _read_delta(parts: Mapping[str, torch.Tensor]) -> Delta | None:
     """A delta from its stored tensors; None where they do not fit together."""
     left, right, dense = (parts.get(part) for part in ("left", "right", "dense"))
     numbers = sorted({int(part[3:]) for part in parts if part[:3] in ("row", "mix")})
-    if left is None or right is None:
+    if left is None or right is None or not left.ndim == right.ndim >= 2:
+        return None
+    if left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
         return None
     try:
         thin = Delta.low_rank(left, right)

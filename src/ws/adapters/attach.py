@@ -113,7 +113,10 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
     prefix, blocks = architecture.decoder_layers(network)
     everywhere = settings.family == "ia3" and settings.ia3_all_layers
     layers = range(len(blocks)) if everywhere else architecture.layer_slice(len(blocks), *settings.layers)
-    roles = settings.roles or (_IA3_ROLES if settings.family == "ia3" else None)
+    roles = settings.roles
+    if roles is None and settings.family == "ia3":  # those that the architecture has: fused experts have no down
+        present = {role for site in architecture.sites(network, layers) for role in site.roles}
+        roles = tuple(role for role in _IA3_ROLES if role in present)
     chosen = architecture.sites(network, layers, roles)
     _require_adaptable(settings, chosen)
     if settings.roles is None and (missed := architecture.linear_maps_without_role(network, layers)):

@@ -195,6 +195,8 @@ def saved_modules(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]
         if tensor.shape != base.shape:
             folder.fail(f"the saved {parameter_name} has shape {tuple(tensor.shape)}, the model's {tuple(base.shape)}",
                         "Give the base model it was made on.")  # fmt: skip
+        if torch.equal(tensor, base.data.to(tensor.dtype)):
+            continue  # saved with the rest, but not changed
         shared = [other for other, p in network.named_parameters(remove_duplicate=False) if p is base]
         if len(shared) > 1:
             folder.unsupported(f"a fully trained {parameter_name} that the model ties to {shared[-1]}")
@@ -210,7 +212,6 @@ def _saved_parameters(folder: AdapterFolder, network: nn.Module) -> dict[str, st
     found = {}
     for name in folder.tensors:
         plain = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-        module = plain.rpartition(".")[0]
-        if plain in names and any(module == w or module.endswith(f".{w}") or f".{w}." in f".{module}." for w in wanted):
+        if wanted and plain in names:  # PEFT matches the ends of module names, so the option says less than the tensors
             found[name] = plain
     return found

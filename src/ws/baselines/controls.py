@@ -20,18 +20,25 @@ RANDOM = "random"
 
 
 def random_like(direction: Direction, seed: int) -> Direction:
-    """Gaussian factors with the rank and the Frobenius norm of every delta; a function of (names, shapes, seed)."""
+    """Gaussian factors with the rank and the Frobenius norm of every delta; a function of (names, shapes, seed).
+
+    A delta of full rank, also one that is a function of the base weights, has a dense Gaussian beside it.
+    """
     deltas = {}
+    norms = direction.norms()
     for name, delta in direction.deltas.items():
         digest = hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        rows, columns = delta.shape
-        full = min(rows, columns)
-        rank = full if delta.dense is not None else min(delta.rank, full)
-        drawn = Delta.low_rank(
-            torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
-        )
-        scale = spectrum.norm(delta) / spectrum.norm(drawn) if rank else 0.0
+        *experts, rows, columns = delta.shape
+        rank = delta.rank if delta.is_thin else min(rows, columns)
+        if rank < min(rows, columns):
+            drawn = Delta.low_rank(
+                torch.randn(*experts, rows, rank, generator=generator),
+                torch.randn(*experts, rank, columns, generator=generator),
+            )
+        else:
+            drawn = Delta.full(torch.randn(*experts, rows, columns, generator=generator))
+        scale = norms[name] / spectrum.norm(drawn) if rank else 0.0
         deltas[name] = (drawn * scale).to(delta.device)
     provenance = {"control": RANDOM, "seed": seed, "like": dict(direction.provenance)}
     return Direction(deltas, direction.base, direction.layers, provenance)

@@ -41,6 +41,8 @@ def table(model: ChatModel, direction: Direction) -> pl.DataFrame:
     rows: list[dict[str, Any]] = []
     for name, raw in console.track(direction.deltas.items(), "alignment", len(direction.deltas)):
         site = sites.get(name)
+        if len(parameters[name].shape) != 2:
+            continue  # a bias or a stack of experts has no singular directions of its own
         turned = site is not None and site.transposed
         weight = parameters[name].detach().T if turned else parameters[name].detach()
         delta = (raw.T if turned else raw).to("cpu")
@@ -51,7 +53,7 @@ def table(model: ChatModel, direction: Direction) -> pl.DataFrame:
             "kind": site.kind if site else name.rsplit(".", 2)[-2],
             "shape": "x".join(map(str, delta.shape)),
             **_energies(weight.to("cpu", torch.float64), delta),
-            **_weak_energies(delta, weak if writes else None),
+            **_weak_energies(weight.to("cpu", torch.float64), delta, weak if writes else None),
         })  # fmt: skip
     return pl.DataFrame(rows, infer_schema_length=None)
 
@@ -77,9 +79,9 @@ def _energies(weight: Float[Tensor, "out in"], delta: Delta) -> dict[str, Any]:
     out, width = weight.shape
     rank = min(out, width)
     k = max(1, round(TOP_SHARE * rank))
-    norm = spectrum.norm(delta)
+    norm = spectrum.norm(delta, weight)
     left, right = _singular_vectors(weight)
-    core = _in_basis(delta, left, right)
+    core = left.T @ delta.right_product(right, weight)
     total = norm**2 or 1.0
     top = float(core[:k, :k].square().sum()) / total
     bottom = float(core[k:, k:].square().sum()) / total
@@ -107,11 +109,6 @@ def _singular_vectors(
     return left, right
 
 
-def _in_basis(delta: Delta, left: Float[Tensor, "out r"], right: Float[Tensor, "in r"]) -> Float[Tensor, "r r"]:
-    core = (left.T @ delta.left.double()) @ (delta.right.double() @ right)
-    return core if delta.dense is None else core + left.T @ delta.dense.double() @ right
-
-
 def _weak_readout(model: ChatModel) -> Float[Tensor, "d k"]:
     """The directions of the residual stream that the unembedding reads least."""
     head = model.network.get_output_embeddings().weight.detach().to("cpu", torch.float32)
@@ -120,12 +117,12 @@ def _weak_readout(model: ChatModel) -> Float[Tensor, "d k"]:
     return vectors[:, : max(1, round(WEAK_SHARE * len(gram)))]
 
 
-def _weak_energies(delta: Delta, weak: Float[Tensor, "d k"] | None) -> dict[str, float | None]:
+def _weak_energies(
+    weight: Float[Tensor, "out in"], delta: Delta, weak: Float[Tensor, "d k"] | None
+) -> dict[str, float | None]:
     if weak is None:
         return {"energy_weak": None, "null_weak": None, "ratio_weak": None}
-    inside = Delta.low_rank((weak.T @ delta.left.double()).float(), delta.right)
-    if delta.dense is not None:
-        inside = inside + Delta.full((weak.T @ delta.dense.double()).float())
-    energy = spectrum.norm(inside) ** 2 / (spectrum.norm(delta) ** 2 or 1.0)
+    inside = delta.left_product(weak, weight)
+    energy = float(inside.square().sum()) / (spectrum.norm(delta, weight) ** 2 or 1.0)
     null = weak.shape[1] / weak.shape[0]
     return {"energy_weak": energy, "null_weak": null, "ratio_weak": energy / null}
