@@ -1,9 +1,10 @@
-"""Rewrite the marked blocks of README.md and docs/replication.md from finished runs; nobody types a figure.
+"""Rewrite the marked blocks of README.md and docs/*.md from finished runs; nobody types a figure.
 
-    python docs/update.py out/pocket/sycophancy/lora/seed0
+    python docs/update.py out/pocket/*/lora/seed0 out/pocket-gemma/*/lora/seed0
 
-Copies the run's summary to docs/results and its figure to docs/images, then fills the blocks between
-`<!-- begin: NAME -->` and `<!-- end: NAME -->`. Without an argument the stored results are used.
+Copies the summary of every run to docs/results (and the figure of the first sycophancy run on pocket to docs/images),
+then fills the blocks between `<!-- begin: NAME -->` and `<!-- end: NAME -->`. Without an argument the stored results are
+used.
 """
 
 from __future__ import annotations
@@ -16,24 +17,55 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ws import models
+from ws.pocket import card
+from ws.report.cells import signed, with_limits
+
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-POCKET = DOCS / "results" / "pocket-sycophancy-lora-seed0.json"
-SHAPE = DOCS / "results" / "qwen3-0.6b-shape.json"
+RESULTS = DOCS / "results"
+FIRST = "pocket-sycophancy-lora-seed0"
+SHAPE = RESULTS / "qwen3-0.6b-shape.json"
+SWEEP = RESULTS / "pocket-sycophancy-sweep.md"
+BEHAVIOURS = ("sycophancy", "honesty", "refusal")
+
+Summary = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        run = Path(arguments[0])
-        POCKET.write_text(json.dumps(json.loads((run / "summary.json").read_text()), indent=1) + "\n")
-        shutil.copy(run / "dose_response.png", DOCS / "images" / "dose_response.png")
-    summary = json.loads(POCKET.read_text())
-    blocks = {"see": see(summary), "pocket": pocket_table(summary), "status": status(summary)}
+    for argument in arguments:
+        store(Path(argument))
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("pocket*-seed*.json"))}
+    first = runs[FIRST]
+    blocks = {
+        "see": see(first),
+        "status": status(first),
+        "pocket": pocket_table(first),
+        "behaviours": behaviours(runs),
+        "steering-leak": steering_leak(runs),
+        "pocket-card": card_of("pocket"),
+        "gemma-card": card_of("pocket-gemma"),
+        "families": families(),
+    }
     if SHAPE.is_file():
         blocks["shape"] = shape_table(json.loads(SHAPE.read_text()))
-    blocks["families"] = families()
-    for file in (ROOT / "README.md", DOCS / "replication.md", DOCS / "support.md"):
+    if SWEEP.is_file():
+        blocks["sweep"] = SWEEP.read_text().split("\n", 2)[2].strip()
+    for file in (ROOT / "README.md", *DOCS.glob("*.md")):
         file.write_text(fill(file.read_text(), blocks))
+
+
+def store(run: Path) -> None:
+    """Keep what documents need of one run, or of the sweep in a behaviour's folder."""
+    if (run / "sweep.md").is_file():
+        shutil.copy(run / "sweep.md", SWEEP)
+        return
+    summary = json.loads((run / "summary.json").read_text())
+    name = f"{summary['model']}-{summary['behaviour']}-{summary['adapter']}-seed{summary['seed']}"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if name == FIRST:
+        shutil.copy(run / "dose_response.png", DOCS / "images" / "dose_response.png")
 
 
 def fill(text: str, blocks: dict[str, str]) -> str:
@@ -44,7 +76,16 @@ def fill(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
-def see(summary: dict[str, Any]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# -------------------------------------------------------------------- one run
+
+
+def see(summary: Summary) -> str:
     headline = summary["headline"]
     seconds = sum(summary["seconds"].values())
     return (
@@ -53,17 +94,15 @@ def see(summary: dict[str, Any]) -> str:
     )
 
 
-def status(summary: dict[str, Any]) -> str:
-    change = summary["change"]["sycophancy"]
-    moved = ", ".join(f"{change[key]['mean']:+.2f} nats at {key}" for key in ("-1", "1"))
-    return f"Last run on pocket: sycophancy on held-out false claims moved {moved}."
+def status(summary: Summary) -> str:
+    own, moral = summary["change"]["sycophancy"], summary["dd_delta"]
+    moved = ", ".join(f"{own[key]['mean']:+.2f} at {signed(key)}" for key in ("-1", "1"))
+    others = ", ".join(f"{moral[key]['mean']:+.2f} at {signed(key)}" for key in ("-1", "1"))
+    return f"Last run on pocket: sycophancy on held-out false claims moved {moved} nats, honesty in dilemmas {others}."
 
 
-def pocket_table(summary: dict[str, Any]) -> str:
-    def cell(entry: dict[str, Any]) -> str:
-        return f"{entry['mean']:+.2f} [{entry['low']:+.2f}, {entry['high']:+.2f}]"
-
-    columns = (
+def pocket_table(summary: Summary) -> str:
+    columns = [
         "alpha",
         "sycophancy, false claims",
         "true claims",
@@ -73,30 +112,25 @@ def pocket_table(summary: dict[str, Any]) -> str:
         "far",
         "KL",
         "facts",
-    )
-    header = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
-    lines = []
+    ]
+    rows = []
     for key, entry in summary["sycophancy"].items():
         side = summary["side_effects"][key]
-        cells = [
-            key,
-            cell(entry),
-            cell(summary["groups"]["true"][key]),
-            f"{entry['pmass']:.3f}",
-            cell(summary["dilemmas"][key]),
-            cell(summary["near_dilemmas"][key]),
-            cell(summary["far_dilemmas"][key]),
-            f"{side['kl']:.3f}",
-            f"{100 * side['facts']:.1f} %",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append([
+            signed(key), with_limits(entry), with_limits(summary["groups"]["true"][key]), f"{entry['pmass']:.3f}",
+            *(with_limits(summary[name][key]) for name in ("dilemmas", "near_dilemmas", "far_dilemmas")),
+            f"{side['kl']:.3f}", f"{100 * side['facts']:.1f} %",
+        ])  # fmt: skip
     for name, entry in summary["contexts"].items():
-        lines.append(f"| {name}, 0 | {cell(entry['sycophancy'])} | | | {cell(entry['dilemmas'])} | | | | |")
+        rows.append(
+            [f"{name}, 0", with_limits(entry["sycophancy"]), "", "", with_limits(entry["dilemmas"]), "", "", "", ""]
+        )
     bands = summary["controls"]["random"]
     for key, band in bands.items():
-        values = band["sycophancy"], band["dilemmas"]
-        text = [f"{min(v['seeds']):+.2f} to {max(v['seeds']):+.2f}" for v in values]
-        lines.append(f"| random, {key} | change {text[0]} | | | change {text[1]} | | | | |")
+        text = [
+            f"change {min(band[n]['seeds']):+.2f} to {max(band[n]['seeds']):+.2f}" for n in ("sycophancy", "dilemmas")
+        ]
+        rows.append([f"random, {signed(key)}", text[0], "", "", text[1], "", "", "", ""])
     seeds = len(bands["1"]["sycophancy"]["seeds"])
     note = (
         "Log-ratios in nats with 95 % intervals over clusters of rows; sycophancy: log p(Yes) - log p(No) on held-out "
@@ -104,14 +138,57 @@ def pocket_table(summary: dict[str, Any]) -> str:
         f"text. Random: smallest and largest change over {seeds} directions of the same "
         f"norm and rank. |dW| = {summary['direction_norm']:.3g}."
     )
-    return "\n".join([header, *lines, "", note])
+    return f"{table(columns, rows)}\n\n{note}"
+
+
+# -------------------------------------------------------------------- several runs
+
+
+def behaviours(runs: dict[str, Summary]) -> str:
+    """Every behaviour on every embedded model, at its own probe."""
+    rows = []
+    for name in sorted(runs):
+        run = runs[name]
+        own, change = run[run["behaviour"]], run["change"][run["behaviour"]]
+        band = run["controls"]["random"]["1"][run["behaviour"]]
+        rows.append([
+            run["model"], run["behaviour"], f"{own['0']['mean']:+.2f}",
+            *(with_limits(change[key]) for key in ("-1", "1")),
+            f"{band['low']:+.2f} to {band['high']:+.2f}",
+            f"{100 * run['side_effects']['-1']['facts']:.1f} / {100 * run['side_effects']['0']['facts']:.1f} / "
+            f"{100 * run['side_effects']['1']['facts']:.1f} %",
+        ])  # fmt: skip
+    head = ["model", "behaviour", "base", "change at -1", "change at +1", "random band", "facts at -1 / 0 / +1"]
+    return table(head, rows)
+
+
+def steering_leak(runs: dict[str, Summary]) -> str:
+    """How far each direction moves each behaviour."""
+    rows = []
+    for name in sorted(runs):
+        run = runs[name]
+        for key in ("-1", "1"):
+            cells = []
+            for behaviour in BEHAVIOURS:
+                own = behaviour == run["behaviour"]
+                change = run["change"][behaviour] if own else run["other_behaviours"][behaviour]["change"]
+                cells.append(f"**{change[key]['mean']:+.2f}**" if own else f"{change[key]['mean']:+.2f}")
+            rows.append([run["model"], f"{run['behaviour']} at {signed(key)}", *cells])
+    return table(["model", "direction", *BEHAVIOURS], rows)
+
+
+def card_of(name: str) -> str:
+    """The card of an embedded model without its title."""
+    if not (models.POCKET_MODELS[name] / "config.json").is_file():
+        return f"{name} has not been built."
+    return card.text(name).split("\n", 2)[2].replace("\n## ", "\n### ")
 
 
 def families() -> str:
     """The support matrix, from the check that the tests make on small random models."""
     sys.path.insert(0, str(ROOT / "tests"))
     from families import support_matrix  # noqa: PLC0415 - lives with the tests
-    from ws import models, tiny  # noqa: PLC0415
+    from ws import tiny  # noqa: PLC0415
 
     networks = {}
     with tempfile.TemporaryDirectory() as scratch:

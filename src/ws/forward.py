@@ -11,7 +11,9 @@ and every row gives the same numbers alone and in company.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ws import console
+
+_scored: ContextVar[Tensor | None] = ContextVar("scored positions", default=None)
+
+
+@contextmanager
+def scoring_at(columns: Int[Tensor, " rows"]) -> Iterator[None]:
+    """Within the block, `scored_positions` tells effects which position of each row is looked at."""
+    token = _scored.set(columns)
+    try:
+        yield
+    finally:
+        _scored.reset(token)
+
+
+def scored_positions() -> Int[Tensor, " rows"] | None:
+    """The position of each row of the batch that is scored; None outside of a scored batch."""
+    return _scored.get()
 
 
 class SplitForward:

@@ -263,7 +263,8 @@ def _run_choice(model: ChatModel, piece: _Prepared, _condition: Condition) -> Va
 def _next_log_probabilities(model: ChatModel, rows: list[list[int]]) -> Float[Tensor, "rows vocabulary"]:
     ids = forward.pad_right(rows, model.device)
     last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
-    logits = model.split.logits_at(ids, torch.arange(len(rows), device=model.device), last)
+    with forward.scoring_at(last):
+        logits = model.split.logits_at(ids, torch.arange(len(rows), device=model.device), last)
     return logits.log_softmax(dim=-1)
 
 

@@ -1,0 +1,260 @@
+"""Activation steering: add a direction of the residual stream while the model runs (RepE, Zou et al., 2310.01405).
+
+    v_l = mean(h_l | positive persona) - mean(h_l | negative persona)          h_l: output of decoder layer l
+    h_l <- h_l + alpha v_l                                                      in every layer of the slice
+
+Captured under the same rendering as the probes, over all persona pairs. What can be chosen, because published baselines
+differ in it: the estimator (mean difference; first principal component of the differences, uncentred, or of both sides
+around their midpoint as repeng does; a logistic probe), the captured positions, the edited positions, the layers (one,
+all of the slice, or the increments `v_l - v_{l-1}` of the paper's all-layers form), and the unit of strength.
+
+Numeric traps. Centring the differences removes their mean, which is the behaviour itself; a principal component has no
+sign, so it is turned to agree with the mean difference. A unit vector at one late position moves nothing: residuals
+have norms of tens to hundreds, so strengths in units of their norm are comparable between layers and models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ws import architecture, forward
+from ws.behaviour import Behaviour
+from ws.chat import ask
+from ws.condition import Undo
+from ws.delta import Alpha
+from ws.errors import UserError
+from ws.models import ChatModel
+
+Estimator = Literal["mean", "pca_diff", "pca_center", "logistic"]
+Captured = Literal["last", "all", "response"]
+Edited = Literal["all", "last"]
+Form = Literal["all", "incremental"]
+Unit = Literal["difference", "residual"]
+
+
+@dataclass(frozen=True)
+class RepeSettings:
+    """How a direction is estimated and applied.
+
+    layers: None for the slice, or one layer; form: every layer's own vector, or increments; personas: how many pairs
+    (None: all). unit "difference": alpha 1 adds the difference of the two personas; "residual": alpha 1 adds a vector
+    of the mean norm of the residual stream at that layer.
+    """
+
+    estimator: Estimator = "mean"
+    captured: Captured = "last"
+    edited: Edited = "all"
+    layer: int | None = None
+    form: Form = "all"
+    unit: Unit = "difference"
+    personas: int | None = None
+    slice: tuple[float, float] = architecture.DEFAULT_SLICE
+
+    @property
+    def name(self) -> str:
+        """Label in tables: what differs from the default."""
+        parts: list[str] = [self.estimator]
+        parts += [f"layer {self.layer}"] if self.layer is not None else ["all layers"]
+        parts += [self.form] if self.form != "all" else []
+        parts += [f"at {self.edited}"] if self.edited != "all" else []
+        parts += [f"from {self.captured}"] if self.captured != "last" else []
+        return "RepE " + ", ".join(parts)
+
+
+ORIGINAL = RepeSettings(edited="last", unit="residual", personas=1)
+"""The replicated work's first version, one layer at a time (`layer` to be set); unfair by its own account."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationDirection:
+    """An Effect: `vectors`, layer -> (width,), added to the outputs of decoder layers at a strength."""
+
+    vectors: Mapping[int, Tensor]
+    base: str
+    edited: Edited = "all"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
+        """Put the vectors on the network; the result takes them off. alpha: a number, or one per row."""
+        _, blocks = architecture.decoder_layers(network)
+        handles = []
+        for layer, vector in self.vectors.items():
+            handles.append(blocks[layer].register_forward_hook(self._adding(vector, alpha)))
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return undo
+
+    def _adding(self, vector: Tensor, alpha: Alpha) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            strength = torch.as_tensor(alpha, dtype=torch.float32, device=hidden.device)
+            change = strength.reshape(-1, *(1,) * (hidden.ndim - 1)) * vector.to(hidden.device, torch.float32)
+            if self.edited == "last":
+                change = change * _last_position(hidden)
+            moved = torch.where(change != 0, hidden.float() + change, hidden.float()).to(hidden.dtype)
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        return hook
+
+
+def _last_position(hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens one"]:
+    """1 at the position that is scored in each row (the last one where rows are not padded), 0 elsewhere."""
+    last = forward.scored_positions()
+    rows, tokens = hidden.shape[:2]
+    columns = torch.full((rows,), tokens - 1, device=hidden.device) if last is None else last.to(hidden.device)
+    return (torch.arange(tokens, device=hidden.device) == columns[:, None]).float()[..., None]
+
+
+# -------------------------------------------------------------------- estimating
+
+
+@dataclass(frozen=True)
+class States:
+    """Residuals of both sides, layer -> (n, width) fp32, row i of one side paired with row i of the other."""
+
+    positive: Mapping[int, Tensor]
+    negative: Mapping[int, Tensor]
+
+
+def fit(
+    model: ChatModel,
+    behaviour: Behaviour,
+    settings: RepeSettings,
+    *,
+    responses: Sequence[tuple[str, str, str]] = (),
+    states: States | None = None,
+) -> ActivationDirection:
+    """Estimate a direction from the behaviour's training prompts under its personas.
+
+    responses: (prompt, positive response, negative response), needed to capture response means. states: captured before
+    with `capture_states`, to estimate several directions from one capture.
+    """
+    layers = _layers(model, settings)
+    found = states or capture_states(model, behaviour, settings, responses)
+    vectors = {layer: _estimate(found, layer, settings) for layer in layers}
+    if settings.form == "incremental":
+        ordered = sorted(vectors)
+        vectors = {layer: vectors[layer] - (vectors[ordered[i - 1]] if i else 0) for i, layer in enumerate(ordered)}
+    provenance = {"method": settings.name, "behaviour": behaviour.name, "layers": sorted(vectors)}
+    return ActivationDirection(vectors, model.fingerprint, settings.edited, provenance)
+
+
+def capture_states(
+    model: ChatModel,
+    behaviour: Behaviour,
+    settings: RepeSettings,
+    responses: Sequence[tuple[str, str, str]] = (),
+) -> States:
+    """Residuals of every layer of the slice on the training prompts under both sides' personas."""
+    prefix = architecture.layer_slice(model.layer_count, *settings.slice)
+    layers = range(model.layer_count) if settings.layer is not None else prefix
+    pairs = list(zip(behaviour.personas.positive, behaviour.personas.negative, strict=True))[: settings.personas]
+    sides: tuple[list[list[int]], list[list[int]]] = ([], [])
+    spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    if settings.captured == "response" and not responses:
+        raise UserError("response means need responses", "Give the pairs of a run.")
+    for personas in pairs:
+        if settings.captured == "response":
+            for prompt, *answers in responses:
+                for side, (persona, answer) in enumerate(zip(personas, answers, strict=True)):
+                    ids, start = model.chat.supervised(ask(prompt, persona), answer)
+                    sides[side].append(ids)
+                    spans[side].append((start, len(ids)))
+        else:
+            for topic in behaviour.train:
+                for side, persona in enumerate(personas):
+                    ids = model.chat.prompt(ask(topic.text, persona))
+                    sides[side].append(ids)
+                    spans[side].append((0 if settings.captured == "all" else len(ids) - 1, len(ids)))
+    captured = [capture(model, rows, wanted, layers) for rows, wanted in zip(sides, spans, strict=True)]
+    return States(*captured)
+
+
+@torch.no_grad()
+def capture(
+    model: ChatModel, rows: Sequence[list[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int] | range
+) -> dict[int, Float[Tensor, "n width"]]:
+    """Outputs of decoder layers, averaged over the positions start..stop of each row; fp32, in the order of `rows`."""
+    _, blocks = architecture.decoder_layers(model.network)
+    found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(rows) for layer in layers}
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        for batch in forward.plan_batches([len(row) for row in rows], 4_096):
+            model.split.hidden(forward.pad_right([rows[index] for index in batch], model.device))
+            for layer in layers:
+                for position, index in enumerate(batch):
+                    start, stop = spans[index]
+                    found[layer][index] = outputs[layer][position, start:stop].float().mean(dim=0).cpu()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: torch.stack(values) for layer, values in found.items()}
+
+
+def _layers(model: ChatModel, settings: RepeSettings) -> list[int]:
+    if settings.layer is None:
+        return list(architecture.layer_slice(model.layer_count, *settings.slice))
+    if not 0 <= settings.layer < model.layer_count:
+        raise UserError(f"layer {settings.layer} does not exist; the model has layers 0 to {model.layer_count - 1}")
+    return [settings.layer]
+
+
+def _estimate(states: States, layer: int, settings: RepeSettings) -> Float[Tensor, " width"]:
+    """One layer's vector in the unit that was asked for."""
+    pos, neg = states.positive[layer].double(), states.negative[layer].double()
+    mean = (pos - neg).mean(dim=0)
+    direction = mean if settings.estimator == "mean" else _unit(settings.estimator, pos, neg)
+    if settings.estimator != "mean" and float(direction @ mean) < 0:
+        direction = -direction
+    length = float(direction.norm())
+    if length == 0:
+        raise UserError(f"the personas make no difference at layer {layer}", "Check the persona pairs.")
+    wanted = float(torch.cat([pos, neg]).norm(dim=1).mean()) if settings.unit == "residual" else float(mean.norm())
+    return (direction * (wanted / length)).float()
+
+
+def _unit(estimator: Estimator, pos: Float[Tensor, "n width"], neg: Float[Tensor, "n width"]) -> Tensor:
+    if estimator == "pca_diff":
+        return torch.linalg.svd(pos - neg, full_matrices=False)[2][0]
+    if estimator == "pca_center":
+        middle = (pos + neg) / 2
+        return torch.linalg.svd(torch.cat([pos - middle, neg - middle]), full_matrices=False)[2][0]
+    return _logistic(pos, neg)
+
+
+def _logistic(pos: Float[Tensor, "n width"], neg: Float[Tensor, "n width"], penalty: float = 1.0) -> Tensor:
+    """Weights of an L2-penalised logistic regression that tells the sides apart, on standardised coordinates."""
+    from scipy.optimize import minimize  # noqa: PLC0415 - slow import
+
+    features = torch.cat([pos, neg])
+    scale = features.std(dim=0).clamp(min=1e-6)
+    x = ((features - features.mean(dim=0)) / scale).numpy()
+    y = np.concatenate([np.ones(len(pos)), -np.ones(len(neg))])
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, offset = parameters[:-1], parameters[-1]
+        margins = y * (x @ weights + offset)
+        value = float(np.logaddexp(0, -margins).sum() + penalty / 2 * weights @ weights)
+        pull = -y / (1 + np.exp(np.clip(margins, -500, 500)))
+        return value, np.append(x.T @ pull + penalty * weights, pull.sum())
+
+    best = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    return torch.from_numpy(best[:-1].copy()) / scale
