@@ -2,9 +2,8 @@
 
     python docs/update.py out/pocket/*/lora/seed0 out/pocket-gemma/*/lora/seed0
 
-Copies the summary of every run to docs/results (and the figure of the first sycophancy run on pocket to docs/images),
-then fills the blocks between `<!-- begin: NAME -->` and `<!-- end: NAME -->`. Without an argument the stored results are
-used.
+Copies the summary of every run to docs/results and the figure of the first sycophancy run on pocket to docs/images,
+then fills the blocks between `begin: NAME` and `end: NAME` comments. Without an argument the stored results are used.
 """
 
 from __future__ import annotations

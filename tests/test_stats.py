@@ -192,3 +192,120 @@ def test_intervals_cover_the_truth_as_often_as_they_say(clusters: int) -> None:
 @pytest.mark.parametrize("clusters", [12, 50])
 def test_ignoring_clusters_would_cover_too_little(clusters: int) -> None:
     assert coverage(clusters, simulations=400, know_clusters=False) < 0.90
+
+
+# -------------------------------------------------------------------- tests and decompositions
+
+
+def test_sign_flips_of_few_clusters_are_enumerated() -> None:
+    assert stats.sign_flip_p([1.0, 1.0, 1.0], ["a", "b", "c"]) == pytest.approx(2 / 8)
+    assert stats.sign_flip_p([1.0, -1.0], ["a", "b"]) == 1.0
+    # rows of one cluster flip together
+    assert stats.sign_flip_p([1.0, 1.0, 1.0, 1.0], ["a", "a", "b", "b"]) == pytest.approx(2 / 4)
+
+
+def test_sign_flips_agree_with_scipy_on_single_rows() -> None:
+    values = np.random.default_rng(1).normal(0.4, 1.0, size=40)
+    ours = stats.sign_flip_p(values, np.arange(40), resamples=20_000)
+    theirs = scipy_stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(2)
+    ).pvalue
+    assert ours == pytest.approx(theirs, abs=0.01)
+
+
+def test_p_values_of_no_effect_are_uniform() -> None:
+    generator = np.random.default_rng(0)
+    found = [stats.sign_flip_p(generator.normal(size=30), np.arange(30), resamples=500) for _ in range(300)]
+    assert 0.02 <= np.mean(np.array(found) < 0.05) <= 0.09
+
+
+LABELS = np.array([1, 1, 1, -1, -1, -1])
+
+
+@pytest.mark.parametrize(
+    ("base", "plus", "minus", "score"),
+    [
+        ([1, 1, -1, -1, -1, 1], [1, 1, 1, -1, -1, -1], [-1, -1, -1, 1, 1, 1], 100.0),  # fixes all, flips all
+        ([1, 1, -1, -1, -1, 1], [1, 1, -1, -1, -1, 1], [1, 1, -1, -1, -1, 1], 0.0),  # a no-op
+    ],
+)
+def test_informedness_in_closed_form(base: list[int], plus: list[int], minus: list[int], score: float) -> None:
+    found = stats.surgical_informedness(*(np.array(v, dtype=float) for v in (base, plus, minus)), LABELS)
+    assert found.score == pytest.approx(score)
+    assert (found.rows_right, found.rows_wrong) == (4, 2)
+
+
+def test_informedness_where_everything_breaks() -> None:
+    base = LABELS.astype(float)
+    found = stats.surgical_informedness(base, -base, None, LABELS)
+    assert np.isnan(found.fixed) and found.broken == 1.0 and found.rows_wrong == 0
+    mixed = np.array([1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
+    found = stats.surgical_informedness(mixed, -np.abs(mixed) * LABELS, None, LABELS)
+    assert found.forward == pytest.approx(-200) and np.isnan(found.score)
+    assert stats.surgical_informedness(mixed, -np.abs(mixed) * LABELS, None, LABELS, k=1).forward == pytest.approx(-100)
+
+
+def test_answer_mass_scales_the_score_and_a_yes_bias_has_no_balanced_informedness() -> None:
+    base = np.array([1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
+    plus, minus = LABELS.astype(float), -LABELS.astype(float)
+    assert stats.surgical_informedness(base, plus, minus, LABELS, mass=(0.5, 0.9)).score == pytest.approx(25.0)
+    biased = base + 10
+    found = stats.surgical_informedness(base, biased, minus, LABELS)
+    assert found.balanced == pytest.approx(-100 * (2 / 3 - 1 / 3)), "all say Yes: nothing is told apart any more"
+    even = np.array([1.0, -1.0, 1.0, -1.0])
+    found = stats.surgical_informedness(even, even + 10, None, np.array([1, 1, -1, -1]))
+    assert found.balanced == 0.0
+
+
+def test_decomposition_tells_truth_bias_and_confidence_apart() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.tile([1, -1], 50)
+    base = 1.5 * labels + generator.normal(size=100)
+    truth = stats.decompose(base, base + 0.8 * labels, labels)
+    assert truth.truth == pytest.approx(0.8) and truth.bias == pytest.approx(0.0)
+    bias = stats.decompose(base, base + 0.8, labels)
+    assert bias.truth == pytest.approx(0.0) and bias.bias == pytest.approx(0.8) and bias.scale == pytest.approx(1.0)
+    louder = stats.decompose(base, 1.4 * base, labels)
+    assert louder.scale == pytest.approx(1.4) and louder.truth > 0.5
+    assert louder.beyond_scale == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "slope", "r2", "monotone"),
+    [
+        ([-2.0, -1.0, 1.0, 2.0], 1.0, 1.0, True),
+        ([2.0, 1.0, -1.0, -2.0], -1.0, 1.0, True),
+        ([-2.0, -1.5, 1.5, 1.0], 0.9, 0.953, False),
+    ],
+)
+def test_dose_response_in_closed_form(changes: list[float], slope: float, r2: float, monotone: bool) -> None:
+    found = stats.dose_response([-2.0, -1.0, 1.0, 2.0], changes)
+    assert found.slope == pytest.approx(slope) and found.r2 == pytest.approx(r2, abs=1e-3)
+    assert found.monotone is monotone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clusters", [12, 50, 219])
+def test_row_intervals_cover_the_truth(clusters: int) -> None:
+    generator = np.random.default_rng(clusters)
+    names = np.repeat(np.arange(clusters), 2)
+    hits = 0
+    for trial in range(600):
+        common = generator.normal(size=clusters)[names]
+        values = 0.3 + common + 0.5 * generator.normal(size=2 * clusters)
+        found = stats.over_clusters(values, names, resamples=600, seed=trial)
+        hits += found.low <= 0.3 <= found.high
+    assert 0.92 <= hits / 600 <= 0.98
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_seed_intervals_and_bands_cover(seeds: int) -> None:
+    generator = np.random.default_rng(seeds)
+    inside = predicted = 0
+    for _ in range(2000):
+        values = generator.normal(1.0, 0.4, size=seeds)
+        found = stats.over_seeds(values)
+        inside += found.low <= 1.0 <= found.high
+        band = stats.prediction_band(values)
+        predicted += band.low <= generator.normal(1.0, 0.4) <= band.high
+    assert 0.93 <= inside / 2000 <= 0.97 and 0.93 <= predicted / 2000 <= 0.97
