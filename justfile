@@ -43,6 +43,10 @@ eval-syco:
 eval-dilemmas:
     {{ws}} eval dilemmas --alphas -1 0 1 {{run}}
 
+# all adapter families, three seeds
+adapter-sweep:
+    {{ws}} sweep --families lora dora pissa delora oft ia3 --seeds 0 1 2 --model {{model}} --behaviour {{behaviour}} --out {{out}}
+
 # where the direction lies in the weights
 subspace-align:
     {{ws}} subspace {{run}}
