@@ -52,6 +52,8 @@ def steer(
     ...     model.network.generate(...)
     """
     network = network_of(model)
+    if isinstance(model, ChatModel):
+        _ = model.split  # its check belongs to the unedited model
     strengths = list(edits.items()) if isinstance(edits, Mapping) else [(edits, alpha)]
     with _applied(network, strengths, mode, base_mismatch):
         yield
