@@ -24,8 +24,10 @@ Undo = Callable[[], None]
 class Effect(Protocol):
     """An edit that is not a weight Direction, such as an activation direction added to the residual stream."""
 
-    base: str
-    """Fingerprint of the model that it belongs to."""
+    @property
+    def base(self) -> str:
+        """Fingerprint of the model that it belongs to."""
+        ...
 
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
         """Put the effect on the network at a strength; the result takes it off."""

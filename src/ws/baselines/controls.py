@@ -8,13 +8,16 @@ values and is a weaker disturbance, hence too easy a control.
 from __future__ import annotations
 
 import hashlib
+import re
 
+import polars as pl
 import torch
 
 from ws import spectrum
 from ws.condition import Edit
 from ws.delta import Delta
 from ws.direction import Direction
+from ws.errors import UserError
 
 RANDOM = "random"
 
@@ -47,3 +50,59 @@ def random_like(direction: Direction, seed: int) -> Direction:
 def random_edits(direction: Direction, seeds: int) -> list[Edit]:
     """Norm-matched random directions for seeds 0, 1, ... as Edits named `random`."""
     return [Edit(RANDOM, random_like(direction, seed), seed=seed) for seed in range(seeds)]
+
+
+PERMUTED = "layers permuted"
+SHUFFLED = "personas shuffled"
+
+
+def permuted_layers(direction: Direction, seed: int) -> Direction:
+    """Every delta moved to the same module of another touched layer; no layer keeps its own.
+
+    Norms, ranks and spectra stay those of the direction: what is lost is where each piece belongs.
+    """
+    layers = direction.layer_numbers
+    if len(layers) < 2:
+        raise UserError("a direction on one layer cannot be permuted", "Use random directions.")
+    order = _derangement(len(layers), seed)
+    target = {layers[index]: layers[order[index]] for index in range(len(layers))}
+    deltas: dict[str, Delta] = {}
+    of_layer: dict[str, int] = {}
+    for name, delta in direction.deltas.items():
+        layer = direction.layers.get(name)
+        if layer is None:
+            continue
+        moved = re.sub(rf"\.{layer}\.", f".{target[layer]}.", name, count=1)
+        if moved not in direction.deltas or direction.deltas[moved].shape != delta.shape:
+            raise UserError(f"{name} has no counterpart in layer {target[layer]}", "The layers are not alike.")
+        deltas[moved], of_layer[moved] = delta, target[layer]
+    provenance = {"control": PERMUTED, "seed": seed, "like": dict(direction.provenance)}
+    return Direction(deltas, direction.base, of_layer, provenance, direction.weights)
+
+
+def _derangement(count: int, seed: int) -> list[int]:
+    """A permutation without fixed points."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
+        if all(index != place for index, place in enumerate(order)):
+            return order
+
+
+def shuffled_pairs(pairs: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The pairs with the two sides exchanged in a random half of the rows: what is left is no contrast of personas.
+
+    A direction trained on them keeps everything else (text, length, optimiser); it is reported raw. Rescaled to the
+    trained norm it would amplify what little of the trait chance has left.
+    """
+    swapped = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < 0.5
+    mark = pl.Series("swapped", swapped.tolist())
+    sided = [name.removesuffix("_pos") for name in pairs.columns if name.endswith("_pos")]
+    columns = []
+    for name in sided:
+        for side, other in (("pos", "neg"), ("neg", "pos")):
+            columns.append(
+                pl.when(pl.col("swapped")).then(pl.col(f"{name}_{other}")).otherwise(pl.col(f"{name}_{side}"))
+                .alias(f"{name}_{side}")
+            )  # fmt: skip
+    return pairs.with_columns(mark).with_columns(columns).drop("swapped")

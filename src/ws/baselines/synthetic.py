@@ -1,0 +1,62 @@
+"""Directions built from the base model alone, before any adapter is read: can a direction be had without training?
+
+    dW' = v_l / |v_l|  (outer)  g / |g|  *  size * |W|          on every residual writer (o, down) of the slice
+
+v_l is the activation direction of the layer (what to write), g an input direction: the first or the last right singular
+vector of W (what the module listens to most, or least), or a random unit vector (the null of equal norm and output).
+Needs activations under the personas and weights, nothing trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ws import architecture
+from ws.baselines.repe import ActivationDirection
+from ws.delta import Delta
+from ws.direction import Direction
+from ws.errors import UserError
+from ws.models import ChatModel
+
+Input = Literal["first", "last", "random"]
+INPUTS: tuple[Input, ...] = ("first", "last", "random")
+SIZE = 1e-3
+"""Norm of the update relative to the weight, as in the replicated work."""
+
+
+def residual_writes(
+    model: ChatModel, activation: ActivationDirection, source: Input, *, size: float = SIZE, seed: int = 0
+) -> Direction:
+    """Rank-one writes of an activation direction from one input direction per residual writer."""
+    if activation.base != model.fingerprint:
+        raise UserError("the activation direction belongs to another model", "Fit it on this one.")
+    layers = sorted(activation.vectors)
+    deltas, of_layer = {}, {}
+    for site in architecture.sites(model.network, layers):
+        if not site.writes_residual:
+            continue
+        stored = model.network.get_parameter(site.parameter).data.float()
+        weight = stored.T if site.transposed else stored
+        written = activation.vectors[site.layer].double()
+        read = _input_direction(weight, source, f"{seed}|{site.parameter}")
+        scale = size * float(weight.double().norm())
+        delta = Delta.low_rank((scale * written / written.norm())[:, None], read[None, :])
+        deltas[site.parameter] = delta.T if site.transposed else delta
+        of_layer[site.parameter] = site.layer
+    provenance = {"synthetic": "residual writes", "input": source, "size": size, "seed": seed,
+                  "constructed_before_trained_diff_load": True}  # fmt: skip
+    return Direction(deltas, model.fingerprint, of_layer, provenance)
+
+
+def _input_direction(weight: Tensor, source: Input, key: str) -> Tensor:
+    if source == "random":
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        drawn = torch.randn(weight.shape[1], generator=generator).double()
+        return drawn / drawn.norm()
+    _, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return right[0] if source == "first" else right[-1]
