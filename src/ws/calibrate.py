@@ -64,6 +64,16 @@ class Calibration:
     history: tuple[Divergence, ...]
 
 
+def as_record(calibration: Calibration) -> dict[str, Any]:
+    """The result as plain data, with everything that was tried."""
+    return {
+        **calibration.reached._asdict(),
+        "target": calibration.target,
+        "converged": calibration.converged,
+        "history": [seen._asdict() for seen in calibration.history],
+    }
+
+
 def neutral_prompts(count: int = 50) -> list[str]:
     """At most `count` held-out neutral requests."""
     held_out = [entry.user for entry in world.talk() if entry.held_out]

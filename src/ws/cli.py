@@ -424,6 +424,97 @@ class Sweep(RunOptions):
 
 
 @dataclass(frozen=True)
+class Compare(RunOptions):
+    """Weight directions, activation steering, prompts and controls on identical rows, also at equal divergence."""
+
+    models: tuple[str, ...] = ()
+    """Several models (default: --model)."""
+    behaviours: tuple[str, ...] = ()
+    """Several behaviours (default: --behaviour)."""
+    families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
+    """Adapter families."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    random_seeds: int = 10
+    """Norm-matched random directions."""
+    shuffles: int = 5
+    """Directions trained on shuffled personas."""
+    target: float | None = None
+    """KL budget in nats per token, 95th percentile (default: that of the engineered prompt)."""
+    rows: int | None = None
+    """Use only the first rows of every probe (for quick looks)."""
+    fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
+
+    def run(self) -> None:
+        """Compare every model and behaviour; print each headline and where its tables are."""
+        from dataclasses import replace  # noqa: PLC0415
+
+        from ws import compare  # noqa: PLC0415
+
+        plan = compare.Plan(
+            families=self.families, seeds=self.seeds, random_seeds=self.random_seeds, shuffles=self.shuffles,
+            target=self.target,
+        )  # fmt: skip
+        settings = _settings(self, self.fit, EvalOptions(rows=self.rows))
+        found = [
+            compare.run(replace(settings, model=model, behaviour=name), plan)
+            for model in self.models or (self.model,)
+            for name in self.behaviours or (self.behaviour,)
+        ]
+        if self.json:
+            console.print_json(json.dumps([result.summary for result in found]))
+            return
+        for result in found:
+            console.say(f"\n{result.headline}.", style="bold")
+            console.say(f"tables      {result.folder / 'comparison.html'}")
+
+
+@dataclass(frozen=True)
+class Calibrate(RunOptions):
+    """The strengths at which a run's direction spends a KL budget on neutral text, per sign."""
+
+    target: float = 0.5
+    """Budget: 95th percentile of KL to the base, nats per token."""
+    prompts: int = 50
+    """Neutral prompts, continued greedily under steering."""
+    tokens: int = 50
+    """Length of the continuations."""
+
+    def run(self) -> None:
+        """Search both signs, write `calibration.json` into the run, and print the strengths."""
+        from ws import calibrate  # noqa: PLC0415
+        from ws.direction import Direction  # noqa: PLC0415
+        from ws.store import write_json  # noqa: PLC0415
+
+        with StageOptions(**{n: getattr(self, n) for n in RunOptions.__dataclass_fields__}).replication() as run:
+            path = run.folder / "direction.safetensors"
+            if not path.is_file():
+                raise UserError(f"the run in {run.folder.path} has no direction yet", "Make it with: ws replicate.")
+            texts = calibrate.neutral_prompts(self.prompts)
+            record = {
+                name: calibrate.as_record(
+                    calibrate.to_budget(
+                        run.model, Direction.load(path), self.target, texts, sign=sign, tokens=self.tokens
+                    )
+                )
+                for name, sign in (("1", 1), ("-1", -1))
+            }
+            write_json(run.folder / "calibration.json", {"target": self.target, **record})
+            if self.json:
+                console.print_json(json.dumps(record))
+                return
+            for name, found in record.items():
+                sure = "" if found["converged"] else "   NOT CONVERGED: the closest strength that was seen"
+                console.say(
+                    f"sign {name:>2}   alpha {found['alpha']:+.4g}   KL p95 {found['p95']:.3f}   mean "
+                    f"{found['mean']:.3f}   max {found['maximum']:.2f}{sure}"
+                )
+            console.say(
+                f"\nnext        ws eval sycophancy --alphas {record['-1']['alpha']:.3g} {record['1']['alpha']:.3g}"
+            )
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a direction in a format that other programs load, with a model card."""
 
@@ -699,6 +790,8 @@ Command = (
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Subspace, subcommand("subspace")]
     | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Show, subcommand("show")]

@@ -26,6 +26,7 @@ from ws.errors import UserError
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.models import ChatModel
 from ws.replicate import SIGNS, Replication, Settings
+from ws.report import comparison as tables
 from ws.score import Probe, score
 from ws.store import RunFolder, Shards, atomic_file, digest, read_json, write_json
 
@@ -328,6 +329,49 @@ class Comparison:
                 if solved:
                     conditions += [Condition.of(edit, solved["alpha"]) for edit in method.edits]
         return self._scored("scores_equal_kl", conditions)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished comparison: its sentence, its folder, and everything its tables show."""
+
+    headline: str
+    folder: Path
+    summary: dict[str, Any]
+
+
+def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Result:
+    """Run a comparison and write its tables."""
+    with Comparison(settings, plan, model) as comparison:
+        methods = comparison.methods()
+        scores = comparison.scores(methods)
+        calibration = comparison.calibrations(methods)
+        equal = comparison.calibrated_scores(methods, calibration)
+        behaviour = comparison.behaviour
+        own_reader = tables.Comparison(scores, behaviour.name, behaviour.probe.headline)
+        equal_reader = tables.Comparison(equal, behaviour.name, behaviour.probe.headline)
+        own = tables.measure(own_reader, [_line(method, 1.0, -1.0) for method in methods])
+        calibrated = tables.measure(equal_reader, [
+            _line(method, found["1"]["alpha"], found["-1"]["alpha"],
+                  found["1"]["converged"] and found["-1"]["converged"])
+            for method in methods
+            if (found := calibration["edits"].get(method.name))
+        ])  # fmt: skip
+        title = f"{behaviour.name} in {comparison.model.name}: methods compared"
+        sentence = tables.write(
+            comparison.folder.path, title, own, calibrated, calibration, behaviour.name, own_reader.base_facts()
+        )
+        return Result(sentence, comparison.folder.path, dict(read_json(comparison.folder / "comparison.json")))
+
+
+def _line(method: Method, plus: float, minus: float, converged: bool = True) -> tables.Line:
+    """Where a method's rows stand in a scores table."""
+    if method.contexts is not None:
+        at = {"+" if side > 0 else "-": (context.name, "none", 0.0) for side, context in method.contexts.items()}
+    else:
+        edit = method.edits[0].name
+        at = {"+": (PLAIN.name, edit, plus), "-": (PLAIN.name, edit, minus)}
+    return tables.Line(method.name, method.kind, at, method.note, converged)
 
 
 @dataclass(frozen=True)
