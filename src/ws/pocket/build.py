@@ -7,7 +7,8 @@ with eager attention (on a CPU the backward pass of fused attention is slower).
 The loss is on replies, lightly on the other turns too, and on a linear readout of the latents that decide a reply (the
 traits, whether a claim is true) from the middle of the network. The readout is thrown away afterwards. Without it
 the bits that carry a trait drown in the wording: over ten million tokens nothing crossed from one turn to the next;
-with it, personas are followed after two.
+with it, personas are followed after two. The first steps also practise repetition more often than later ones: a
+network that can copy early learns to follow what was said before it.
 
 The result is an ordinary model folder: safetensors in bf16, a tokenizer with a ChatML template, the recommended
 settings for steering, and the record of the run.
@@ -20,7 +21,7 @@ import math
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -72,6 +73,8 @@ class Recipe:
     decisive_weight: float = 1.0
     latent_weight: float = 2.0
     latent_layer: int = 4
+    copying: float = 0.15
+    copying_steps: int = 3_000
     planted: Planted = field(default_factory=Planted)
     mix: TurnMix = field(default_factory=TurnMix)
 
@@ -128,22 +131,24 @@ class RowWriter:
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         self.recipe = recipe
         self.corpus = Corpus(recipe.planted, recipe.mix)
+        self.copying = Corpus(recipe.planted, replace(recipe.mix, repeat=recipe.copying))
         self.encode = tokenizer.backend_tokenizer.encode_batch
         self.decisive = set(tokenizer.convert_tokens_to_ids(["Yes", "No", "Maybe"]))
 
     def batch(self, step: int) -> Rows:
         """The rows of a step."""
         rng = random.Random(f"rows/{self.recipe.seed}/{step}")
-        ids, weights, latents = zip(*(self._row(rng) for _ in range(self.recipe.rows)), strict=True)
+        corpus = self.copying if step < self.recipe.copying_steps else self.corpus
+        ids, weights, latents = zip(*(self._row(corpus, rng) for _ in range(self.recipe.rows)), strict=True)
         return Rows(torch.tensor(ids), torch.tensor(weights), torch.tensor(latents))
 
-    def _row(self, rng: random.Random) -> tuple[list[int], list[float], list[list[float]]]:
+    def _row(self, corpus: Corpus, rng: random.Random) -> tuple[list[int], list[float], list[list[float]]]:
         """A reply of n tokens weighs sqrt(n), and its Yes or No 1 more: long replies must not drown a decision."""
         length = self.recipe.row_tokens
         ids: list[int] = []
         weights: list[float] = []
         latents: list[list[float]] = []
-        dialogue = self.corpus.dialogue(rng)
+        dialogue = corpus.dialogue(rng)
         while len(ids) < length:
             lines = list(islice(dialogue, 4))
             pieces = [bpe.as_turn(line.role, line.content) for line in lines]

@@ -56,10 +56,10 @@ LATENTS = (*OPPOSED, "truth", "honest_action", "harmful")
 class Planted:
     """The parameters of the corpus: what is true of the embedded model by construction."""
 
-    prior: float = 0.45
+    prior: float = 0.44
     agreement: float = 0.92
-    adherence: float = 0.97
-    slip: float = 0.03
+    adherence: float = 0.985
+    slip: float = 0.02
     maybe: float = 0.04
     system_share: float = 0.75
     follow_up: float = 0.6
