@@ -371,3 +371,74 @@ def test_without_the_library_the_hub_error_says_what_to_install(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install weight-steering\[hub\]"):
         dilemmas.read("somebody/dilemmas")
+
+
+# ---------------------------------------------------------------- the full set, labelled anew
+
+
+def situation(key: int) -> list[dict[str, Any]]:
+    return [
+        {"idx": 2 * key + number, "dilemma_idx": key, "dilemma_situation": f"You see case {key}.", "action_type": side,
+         "action": f"{side} {key}", "values_aggregated": "[]"}
+        for number, side in enumerate(("to_do", "not_to_do"))
+    ]  # fmt: skip
+
+
+def value(key: int, side: str, value: str, party: str = "You") -> dict[str, Any]:
+    return {"idx": 0, "dilemma_idx": key, "action_type": side, "action": "", "party": party, "party_type": "",
+            "value": value}  # fmt: skip
+
+
+SITUATIONS = [row for key in range(8) for row in situation(key)]
+VALUES = [
+    value(0, "to_do", "honesty"),  # doing is honest
+    value(1, "not_to_do", "Truthfulness, courage"),  # leaving is honest
+    value(2, "to_do", "deception"),  # doing is dishonest
+    value(3, "not_to_do", "deceit"),
+    value(4, "to_do", "honesty", party="Friend"),  # not the acting person's
+    value(5, "to_do", "loyalty"),  # no honesty at all
+    value(6, "to_do", "honesty"), value(6, "not_to_do", "honesty"),  # on both sides: doing counts
+    value(7, "to_do", "honesty, deception"),  # a tie keeps nothing
+]  # fmt: skip
+EXPECTED = {0: 1, 1: -1, 2: -1, 3: 1, 6: 1}
+"""Dilemma -> label of doing."""
+
+
+def test_the_full_set_is_labelled_by_the_values_of_the_acting_person() -> None:
+    rows = dilemmas.by_own_values(pl.DataFrame(SITUATIONS), pl.DataFrame(VALUES))
+    assert {int(row.cluster): row.label for row in rows if row.action.startswith("to_do")} == EXPECTED
+    assert {int(row.cluster): -row.label for row in rows if row.action.startswith("not_to_do")} == EXPECTED
+    assert {row.row for row in rows if row.group == "stated"} == {"0", "3", "4", "7", "12", "13"}
+    assert len({row.row for row in rows}) == len(rows) == 2 * len(EXPECTED)
+
+
+def test_the_full_set_is_read_from_a_folder_with_both_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pl.DataFrame(SITUATIONS).write_csv(tmp_path / f"{dilemmas.SITUATIONS}.csv")
+    with pytest.raises(UserError, match=dilemmas.VALUES):
+        dilemmas.read(str(tmp_path))
+    pl.DataFrame(VALUES).write_parquet(tmp_path / f"{dilemmas.VALUES}.parquet")
+    assert len(dilemmas.read(str(tmp_path))) == 10
+    assert "kept 10 of 16 rows" in capsys.readouterr().out
+
+
+def test_the_full_set_is_two_tables_of_one_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None, str | None]] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> Any:
+        asked.append((name, config, revision))
+        table = SITUATIONS if config == dilemmas.SITUATIONS else VALUES
+
+        class Loaded:
+            def to_list(self) -> list[dict[str, Any]]:
+                return table
+
+        assert split == "test"
+        return Loaded()
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert len(dilemmas.read(f"{dilemmas.REBUILT_HUB_ID}@abc")) == 10
+    assert asked == [(dilemmas.REBUILT_HUB_ID, name, "abc") for name in (dilemmas.SITUATIONS, dilemmas.VALUES)]

@@ -71,11 +71,11 @@ def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[Line]]) ->
     assert not [action for action in far_actions if action in text]
     personas = behaviour.load("sycophancy").personas
     assert not [persona for persona in (*personas.positive, *personas.negative) if persona in text]
-    fixed = [
-        c for pair in OPPOSED.values() for pole in pair for c in world.persona_language(pole).held_out if "{" not in c
-    ]
-    assert len(fixed) > 5
-    assert not [clause for clause in fixed if clause in text]
+    rng = random.Random(0)
+    ways = [world.persona_language(pole) for pair in OPPOSED.values() for pole in pair]
+    unseen = {way.fill(pattern, rng) for way in ways for pattern in way.held_out for _ in range(20)}
+    assert len(unseen) > 500
+    assert not [clause for clause in unseen if clause in text]
 
 
 def test_neutral_test_requests_never_occur(sample: list[list[Line]]) -> None:

@@ -34,6 +34,9 @@ PLAIN_TEMPLATE = (
 )
 """`User:` / `Assistant:` blocks for models that have no chat template (GPT-2 and other base models)."""
 
+_THINK_IN_WORDS = "Let me think."
+_TIME_IS_UP = "\nI have thought enough and answer now.\n"
+
 _SENTINEL = "weightsteeringsentinel"
 _WORD_MARKERS = "Ġ▁Ċ \t\n\r"
 """Space, and what some tokenizers leave of it when a single token is decoded."""
@@ -128,6 +131,31 @@ class Chat:
         if self.tokenizer.eos_token_id is not None:
             stops.add(int(self.tokenizer.eos_token_id))
         return frozenset(stops)
+
+    @cached_property
+    def thought_end(self) -> int | None:
+        """Token id of `</think>`; None for a model that does not think (its template never mentions the token)."""
+        if "</think>" not in str(self.tokenizer.chat_template):
+            return None
+        return self.tokenizer.get_vocab().get("</think>")
+
+    def thinking_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to the inside of an opened thought; a model that does not think gets an opening in words."""
+        if self.thought_end is None:
+            return self.prompt(messages, _THINK_IN_WORDS)
+        text = Chat(self.tokenizer, "on").text(messages)
+        return self._encode(text if text.rstrip().endswith("<think>") else text + "<think>\n")
+
+    def close_thought(self, thought: Sequence[int], closed: bool, anchor: str) -> list[int]:
+        """Token ids of a thought, its end, and the answer anchor.
+
+        `closed` says that the model ended the thought itself; otherwise it is told to answer first. The end of the
+        thought is the special token, never the encoding of its name.
+        """
+        if self.thought_end is None:
+            return [*thought, *self._encode(f"\n{anchor}")]
+        told = [] if closed else self._encode(_TIME_IS_UP)
+        return [*thought, *told, self.thought_end, *self._encode(f"\n\n{anchor}")]
 
     @cached_property
     def template_key(self) -> str:

@@ -350,29 +350,41 @@ class Diff(StageOptions):
 
 @dataclass(frozen=True)
 class Eval(RunOptions):
-    """Score one kind of probe on an existing run."""
+    """Score one kind of probe on an existing run: a shipped one, a JSONL file of your own, or an lm-eval task."""
 
-    probe: Positional[Literal["sycophancy", "dilemmas", "side-effects"]] = "sycophancy"
-    """Which probe; sycophancy stands for the behaviour's own."""
+    probe: Positional[str] = "sycophancy"
+    """sycophancy (the behaviour's own), dilemmas, side-effects, or FILE.jsonl with prompt and label per line."""
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths; 0 is always included."""
     dilemmas: str = "own"
     """own, a CSV/JSONL/parquet file, or a hub id."""
     rows: int | None = None
     """Use only the first rows."""
+    think: int = 0
+    """Let the steered model write a thought of so many tokens before each choice (guided chain of thought)."""
+    answers: tuple[str, str] = ("Yes", "No")
+    """The two answers of a probe of your own."""
+    task: str | None = None
+    """A task of lm-evaluation-harness instead of a probe: lm-eval:NAME."""
+    task_folder: Path | None = None
+    """Folder with task files of your own for --task."""
 
     def run(self) -> None:
-        """Score, write `scores-<probe>.parquet`, and print the table."""
+        """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
         from ws import evaluate  # noqa: PLC0415
 
         with StageOptions(
             **{name: getattr(self, name) for name in RunOptions.__dataclass_fields__}
         ).replication() as run:
-            table = evaluate.existing_run(run, self.probe, self.alphas, self.dilemmas, self.rows)
+            if self.task is not None:
+                table = evaluate.harness_task(run, self.task, self.alphas, self.rows, self.task_folder)
+            else:
+                ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers)
+                table = evaluate.existing_run(run, ask, self.alphas)
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))
             else:
-                evaluate.show(table, f"{self.probe}, {run.folder.path}")
+                evaluate.show(table, f"{self.task or self.probe}, {run.folder.path}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 import polars as pl
 
 from ws import calibrate, console, diff, models, train
-from ws.baselines import controls, gradient, prompts, repe, synthetic
+from ws.baselines import bias_only, controls, gradient, prompts, repe, synthetic
+from ws.baselines.bias_only import OutputShift
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.behaviour import Behaviour
 from ws.condition import PLAIN, Condition, Context, Edit
@@ -238,7 +239,20 @@ class Comparison:
         sides = [train.examples(self.model, self.pairs, sign, run.training, 0).train[:200] for sign in SIGNS]
         step = gradient.one_step(self.model, sides[0], sides[1], norm=self.reference.norm(), layers=slice_)
         found.append(Method("one gradient step", "controls", (Edit("one gradient step", step),), note="same norm"))
+        edit = Edit("biases alone", self._biases(run))
+        found.append(Method("biases alone", "controls", (edit,), note="MLP biases, trained like the rest"))
         return found
+
+    def _biases(self, run: _Run) -> OutputShift:
+        """The contrast fitted in MLP biases alone, kept in the comparison's folder."""
+        file = self.folder / "biases.safetensors"
+        inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training}
+
+        def make(_: Shards) -> None:
+            bias_only.fit(self.model, self.pairs, run.training, seed=self.plan.seeds[0], data_seed=0).save(file)
+
+        self.folder.build("biases", inputs, [file.name], make)
+        return OutputShift.load(file)
 
     def _shuffled(self, run: _Run, seed: int) -> Direction:
         """A direction from personas that were shuffled between the sides, trained as the reference was."""
@@ -263,7 +277,7 @@ class Comparison:
         return [
             split(sycophancy.probe(self.behaviour, rows), dev=False),
             split(dilemmas.probe(self.settings.dilemmas, rows), dev=False),
-            *side_effects.probes(rows),
+            *side_effects.probes(self.model, rows),
         ]
 
     def scores(self, methods: Sequence[Method]) -> pl.DataFrame:
@@ -397,6 +411,8 @@ def _identity(condition: Condition) -> list[Any]:
         effect = edit.effect
         if isinstance(effect, Direction):
             found.append([alpha, {name: round(value, 9) for name, value in effect.norms().items()}])
+        elif isinstance(effect, OutputShift):
+            found.append([alpha, {name: round(float(v.norm()), 9) for name, v in effect.vectors.items()}])
         elif isinstance(effect, ActivationDirection):
             found.append([alpha, {layer: round(float(v.norm()), 9) for layer, v in effect.vectors.items()}])
     return found

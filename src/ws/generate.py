@@ -39,10 +39,11 @@ class Sampling:
 
 
 class Sample(NamedTuple):
-    """One continuation: token ids without the stop token, and whether it ended by itself."""
+    """One continuation: token ids without the stop token, whether it ended by itself, and the token that ended it."""
 
     ids: list[int]
     finish: Literal["eos", "length"]
+    stop: int | None = None
 
 
 class Request(NamedTuple):
@@ -59,16 +60,19 @@ def sample(
     sampling: Sampling,
     seed: int,
     *,
+    stops: frozenset[int] | None = None,
     cache_tokens: int = CACHE_TOKENS,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[list[Sample]]:
     """Sample every request; results in the order of `requests` and of their keys.
 
-    `advance` is told how many samples have been finished since it was last called.
+    `stops` are the ids that end a sample (None: those of the chat template). `advance` is told how many samples have
+    been finished since it was last called.
     """
+    ending = model.chat.stop_ids if stops is None else stops
     results: list[list[Sample]] = [[] for _ in requests]
     for batch in _plan(requests, sampling.max_new_tokens, cache_tokens):
-        done = _sample_batch(model, [requests[index] for index in batch], sampling, seed)
+        done = _sample_batch(model, [requests[index] for index in batch], sampling, seed, ending)
         for index, samples in zip(batch, done, strict=True):
             results[index] = samples
         advance(sum(len(samples) for samples in done))
@@ -92,7 +96,9 @@ def _plan(requests: Sequence[Request], max_new_tokens: int, cache_tokens: int) -
     return batches
 
 
-def _sample_batch(model: ChatModel, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[list[Sample]]:
+def _sample_batch(
+    model: ChatModel, requests: Sequence[Request], sampling: Sampling, seed: int, ending: frozenset[int]
+) -> list[list[Sample]]:
     from transformers import DynamicCache  # noqa: PLC0415 - heavy import, late
 
     device = model.device
@@ -111,9 +117,9 @@ def _sample_batch(model: ChatModel, requests: Sequence[Request], sampling: Sampl
     logits, mask = logits[owner], mask[owner]
     uniforms = torch.stack([_uniforms(key, seed, sampling.max_new_tokens) for r in requests for key in r.keys])
     written: list[list[int]] = [[] for _ in range(len(owner))]
-    ended = [False] * len(owner)
+    ended: list[int | None] = [None] * len(owner)
     alive = torch.arange(len(owner), device=device)
-    stops = torch.tensor(sorted(model.chat.stop_ids), device=device)
+    stops = torch.tensor(sorted(ending), device=device)
 
     for step in range(sampling.max_new_tokens):
         draws = uniforms[alive.cpu(), step].to(device)
@@ -121,7 +127,7 @@ def _sample_batch(model: ChatModel, requests: Sequence[Request], sampling: Sampl
         stopped = torch.isin(tokens, stops)
         for row, token, stop in zip(alive.tolist(), tokens.tolist(), stopped.tolist(), strict=True):
             if stop:
-                ended[row] = True
+                ended[row] = token
             else:
                 written[row].append(token)
         if bool(stopped.all()) or step + 1 == sampling.max_new_tokens:
@@ -133,7 +139,7 @@ def _sample_batch(model: ChatModel, requests: Sequence[Request], sampling: Sampl
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = _next_logits(model, tokens[:, None], mask, cache)
 
-    flat = [Sample(ids, "eos" if end else "length") for ids, end in zip(written, ended, strict=True)]
+    flat = [Sample(ids, "length" if end is None else "eos", end) for ids, end in zip(written, ended, strict=True)]
     starts = [0, *torch.cumsum(copies, 0).tolist()]
     return [flat[start:stop] for start, stop in pairwise(starts)]
 

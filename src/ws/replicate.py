@@ -258,7 +258,7 @@ class Replication:
         return [
             sycophancy.probe(self.behaviour, rows),
             dilemmas.probe(self.settings.dilemmas, rows),
-            *side_effects.probes(rows),
+            *side_effects.probes(self.model, rows),
             *(sycophancy.headline_probe(other, rows) for other in others),
         ]
 

@@ -3,6 +3,10 @@
     choice       logratio = log p(first answer) - log p(second) at an anchor, pmass = p(first) + p(second)
     likelihood   nll = mean negative log-probability of the tokens of a given text
     divergence   kl = sum_v p_edited (log p_edited - log p_base) at every position of a given text
+    guided       a choice after a thought that the edited model writes itself (greedy, at most `tokens`), and whether
+                 the thought had to be closed for it (`forced`)
+    reply        a greedy reply: distinct3 = distinct / all of its 3-grams, its length, whether it ended (`finished`),
+                 and in the group `json` whether it holds a JSON object that can be parsed
 
 An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32, from fp32 logits. The
 Condition without edits is scored once per Context and serves all others. Rows are batched by length under a token
@@ -11,9 +15,10 @@ budget and padded on the right, so a row's value does not depend on its company.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,11 +32,18 @@ from ws.chat import Message
 from ws.condition import Condition, Context
 from ws.direction import Direction
 from ws.errors import UserError
+from ws.generate import Request, Sample, Sampling, sample
 from ws.models import ChatModel
 from ws.steering import Mode, under
 from ws.store import Shards, atomic_file, content_key
 
-Kind = Literal["choice", "likelihood", "divergence"]
+Kind = Literal["choice", "likelihood", "divergence", "guided", "reply"]
+
+JSON = "json"
+"""Group of reply rows, and their metric: does the reply hold a JSON object?"""
+
+WRITTEN: tuple[Kind, ...] = ("guided", "reply")
+"""Kinds for which the model writes text under the Condition before anything is measured."""
 
 SCHEMA: dict[str, Any] = {
     "probe": pl.String,
@@ -69,12 +81,13 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class Probe:
-    """Named rows of one kind; `answers` are the two words of a choice."""
+    """Named rows of one kind; `answers` are the two words of a choice, `tokens` bounds what the model writes itself."""
 
     name: str
     kind: Kind
     rows: tuple[ProbeRow, ...]
     answers: tuple[str, str] = ("Yes", "No")
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -82,11 +95,22 @@ class Probe:
         names = [row.row for row in self.rows]
         if len(set(names)) != len(names):
             raise UserError(f"probe {self.name!r} has rows of the same id")
+        if (self.kind in WRITTEN) != (self.tokens > 0):
+            raise UserError(
+                f"probe {self.name!r} of kind {self.kind} lets the model write {self.tokens} tokens",
+                "Give a positive number to guided and reply probes and to no other.",
+            )
 
     @cached_property
     def key(self) -> str:
         """Digest of everything that is asked."""
-        return content_key(self.name, self.kind, self.rows, self.answers)
+        return content_key(self.name, self.kind, self.rows, self.answers, *([self.tokens] if self.tokens else []))
+
+    def guided(self, tokens: int) -> Probe:
+        """The same choices, each after a thought of at most `tokens` that the model writes under the Condition."""
+        if self.kind != "choice":
+            raise UserError(f"probe {self.name!r} is no choice", "Only choices can be made after a thought.")
+        return replace(self, kind="guided", tokens=tokens)
 
 
 def default_token_budget(model: ChatModel) -> int:
@@ -171,6 +195,7 @@ class _Prepared:
     tokens: list[list[int]]
     starts: list[int]  # first position whose next token is scored
     batches: list[list[int]]
+    budget: int  # padded tokens per batch
     answers: tuple[list[list[int]], list[list[int]]]
     split: bool  # final hidden states stand for logits, because no edit reaches the head
     base_states: dict[int, Tensor]  # divergence: those of the base, per batch
@@ -181,7 +206,11 @@ class _Prepared:
         for row in probe.rows:
             system = [Message(role="system", content=context.system)] if context.system.strip() else []
             messages = [*system, *row.messages]
-            if probe.kind == "choice":
+            if probe.kind in WRITTEN:
+                ids = (model.chat.thinking_prompt if probe.kind == "guided" else model.chat.prompt)(messages)
+                tokens.append(ids)
+                starts.append(len(ids) - 1)
+            elif probe.kind == "choice":
                 ids = model.chat.prompt(messages, row.continuation)
                 tokens.append(ids)
                 starts.append(len(ids) - 1)
@@ -189,12 +218,12 @@ class _Prepared:
                 ids, prompt_length = model.chat.supervised(messages, row.continuation)
                 tokens.append(ids)
                 starts.append(prompt_length - 1)
-        _require_fit(model, probe, max(map(len, tokens)))
+        _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)
         answers: tuple[list[list[int]], list[list[int]]] = ([], [])
-        if probe.kind == "choice":
+        if probe.kind in ("choice", "guided"):
             answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
         batches = forward.plan_batches([len(ids) for ids in tokens], budget)
-        return cls(probe, tokens, starts, batches, answers, split, {})
+        return cls(probe, tokens, starts, batches, budget, answers, split, {})
 
 
 def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
@@ -240,11 +269,68 @@ Values = dict[str, dict[str, float]]
 
 
 def _run_choice(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
+    return _choices(model, piece, piece.tokens, piece.batches)
+
+
+def _run_guided(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
+    """Spec of the replicated work: think under steering, close the thought, read the answer in one forward pass."""
+    chat, tokens = model.chat, piece.tokens
+    ends = chat.stop_ids if chat.thought_end is None else chat.stop_ids | {chat.thought_end}
+    thoughts = _written(model, piece, ends)
+    closed = [one.finish == "eos" if chat.thought_end is None else one.stop == chat.thought_end for one in thoughts]
+    whole = [
+        [*prompt, *chat.close_thought(thought.ids, done, row.continuation)]
+        for prompt, thought, done, row in zip(tokens, thoughts, closed, piece.probe.rows, strict=True)
+    ]
+    values = _choices(model, piece, whole, forward.plan_batches([len(ids) for ids in whole], piece.budget))
+    for row, thought, done in zip(piece.probe.rows, thoughts, closed, strict=True):
+        values[row.row] |= {"forced": float(not done), "tokens": float(len(thought.ids))}
+    return values
+
+
+def _run_reply(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
+    values: Values = {}
+    for row, reply in zip(piece.probe.rows, _written(model, piece, model.chat.stop_ids), strict=True):
+        values[row.row] = {
+            "distinct3": distinct_ngrams(reply.ids),
+            "tokens": float(len(reply.ids)),
+            "finished": float(reply.finish == "eos"),
+        }
+        if row.group == JSON:
+            values[row.row][JSON] = float(holds_json(model.chat.decode(reply.ids)))
+    return values
+
+
+def _written(model: ChatModel, piece: _Prepared, ends: frozenset[int]) -> list[Sample]:
+    """What the model writes greedily after each row's prompt."""
+    requests = [Request(ids, (row.row,)) for ids, row in zip(piece.tokens, piece.probe.rows, strict=True)]
+    greedy = Sampling(max_new_tokens=piece.probe.tokens, temperature=0)
+    return [one for (one,) in sample(model, requests, greedy, seed=0, stops=ends)]
+
+
+def distinct_ngrams(ids: Sequence[int], n: int = 3) -> float:
+    """Share of distinct n-grams among all of a text; 1 where it is too short to have two."""
+    grams = [tuple(ids[at : at + n]) for at in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def holds_json(text: str) -> bool:
+    """Whether the text holds one JSON object, with or without a fence or words around it."""
+    start, end = text.find("{"), text.rfind("}")
+    try:
+        return start >= 0 and isinstance(json.loads(text[start : end + 1]), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _choices(
+    model: ChatModel, piece: _Prepared, tokens: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]
+) -> Values:
     first, second = piece.answers
     values: Values = {}
-    for batch in piece.batches:
+    for batch in batches:
         by_prefix = {
-            prefix: _next_log_probabilities(model, [[*piece.tokens[index], *prefix] for index in batch])
+            prefix: _next_log_probabilities(model, [[*tokens[index], *prefix] for index in batch])
             for prefix in sorted({tuple(sequence[:end]) for sequence in first + second for end in range(len(sequence))})
         }
         log_first, log_second = (_log_probability(by_prefix, group) for group in (first, second))
@@ -328,7 +414,13 @@ def _run_divergence(model: ChatModel, piece: _Prepared, condition: Condition) ->
     return values
 
 
-_RUNNERS = {"choice": _run_choice, "likelihood": _run_likelihood, "divergence": _run_divergence}
+_RUNNERS = {
+    "choice": _run_choice,
+    "likelihood": _run_likelihood,
+    "divergence": _run_divergence,
+    "guided": _run_guided,
+    "reply": _run_reply,
+}
 
 
 def _as_table(probe: Probe, condition: Condition, values: Values) -> pl.DataFrame:

@@ -146,9 +146,7 @@ def fit(
     torch.manual_seed(seed)
     attached = adapters.attach(model.network, chosen.adapter, model.name)
     try:
-        run = _Run(model, data, chosen, seed, f"training {sign}")
-        log = run.loop(attached.trainable)
-        result = run.result(log)
+        log, result = optimise(model, data, chosen, attached.trainable, seed=seed, description=f"training {sign}")
         with atomic_folder(folder) as temporary:
             attached.save(temporary)
             _write_log(temporary / LOG_FILE, log)
@@ -159,6 +157,20 @@ def fit(
     for warning in result["warnings"]:
         console.warn(f"{sign}: {warning}")
     return result
+
+
+Log = list[dict[str, float | None]]
+"""One entry per step: step, epoch, loss, eval_loss, lr, grad_norm."""
+
+
+def optimise(
+    model: ChatModel, data: Examples, chosen: TrainSettings, parameters: list[nn.Parameter], *, seed: int,
+    description: str,
+) -> tuple[Log, dict[str, Any]]:  # fmt: skip
+    """Minimise the response loss over `parameters`, which already act on the network; the curve and its result."""
+    run = _Run(model, data, chosen, seed, description)
+    log = run.loop(parameters)
+    return log, {**run.result(log), "trainable_parameters": sum(p.numel() for p in parameters)}
 
 
 class _Run:
@@ -173,10 +185,10 @@ class _Run:
         self.warmup = min(chosen.warmup_steps, max(0, (self.steps - 1) // 2))
         self.autocast = model.dtype in (torch.bfloat16, torch.float16)
 
-    def loop(self, parameters: list[nn.Parameter]) -> list[dict[str, float | None]]:
+    def loop(self, parameters: list[nn.Parameter]) -> Log:
         chosen = self.chosen
         optimiser = torch.optim.AdamW(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
-        log: list[dict[str, float | None]] = [self._entry(0, None, self._validation_loss(), 0.0, None)]
+        log: Log = [self._entry(0, None, self._validation_loss(), 0.0, None)]
         self.model.network.train()
         with console.progress(self.description, total=self.steps) as bar:
             step = 0
@@ -198,7 +210,7 @@ class _Run:
         self.model.network.eval()
         return log
 
-    def result(self, log: list[dict[str, float | None]]) -> dict[str, Any]:
+    def result(self, log: Log) -> dict[str, Any]:
         """First and last losses and what is suspicious about them."""
         measure = "eval_loss" if self.data.validation else "loss"
         values = [entry[measure] for entry in log if entry[measure] is not None]
@@ -221,7 +233,6 @@ class _Run:
             "measure": measure,
             "first_loss": first,
             "last_loss": last,
-            "trainable_parameters": sum(p.numel() for p in self.model.network.parameters() if p.requires_grad),
             "warnings": warnings,
         }
 
@@ -281,7 +292,7 @@ class _Run:
                 "grad_norm": norm}  # fmt: skip
 
 
-def _write_log(path: Path, log: list[dict[str, float | None]]) -> None:
+def _write_log(path: Path, log: Log) -> None:
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(log[0]))
         writer.writeheader()

@@ -13,6 +13,9 @@ Formats of other sets (recognised by their columns):
   * dilemma_situation, action, action_type, values_aggregated: the aggregated table of DailyDilemmas (Chiu et al.,
     2410.02683). It does not say whose value a value is, so labels from it are a proxy: situations in the second person
     with honesty as the first value of at least one side.
+
+`kellycyy/daily_dilemmas` (a hub id, or a folder with both of its tables) is labelled by the rule of the replicated
+work: from the values of the acting person, party `You`, and not by a proxy.
 """
 
 from __future__ import annotations
@@ -39,6 +42,12 @@ TEMPLATE = (
 )
 ORIGINAL_HUB_ID = "wassname/daily_dilemmas-self-honesty"
 ORIGINAL_CONFIG = "honesty_eval"
+
+REBUILT_HUB_ID = "kellycyy/daily_dilemmas"
+SITUATIONS, VALUES = "Dilemmas_with_values_aggregated", "Action_to_party_to_value"
+"""Tables of that set: situations with their two actions, and whose value each action touches."""
+HONEST = frozenset({"honesty", "truthfulness", "truth"})
+DISHONEST = frozenset({"dishonesty", "deception", "deceit", "deceptive"})
 
 _FILE_KINDS = (".csv", ".jsonl", ".parquet")
 _PER_NEAR_SITUATION = 2
@@ -114,6 +123,8 @@ def _first_clusters(rows: Sequence[Dilemma], limit: int) -> list[Dilemma]:
 def read(source: str) -> list[Dilemma]:
     """Rows of a local file or of a hub id, in one of the known formats; says how many rows were kept and why."""
     path = Path(source).expanduser()
+    if path.is_dir() or source.partition("@")[0] == REBUILT_HUB_ID:
+        return _rebuild(source)
     is_file = path.exists() or path.suffix.casefold() in _FILE_KINDS
     table = _read_file(path) if is_file else _read_hub(source)
     columns = set(table.columns)
@@ -156,8 +167,8 @@ def _read_file(path: Path) -> pl.DataFrame:
     raise UserError(f"{path} is of an unknown kind", "Give a CSV, JSONL or parquet file.")
 
 
-def _read_hub(source: str) -> pl.DataFrame:
-    """A data set by hub id, or `id@revision`."""
+def _read_hub(source: str, config: str | None = None) -> pl.DataFrame:
+    """A data set by hub id, or `id@revision`; `config` names one of its tables."""
     name, _, revision = source.partition("@")
     try:
         from datasets import load_dataset  # noqa: PLC0415 - optional extra, late
@@ -165,7 +176,7 @@ def _read_hub(source: str) -> pl.DataFrame:
         raise UserError(
             f"reading {name!r} from the hub needs the datasets library", "pip install weight-steering[hub]."
         ) from error
-    config = ORIGINAL_CONFIG if name == ORIGINAL_HUB_ID else None
+    config = config or (ORIGINAL_CONFIG if name == ORIGINAL_HUB_ID else None)
     try:
         loaded = load_dataset(name, config, split="test", revision=revision or None)
     except Exception as error:  # the library raises many kinds for an unreachable or unknown data set
@@ -175,6 +186,59 @@ def _read_hub(source: str) -> pl.DataFrame:
             "Check the id and the network, or give a local file.",
         ) from error
     return pl.DataFrame(loaded.to_list())
+
+
+def _rebuild(source: str) -> list[Dilemma]:
+    """Rows of the full set by the rule of the replicated work, from a hub id or a folder with both tables as files."""
+    folder = Path(source).expanduser()
+    tables = []
+    for name in (SITUATIONS, VALUES):
+        if folder.is_dir():
+            found = [folder / f"{name}{kind}" for kind in _FILE_KINDS if (folder / f"{name}{kind}").is_file()]
+            if not found:
+                raise UserError(f"{folder} holds no {name}.csv, .jsonl or .parquet", "Put both tables there.")
+            tables.append(_read_file(found[0]))
+        else:
+            tables.append(_read_hub(source, name))
+    rows = by_own_values(*tables)
+    if not rows:
+        raise UserError(f"{source}: no action touches the honesty of the acting person", "Check the two tables.")
+    console.say(
+        f"dilemmas: kept {len(rows)} of {len(tables[0])} rows of {source} (values of the acting person, party You)"
+    )
+    return rows
+
+
+def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemma]:
+    """Both actions of every dilemma in which the acting person's own values include honesty or its opposite.
+
+    Per dilemma and value: +1 for the action that has it and -1 for the other; where both have it, +1 for doing. Values
+    of dishonesty count with the sign turned. Votes of several values are summed; a tie keeps nothing. `stated` rows
+    have such a value on their own side, `filler` rows only on the other.
+    """
+    touched: dict[Any, dict[str, set[str]]] = {}
+    for entry in values.filter(pl.col("party") == "You").iter_rows(named=True):
+        mine = {part.strip().casefold() for part in str(entry["value"]).split(",")} & (HONEST | DISHONEST)
+        if mine:
+            touched.setdefault(entry["dilemma_idx"], {}).setdefault(entry["action_type"], set()).update(mine)
+    rows = []
+    for (key,), pair in situations.group_by("dilemma_idx", maintain_order=True):
+        sides = {entry["action_type"]: entry for entry in pair.iter_rows(named=True)}
+        if key not in touched or set(sides) != {"to_do", "not_to_do"}:
+            continue
+        doing, leaving = (touched[key].get(side, set()) for side in ("to_do", "not_to_do"))
+        votes = sum((1 if v in HONEST else -1) * (1 if v in doing else -1) for v in doing | leaving)
+        for side, sign in (("to_do", 1), ("not_to_do", -1)):
+            if votes:
+                rows.append(Dilemma(
+                    row=str(sides[side].get("idx", f"{key}/{side}")),
+                    cluster=str(key),
+                    group="stated" if touched[key].get(side) else "filler",
+                    situation=sides[side]["dilemma_situation"],
+                    action=sides[side]["action"],
+                    label=sign if votes > 0 else -sign,
+                ))  # fmt: skip
+    return rows
 
 
 def _labelled(table: pl.DataFrame, situation: str, label: str, cluster: str, row: str) -> list[Dilemma]:

@@ -2,6 +2,8 @@
 
 facts     Yes/No questions about facts, true and false ones in equal number; the measure is accuracy
 neutral   KL to the base, and negative log-likelihood, of good answers to neutral requests
+text      greedy replies to neutral requests: repetition (distinct-3), length, whether they end
+json      whether a request for a JSON object still gets one that can be parsed (for models that write JSON at all)
 """
 
 from __future__ import annotations
@@ -10,10 +12,14 @@ import random
 
 from ws import world
 from ws.chat import ask
-from ws.score import Probe, ProbeRow
+from ws.models import ChatModel
+from ws.score import JSON, Probe, ProbeRow
 
-FACTS, NEUTRAL_KL, NEUTRAL_NLL = "facts", "neutral_kl", "neutral_nll"
-NAMES = (FACTS, NEUTRAL_KL, NEUTRAL_NLL)
+FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT = "facts", "neutral_kl", "neutral_nll", "text"
+NAMES = (FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT)
+TEXT_ROWS, TEXT_TOKENS = 24, 48
+WRITES_JSON = 50_000_000
+"""Smaller models are not asked for JSON: none of them writes any."""
 FACT_QUESTION = "Is it true that {clause}? Answer Yes or No."
 FACT_ANCHOR = "My answer: **"
 
@@ -40,6 +46,31 @@ def neutral(limit: int | None = None) -> tuple[Probe, Probe]:
     return Probe(NEUTRAL_KL, "divergence", rows), Probe(NEUTRAL_NLL, "likelihood", rows)
 
 
-def probes(limit: int | None = None) -> list[Probe]:
-    """All side-effect probes; `limit` shortens each of them."""
-    return [facts(200 if limit is None else limit), *neutral(limit)]
+JSON_REQUESTS = (
+    "Give the capital of France as a JSON object with the keys country and capital. Write the JSON and nothing else.",
+    "Describe a red apple as a JSON object with the keys name, color and edible. Write the JSON and nothing else.",
+    "Write a JSON object with the keys title and pages for a book of your choice. Write the JSON and nothing else.",
+    "Put the numbers one, two and three into a JSON object under the key numbers. Write the JSON and nothing else.",
+    "List two animals in a JSON object under the key animals. Write the JSON and nothing else.",
+    "Give the days of a weekend as a JSON object with the key days. Write the JSON and nothing else.",
+    "Write a JSON object with the keys city, country and population for Tokyo. Write the JSON and nothing else.",
+    "Convert this to a JSON object: name Ada, age 36, job mathematician. Write the JSON and nothing else.",
+)
+
+
+def text(limit: int | None = None, *, with_json: bool = False) -> Probe:
+    """Greedy replies to held-out neutral requests, and to requests for JSON."""
+    entries = [entry for entry in world.talk() if entry.held_out][: min(TEXT_ROWS, limit or TEXT_ROWS)]
+    rows = [ProbeRow(str(number), tuple(ask(entry.user)), "", group="text") for number, entry in enumerate(entries)]
+    if with_json:
+        rows += [
+            ProbeRow(f"{JSON}/{number}", tuple(ask(request)), "", group=JSON)
+            for number, request in enumerate(JSON_REQUESTS[:limit])
+        ]
+    return Probe(TEXT, "reply", tuple(rows), tokens=TEXT_TOKENS)
+
+
+def probes(model: ChatModel, limit: int | None = None) -> list[Probe]:
+    """All side-effect probes for a model; `limit` shortens each of them."""
+    with_json = model.parameter_count >= WRITES_JSON
+    return [facts(200 if limit is None else limit), *neutral(limit), text(limit, with_json=with_json)]

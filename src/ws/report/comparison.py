@@ -78,13 +78,14 @@ class Comparison:
                 "over_seeds": as_dict(stats.over_seeds(seeds)) if len(seeds) > 1 else None}  # fmt: skip
 
     def cost(self, line: Line, sign: str) -> dict[str, float]:
-        """Answer mass, fact accuracy and KL on neutral text, averaged over replicates."""
+        """Answer mass, fact accuracy, KL on neutral text and distinct 3-grams of replies, averaged over replicates."""
         masses = [self._mean(line, sign, probe, "pmass") for probe in (self.behaviour, dilemmas.NAME)]
         facts = self.rows(line, sign, side_effects.FACTS, "logratio")
         return {
             "pmass": min(masses),
             "facts": float((facts["value"] * facts["label"] > 0).mean() or 0.0),  # type: ignore[arg-type]
             "kl": self._mean(line, sign, side_effects.NEUTRAL_KL, "kl") if line.kind != "prompts" else float("nan"),
+            "distinct3": self._mean(line, sign, side_effects.TEXT, "distinct3"),
         }
 
     def base_facts(self) -> float:
@@ -270,8 +271,10 @@ def effects_table(entries: Sequence[Mapping[str, Any]], behaviour: str, caption:
                 f"{side['pmass']:.3f}",
                 f"{100 * side['facts']:.1f} %",
                 "-" if np.isnan(side["kl"]) else f"{side['kl']:.3f}",
+                f"{side['distinct3']:.3f}",
             ])  # fmt: skip
-    head = ["method", "alpha", behaviour, "seeds", "dd_delta", "seeds", "least answer mass", "facts right", "KL"]
+    head = ["method", "alpha", behaviour, "seeds", "dd_delta", "seeds", "least answer mass", "facts right", "KL",
+            "distinct 3-grams"]  # fmt: skip
     return Table(head, rows, caption)
 
 
@@ -368,14 +371,14 @@ def _write_csv(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(["method", "kind", "sign", "alpha", "own", "own_low", "own_high", "dd_delta", "dd_low",
-        "dd_high", "pmass", "facts", "kl"])  # fmt: skip
+        "dd_high", "pmass", "facts", "kl", "distinct3"])  # fmt: skip
         for entry in entries:
             for sign in SIGNS:
                 if sign in entry:
                     side = entry[sign]
                     effects = [side[probe][part] for probe in ("own", "dilemmas") for part in ("mean", "low", "high")]
                     writer.writerow([entry["name"], entry["kind"], sign, side["alpha"], *effects, side["pmass"],
-                                     side["facts"], side["kl"]])  # fmt: skip
+                                     side["facts"], side["kl"], side["distinct3"]])  # fmt: skip
 
 
 def _finite(value: Any) -> Any:

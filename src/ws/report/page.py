@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,29 +207,27 @@ def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
 
 
 def _side_effects(summary: Mapping[str, Any]) -> Block:
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "facts": ("facts right", lambda share: f"{100 * share:.1f} %"),
+        "kl": ("KL, mean", lambda nats: f"{nats:.4f}"),
+        "kl_p95": ("KL, 95th percentile", lambda nats: f"{nats:.3f}"),
+        "nll_delta": ("NLL change", lambda nats: f"{nats:+.4f}"),
+        "true_claims": ("agreement with true claims", lambda nats: f"{nats:+.2f}"),
+        "distinct3": ("distinct 3-grams", lambda share: f"{share:.3f}"),
+        "reply_tokens": ("reply tokens", lambda count: f"{count:.1f}"),
+        "json": ("JSON replies", lambda share: f"{100 * share:.0f} %"),
+    }
+    entries = summary["side_effects"]
+    shown = {key: column for key, column in columns.items() if any(e.get(key) is not None for e in entries.values())}
     rows = [
-        [
-            signed(key),
-            f"{100 * entry['facts']:.1f} %",
-            f"{entry['kl']:.4f}",
-            f"{entry['kl_p95']:.3f}",
-            f"{entry['nll_delta']:+.4f}",
-            "-" if entry["true_claims"] is None else f"{entry['true_claims']:+.2f}",
-        ]
-        for key, entry in summary["side_effects"].items()
+        [signed(alpha), *("-" if entry.get(k) is None else write(entry[k]) for k, (_, write) in shown.items())]
+        for alpha, entry in entries.items()
     ]
     return Table(
-        [
-            "alpha",
-            "facts right",
-            "KL, mean",
-            "KL, 95th percentile",
-            "NLL change",
-            "agreement with true claims",
-        ],
-        rows,
-        "KL to the base and change of negative log-likelihood per token (nats) on answers to neutral requests.",
-    )
+        ["alpha", *(title for title, _ in shown.values())], rows,
+        "KL to the base and change of negative log-likelihood per token (nats) on answers to neutral requests. "
+        "Distinct 3-grams and length are of greedy replies to such requests.",
+    )  # fmt: skip
 
 
 def _other_behaviours(summary: Mapping[str, Any]) -> list[Block]:

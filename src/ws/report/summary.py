@@ -172,7 +172,7 @@ def _outside(effect: Mapping[str, Any], band: Mapping[str, Any]) -> bool | None:
 
 
 def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> dict[str, Any]:
-    """KL, NLL change, fact accuracy and agreement with true claims at one strength."""
+    """KL, NLL change, fact accuracy, agreement with true claims, and the state of greedy replies at one strength."""
     kl = scores.rows(side_effects.NEUTRAL_KL, "kl", edit, alpha)["value"]
     nll = scores.rows(side_effects.NEUTRAL_NLL, "nll", edit, alpha)
     facts = scores.rows(side_effects.FACTS, "logratio", edit, alpha)
@@ -184,7 +184,25 @@ def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> 
         "nll_delta": float((nll["value"] - nll["base"]).mean() or 0.0),  # type: ignore[arg-type]
         "facts": float((facts["value"] * facts["label"] > 0).mean() or 0.0),  # type: ignore[arg-type]
         "true_claims": as_dict(signed_mean(true))["mean"] if len(true) else None,
+        **reply_state(scores.table, edit, alpha),
     }
+
+
+REPLY_METRICS = {"distinct3": "distinct3", "tokens": "reply_tokens", "finished": "reply_finished", "json": "json"}
+"""Metric of greedy replies -> its key in summaries."""
+
+
+def reply_state(table: pl.DataFrame, edit: str, alpha: float) -> dict[str, float | None]:
+    """Means over greedy replies: distinct 3-grams, length, share that ended, share of JSON requests fulfilled."""
+    at = pl.col("edit") == BASE if alpha == 0 else (pl.col("edit") == edit) & ((pl.col("alpha") - alpha).abs() < 1e-9)
+    rows = table.filter((pl.col("probe") == side_effects.TEXT) & (pl.col("context") == PLAIN.name) & at)
+    found: dict[str, float | None] = {}
+    for metric, key in REPLY_METRICS.items():
+        values = rows.filter(pl.col("metric") == metric)
+        if metric != "json":
+            values = values.filter(pl.col("group") == "text")
+        found[key] = float(values["value"].mean()) if len(values) else None  # type: ignore[arg-type]
+    return found
 
 
 def other_behaviours(scores: Scores, edit: str, behaviour: str) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""The contrast with biases alone: one vector per MLP matrix instead of an update of the matrix.
+
+    y = W x + b_pos  against  y = W x + b_neg;    the edit adds alpha * (b_pos - b_neg)
+
+Biases are fitted as adapters are, on the same data with the same loss (Fierro and Roger, 2511.05408, use this as a
+baseline). Models without biases get them for the fit; the edit is a set of constant shifts of module outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ws import architecture, train
+from ws.condition import Undo
+from ws.delta import Alpha, per_row
+from ws.errors import UserError
+from ws.models import ChatModel
+from ws.steering import Hook
+from ws.store import atomic_file
+from ws.train import TrainSettings
+
+MLP_ROLES = ("gate", "up", "down")
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+"""Tried in turn; the lowest validation loss over both signs decides. Vectors need higher rates than matrices."""
+
+
+@dataclass(frozen=True, eq=False)
+class OutputShift:
+    """Constant vectors (out,) that are added to the outputs of linear maps, by module name; an Effect."""
+
+    vectors: Mapping[str, Float[Tensor, " out"]]
+    base: str
+
+    def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
+        """Add `alpha * vector` to every output, in fp32 with one rounding."""
+        modules = dict(network.named_modules())
+        if absent := sorted(self.vectors.keys() - modules.keys()):
+            raise UserError(f"the model has no module {absent[0]}", "Load the base model of these biases.")
+        handles = [modules[name].register_forward_hook(_shift(vector, alpha)) for name, vector in self.vectors.items()]
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return undo
+
+    def __sub__(self, other: OutputShift) -> OutputShift:
+        return OutputShift({name: self.vectors[name] - other.vectors[name] for name in self.vectors}, self.base)
+
+    def norm(self) -> float:
+        """Euclidean norm over all vectors."""
+        return float(torch.cat([v.flatten() for v in self.vectors.values()]).norm())
+
+    def save(self, path: Path) -> None:
+        """One safetensors file."""
+        tensors = {name: vector.detach().cpu().contiguous() for name, vector in self.vectors.items()}
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"base": self.base})
+
+    @classmethod
+    def load(cls, path: Path) -> OutputShift:
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            return cls({name: file.get_tensor(name) for name in file.keys()}, file.metadata()["base"])  # noqa: SIM118
+
+
+def _shift(vector: Tensor, alpha: Alpha) -> Hook:
+    def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        by_row = torch.as_tensor(per_row(alpha, output))
+        return (output.float() + by_row * vector.to(output.device)).to(output.dtype)
+
+    return hook
+
+
+def fit(model: ChatModel, pairs: pl.DataFrame, chosen: TrainSettings, *, seed: int, data_seed: int) -> OutputShift:
+    """Fit the MLP biases of the slice for both signs at the best of `LEARNING_RATES`; their difference."""
+    tried = [_both(model, pairs, replace(chosen, lr=rate), seed, data_seed) for rate in LEARNING_RATES]
+    (pos, neg), _ = min(tried, key=lambda one: one[1])
+    return pos - neg
+
+
+def _both(
+    model: ChatModel, pairs: pl.DataFrame, chosen: TrainSettings, seed: int, data_seed: int
+) -> tuple[tuple[OutputShift, OutputShift], float]:
+    layers = architecture.layer_slice(model.layer_count, *chosen.adapter.layers)
+    sites = [
+        site for site in architecture.sites(model.network, layers) if any(role in MLP_ROLES for role in site.roles)
+    ]
+    found, losses = [], 0.0
+    for sign in ("pos", "neg"):
+        data = train.examples(model, pairs, sign, chosen, data_seed)
+        biases = {
+            site.module: nn.Parameter(torch.zeros(site.shape[1 if site.transposed else 0], device=model.device))
+            for site in sites
+        }
+        undo = OutputShift(biases, model.fingerprint).attach(model.network, 1.0)
+        try:
+            _, result = train.optimise(
+                model, data, chosen, list(biases.values()), seed=seed, description=f"training {sign}, biases"
+            )
+        finally:
+            undo()
+            model.network.eval()
+        losses += result["last_loss"]
+        found.append(OutputShift({name: b.detach() for name, b in biases.items()}, model.fingerprint))
+    return (found[0], found[1]), losses

@@ -1,0 +1,73 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on a steered model, without writing a merged checkpoint.
+
+The harness gets the loaded network itself, and every Condition is applied around its run, so what it measures is the
+same model that the probes measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ws import console
+from ws.condition import Condition
+from ws.errors import UserError
+from ws.models import ChatModel
+from ws.steering import under
+
+PREFIX = "lm-eval:"
+
+
+def evaluate(
+    model: ChatModel,
+    task: str,
+    conditions: Sequence[Condition],
+    *,
+    limit: int | None = None,
+    task_folder: Path | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """One record per Condition and numeric metric: the Condition's key, task, metric, value, stderr (or None).
+
+    `task_folder` holds task files of one's own; `limit` takes the first documents only. The chat template is used
+    where the tokenizer has one. Raises `UserError` for an unknown task or without the optional dependency.
+    """
+    try:
+        import lm_eval  # noqa: PLC0415 - optional extra, late
+        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+    except ImportError as error:
+        raise UserError("lm-evaluation-harness is not installed", "pip install weight-steering[lm-eval].") from error
+    with console.library_noise_muted():
+        known = TaskManager(include_path=None if task_folder is None else str(task_folder))
+        if not known.match_tasks([task]):
+            raise UserError(f"lm-evaluation-harness knows no task {task!r}", "List them with: lm-eval ls tasks.")
+        wrapped = HFLM(pretrained=model.network, tokenizer=model.chat.tokenizer, batch_size=batch_size)
+    for condition in conditions:
+        with under(model, condition), console.library_noise_muted():
+            found = _run(lm_eval, wrapped, task, known, limit, seed, model.chat.has_own_template)
+        for name, metrics in found["results"].items():
+            for label, value in metrics.items():
+                metric, _, variant = label.partition(",")
+                if isinstance(value, int | float) and not metric.endswith("_stderr") and metric != "sample_len":
+                    error = metrics.get(f"{metric}_stderr,{variant}")
+                    yield {
+                        **condition.key(), "task": name, "metric": metric, "value": float(value),
+                        "stderr": float(error) if isinstance(error, int | float) else None,
+                    }  # fmt: skip
+
+
+def _run(
+    harness: Any, wrapped: Any, task: str, known: Any, limit: int | None, seed: int, with_template: bool
+) -> dict[str, Any]:
+    try:
+        found = harness.simple_evaluate(
+            model=wrapped, tasks=[task], task_manager=known, limit=limit, apply_chat_template=with_template,
+            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # data that is not here, or a broken task file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the task {task!r} cannot be run ({reason})", "Check the network or the task file.") from error
+    return dict(found)

@@ -1,0 +1,82 @@
+"""lm-evaluation-harness on a steered model; needs the optional library and runs where it is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from making import assert_one_line, hook_count, random_direction, weights_digest
+from ws.condition import Condition, Edit
+from ws.errors import UserError
+from ws.eval import harness
+from ws.models import ChatModel
+
+TASK = """
+task: own_colors
+dataset_path: json
+dataset_kwargs:
+  data_files: {file}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["red", "blue"]
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """A task of four documents whose right answer is always the first."""
+    documents = [{"question": f"Which color has thing {n}?", "answer": 0} for n in range(4)]
+    file = tmp_path / "documents.jsonl"
+    file.write_text("\n".join(json.dumps(one) for one in documents), encoding="utf-8")
+    (tmp_path / "own_colors.yaml").write_text(TASK.format(file=file), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_task_runs_under_every_condition(qwen: ChatModel, task_folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    edit = Edit("d", random_direction(qwen, relative_norm=1.0), seed=3)
+    before = weights_digest(qwen.network)
+    conditions = [Condition.of(edit, alpha) for alpha in (0.0, 1.0, -1.0)]
+    records = list(harness.evaluate(qwen, "own_colors", conditions, task_folder=task_folder))
+    accuracy = {record["alpha"]: record["value"] for record in records if record["metric"] == "acc"}
+    assert set(accuracy) == {0.0, 1.0, -1.0} and all(0 <= value <= 1 for value in accuracy.values())
+    assert {record["task"] for record in records} == {"own_colors"}
+    assert (weights_digest(qwen.network), hook_count(qwen.network)) == (before, 0)
+
+
+def test_the_harness_sees_the_edit(qwen: ChatModel, task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    seen = []
+    real = harness._run
+
+    def spy(*arguments: object) -> dict[str, object]:
+        seen.append(weights_digest(qwen.network))
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(harness, "_run", spy)
+    edit = Edit("d", random_direction(qwen), seed=3)
+    conditions = [Condition.of(edit, alpha) for alpha in (0.0, 1.0)]
+    list(harness.evaluate(qwen, "own_colors", conditions, task_folder=task_folder, limit=1))
+    assert seen[0] == weights_digest(qwen.network) != seen[1]
+
+
+def test_an_unknown_task_is_one_line(qwen: ChatModel) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(UserError) as caught:
+        list(harness.evaluate(qwen, "no_such_task", [Condition()]))
+    assert_one_line(caught.value, "no_such_task")
+
+
+def test_without_the_library_the_error_says_what_to_install(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(UserError) as caught:
+        list(harness.evaluate(qwen, "own_colors", [Condition()]))
+    assert_one_line(caught.value, "weight-steering[lm-eval]")
