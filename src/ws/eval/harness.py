@@ -52,10 +52,10 @@ def evaluate(
             for label, value in metrics.items():
                 metric, _, variant = label.partition(",")
                 if isinstance(value, int | float) and not metric.endswith("_stderr") and metric != "sample_len":
-                    error = metrics.get(f"{metric}_stderr,{variant}")
+                    spread = metrics.get(f"{metric}_stderr,{variant}")
                     yield {
                         **condition.key(), "task": name, "metric": metric, "value": float(value),
-                        "stderr": float(error) if isinstance(error, int | float) else None,
+                        "stderr": float(spread) if isinstance(spread, int | float) else None,
                     }  # fmt: skip
 
 
