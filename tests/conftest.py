@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("BEARTYPE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: threads would only fight
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

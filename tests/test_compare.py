@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,25 @@ def test_every_method_is_a_line_on_identical_rows(result: compare.Result) -> Non
     names = [entry["name"] for entry in result.summary["own_strength"]]
     assert {"dW:lora", "dW:ia3", "tau_pos (lora)", "tau_neg (lora)", "bisector (lora)", "RepE mean, all layers",
             "RepE mean, best single layer", "prompt: simple", "prompt: embody", "random", "layers permuted",
-            "personas shuffled", "one gradient step", "synthetic, first input"} <= set(names)  # fmt: skip
+            "personas shuffled", "one gradient step", "synthetic, first input",
+            "biases alone"} <= set(names)  # fmt: skip
     scores = pl.read_parquet(result.folder / "scores.parquet")
     rows = scores.filter(pl.col("metric") == "logratio", pl.col("probe") == "dilemmas")
     per_condition = rows.group_by("context", "edit", "alpha", "seed").agg(pl.col("row").sort().str.join("|"))
     assert per_condition["row"].n_unique() == 1
     assert not [name for name in rows["cluster"].unique().to_list() if is_dev(name)], "test rows only"
+
+
+@pytest.mark.slow
+def test_comparisons_stand_together_in_one_table(result: compare.Result, tmp_path: Path) -> None:
+    other = replace(result, model="another", behaviour="honesty")
+    path = compare.together([result, other], tmp_path)
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if "dW:lora" in line]
+    assert [row[0].strip("| ") for row in rows] == [result.model, "another"] and rows[1][1] == "honesty"
+    lora = next(entry for entry in result.summary["own_strength"] if entry["name"] == "dW:lora")
+    assert all(f"{lora['+']['own']['mean']:+.2f} [" in row[4] and "; seeds " in row[4] for row in rows)
+    assert path.is_file() and "prompt: " in text and "RepE" in text
 
 
 @pytest.mark.slow

@@ -479,6 +479,8 @@ class Compare(RunOptions):
         for result in found:
             console.say(f"\n{result.headline}.", style="bold")
             console.say(f"tables      {result.folder / 'comparison.html'}")
+        if len(found) > 1:
+            console.say(f"together    {compare.together(found, self.out)}")
 
 
 @dataclass(frozen=True)

@@ -349,6 +349,8 @@ class Comparison:
 class Result:
     """A finished comparison: its sentence, its folder, and everything its tables show."""
 
+    model: str
+    behaviour: str
     headline: str
     folder: Path
     summary: dict[str, Any]
@@ -375,7 +377,15 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
         sentence = tables.write(
             comparison.folder.path, title, own, calibrated, calibration, behaviour.name, own_reader.base_facts()
         )
-        return Result(sentence, comparison.folder.path, dict(read_json(comparison.folder / "comparison.json")))
+        summary = dict(read_json(comparison.folder / "comparison.json"))
+        return Result(comparison.model.slug, behaviour.name, sentence, comparison.folder.path, summary)
+
+
+def together(results: Sequence[Result], out: Path) -> Path:
+    """One table over several comparisons, `comparisons.html` (and `.md`) in `out`; a rerun replaces it."""
+    path = out / "comparisons.html"
+    tables.write_across(path, [tables.Compared(r.model, r.behaviour, r.summary) for r in results])
+    return path
 
 
 def _line(method: Method, plus: float, minus: float, converged: bool = True) -> tables.Line:

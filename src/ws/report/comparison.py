@@ -11,7 +11,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -183,11 +183,9 @@ def headline(entries: Sequence[Mapping[str, Any]], behaviour: str) -> str:
         ("activations", "activation steering"),
         ("prompts", "prompts"),
     ):
-        of_kind = [entry for entry in entries if entry["kind"] == kind and set(SIGNS) <= entry.keys()]
-        usable = [e for e in of_kind if all(e[s]["pmass"] >= LOW_MASS for s in SIGNS)]
-        if not usable:
+        best = best_of_kind(entries, kind)
+        if best is None:
             continue
-        best = max(usable, key=lambda e: (e["+"]["own"]["mean"] - e["-"]["own"]["mean"]) / 2)
         sides = []
         for sign in SIGNS:
             effect = best[sign]["own"]
@@ -249,6 +247,52 @@ def write(
     write_text(folder / "comparison.md", document.to_markdown(title, blocks))
     write_text(folder / "comparison.html", document.to_html(title, "identical test rows for all methods", blocks))
     return sentence
+
+
+def best_of_kind(entries: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
+    """The method of a kind that moves the behaviour furthest, both signs together, and keeps its answer mass."""
+    usable = [
+        entry for entry in entries
+        if entry["kind"] == kind and set(SIGNS) <= entry.keys() and all(entry[s]["pmass"] >= LOW_MASS for s in SIGNS)
+    ]  # fmt: skip
+    return max(usable, key=lambda e: e["+"]["own"]["mean"] - e["-"]["own"]["mean"], default=None)
+
+
+class Compared(NamedTuple):
+    """A finished comparison: what was compared, and its summary."""
+
+    model: str
+    behaviour: str
+    summary: Mapping[str, Any]
+
+
+def write_across(path: Path, found: Sequence[Compared]) -> None:
+    """Write one table over models and behaviours as `path` (HTML) and its Markdown twin: does it survive another one?
+
+    Every weight direction, and the best activation and prompt of each comparison, at own strength.
+    """
+    rows = []
+    for one in found:
+        entries = one.summary["own_strength"]
+        lines = [entry for entry in entries if entry["kind"] == "weights"]
+        lines += [best for kind in ("activations", "prompts") if (best := best_of_kind(entries, kind)) is not None]
+        for entry in lines:
+            cells = [one.model, one.behaviour, entry["name"]]
+            for probe in ("own", "dilemmas"):
+                for sign in ("-", "+"):
+                    effect = entry[sign][probe]
+                    verdict = " (no effect)" if effect["outside"] is False else ""
+                    spread = effect["over_seeds"]
+                    cells.append(with_limits(effect) + verdict + (f"; seeds {limits(spread)}" if spread else ""))
+            rows.append([*cells, f"{100 * min(entry[s]['facts'] for s in SIGNS):.1f} %"])
+    title = "The same comparison on other models and behaviours"
+    blocks: list[Block] = [Table(
+        ["model", "behaviour", "method", "own, -", "own, +", "dilemmas, -", "dilemmas, +", "least facts right"], rows,
+        "Change against each model's own base, nats. Brackets: 95 % intervals over clusters of rows; seeds: 95 % t "
+        "interval over training seeds. Dilemmas: towards the honest answer.",
+    )]  # fmt: skip
+    write_text(path, document.to_html(title, "own strength, identical test rows within a comparison", blocks))
+    write_text(path.with_suffix(".md"), document.to_markdown(title, blocks))
 
 
 def effects_table(entries: Sequence[Mapping[str, Any]], behaviour: str, caption: str) -> Table:
