@@ -87,7 +87,7 @@ def test_likelihood_is_the_mean_loss_of_response_and_turn_end(any_model: ChatMod
 
 
 def test_divergence_is_the_kl_of_the_edited_model_to_the_base(any_model: ChatModel) -> None:
-    edit = Edit("d", direction(any_model))
+    edit = Edit("d", direction(any_model, relative=1.0))
     table = score(any_model, [texts("divergence")], [Condition.of(edit, 1.0)])
     assert max(values(table, "kl", edit="none").values()) < 1e-6
     ids, start = any_model.chat.supervised(ask(QUESTIONS[1]), "The answer is 1 or so.")

@@ -10,7 +10,8 @@
 
 An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32, from fp32 logits. The
 Condition without edits is scored once per Context and serves all others. Rows are batched by length under a token
-budget and padded on the right, so a row's value does not depend on its company.
+budget and padded on the right, so a row's value does not depend on its company; what the rows of a choice have in
+common is computed once (`shared_prefix`).
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws import console, forward
+from ws import console, forward, shared_prefix
 from ws.chat import Message
 from ws.condition import Condition, Context
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.generate import Request, Sample, Sampling, sample
 from ws.models import ChatModel
+from ws.shared_prefix import Tree
 from ws.steering import Mode, under
 from ws.store import Shards, atomic_file, content_key
 
@@ -199,6 +201,7 @@ class _Prepared:
     answers: tuple[list[list[int]], list[list[int]]]
     split: bool  # final hidden states stand for logits, because no edit reaches the head
     base_states: dict[int, Tensor]  # divergence: those of the base, per batch
+    tree: Tree | None  # choice: what the rows have in common
 
     @classmethod
     def of(cls, model: ChatModel, probe: Probe, context: Context, budget: int, split: bool) -> _Prepared:
@@ -223,7 +226,8 @@ class _Prepared:
         if probe.kind in ("choice", "guided"):
             answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
         batches = forward.plan_batches([len(ids) for ids in tokens], budget)
-        return cls(probe, tokens, starts, batches, budget, answers, split, {})
+        tree = shared_prefix.worthwhile(model, tokens) if probe.kind == "choice" else None
+        return cls(probe, tokens, starts, batches, budget, answers, split, {}, tree)
 
 
 def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
@@ -327,16 +331,16 @@ def _choices(
     model: ChatModel, piece: _Prepared, tokens: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]
 ) -> Values:
     first, second = piece.answers
+    beginnings = sorted({tuple(sequence[:end]) for sequence in first + second for end in range(1, len(sequence))})
     values: Values = {}
-    for batch in batches:
-        by_prefix = {
-            prefix: _next_log_probabilities(model, [[*tokens[index], *prefix] for index in batch])
-            for prefix in sorted({tuple(sequence[:end]) for sequence in first + second for end in range(len(sequence))})
+    for batch, opening in _openings(model, piece, tokens, batches):
+        by_prefix = {(): opening} | {
+            begun: _next_log_probabilities(model, [[*tokens[index], *begun] for index in batch]) for begun in beginnings
         }
         log_first, log_second = (_log_probability(by_prefix, group) for group in (first, second))
         ratio = log_first - log_second
         mass = log_first.exp() + log_second.exp()
-        top = by_prefix[()].max(dim=-1).values.exp()
+        top = opening.max(dim=-1).values.exp()
         for position, index in enumerate(batch):
             values[piece.probe.rows[index].row] = {
                 "logratio": float(ratio[position]),
@@ -346,7 +350,19 @@ def _choices(
     return values
 
 
-def _next_log_probabilities(model: ChatModel, rows: list[list[int]]) -> Float[Tensor, "rows vocabulary"]:
+def _openings(
+    model: ChatModel, piece: _Prepared, tokens: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], Float[Tensor, "rows vocabulary"]]]:
+    """Log-probabilities of the next token after every row, in blocks with the indices of their rows."""
+    if piece.tree is not None:
+        for block, logits in shared_prefix.last_logits(model, piece.tree, piece.budget):
+            yield block, logits.log_softmax(dim=-1)
+    else:
+        for batch in batches:
+            yield batch, _next_log_probabilities(model, [tokens[index] for index in batch])
+
+
+def _next_log_probabilities(model: ChatModel, rows: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocabulary"]:
     ids = forward.pad_right(rows, model.device)
     last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
     with forward.scoring_at(last):
