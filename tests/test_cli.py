@@ -227,6 +227,27 @@ def test_eval_scores_an_existing_run(
     assert (out / "tiny-qwen3" / "sycophancy" / "lora" / "seed0" / f"scores-{probe}.parquet").is_file()
 
 
+def test_eval_lets_the_model_think_and_takes_a_file(
+    tiny_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tiny_run
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "Do cats like milk?", "label": 1}\n{"prompt": "Why?", "label": -1}\n')
+    arguments = ("--model", model, "--out", out, "--alphas", 1, "--json")
+    assert run("eval", file, "--think", 5, *arguments) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {row["metric"] for row in table} == {"logratio", "pmass", "forced"}
+    assert {(row["probe"], row["alpha"], row["n"]) for row in table} == {("mine", 0.0, 2), ("mine", 1.0, 2)}
+    assert (out / "tiny-qwen3" / "sycophancy" / "lora" / "seed0" / "scores-mine-guided.parquet").is_file()
+    for wrong, expected in (
+        (("eval", "side-effects", "--think", 5), "no choices"),
+        (("eval", "--task", "hellaswag"), "lm-eval:NAME"),
+        (("eval", tmp_path / "absent.jsonl"), "absent.jsonl"),
+    ):
+        assert run(*wrong, *arguments) == 2
+        assert expected in one_line(capsys)
+
+
 def test_eval_without_a_direction_says_what_to_do(
     tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -373,13 +373,13 @@ class Eval(RunOptions):
         """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
         from ws import evaluate  # noqa: PLC0415
 
+        ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers)
         with StageOptions(
             **{name: getattr(self, name) for name in RunOptions.__dataclass_fields__}
         ).replication() as run:
             if self.task is not None:
                 table = evaluate.harness_task(run, self.task, self.alphas, self.rows, self.task_folder)
             else:
-                ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers)
                 table = evaluate.existing_run(run, ask, self.alphas)
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))

@@ -38,6 +38,12 @@ class Ask:
     think: int = 0
     answers: tuple[str, str] = ("Yes", "No")
 
+    def __post_init__(self) -> None:
+        if self.probe not in SHIPPED and not self.probe.endswith(".jsonl"):
+            raise UserError(f"there is no probe {self.probe!r}", f"Choose {', '.join(SHIPPED)}, or give a .jsonl file.")
+        if self.think and self.probe == "side-effects":
+            raise UserError("side effects are no choices", "Use --think with sycophancy, dilemmas or a .jsonl file.")
+
     @property
     def name(self) -> str:
         """What the file with the scores is called after."""
@@ -52,10 +58,8 @@ class Ask:
                 found = [dilemmas.probe(self.source, self.rows)]
             case "side-effects":
                 found = side_effects.probes(run.model, self.rows)
-            case file if file.endswith(".jsonl"):
+            case file:
                 found = [custom.read(Path(file), answers=self.answers, limit=self.rows)]
-            case other:
-                raise UserError(f"there is no probe {other!r}", f"Choose {', '.join(SHIPPED)}, or give a .jsonl file.")
         return [probe.guided(self.think) for probe in found] if self.think else found
 
 
