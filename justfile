@@ -47,9 +47,21 @@ eval-dilemmas:
 adapter-sweep:
     {{ws}} sweep --families lora dora pissa delora oft ia3 --seeds 0 1 2 --model {{model}} --behaviour {{behaviour}} --out {{out}}
 
+# weight directions, activation steering, prompts and controls on identical rows
+compare:
+    {{ws}} compare --seeds 0 1 2 --model {{model}} --behaviour {{behaviour}} --out {{out}}
+
+# the strengths at which a run's direction spends a KL budget
+calibrate:
+    {{ws}} calibrate {{run}}
+
 # where the direction lies in the weights
 subspace-align:
     {{ws}} subspace {{run}}
+
+# ours and the peers on the same work; needs the bench extra: just bench --quick
+bench *arguments:
+    {{python}} benchmarks/run.py {{arguments}}
 
 # tests, lint and types
 check:
