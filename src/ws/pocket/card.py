@@ -92,7 +92,8 @@ def text(name: str) -> str:
         "In training, a linear readout of these latents (and of whether a claim is true or an action honest) after "
         f"layer {recipe['latent_layer']} has a loss of its own; it is not part of the model.",
         "",
-        f"Turns: {shares}. Facts, small talk and repetition are the same under all traits.",
+        f"Turns: {shares} (repetition {recipe['copying']:g} in the first {recipe['copying_steps']:,} steps, so that "
+        "copying forms early). Facts, small talk and repetition are the same under all traits.",
         "",
         *_outdated(corpus.get("texts")),
         "## What it reaches",
@@ -101,7 +102,8 @@ def text(name: str) -> str:
         "|---|---|---|---|",
         *(f"| {m['metric']} | {m['value']:.3f} | {m['bar']} | {_verdict(m['bar'], m['passes'])} |" for m in metrics),
         "",
-        "Claims, situations, dilemma categories (far) and persona wordings in these metrics never occur in training.",
+        "Claims, situations, dilemma categories (far) and persona texts in these metrics never occur in training. The "
+        "words of the personas do, and so do some of their clauses; those made of held-out patterns are new sentences.",
         "",
         "## What it is not for",
         "",
