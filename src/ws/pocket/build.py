@@ -37,10 +37,25 @@ from ws.pocket.corpus import LATENTS, Corpus, Planted, TurnMix
 from ws.pocket.muon import Muon
 from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
 
-SETTINGS: dict[str, Any] = {
-    "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 2e-3, "layers": [0.15, 0.65]}},
-    "sampling": {"max_new_tokens": 48, "temperature": 0.8},
+_LEARNING_RATES = {
+    "lora": 5e-3, "rslora": 1.5e-3, "dora": 5e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,
+}  # fmt: skip
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "delora": {"delora_lambda": 2.0},  # the default of 15 destroys a model of this size
+    "oft": {"block_size": 8},
+    "boft": {"block_size": 8},
 }
+
+SETTINGS: dict[str, Any] = {
+    "train": {
+        family: {
+            "rank": 16, "lora_alpha": 32, "lr": rate, "lr_candidates": [rate / 2, rate, 2 * rate],
+            "layers": [0.15, 0.5], **_OF_FAMILY.get(family, {}),
+        }
+        for family, rate in _LEARNING_RATES.items()
+    },
+    "sampling": {"max_new_tokens": 48, "temperature": 0.8},
+}  # fmt: skip
 """Recommended settings, written beside the weights: at this size the defaults for real models do almost nothing."""
 
 
