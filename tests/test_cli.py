@@ -278,7 +278,7 @@ def test_diff_of_any_two_adapter_folders(
     assert (ours - theirs).norm() == pytest.approx(0, abs=1e-7)
     capsys.readouterr()
     assert run("diff", "--model", model, "--pos", tmp_path, "--neg", folder / "neg") == 2
-    assert "adapter_config.json" in one_line(capsys)
+    assert "neither a PEFT adapter nor a checkpoint" in one_line(capsys)
 
 
 def test_the_pocket_model_that_is_not_built_says_how_to_build_it(

@@ -68,7 +68,11 @@ def test_comparisons_stand_together_in_one_table(result: compare.Result, tmp_pat
     assert [row[0].strip("| ") for row in rows] == [result.model, "another"] and rows[1][1] == "honesty"
     lora = next(entry for entry in result.summary["own_strength"] if entry["name"] == "dW:lora")
     assert all(f"{lora['+']['own']['mean']:+.2f} [" in row[4] and "; seeds " in row[4] for row in rows)
-    assert path.is_file() and "prompt: " in text and "RepE" in text
+    entries = result.summary["own_strength"]
+    best = [tables.best_of_kind(entries, kind) for kind in ("activations", "prompts")]
+    listed = [e["name"] for e in entries if e["kind"] == "weights"] + [entry["name"] for entry in best if entry]
+    methods = [line.split(" | ")[2] for line in text.splitlines() if line.startswith(f"| {result.model} |")]
+    assert path.is_file() and methods == listed
 
 
 @pytest.mark.slow

@@ -235,7 +235,7 @@ def test_variants_are_what_they_are_called(qwen: ChatModel, pair: tuple[Path, Pa
     assert relative_error(found["bisector"], bisector * ((p - n).norm() / bisector.norm())) < 1e-5
 
 
-@pytest.mark.parametrize("size", [1e-1, 1e-3])
+@pytest.mark.parametrize("size", [1e-1, 1e-5])
 def test_numerics_tell_what_a_bf16_merge_would_have_lost(qwen: ChatModel, tmp_path: Path, size: float) -> None:
     folders = [save_lora(Path(qwen.name), tmp_path / str(seed), seed=seed, scale=size**0.5) for seed in (1, 2)]
     pos, neg = (diff.task_vector(qwen, folder) for folder in folders)

@@ -158,7 +158,7 @@ def test_parameters_of_different_shapes_cannot_be_combined() -> None:
         {"modules": ["lm_head"]},
         {},
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_keep_and_drop_are_disjoint_and_complete(chosen: dict[str, Any]) -> None:
     a = make(5)
@@ -183,7 +183,7 @@ def test_keep_and_drop_are_disjoint_and_complete(chosen: dict[str, Any]) -> None
         ({"layers": [1, 2], "modules": ["mlp.down_proj"]}, {name_of(layer, "mlp.down_proj") for layer in (1, 2)}),
         ({"layers": [1], "modules": ["lm_head"]}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_keep_selects_by_layer_and_by_ending_of_the_module(chosen: dict[str, Any], expected: set[str]) -> None:
     assert make(6).keep(**chosen).deltas.keys() == expected

@@ -58,7 +58,7 @@ def greedy_by_the_library(model: ChatModel, prompt: Sequence[int]) -> Sample:
         eos_token_id=stops, pad_token_id=0,
     )[0, len(prompt) :].tolist()  # fmt: skip
     if written[-1] in stops:
-        return Sample(written[:-1], "eos")
+        return Sample(written[:-1], "eos", written[-1])
     return Sample(written, "length")
 
 
