@@ -14,7 +14,7 @@ from ws.delta import Delta
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.models import ChatModel
-from ws.score import SCHEMA, Probe, ProbeRow, score
+from ws.score import _RUNNERS, SCHEMA, Probe, ProbeRow, score
 from ws.steering import steer
 from ws.store import Shards
 
@@ -179,6 +179,24 @@ def test_finished_pieces_are_reused_from_disk(qwen: ChatModel, tmp_path: Path, m
     assert again.equals(first)
     # only the base's hidden states for the divergence are computed again
     assert len(calls) == 1
+
+
+def test_runs_of_one_model_share_what_the_unedited_model_says(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    base = Shards(tmp_path / "base")
+    conditions = [Condition.of(Edit("d", direction(qwen)), 1.0), Condition(Context("pirate", "You are a pirate."))]
+    probes = [choice(), texts("divergence")]
+    expected = score(qwen, probes, conditions, base_shards=base)
+    computed = []
+    real = _RUNNERS["choice"]
+    monkeypatch.setitem(_RUNNERS, "choice", lambda *parts: computed.append(parts[2]) or real(*parts))  # type: ignore[func-returns-value]
+    assert score(qwen, probes, conditions, base_shards=base).equals(expected)
+    assert [condition.is_base for condition in computed] == [False], "only the edited model is run again"
+    other = score(qwen, probes, [Condition(Context("pirate", "You are a nurse."))], base_shards=base)
+    assert computed[-1].context.system == "You are a nurse.", "a context is known by what it says"
+    assert values(other, "logratio", context="pirate") != values(expected, "logratio", context="pirate")
 
 
 def test_a_changed_probe_is_not_taken_from_disk(qwen: ChatModel, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ws.direction import Direction
 from ws.errors import UserError
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.models import ChatModel
-from ws.replicate import SIGNS, Replication, Settings
+from ws.replicate import SIGNS, Replication, Settings, shared_base
 from ws.report import comparison as tables
 from ws.score import Probe, score
 from ws.store import RunFolder, Shards, atomic_file, digest, read_json, write_json
@@ -294,7 +294,8 @@ class Comparison:
         }
 
         def make(shards: Shards) -> None:
-            table = score(self.model, probes, conditions, shards=shards, description=stage)
+            base = shared_base(self.model, self.settings.out)
+            table = score(self.model, probes, conditions, shards=shards, base_shards=base, description=stage)
             with atomic_file(path) as temporary:
                 table.write_parquet(temporary)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from ws import adapters, behaviour, console, data, diff, generate, judge, models, train
+from ws import __version__, adapters, behaviour, console, data, diff, generate, judge, models, train
 from ws.baselines import controls
 from ws.behaviour import Behaviour
 from ws.chat import Thinking, ask
@@ -30,7 +30,7 @@ from ws.report import behaviours, page, summary
 from ws.score import Probe, score
 from ws.settings import make as make_settings
 from ws.steering import under
-from ws.store import RunFolder, Shards, StageResult, atomic_file, digest, read_json, write_json
+from ws.store import RunFolder, Shards, StageResult, atomic_file, content_key, digest, read_json, write_json
 from ws.subspace import alignment
 from ws.train import Sign, TrainSettings
 
@@ -300,7 +300,10 @@ class Replication:
         path = self.folder / "scores.parquet"
 
         def make(shards: Shards) -> None:
-            table = score(self.model, probes, self.conditions(direction), shards=shards, description="scoring")
+            table = score(
+                self.model, probes, self.conditions(direction), shards=shards,
+                base_shards=shared_base(self.model, self.settings.out), description="scoring",
+            )  # fmt: skip
             _write_parquet(table, path)
 
         result = self._build("eval", inputs, ["scores.parquet"], make)
@@ -477,6 +480,14 @@ def run_path(settings: Settings, subject: Behaviour) -> Path:
     """`out/<model>/<behaviour>/<adapter>/seed<k>`, with `-data<j>` behind it for another data seed."""
     seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
     return settings.out / models.model_slug(settings.model) / subject.name / settings.adapter / seed
+
+
+def shared_base(model: ChatModel, out: Path) -> Shards:
+    """Scores of the unedited model that all its runs share, `out/<model>/base/<key of what decides them>/`."""
+    key = content_key(model.describe(), __version__)
+    folder = out / model.slug / "base" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return Shards(folder)
 
 
 def stored_settings(settings: Settings) -> dict[str, Any]:

@@ -130,12 +130,13 @@ def score(
     token_budget: int | None = None,
     mode: Mode = "auto",
     shards: Shards | None = None,
+    base_shards: Shards | None = None,
     description: str = "scoring",
 ) -> pl.DataFrame:
     """Score every probe under every Condition; columns as in `SCHEMA`.
 
     The base of every Context is always part of the result. With `shards`, finished (probe, Condition) pieces are kept
-    on disk and reused by a rerun.
+    on disk and reused by a rerun; with `base_shards`, those without edits are kept there, for all runs of one model.
     """
     plan = _distinct_with_bases(conditions)
     budget = token_budget or default_token_budget(model)
@@ -145,7 +146,8 @@ def score(
         for context, group in plan.by_context():
             prepared = [_Prepared.of(model, probe, context, budget, split) for probe in probes]
             for condition in group:
-                for part in _score_condition(model, prepared, condition, mode, shards):
+                store = base_shards if base_shards is not None and condition.is_base else shards
+                for part in _score_condition(model, prepared, condition, mode, store):
                     pieces.append(part)
                     bar.advance()
     return pl.concat(pieces)
@@ -247,7 +249,8 @@ def _score_condition(
     model: ChatModel, prepared: Sequence[_Prepared], condition: Condition, mode: Mode, shards: Shards | None
 ) -> Iterator[pl.DataFrame]:
     """Tables of one Condition, one per probe; the model is edited only if something is missing on disk."""
-    names = [f"{piece.probe.name}-{content_key(piece.probe.key, condition.key())}.parquet" for piece in prepared]
+    said = condition.context.system  # the name of a context does not tell it
+    names = [f"{piece.probe.name}-{content_key(piece.probe.key, condition.key(), said)}.parquet" for piece in prepared]
     stored = [shards is not None and shards.has(name) for name in names]
     base_states_needed = condition.is_base and any(piece.probe.kind == "divergence" for piece in prepared)
     if all(stored) and not base_states_needed:

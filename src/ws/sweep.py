@@ -200,16 +200,20 @@ COLUMNS = (
     ("delta", "+1 minus 0", "+.2f"), ("min_pmass", "min pmass", ".3f"), ("dilemmas_-1", "dilemmas -1", "+.2f"),
     ("dilemmas_0", "0", "+.2f"), ("dilemmas_1", "+1", "+.2f"), ("dd_delta", "dd_delta", "+.2f"),
     ("pmass_1", "pmass @ +1", ".3f"), ("facts_1", "facts @ +1", ".3f"), ("kl_1", "KL @ +1", ".3f"),
-    ("norm", "|dW|", ".3g"), ("cos_anti", "cos_anti", "+.2f"), ("drift_ratio", "drift", ".2f"),
+    ("norm", "norm of dW", ".3g"), ("cos_anti", "cos_anti", "+.2f"), ("drift_ratio", "drift", ".2f"),
     ("trainable", "trainable", ",.0f"), ("seconds", "seconds", ".0f"),
 )  # fmt: skip
 """Measure, heading and number format of the printed table."""
 
 
-def cells_of(line: Mapping[str, Any]) -> list[str]:
+SHOWN = ("delta", "dd_delta", "min_pmass", "facts_1", "norm", "seconds")
+"""What a terminal has room for."""
+
+
+def cells_of(line: Mapping[str, Any], columns: Sequence[tuple[str, str, str]] = COLUMNS) -> list[str]:
     """One family's line as text: mean with its interval over seeds where there is one."""
     found = [str(line["family"]), str(line["runs"])]
-    for name, _, form in COLUMNS:
+    for name, _, form in columns:
         text = format(line[name], form)
         if name in ("delta", "dd_delta") and line[f"{name}_low"] is not None:
             text += f" [{line[f'{name}_low']:+.2f}, {line[f'{name}_high']:+.2f}]"
@@ -218,12 +222,13 @@ def cells_of(line: Mapping[str, Any]) -> list[str]:
 
 
 def show(summary: Sequence[Mapping[str, Any]]) -> None:
-    """Print the cross-family table."""
+    """Print the cross-family table, the columns that a terminal has room for."""
+    columns = [column for column in COLUMNS if column[0] in SHOWN]
     table = Table(title="adapter families", title_justify="left", header_style="bold")
-    for heading in ("adapter", "runs", *(heading for _, heading, _ in COLUMNS)):
+    for heading in ("adapter", "runs", *(heading for _, heading, _ in columns)):
         table.add_column(heading, justify="left" if heading == "adapter" else "right")
     for line in summary:
-        table.add_row(*cells_of(line))
+        table.add_row(*cells_of(line, columns))
     console.show(table)
 
 
