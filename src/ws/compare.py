@@ -9,6 +9,7 @@ to the base on neutral text. Uncertainty over rows and over seeds are two things
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,10 +221,12 @@ class Comparison:
             controls.RANDOM, "controls", tuple(controls.random_edits(self.reference, self.plan.random_seeds)),
             note=f"norm and rank of dW:{self.plan.families[0]}",
         )]  # fmt: skip
-        if len(self.reference.layer_numbers) > 1 and self.plan.permutations:
+        # two layers have one other order: drawn twice it would be a replicate without spread
+        orders = min(self.plan.permutations, math.factorial(len(self.reference.layer_numbers)) - 1)
+        if orders:
             found.append(Method(controls.PERMUTED, "controls", tuple(
                 Edit(controls.PERMUTED, controls.permuted_layers(self.reference, seed), seed)
-                for seed in range(self.plan.permutations)
+                for seed in range(orders)
             )))  # fmt: skip
         if self.plan.shuffles:
             found.append(Method(controls.SHUFFLED, "controls", tuple(
