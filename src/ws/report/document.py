@@ -75,6 +75,9 @@ class Samples:
     rows: Sequence[tuple[str, Sequence[str]]]
 
 
+MANY_COLUMNS = 6
+"""Tables with more columns wrap their cells, so that no column hides behind the edge of the page."""
+
 _STYLE = Path(__file__).parent / "style.css"
 
 Block = Heading | Paragraph | Bullets | Table | Figure | Tiles | Samples
@@ -154,4 +157,5 @@ def _html(block: Block) -> str:
             head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
             lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
             note = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
-            return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>{note}"
+            kind = " class=many" if len(header) > MANY_COLUMNS else ""
+            return f"<div class=wide><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>{note}"

@@ -210,9 +210,9 @@ def _side_effects(summary: Mapping[str, Any]) -> Block:
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "facts": ("facts right", lambda share: f"{100 * share:.1f} %"),
         "kl": ("KL, mean", lambda nats: f"{nats:.4f}"),
-        "kl_p95": ("KL, 95th percentile", lambda nats: f"{nats:.3f}"),
+        "kl_p95": ("KL, p95", lambda nats: f"{nats:.3f}"),
         "nll_delta": ("NLL change", lambda nats: f"{nats:+.4f}"),
-        "true_claims": ("agreement with true claims", lambda nats: f"{nats:+.2f}"),
+        "true_claims": ("true claims", lambda nats: f"{nats:+.2f}"),
         "distinct3": ("distinct 3-grams", lambda share: f"{share:.3f}"),
         "reply_tokens": ("reply tokens", lambda count: f"{count:.1f}"),
         "json": ("JSON replies", lambda share: f"{100 * share:.0f} %"),
@@ -225,8 +225,8 @@ def _side_effects(summary: Mapping[str, Any]) -> Block:
     ]
     return Table(
         ["alpha", *(title for title, _ in shown.values())], rows,
-        "KL to the base and change of negative log-likelihood per token (nats) on answers to neutral requests. "
-        "Distinct 3-grams and length are of greedy replies to such requests.",
+        "KL to the base and change of negative log-likelihood per token (nats) on answers to neutral requests. True "
+        "claims: log-ratio of agreement with them. Distinct 3-grams and length are of greedy replies to such requests.",
     )  # fmt: skip
 
 
