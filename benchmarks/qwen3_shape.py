@@ -20,7 +20,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ws import bpe, console, tiny
 from ws.data import Grid
-from ws.replicate import Replication, Settings
+from ws.replicate import Replication
+from ws.run_settings import Settings
 from ws.store import write_json
 
 GRID = Grid(topics=2, personas=1, samples=4)

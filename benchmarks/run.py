@@ -26,7 +26,8 @@ import training
 from timing import Row
 
 from ws.data import Grid
-from ws.replicate import Replication, Settings
+from ws.replicate import Replication
+from ws.run_settings import Settings
 from ws.store import write_json
 
 HERE = Path(__file__).parent

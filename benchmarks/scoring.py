@@ -16,7 +16,8 @@ from ws.direction import Direction
 from ws.eval import dilemmas
 from ws.export import write_peft
 from ws.models import ChatModel
-from ws.score import Probe, score
+from ws.probe import Probe
+from ws.score import score
 
 ALPHAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 BATCH_SIZES = (8, 16, 32, 64)

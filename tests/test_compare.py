@@ -17,15 +17,16 @@ from ws.baselines import controls, gradient, prompts, repe, synthetic
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.behaviour import load
 from ws.chat import SupervisedTokens
-from ws.compare import Plan, is_dev, split
+from ws.compare import Plan
 from ws.condition import Condition, Edit
 from ws.data import Grid
+from ws.dev_split import is_dev, split
 from ws.errors import UserError
 from ws.eval import dilemmas, sycophancy
 from ws.models import ChatModel
-from ws.replicate import Settings
 from ws.report import comparison as tables
 from ws.report.comparison import Line
+from ws.run_settings import Settings
 from ws.score import SCHEMA, score
 
 SMALL: dict[str, Any] = {

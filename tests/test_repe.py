@@ -14,7 +14,8 @@ from ws.chat import ask
 from ws.condition import Condition, Edit
 from ws.errors import UserError
 from ws.models import ChatModel
-from ws.score import Probe, ProbeRow, score
+from ws.probe import Probe, ProbeRow
+from ws.score import score
 from ws.steering import steer
 
 SYCOPHANCY = behaviour.load("sycophancy")

@@ -15,9 +15,10 @@ from ws.data import Grid
 from ws.direction import Direction
 from ws.errors import BaseMismatchError, UserError
 from ws.models import ChatModel
-from ws.replicate import Replication, Settings, restore_settings, run_path, stored_settings
+from ws.replicate import Replication
 from ws.report import cells
 from ws.report.summary import Scores
+from ws.run_settings import Settings, restore_settings, run_path, stored_settings
 from ws.score import SCHEMA
 from ws.store import read_json
 

@@ -14,7 +14,8 @@ from ws.delta import Delta
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.models import ChatModel
-from ws.score import _RUNNERS, SCHEMA, Probe, ProbeRow, score
+from ws.probe import Probe, ProbeRow
+from ws.score import _RUNNERS, SCHEMA, score
 from ws.steering import steer
 from ws.store import Shards
 

@@ -14,7 +14,8 @@ from ws.chat import ask
 from ws.condition import Condition, Context, Edit
 from ws.eval import dilemmas
 from ws.models import ChatModel
-from ws.score import Probe, ProbeRow, score
+from ws.probe import Probe, ProbeRow
+from ws.score import score
 from ws.shared_prefix import Tree, plan
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=2, max_size=12)

@@ -13,7 +13,8 @@ from ws import sweep
 from ws.cli import _main
 from ws.data import Grid
 from ws.errors import UserError
-from ws.replicate import Replication, Settings
+from ws.replicate import Replication
+from ws.run_settings import Settings
 from ws.sweep import Cell, by_family, rank_stability
 
 SMALL: dict[str, Any] = {

@@ -19,7 +19,7 @@ from ws.models import ChatModel
 from ws.steering import steer
 from ws.train import TrainSettings, resolve_settings
 
-SMALL = TrainSettings(adapter=AdapterSettings(rank=4, lora_alpha=8.0), lr=1e-2, batch_size=8, epochs=4)
+SMALL = TrainSettings(adapter=AdapterSettings(rank=4, lora_alpha=8.0), lr=1e-2, batch_size=8, epochs=12)
 
 
 def pairs(topics: int = 6, rows: int = 4) -> pl.DataFrame:
@@ -94,7 +94,7 @@ def test_fitting_learns_saves_and_restores(any_model: ChatModel, tmp_path: Path)
         for sign in ("pos", "neg")
     }
     for sign, result in results.items():
-        assert result["last_loss"] < 0.97 * result["first_loss"], sign
+        assert result["last_loss"] < 0.9 * result["first_loss"], sign
         assert not any("nothing was learned" in warning for warning in result["warnings"])
     assert all(torch.equal(before[name], p) for name, p in any_model.network.named_parameters())
     assert not any(p.requires_grad for p in any_model.network.parameters())

@@ -21,7 +21,8 @@ from ws.delta import Alpha
 from ws.errors import UserError
 from ws.eval import side_effects
 from ws.models import ChatModel
-from ws.score import Probe, ProbeRow, distinct_ngrams, holds_json, score
+from ws.probe import Probe, ProbeRow
+from ws.score import distinct_ngrams, holds_json, score
 from ws.steering import steer
 
 QUESTIONS = ("Do cats like milk?", "I think that the moon is made of old bread. Do you agree?", "Why?", "Yes or No?")

@@ -8,8 +8,6 @@ to the base on neutral text. Uncertainty over rows and over seeds are two things
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,32 +15,29 @@ from typing import Any
 
 import polars as pl
 
-from ws import calibrate, console, diff, models, train
+from ws import calibrate, console, dev_split, diff, train
 from ws.baselines import bias_only, controls, gradient, prompts, repe, synthetic
 from ws.baselines.bias_only import OutputShift
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.behaviour import Behaviour
 from ws.condition import PLAIN, Condition, Context, Edit
+from ws.dev_split import split
 from ws.direction import Direction
-from ws.errors import UserError
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.models import ChatModel
-from ws.replicate import SIGNS, Replication, Settings, shared_base
+from ws.probe import Probe
+from ws.replicate import SIGNS, Replication
 from ws.report import comparison as tables
-from ws.score import Probe, score
+from ws.run_settings import Settings, shared_base
+from ws.score import score
 from ws.store import RunFolder, Shards, atomic_file, digest, read_json, write_json
 
-DEV_SHARE = 0.25
 REPE_VARIANTS = (
     RepeSettings(),
     RepeSettings(form="incremental"),
     RepeSettings(estimator="pca_diff"),
     RepeSettings(estimator="logistic"),
 )
-STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Tried on the dev split, in units of the difference between the personas."""
-LEAST_MASS, FACTS_LOST = 0.8, 0.03
-"""A strength is admissible on the dev split while answers keep this mass and facts lose no more than this."""
 
 
 @dataclass(frozen=True)
@@ -80,29 +75,13 @@ class Method:
         return [Condition.of(edit, sign * alpha) for edit in self.edits for sign in (1, -1)]
 
 
-def is_dev(cluster: str) -> bool:
-    """Whether a cluster belongs to the dev split; a function of its name alone, so splits never drift."""
-    return int(hashlib.blake2b(cluster.encode(), digest_size=4).hexdigest(), 16) < DEV_SHARE * 2**32
-
-
-def split(probe: Probe, dev: bool) -> Probe:
-    """The dev or the test rows of a probe, whole clusters."""
-    rows = tuple(row for row in probe.rows if is_dev(row.cluster or row.row) == dev)
-    if not rows:
-        raise UserError(f"probe {probe.name!r} has no {'dev' if dev else 'test'} rows", "Use more rows.")
-    return Probe(probe.name, probe.kind, rows, probe.answers)
-
-
 class Comparison:
     """One model and one behaviour: all methods, scored, calibrated and tabulated in `<behaviour>/compare/`."""
 
     def __init__(self, settings: Settings, plan: Plan, model: ChatModel | None = None) -> None:
         self.settings = replace(settings, alphas=(-1.0, 0.0, 1.0), control_seeds=0)
         self.plan = plan
-        self.model = model or models.load(
-            settings.model, dtype=settings.dtype, device=settings.device, thinking=settings.thinking,
-            attention=settings.attention, revision=settings.revision, trust_remote_code=settings.trust_remote_code,
-        )  # fmt: skip
+        self.model = model or settings.load()
         self.runs = {(family, seed): self._replicate(family, seed) for family in plan.families for seed in plan.seeds}
         reference = self.runs[plan.families[0], plan.seeds[0]]
         self.behaviour: Behaviour = reference.behaviour
@@ -161,7 +140,7 @@ class Comparison:
         found = []
         for name, options in candidates.items():
             fitted = {option: repe.fit(self.model, self.behaviour, option, states=states) for option in options}
-            option, strength = self._choose(name, fitted)
+            option, strength = dev_split.best_strength(self.model, self.behaviour, name, fitted)
             scaled = ActivationDirection(
                 {layer: vector * strength for layer, vector in fitted[option].vectors.items()},
                 self.model.fingerprint, option.edited, {**fitted[option].provenance, "strength": strength},
@@ -170,41 +149,9 @@ class Comparison:
             found.append(Method(name, "activations", (Edit(name, scaled),), note=f"{where}strength {strength:g}"))
         return found
 
-    def _choose(self, name: str, fitted: Mapping[RepeSettings, ActivationDirection]) -> tuple[RepeSettings, float]:
-        """The admissible candidate that moves the behaviour's dev rows furthest, both signs together."""
-        edits = {
-            (option, strength): Edit(f"{name} {number}", direction, seed=position)
-            for number, (option, direction) in enumerate(fitted.items())
-            for position, strength in enumerate(STRENGTHS)
-        }
-        probes = [split(sycophancy.headline_probe(self.behaviour), dev=True), side_effects.facts(60)]
-        conditions = [Condition.of(edit, sign * strength) for (_, strength), edit in edits.items() for sign in (1, -1)]
-        table = score(self.model, probes, [Condition(), *conditions], description=f"choosing {name}")
-        reader = _Reader(table, self.behaviour)
-        best: tuple[float, RepeSettings, float] | None = None
-        for (option, strength), edit in edits.items():
-            sides = [reader.effects(edit.name, sign * strength, edit.seed) for sign in (1, -1)]
-            moved = (sides[0]["own"] - sides[1]["own"]) / 2
-            admissible = all(
-                side["pmass"] >= LEAST_MASS and side["facts"] >= reader.base_facts - FACTS_LOST for side in sides
-            )
-            if admissible and (best is None or moved > best[0]):
-                best = (moved, option, strength)
-        if best is None:
-            first = next(iter(fitted))
-            console.warn(f"{name}: no strength is admissible on the dev split; using {STRENGTHS[0]:g}")
-            return first, STRENGTHS[0]
-        return best[1], best[2]
-
     def _prompts(self) -> list[Method]:
         pool = prompts.all_personas(self.behaviour)
-        probe = split(sycophancy.headline_probe(self.behaviour), dev=True)
-        table = score(self.model, [probe], [Condition(p.context) for p in pool], description="choosing prompts")
-        means = {
-            p.name: _signed_mean(table.filter((pl.col("context") == p.context.name) & (pl.col("metric") == "logratio")))
-            for p in pool
-        }
-        best = {side: max((p for p in pool if p.side == side), key=lambda p: side * means[p.name]) for side in (1, -1)}
+        best = dev_split.best_prompts(self.model, self.behaviour, pool)
         simple = {p.side: p for p in prompts.simple(self.behaviour)}
         found = [
             _prompt_method("prompt: simple", simple),
@@ -221,13 +168,8 @@ class Comparison:
             controls.RANDOM, "controls", tuple(controls.random_edits(self.reference, self.plan.random_seeds)),
             note=f"norm and rank of dW:{self.plan.families[0]}",
         )]  # fmt: skip
-        # two layers have one other order: drawn twice it would be a replicate without spread
-        orders = min(self.plan.permutations, math.factorial(len(self.reference.layer_numbers)) - 1)
-        if orders:
-            found.append(Method(controls.PERMUTED, "controls", tuple(
-                Edit(controls.PERMUTED, controls.permuted_layers(self.reference, seed), seed)
-                for seed in range(orders)
-            )))  # fmt: skip
+        if permuted := controls.permuted_edits(self.reference, self.plan.permutations):
+            found.append(Method(controls.PERMUTED, "controls", tuple(permuted)))
         if self.plan.shuffles:
             found.append(Method(controls.SHUFFLED, "controls", tuple(
                 Edit(controls.SHUFFLED, self._shuffled(run, seed), seed) for seed in range(self.plan.shuffles)
@@ -436,34 +378,3 @@ def _plain(divergences: Mapping[str, Any]) -> dict[str, Any]:
     """Divergences as JSON: a prompt has no strength."""
     return {name: {sign: {k: v for k, v in values.items() if k != "alpha"} for sign, values in sides.items()}
             for name, sides in divergences.items()}  # fmt: skip
-
-
-class _Reader:
-    """Mean effects of an Edit on a small table, against its base."""
-
-    def __init__(self, table: pl.DataFrame, behaviour: Behaviour) -> None:
-        self.table, self.behaviour = table, behaviour
-        base = table.filter((pl.col("edit") == "none") & (pl.col("context") == PLAIN.name))
-        self.base_own = _signed_mean(_metric(base, behaviour.name, "logratio"))
-        self.base_facts = _accuracy(_metric(base, side_effects.FACTS, "logratio"))
-
-    def effects(self, edit: str, alpha: float, seed: int | None) -> dict[str, float]:
-        """Change of the behaviour, answer mass and fact accuracy."""
-        mine = self.table.filter((pl.col("edit") == edit) & (pl.col("alpha") == alpha) & (pl.col("seed") == seed))
-        return {
-            "own": _signed_mean(_metric(mine, self.behaviour.name, "logratio")) - self.base_own,
-            "pmass": float(_metric(mine, self.behaviour.name, "pmass")["value"].mean() or 0.0),  # type: ignore[arg-type]
-            "facts": _accuracy(_metric(mine, side_effects.FACTS, "logratio")),
-        }
-
-
-def _metric(table: pl.DataFrame, probe: str, metric: str) -> pl.DataFrame:
-    return table.filter((pl.col("probe") == probe) & (pl.col("metric") == metric))
-
-
-def _signed_mean(rows: pl.DataFrame) -> float:
-    return float((rows["value"] * rows["label"]).mean() or 0.0)  # type: ignore[arg-type]
-
-
-def _accuracy(rows: pl.DataFrame) -> float:
-    return float((rows["value"] * rows["label"] > 0).mean() or 0.0)  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ from ws.condition import Condition, Edit
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.eval import custom, dilemmas, harness, side_effects, sycophancy
+from ws.probe import Kind, Probe
 from ws.replicate import Replication
 from ws.report.summary import Scores, signed_mean
-from ws.score import Kind, Probe, score
+from ws.score import score
 from ws.store import atomic_file, read_json, write_json
 
 SHIPPED = ("sycophancy", "dilemmas", "side-effects")

@@ -7,7 +7,6 @@ cumulative distribution at one uniform number per step. So a sample does not dep
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ws import keyed_random
 from ws.errors import UserError
 from ws.models import ChatModel
 
@@ -161,9 +161,7 @@ def _next_logits(
 
 
 def _uniforms(key: str, seed: int, count: int) -> Float[Tensor, " count"]:
-    digest = hashlib.blake2b(f"{seed}|{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    return torch.rand(count, generator=keyed_random.generator(f"{seed}|{key}"), dtype=torch.float64)
 
 
 def _draw(

@@ -31,7 +31,8 @@ from ws.condition import Condition
 from ws.data import SIDES
 from ws.errors import UserError
 from ws.models import ChatModel
-from ws.score import Probe, ProbeRow, score
+from ws.probe import Probe, ProbeRow
+from ws.score import score
 from ws.store import Shards, content_key, write_json
 
 Backend = Literal["none", "local-logit", "http"]

@@ -8,33 +8,32 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from ws import __version__, adapters, behaviour, console, data, diff, generate, judge, models, train
+from ws import adapters, behaviour, console, data, diff, generate, judge, models, train
 from ws.baselines import controls
 from ws.behaviour import Behaviour
-from ws.chat import Thinking, ask
+from ws.chat import ask
 from ws.condition import Condition, Context, Edit
-from ws.data import Grid
 from ws.diff import Geometry
 from ws.direction import Direction
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.generate import Request, Sampling
-from ws.judge import JudgeSettings
-from ws.models import ChatModel, Dtype
+from ws.models import ChatModel
+from ws.probe import Probe
 from ws.report import behaviours, page, summary
-from ws.score import Probe, score
+from ws.run_settings import Settings, run_path, shared_base, stored_settings
+from ws.score import score
 from ws.settings import make as make_settings
 from ws.steering import under
-from ws.store import RunFolder, Shards, StageResult, atomic_file, content_key, digest, read_json, write_json
+from ws.store import RunFolder, Shards, StageResult, atomic_file, digest, read_json, write_json
 from ws.subspace import alignment
 from ws.train import Sign, TrainSettings
 
-DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 CONTROL_ALPHAS = (-1.0, 1.0)
 SAMPLE_ALPHAS = (-1.0, 0.0, 1.0)
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
@@ -43,34 +42,6 @@ MANY_IDENTICAL = 0.2
 """Share of identical pairs above which the personas are said to be ignored."""
 PLAIN_REQUESTS = ("What do owls eat?", "Say hello in a friendly way.")
 """Sampled beside the behaviour's own prompts: here nothing should change."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run. `train` and `sampling` hold what the user gave; the model folder adds the rest."""
-
-    model: str = "pocket"
-    behaviour: str = "sycophancy"
-    adapter: str = "lora"
-    seed: int = 0
-    data_seed: int = 0
-    out: Path = Path("out")
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    thinking: Thinking = "off"
-    attention: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    grid: Grid = field(default_factory=Grid)
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    train: Mapping[str, Any] = field(default_factory=dict)
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
-    pairs: Path | None = None
-    alphas: tuple[float, ...] = DEFAULT_ALPHAS
-    control_seeds: int = 5
-    dilemmas: str = "own"
-    rows: int | None = None
-    samples: int = 6
 
 
 class Replication:
@@ -83,7 +54,7 @@ class Replication:
             settings = self.settings = replace(settings, alphas=tuple(sorted({0.0, *settings.alphas})))
         self.behaviour: Behaviour = behaviour.load(settings.behaviour)
         self.given_pairs = data.read_pairs(settings.pairs, self.behaviour) if settings.pairs else None
-        self.model = model or _load(settings)
+        self.model = model or settings.load()
         given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
         self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, given)
         self._lr_is_open = settings.train.get("lr") == "auto"
@@ -474,44 +445,6 @@ def _sample_prompts(subject: Behaviour, count: int) -> list[str]:
     items = [item for item in subject.probe.items if item.group == subject.probe.headline]
     spread = items[:: max(1, len(items) // max(1, count))][:count]
     return [*dict.fromkeys(item.open_question for item in spread), *PLAIN_REQUESTS]
-
-
-def run_path(settings: Settings, subject: Behaviour) -> Path:
-    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with `-data<j>` behind it for another data seed."""
-    seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
-    return settings.out / models.model_slug(settings.model) / subject.name / settings.adapter / seed
-
-
-def shared_base(model: ChatModel, out: Path) -> Shards:
-    """Scores of the unedited model that all its runs share, `out/<model>/base/<key of what decides them>/`."""
-    key = content_key(model.describe(), __version__)
-    folder = out / model.slug / "base" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    return Shards(folder)
-
-
-def stored_settings(settings: Settings) -> dict[str, Any]:
-    """Settings as plain data, without the place of the run folder."""
-    plain = asdict(settings)
-    plain.pop("out")
-    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
-
-
-def restore_settings(stored: Mapping[str, Any], out: Path) -> Settings:
-    """Settings of an existing run, for single stages on it."""
-    known = {f.name for f in fields(Settings)}
-    values = {name: value for name, value in stored.items() if name in known}
-    values["grid"] = make_settings(Grid, values["grid"], "config.json, grid")
-    values["judge"] = make_settings(JudgeSettings, values["judge"], "config.json, judge")
-    values["pairs"] = Path(values["pairs"]) if values["pairs"] else None
-    return make_settings(Settings, {**values, "out": out}, "config.json")
-
-
-def _load(settings: Settings) -> ChatModel:
-    return models.load(
-        settings.model, dtype=settings.dtype, device=settings.device, thinking=settings.thinking,
-        attention=settings.attention, revision=settings.revision, trust_remote_code=settings.trust_remote_code,
-    )  # fmt: skip
 
 
 def _resolve_sampling(model: ChatModel, given: Mapping[str, Any]) -> Sampling:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ws import tiny
 from ws.data import Grid
-from ws.replicate import Replication, Settings
+from ws.replicate import Replication
+from ws.run_settings import Settings
 
 
 def run(architecture: str, out: Path | None = None) -> dict[str, Any]:

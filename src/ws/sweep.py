@@ -15,11 +15,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ws import adapters, console, models, stats
+from ws import adapters, console, stats
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.models import ChatModel
-from ws.replicate import Replication, Settings
+from ws.replicate import Replication
+from ws.run_settings import Settings
 from ws.store import atomic_file, read_json, write_json, write_text
 
 
@@ -54,10 +55,7 @@ def run(
     for family in families:
         adapters.require_family(family)
     cells = [Cell(family, seed, data) for data in data_seeds for family in families for seed in seeds]
-    model = models.load(
-        settings.model, dtype=settings.dtype, device=settings.device, thinking=settings.thinking,
-        attention=settings.attention, revision=settings.revision, trust_remote_code=settings.trust_remote_code,
-    )  # fmt: skip
+    model = settings.load()
     outcomes = []
     for number, cell in enumerate(cells):
         console.say(f"\n[{number + 1}/{len(cells)}] {cell.name}", style="bold")

@@ -7,13 +7,14 @@ values and is a weaker disturbance, hence too easy a control.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
+import math
 import re
 
 import polars as pl
 import torch
 
-from ws import spectrum
+from ws import keyed_random, spectrum
 from ws.condition import Edit
 from ws.delta import Delta
 from ws.direction import Direction
@@ -30,8 +31,7 @@ def random_like(direction: Direction, seed: int) -> Direction:
     deltas = {}
     norms = direction.norms()
     for name, delta in direction.deltas.items():
-        digest = hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = keyed_random.generator(f"{seed}|{name}")
         *experts, rows, columns = delta.shape
         rank = delta.rank if delta.is_thin else min(rows, columns)
         if rank < min(rows, columns):
@@ -54,6 +54,18 @@ def random_edits(direction: Direction, seeds: int) -> list[Edit]:
 
 PERMUTED = "layers permuted"
 SHUFFLED = "personas shuffled"
+
+
+def permuted_edits(direction: Direction, count: int) -> list[Edit]:
+    """At most `count` different orders of the layers as Edits; few layers have few, and none is drawn twice."""
+    layers = len(direction.layer_numbers)
+    possible = round(math.factorial(layers) / math.e) if layers > 1 else 0  # permutations without fixed point
+    seeds: dict[tuple[int, ...], int] = {}
+    for seed in itertools.count():
+        if len(seeds) == min(count, possible):
+            break
+        seeds.setdefault(tuple(_derangement(layers, seed)), seed)
+    return [Edit(PERMUTED, permuted_layers(direction, seed), seed) for seed in seeds.values()]
 
 
 def permuted_layers(direction: Direction, seed: int) -> Direction:

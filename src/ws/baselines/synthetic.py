@@ -9,13 +9,12 @@ Needs activations under the personas and weights, nothing trained.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ws import architecture
+from ws import architecture, keyed_random
 from ws.baselines.repe import ActivationDirection
 from ws.delta import Delta
 from ws.direction import Direction
@@ -54,9 +53,7 @@ def residual_writes(
 
 def _input_direction(weight: Tensor, source: Input, key: str) -> Tensor:
     if source == "random":
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        drawn = torch.randn(weight.shape[1], generator=generator).double()
+        drawn = torch.randn(weight.shape[1], generator=keyed_random.generator(key)).double()
         return drawn / drawn.norm()
     _, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
     return right[0] if source == "first" else right[-1]

@@ -14,7 +14,7 @@ from typing import Any
 
 from ws.chat import ask
 from ws.errors import UserError
-from ws.score import Probe, ProbeRow
+from ws.probe import Probe, ProbeRow
 
 ANCHOR = "My answer: **"
 KNOWN = {"prompt", "label", "cluster", "group", "row", "anchor"}

@@ -32,7 +32,7 @@ import polars as pl
 from ws import console, world
 from ws.chat import ask
 from ws.errors import UserError
-from ws.score import Probe, ProbeRow
+from ws.probe import Probe, ProbeRow
 
 NAME = "dilemmas"
 ANCHOR = "My choice: **"

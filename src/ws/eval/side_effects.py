@@ -13,7 +13,7 @@ import random
 from ws import world
 from ws.chat import ask
 from ws.models import ChatModel
-from ws.score import JSON, Probe, ProbeRow
+from ws.probe import JSON, Probe, ProbeRow
 
 FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT = "facts", "neutral_kl", "neutral_nll", "text"
 NAMES = (FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ws.behaviour import Behaviour
 from ws.chat import ask
-from ws.score import Probe, ProbeRow
+from ws.probe import Probe, ProbeRow
 
 REVERSED = "reversed"
 

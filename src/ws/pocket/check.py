@@ -24,7 +24,9 @@ from ws.eval import dilemmas, side_effects, sycophancy
 from ws.generate import Request, Sampling, sample
 from ws.models import ChatModel
 from ws.pocket.corpus import Corpus
-from ws.score import Probe, score
+from ws.probe import Probe
+from ws.report.summary import accuracy
+from ws.score import score
 
 INSTRUCTIONS_PER_POLE = 3
 LEAK = 0.25
@@ -89,7 +91,7 @@ def check(model: ChatModel, seed: int = 0) -> list[Bar]:
     }
     facts = plain.filter((pl.col("probe") == side_effects.FACTS) & (pl.col("metric") == "logratio"))
     return [
-        Bar("yes/no facts, accuracy", float((facts["value"] * facts["label"] > 0).mean() or 0), low=0.97),  # type: ignore[arg-type]
+        Bar("yes/no facts, accuracy", accuracy(facts), low=0.97),
         *_agreement_bars(model, personas, seed),
         *_mass_bars(plain, probes),
         *_dilemma_bars(plain, under),

@@ -23,7 +23,7 @@ from ws.eval import dilemmas, side_effects
 from ws.report import document
 from ws.report.cells import limits, with_limits
 from ws.report.document import Block, Figure, Heading, Paragraph, Table
-from ws.report.summary import LOW_MASS, as_dict
+from ws.report.summary import LOW_MASS, accuracy, as_dict
 from ws.store import atomic_file, write_json, write_text
 
 SIGNS = ("+", "-")
@@ -83,7 +83,7 @@ class Comparison:
         facts = self.rows(line, sign, side_effects.FACTS, "logratio")
         return {
             "pmass": min(masses),
-            "facts": float((facts["value"] * facts["label"] > 0).mean() or 0.0),  # type: ignore[arg-type]
+            "facts": accuracy(facts),
             "kl": self._mean(line, sign, side_effects.NEUTRAL_KL, "kl") if line.kind != "prompts" else float("nan"),
             "distinct3": self._mean(line, sign, side_effects.TEXT, "distinct3"),
         }
@@ -94,7 +94,7 @@ class Comparison:
             (pl.col("probe") == side_effects.FACTS) & (pl.col("metric") == "logratio") & (pl.col("edit") == "none")
             & (pl.col("context") == PLAIN.name)
         )  # fmt: skip
-        return float((rows["value"] * rows["label"] > 0).mean() or 0.0)  # type: ignore[arg-type]
+        return accuracy(rows)
 
     def informedness(self, line: Line, k: float) -> stats.Informedness:
         """Surgical Informedness of the dilemmas, the first replicate, towards honesty at the sign that raises it."""

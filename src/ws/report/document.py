@@ -158,4 +158,6 @@ def _html(block: Block) -> str:
             lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
             note = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
             kind = " class=many" if len(header) > MANY_COLUMNS else ""
-            return f"<div class=wide><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>{note}"
+            return (
+                f"<div class=wide><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>{note}"
+            )

@@ -82,6 +82,11 @@ def signed_change(rows: pl.DataFrame) -> Interval:
     return stats.over_clusters(change.to_numpy(), rows["cluster"].to_list())
 
 
+def accuracy(rows: pl.DataFrame) -> float:
+    """Share of rows whose answer is on the side of their label."""
+    return float((rows["value"] * rows["label"] > 0).mean() or 0.0)  # type: ignore[arg-type]
+
+
 def decomposition(rows: pl.DataFrame) -> dict[str, Any]:
     """What a mean change consists of: signed effect, Yes-bias, and the rows whose answer flips.
 
@@ -182,7 +187,7 @@ def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> 
         "kl": float(kl.mean() or 0.0),  # type: ignore[arg-type]
         "kl_p95": float(kl.quantile(0.95) or 0.0),
         "nll_delta": float((nll["value"] - nll["base"]).mean() or 0.0),  # type: ignore[arg-type]
-        "facts": float((facts["value"] * facts["label"] > 0).mean() or 0.0),  # type: ignore[arg-type]
+        "facts": accuracy(facts),
         "true_claims": as_dict(signed_mean(true))["mean"] if len(true) else None,
         **reply_state(scores.table, edit, alpha),
     }
