@@ -59,6 +59,10 @@ def tiny_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         (["replicate", "--pairs", "none.jsonl"], "no pairs file none.jsonl"),
         (["behaviour", "check", "nothing.toml"], "unknown behaviour 'nothing.toml'"),
         (["diff", "--pos", "a"], "--pos and --neg go together"),
+        (["sweep", "--seeds"], "the sweep has no cells"),
+        (["sweep", "--families", "lorra"], "unknown adapter family 'lorra'"),
+        (["compare", "--seeds"], "nothing to compare"),
+        (["compare", "--families", "lora", "lorra"], "unknown adapter family 'lorra'"),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from ws import store
 from ws.errors import BaseMismatchError, UserError
@@ -375,3 +377,13 @@ def test_an_existing_folder_that_cannot_be_locked_is_a_user_error(tmp_path: Path
     (tmp_path / ".lock").mkdir()  # as a read-only folder would, it makes opening the lock file fail
     with pytest.raises(UserError):
         RunFolder(tmp_path, {})
+
+
+@pytest.mark.parametrize("writer", [atomic_file, atomic_folder])
+def test_a_full_disk_that_a_library_reports_in_its_own_way_is_an_os_error(tmp_path: Path, writer: Any) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, writer(tmp_path / "weights"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "weights")
+    with pytest.raises(SafetensorError), writer(tmp_path / "weights"):
+        raise SafetensorError("another problem")
+    assert not list(tmp_path.iterdir())

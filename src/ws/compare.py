@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from ws import calibrate, console, dev_split, diff, train
+from ws import adapters, calibrate, console, dev_split, diff, train
 from ws.baselines import bias_only, controls, gradient, prompts, repe, synthetic
 from ws.baselines.bias_only import OutputShift
 from ws.baselines.repe import ActivationDirection, RepeSettings
@@ -23,6 +23,7 @@ from ws.behaviour import Behaviour
 from ws.condition import PLAIN, Condition, Context, Edit
 from ws.dev_split import split
 from ws.direction import Direction
+from ws.errors import UserError
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.models import ChatModel
 from ws.probe import Probe
@@ -56,6 +57,12 @@ class Plan:
     target: float | None = None
     calibration_prompts: int = 16
     calibration_tokens: int = 30
+
+    def __post_init__(self) -> None:
+        if not (self.families and self.seeds):
+            raise UserError("there is nothing to compare", "Give at least one of --families and --seeds.")
+        for family in self.families:
+            adapters.require_family(family)
 
 
 @dataclass(frozen=True)

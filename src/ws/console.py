@@ -120,10 +120,12 @@ def track(items: Iterable[T], description: str, total: float) -> Iterator[T]:
 @contextmanager
 def library_noise_muted() -> Iterator[None]:
     """Silence progress bars and chatter of the libraries underneath; our own lines say what matters."""
+    from huggingface_hub.utils import logging as hub_logging  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - heavy import, late
 
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -131,4 +133,5 @@ def library_noise_muted() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         transformers_logging.enable_progress_bar()

@@ -63,9 +63,7 @@ def run_path(settings: Settings, subject: Behaviour) -> Path:
 def shared_base(model: ChatModel, out: Path) -> Shards:
     """Scores of the unedited model that all its runs share, `out/<model>/base/<key of what decides them>/`."""
     key = content_key(model.describe(), __version__)
-    folder = out / model.slug / "base" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    return Shards(folder)
+    return Shards(out / model.slug / "base" / key)
 
 
 def stored_settings(settings: Settings) -> dict[str, Any]:

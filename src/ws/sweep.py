@@ -54,6 +54,8 @@ def run(
     """Run all cells, write the tables one level above the runs, and return the outcomes and that folder."""
     for family in families:
         adapters.require_family(family)
+    if not (families and seeds and data_seeds):
+        raise UserError("the sweep has no cells", "Give at least one of --families, --seeds and --data-seeds.")
     cells = [Cell(family, seed, data) for data in data_seeds for family in families for seed in seeds]
     model = settings.load()
     outcomes = []
