@@ -26,6 +26,7 @@ RESULTS = DOCS / "results"
 FIRST = "pocket-sycophancy-lora-seed0"
 SHAPE = RESULTS / "qwen3-0.6b-shape.json"
 SWEEP = RESULTS / "pocket-sycophancy-sweep.md"
+COMPARED = RESULTS / "pocket-sycophancy-compare"
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 
 Summary = dict[str, Any]
@@ -50,12 +51,19 @@ def main(arguments: list[str]) -> None:
         blocks["shape"] = shape_table(json.loads(SHAPE.read_text()))
     if SWEEP.is_file():
         blocks["sweep"] = SWEEP.read_text().split("\n", 2)[2].strip()
+    if COMPARED.is_dir():
+        headline = (COMPARED / "comparison.md").read_text().split("\n")[2].strip("*")
+        blocks["compare"] = f"On pocket, three training seeds, 20 random directions:\n\n> {headline}"
     for file in (ROOT / "README.md", *DOCS.glob("*.md")):
         file.write_text(fill(file.read_text(), blocks))
 
 
 def store(run: Path) -> None:
-    """Keep what documents need of one run, or of the sweep in a behaviour's folder."""
+    """Keep what documents need of one run, of a comparison, or of the sweep in a behaviour's folder."""
+    if (run / "comparison.md").is_file():
+        for name in ("comparison.md", "pareto.png"):
+            shutil.copy(run / name, COMPARED / name)
+        return
     if (run / "sweep.md").is_file():
         shutil.copy(run / "sweep.md", SWEEP)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +156,14 @@ def _html(block: Block) -> str:
             return f"<div class=wide>{table}</div>"
         case Table(header, rows, caption):
             head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-            lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+            lines = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
             note = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
             kind = " class=many" if len(header) > MANY_COLUMNS else ""
             return (
                 f"<div class=wide><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>{note}"
             )
+
+
+def _cell(text: str) -> str:
+    """A cell that may wrap, but never inside an interval."""
+    return re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "&nbsp;"), html.escape(text))
