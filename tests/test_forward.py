@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from making import logits, prompts, random_direction, relative_error
-from ws import models
+from ws import forward, models
 from ws.forward import SplitForward, pad_right, plan_batches
 from ws.models import ChatModel
 from ws.steering import steer
@@ -170,3 +170,29 @@ def test_equal_lengths_keep_their_order() -> None:
     assert plan_batches([4, 4, 4, 4, 4], 8) == [[0, 1], [2, 3], [4]]
     assert plan_batches([], 8) == []
     assert plan_batches([9, 2, 3], 6) == [[0], [2, 1]]
+
+
+@pytest.mark.parametrize("block", [1, 5, 1000])
+def test_losses_by_blocks_are_those_of_all_logits_with_their_gradients(
+    any_model: ChatModel, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = any_model.split
+    vocabulary, width = split.head.weight.shape
+    monkeypatch.setattr(forward, "LOGIT_BYTES", 4 * vocabulary * block)
+    maker = torch.Generator().manual_seed(0)
+    targets = torch.randint(vocabulary, (13,), generator=maker)
+    weights = torch.rand(13, generator=maker)
+    states = torch.randn(13, width, generator=maker)
+    results = []
+    for ours in (True, False):
+        leaf = states.clone().requires_grad_()
+        if ours:
+            losses = split.losses(leaf * 1.5, targets)
+        else:
+            losses = torch.nn.functional.cross_entropy(split.logits(leaf * 1.5), targets, reduction="none")
+        (losses * weights).sum().backward()
+        results.append((losses.detach(), leaf.grad))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(split.losses(states * 1.5, targets), results[0][0])

@@ -341,3 +341,16 @@ def test_tying_is_kept(tiny_folders: dict[str, Path]) -> None:
         network = models.load(str(tiny_folders[kind])).network
         shared = network.get_input_embeddings().weight is network.get_output_embeddings().weight
         assert shared == tied
+
+
+def test_a_negative_cache_is_refused(qwen: ChatModel) -> None:
+    with pytest.raises(UserError, match=r"a cache of -1 GiB is none.*--cache-memory 0"):
+        models.load(qwen.name, cache_memory=-(2**30))
+
+
+def test_an_embedded_model_without_weights_says_how_to_build_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(models.POCKET_MODELS, "pocket-gemma", tmp_path / "gemma3")
+    with pytest.raises(UserError, match="ws pocket build --architecture gemma3"):
+        models.load("pocket-gemma")

@@ -132,7 +132,7 @@ def test_a_model_that_cannot_share_says_so_and_scores_whole_rows(
         raise TypeError("no cache of this kind")
 
     monkeypatch.setattr(shared_prefix, "last_logits", broken)
-    monkeypatch.setattr(shared_prefix, "_exact", {})
+    monkeypatch.setattr(shared_prefix.is_exact, "_known", {})
     found = score(qwen, [pairs()], [Condition()])
     assert (found["value"] - expected["value"]).abs().max() < 2e-4  # type: ignore[operator]
     assert "shared prefixes do not compose" in capsys.readouterr().err

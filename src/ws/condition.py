@@ -22,7 +22,11 @@ Undo = Callable[[], None]
 
 @runtime_checkable
 class Effect(Protocol):
-    """An edit that is not a weight Direction, such as an activation direction added to the residual stream."""
+    """An edit that is not a weight Direction, such as an activation direction added to the residual stream.
+
+    An Effect may have an attribute `first_layer`, the first decoder layer that it changes: layers below are then run
+    once for all of its strengths.
+    """
 
     @property
     def base(self) -> str:

@@ -11,16 +11,20 @@ and every row gives the same numbers alone and in company.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ws import console
+
+LOGIT_BYTES = 2**28
+"""Most bytes of fp32 logits in memory at once while fitting."""
 
 _scored: ContextVar[Tensor | None] = ContextVar("scored positions", default=None)
 
@@ -72,6 +76,21 @@ class SplitForward:
         whole = self.network(input_ids=ids, **{"use_cache": False, **inputs}).logits
         return whole[rows, columns].to(torch.float32)
 
+    def losses(self, hidden: Float[Tensor, "n width"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Negative log-likelihood of every target after its final hidden state, fp32, for a frozen head.
+
+        The logits are made a block at a time, at most `LOGIT_BYTES` of them, together with their gradient: neither all
+        logits nor their gradients are ever in memory, and nothing is computed twice.
+        """
+        block = max(1, LOGIT_BYTES // (4 * self.head.weight.shape[0]))
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            parts = zip(hidden.split(block), targets.split(block), strict=True)
+            return torch.cat([self._losses_of_block(states, wanted) for states, wanted in parts])
+        return _BlockwiseLosses.apply(hidden, targets, self._losses_of_block, block)
+
+    def _losses_of_block(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.logits(hidden), targets, reduction="none")
+
     @torch.no_grad()
     def _matches_whole(self) -> bool:
         if self.head is None:
@@ -83,6 +102,50 @@ class SplitForward:
         parts = self.logits(self.hidden(ids)[0])
         tolerance = 1e-4 if self.head.weight.dtype == torch.float32 else 5e-2
         return bool((whole - parts).abs().max() <= tolerance * whole.abs().max().clamp(min=1e-6))
+
+
+class OncePerNetwork:
+    """A shortcut that is tried out once on every network, unedited, and is not taken where it is not exact.
+
+    `holds` tries it; `otherwise` says what is done instead, in a warning that is given once.
+    """
+
+    def __init__(self, holds: Callable[[Any], bool], otherwise: str) -> None:
+        self._holds, self._otherwise = holds, otherwise
+        self._known: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+    def __call__(self, model: Any) -> bool:
+        """Whether the shortcut may be taken with this ChatModel."""
+        known = self._known.get(model.network)
+        if known is None:
+            known = self._known[model.network] = self._holds(model)
+            if not known:
+                console.warn(f"{model.name}: {self._otherwise}")
+        return known
+
+
+class _BlockwiseLosses(torch.autograd.Function):
+    """Losses with the gradient of each to its own state, taken while the logits of its block are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, losses_of: Callable[[Tensor, Tensor], Tensor], block: int
+    ) -> Tensor:
+        found, gradients = [], []
+        for states, wanted in zip(hidden.split(block), targets.split(block), strict=True):
+            with torch.enable_grad():
+                leaf = states.detach().requires_grad_()
+                losses = losses_of(leaf, wanted)
+                # a loss depends on its own state alone, so the gradient of the sum holds all of them
+                gradients.append(torch.autograd.grad(losses.sum(), leaf)[0])
+            found.append(losses.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * weights[0][:, None].to(gradients.dtype), None, None, None
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "rows tokens"]:

@@ -35,6 +35,8 @@ POCKET_MODELS = {"pocket": _POCKET_WEIGHTS / "qwen3", "pocket-gemma": _POCKET_WE
 """Models that ship with the package, by name."""
 
 SETTINGS_FILE = "weight_steering.json"
+CACHE_MEMORY = 2**30
+"""Bytes of hidden states that may be kept to be used again, where the user does not say."""
 SMALL_MODEL = 200_000_000
 """Up to this many parameters `--dtype auto` means fp32 everywhere."""
 
@@ -43,7 +45,8 @@ SMALL_MODEL = 200_000_000
 class ChatModel:
     """A causal LM, its tokenizer behind a `Chat`, and what identifies it.
 
-    `name` is what the user asked for; `settings` are the recommendations that came with the model folder.
+    `name` is what the user asked for; `settings` are the recommendations that came with the model folder;
+    `cache_memory` bounds, in bytes, the states that are kept because they will be needed again.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ChatModel:
     chat: Chat
     revision: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    cache_memory: int = CACHE_MEMORY
 
     @property
     def device(self) -> torch.device:
@@ -121,16 +125,19 @@ def load(
     attention: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    cache_memory: int = CACHE_MEMORY,
 ) -> ChatModel:
     """Load a model by the name of an embedded model, a folder, or a hub id.
 
     dtype "auto" is fp32 up to 200 M parameters, and on a CPU that only emulates bfloat16; else the checkpoint's own.
-    Device "auto" prefers CUDA, then
-    MPS, then the CPU; attention "auto" is eager on the CPU (faster there at these lengths) and SDPA elsewhere.
+    Device "auto" prefers CUDA, then MPS, then the CPU; attention "auto" is eager on the CPU (faster there at these
+    lengths) and SDPA elsewhere.
     Weights are read from safetensors only. Raises `UserError` with the remedy for anything that cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy import, late
 
+    if cache_memory < 0:
+        raise UserError(f"a cache of {cache_memory / 2**30:g} GiB is none", "Give --cache-memory 0 or more.")
     place = _locate(name)
     target_device = _choose_device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -166,6 +173,7 @@ def load(
         chat=Chat(tokenizer, thinking, name),
         revision=getattr(config, "_commit_hash", None) or revision,
         settings=read_json(settings_file) if settings_file.is_file() else {},
+        cache_memory=cache_memory,
     )
 
 
@@ -219,7 +227,10 @@ def _locate(name: str) -> str:
     if name in POCKET_MODELS:
         folder = POCKET_MODELS[name]
         if not (folder / "config.json").is_file():
-            raise UserError(f"the embedded model {name!r} has no weights at {folder}", "Build it with: ws pocket build")
+            raise UserError(
+                f"the embedded model {name!r} has no weights at {folder}",
+                f"Build it with: ws pocket build --architecture {folder.name}",
+            )
         return str(folder)
     folder = Path(name).expanduser()
     if folder.is_dir():

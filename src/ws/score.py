@@ -27,12 +27,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws import console, forward, shared_prefix
+from ws import console, forward, lower_layers, shared_prefix
 from ws.chat import Message
 from ws.condition import Condition, Context
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.generate import Request, Sample, Sampling, sample
+from ws.lower_layers import Memory, Recordings
 from ws.models import ChatModel
 from ws.probe import JSON, WRITTEN, Probe
 from ws.shared_prefix import Tree
@@ -69,6 +70,7 @@ def score(
     conditions: Iterable[Condition],
     *,
     token_budget: int | None = None,
+    cache_memory: int | None = None,
     mode: Mode = "auto",
     shards: Shards | None = None,
     base_shards: Shards | None = None,
@@ -78,19 +80,25 @@ def score(
 
     The base of every Context is always part of the result. With `shards`, finished (probe, Condition) pieces are kept
     on disk and reused by a rerun; with `base_shards`, those without edits are kept there, for all runs of one model.
+    `cache_memory` (default: the model's) bounds, in bytes, the states kept of layers below the edits; 0 runs every
+    layer for every Condition.
     """
     plan = _distinct_with_bases(conditions)
     budget = token_budget or default_token_budget(model)
+    memory = Memory(model.cache_memory if cache_memory is None else cache_memory)
     pieces: list[pl.DataFrame] = []
     split = model.split.is_split and not any(_edits_head(model, condition) for condition in plan)
     with console.progress(description, total=len(plan) * len(probes)) as bar:
         for context, group in plan.by_context():
-            prepared = [_Prepared.of(model, probe, context, budget, split) for probe in probes]
+            begins = [lower_layers.first_edited(model.network, condition) for condition in group]
+            prepared = [_Prepared.of(model, probe, context, budget, split, begins, memory) for probe in probes]
             for condition in group:
                 store = base_shards if base_shards is not None and condition.is_base else shards
                 for part in _score_condition(model, prepared, condition, mode, store):
                     pieces.append(part)
                     bar.advance()
+            for piece in prepared:
+                piece.recordings.release()
     return pl.concat(pieces)
 
 
@@ -145,9 +153,13 @@ class _Prepared:
     split: bool  # final hidden states stand for logits, because no edit reaches the head
     base_states: dict[int, Tensor]  # divergence: those of the base, per batch
     tree: Tree | None  # choice: what the rows have in common
+    recordings: Recordings  # states that enter the first edited layer
 
     @classmethod
-    def of(cls, model: ChatModel, probe: Probe, context: Context, budget: int, split: bool) -> _Prepared:
+    def of(
+        cls, model: ChatModel, probe: Probe, context: Context, budget: int, split: bool, begins: Sequence[int],
+        memory: Memory,
+    ) -> _Prepared:  # fmt: skip
         tokens, starts = [], []
         for row in probe.rows:
             system = [Message(role="system", content=context.system)] if context.system.strip() else []
@@ -170,7 +182,11 @@ class _Prepared:
             answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
         batches = forward.plan_batches([len(ids) for ids in tokens], budget)
         tree = shared_prefix.worthwhile(model, tokens) if probe.kind == "choice" else None
-        return cls(probe, tokens, starts, batches, budget, answers, split, {}, tree)
+        whole = sum(len(tokens[batch[0]]) * len(batch) for batch in batches)
+        padded = whole * len(_beginnings(answers)) + (shared_prefix.padded_tokens(tree, budget) if tree else whole)
+        # what a model writes differs between Conditions, so there is nothing to play back
+        recordings = Recordings(model, () if probe.kind in WRITTEN else begins, padded, memory)
+        return cls(probe, tokens, starts, batches, budget, answers, split, {}, tree, recordings)
 
 
 def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
@@ -199,13 +215,16 @@ def _score_condition(
             assert shards is not None
             yield pl.read_parquet(shards.path(name))
         return
+    begins = lower_layers.first_edited(model.network, condition)
     with torch.no_grad(), under(model, condition, mode=mode):
         for piece, name, done in zip(prepared, names, stored, strict=True):
             if done and not (base_states_needed and piece.probe.kind == "divergence"):
                 assert shards is not None
                 yield pl.read_parquet(shards.path(name))
                 continue
-            table = _as_table(piece.probe, condition, _RUNNERS[piece.probe.kind](model, piece, condition))
+            with piece.recordings.used(begins):
+                values = _RUNNERS[piece.probe.kind](model, piece, condition)
+            table = _as_table(piece.probe, condition, values)
             if shards is not None:
                 with atomic_file(shards.path(name)) as temporary:
                     table.write_parquet(temporary)
@@ -275,7 +294,7 @@ def _choices(
     model: ChatModel, piece: _Prepared, tokens: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]
 ) -> Values:
     first, second = piece.answers
-    beginnings = sorted({tuple(sequence[:end]) for sequence in first + second for end in range(1, len(sequence))})
+    beginnings = _beginnings(piece.answers)
     values: Values = {}
     for batch, opening in _openings(model, piece, tokens, batches):
         by_prefix = {(): opening} | {
@@ -292,6 +311,11 @@ def _choices(
                 "maxp": float(top[position]),
             }
     return values
+
+
+def _beginnings(answers: tuple[list[list[int]], list[list[int]]]) -> list[tuple[int, ...]]:
+    """Proper prefixes of answers of several tokens: each needs a forward pass of its own."""
+    return sorted({tuple(sequence[:end]) for group in answers for sequence in group for end in range(1, len(sequence))})
 
 
 def _openings(

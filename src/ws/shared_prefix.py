@@ -12,7 +12,6 @@ order of floating-point sums; checked against whole rows once per model, with a 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -22,7 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws import console, forward
+from ws import forward, lower_layers
+from ws.forward import OncePerNetwork
 from ws.models import ChatModel
 
 SHORTEST_BRANCH = 8
@@ -99,7 +99,7 @@ def worthwhile(model: ChatModel, rows: Sequence[Sequence[int]]) -> Tree | None:
     window = getattr(_text_config(model), "sliding_window", None)
     if tree.saving < LEAST_SAVING or not tree.trunk or (window is not None and tree.longest > window):
         return None
-    return tree if _is_exact(model) else None
+    return tree if is_exact(model) else None
 
 
 def last_logits(
@@ -108,8 +108,7 @@ def last_logits(
     """Logits after the last token of every row, fp32, in blocks with the indices of their rows."""
     device = model.device
     trunk = _extend(model, None, torch.tensor([tree.trunk], device=device), None, 0)
-    for batch in forward.plan_batches([_width(branch) * len(branch.rows) for branch in tree.branches], token_budget):
-        branches = [tree.branches[index] for index in batch]
+    for branches in _batches(tree, token_budget):
         width = max(len(branch.shared) for branch in branches)
         cache = _expanded(trunk, torch.zeros(len(branches), dtype=torch.long, device=device))
         if width:
@@ -130,15 +129,28 @@ def last_logits(
         yield [row for branch in branches for row in branch.rows], logits
 
 
+def _batches(tree: Tree, token_budget: int) -> Iterator[list[Branch]]:
+    for batch in forward.plan_batches([_width(branch) * len(branch.rows) for branch in tree.branches], token_budget):
+        yield [tree.branches[index] for index in batch]
+
+
+def padded_tokens(tree: Tree, token_budget: int) -> int:
+    """Positions that `last_logits` computes, padding included."""
+    total = len(tree.trunk)
+    for branches in _batches(tree, token_budget):
+        total += len(branches) * max(len(branch.shared) for branch in branches)
+        leaves = [len(leaf) for branch in branches for leaf in branch.leaves]
+        total += len(leaves) * max(leaves)
+    return total
+
+
 def _width(branch: Branch) -> int:
     return len(branch.shared) + max(map(len, branch.leaves))
 
 
 def _extend(model: ChatModel, cache: Any, ids: Int[Tensor, "rows tokens"], mask: Tensor | None, start: int) -> Any:
     """The cache after these tokens. No position is scored here, so effects at the scored position do nothing."""
-    from transformers import DynamicCache  # noqa: PLC0415 - heavy import, late
-
-    cache = DynamicCache(config=model.network.config) if cache is None else cache
+    cache = lower_layers.new_cache(model) if cache is None else cache
     nowhere = torch.full((len(ids),), -1, device=ids.device)
     positions = (start + torch.arange(ids.shape[1], device=ids.device)).expand(len(ids), -1)
     with forward.scoring_at(nowhere):
@@ -166,19 +178,6 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 # -------------------------------------------------------------------- is it exact?
 
 
-_exact: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
-def _is_exact(model: ChatModel) -> bool:
-    """Whether rows through the tree have the logits of whole rows; found out once per network."""
-    known = _exact.get(model.network)
-    if known is None:
-        known = _exact[model.network] = _matches_whole_rows(model)
-        if not known:
-            console.warn(f"{model.name}: shared prefixes do not compose; scoring whole rows")
-    return known
-
-
 @torch.no_grad()
 def _matches_whole_rows(model: ChatModel) -> bool:
     count = model.network.get_input_embeddings().weight.shape[0]
@@ -198,6 +197,10 @@ def _matches_whole_rows(model: ChatModel) -> bool:
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # a model without such a cache
         return False
     return True
+
+
+is_exact = OncePerNetwork(_matches_whole_rows, "shared prefixes do not compose; scoring whole rows")
+"""Whether rows through the tree have the logits of whole rows."""
 
 
 def _text_config(model: ChatModel) -> Any:
