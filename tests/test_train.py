@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ws import adapters, data, diff, train
+from ws import adapters, data, diff, lower_layers, train
 from ws.adapters import AdapterSettings
 from ws.chat import ask
 from ws.errors import UserError
@@ -201,3 +201,89 @@ def test_the_result_record_is_plain_json(qwen: ChatModel, tmp_path: Path) -> Non
     train.fit(qwen, pairs(), "neg", replace(SMALL, epochs=1), seed=0, data_seed=0, folder=tmp_path / "neg")
     record = json.loads((tmp_path / "neg" / train.RESULT_FILE).read_text())
     assert record["settings"]["adapter"]["rank"] == 4 and record["trainable_parameters"] > 0
+
+
+def logs(folder: Path) -> list[dict[str, str]]:
+    with (folder / "train_log.csv").open() as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.mark.parametrize("family", adapters.FAMILIES)
+def test_sides_fitted_together_are_those_fitted_alone(
+    qwen: ChatModel, tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Different numbers of rows, different seeds; every side as its slow twin, up to rounding that Adam amplifies."""
+    chosen = replace(SMALL, adapter=replace(SMALL.adapter, family=family, layers=(0.3, 0.8)), epochs=3, lr=3e-3)
+    before = weights(qwen)
+    fewer = pairs(topics=4, rows=3)
+    sides = [
+        train.Side(pairs(), "pos", 0, 0, tmp_path / "pos"),
+        train.Side(fewer, "neg", 0, 0, tmp_path / "neg"),
+        train.Side(pairs(), "pos", 1, 0, tmp_path / "other seed"),
+    ]
+    joint = train.fit_together(qwen, sides, chosen)
+    assert "do not compose" not in capsys.readouterr().err
+    gaps = []
+    assert all(torch.equal(before[name], p) for name, p in qwen.network.named_parameters())
+    assert before.keys() == dict(qwen.network.named_parameters()).keys()
+    for side, result in zip(sides, joint, strict=True):
+        place = tmp_path / "alone" / side.folder.name
+        alone = train.fit(qwen, side.pairs, side.sign, chosen, seed=side.seed, data_seed=0, folder=place)
+        assert alone["steps"] == result["steps"] and alone["train_rows"] == result["train_rows"]
+        for one, other in zip(logs(place), logs(side.folder), strict=True):
+            for name in ("loss", "eval_loss", "lr", "grad_norm"):
+                assert (one[name] == "") == (other[name] == "")
+                assert float(one[name] or 0) == pytest.approx(float(other[name] or 0), rel=2e-3, abs=1e-5), name
+        together, twin = (diff.task_vector(qwen, folder) for folder in (side.folder, place))
+        gaps.append(float((together - twin).norm() / twin.norm()))
+    assert max(gaps) < 2e-2
+    first, other = (diff.task_vector(qwen, tmp_path / name) for name in ("pos", "other seed"))
+    # some families start alike under every seed, so that only the order of the rows differs
+    assert (first - other).norm() > 5 * max(gaps) * first.norm(), "sides of other seeds are others"
+
+
+def test_rows_of_a_batch_pass_through_their_own_adapter(qwen: ChatModel) -> None:
+    chosen = AdapterSettings(rank=4, lora_alpha=8.0)
+    ids = torch.arange(36).reshape(3, 12)
+    base = qwen.split.hidden(ids)
+    with adapters.attach_together(qwen.network, chosen, "qwen", [0, 1]) as together:
+        for number, parameters in enumerate(together.parameters):
+            for parameter in parameters:
+                torch.nn.init.normal_(parameter, std=0.05 * number)
+        with torch.no_grad(), together.rows([2, 1]):
+            divided = qwen.split.hidden(ids)
+        with torch.no_grad(), together.rows([0, 3]):
+            second = qwen.split.hidden(ids)
+        with pytest.raises(adapters.NotByRowsError), together.rows([1, 1]):
+            qwen.split.hidden(ids)
+    torch.testing.assert_close(divided[:2], base[:2])
+    torch.testing.assert_close(divided[2], second[2])
+    assert not torch.allclose(divided[2], base[2], atol=1e-3)
+    assert torch.equal(qwen.split.hidden(ids), base)
+
+
+def test_sides_that_cannot_be_told_apart_are_fitted_one_by_one(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: adapters.Together, layers: list[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
+        if len(layers) > 1:
+            raise adapters.NotByRowsError("experts see tokens")
+        return layers[0](x)
+
+    monkeypatch.setattr(adapters.Together, "route", refuse)
+    sides = [train.Side(pairs(), sign, 0, 0, tmp_path / sign) for sign in ("pos", "neg")]
+    results = train.fit_together(qwen, sides, replace(SMALL, epochs=1))
+    assert [(tmp_path / sign / "train_log.csv").is_file() for sign in ("pos", "neg")] == [True, True]
+    assert [result["steps"] for result in results] == [3, 3]
+
+
+def test_without_kept_states_training_is_the_same(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = replace(SMALL, adapter=replace(SMALL.adapter, layers=(0.5, 0.8)), epochs=3)
+    train.fit(qwen, pairs(), "pos", chosen, seed=0, data_seed=0, folder=tmp_path / "kept")
+    assert lower_layers._row_states[qwen.network], "states have been kept"
+    monkeypatch.setattr(qwen, "cache_memory", 0)
+    train.fit(qwen, pairs(), "pos", chosen, seed=0, data_seed=0, folder=tmp_path / "anew")
+    kept, anew = (diff.task_vector(qwen, tmp_path / name) for name in ("kept", "anew"))
+    assert (kept - anew).norm() < 1e-2 * anew.norm()

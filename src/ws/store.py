@@ -82,11 +82,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for inside in temporary.rglob("*"):
             if inside.is_file():
                 _flush(inside)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        move_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Put a complete folder where another one may be."""
+    if target.exists():
+        shutil.rmtree(target)
+    source.rename(target)
 
 
 @contextmanager
@@ -221,13 +226,11 @@ class RunFolder:
         `inputs` is everything the result depends on, file contents as digests; `outputs` are names inside the folder
         that `make` writes atomically. `make` gets `Shards` that survive a kill and are keyed by the inputs.
         """
-        record_file = self.path / "stages" / f"{stage}.json"
-        key = content_key(stage, inputs)
-        record = read_json(record_file) if record_file.exists() else None
-        if record is not None and record["key"] == key and self._outputs_intact(record):
-            return StageResult(False, record["seconds"])
+        record_file, key = self._record_file(stage), content_key(stage, inputs)
+        if self.is_done(stage, inputs):
+            return StageResult(False, read_json(record_file)["seconds"])
         record_file.unlink(missing_ok=True)
-        shards = Shards(self.path / ".partial" / f"{stage}-{key}")
+        shards = self.shards(stage, inputs)
         started = time.perf_counter()
         if not self._copied(stage, key, siblings):
             make(shards)
@@ -244,6 +247,19 @@ class RunFolder:
         })  # fmt: skip
         shards.discard()
         return StageResult(True, round(seconds, 3))
+
+    def is_done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether the stage is recorded for these inputs and its outputs are still those that it made."""
+        record_file = self._record_file(stage)
+        record = read_json(record_file) if record_file.exists() else None
+        return record is not None and record["key"] == content_key(stage, inputs) and self._outputs_intact(record)
+
+    def shards(self, stage: str, inputs: Mapping[str, Any]) -> Shards:
+        """Where the pieces of a stage are kept until it is done for these inputs."""
+        return Shards(self.path / ".partial" / f"{stage}-{content_key(stage, inputs)}")
+
+    def _record_file(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
 
     def _copied(self, stage: str, key: str, siblings: Iterable[Path]) -> bool:
         """Whether a sibling had the same stage done for the same inputs, so that its outputs could be copied."""
@@ -270,7 +286,7 @@ class RunFolder:
 
     def changed_inputs(self, stage: str, inputs: Mapping[str, Any]) -> list[str]:
         """Names of the inputs that differ from the recorded ones; empty when the stage never ran."""
-        record_file = self.path / "stages" / f"{stage}.json"
+        record_file = self._record_file(stage)
         if not record_file.exists():
             return []
         known = read_json(record_file)["inputs"]

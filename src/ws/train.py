@@ -1,4 +1,4 @@
-"""Fit one adapter per sign on its own responses, with the persona removed.
+"""Fit one adapter per sign on its own responses, with the persona removed; both in one pass over the frozen base.
 
 The conversation is the plain user prompt and the response; the loss covers the response and its end of turn only.
 Tokens of one optimiser step are averaged together, whatever the micro-batches. Topics, not rows, are held out for
@@ -14,8 +14,10 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,10 +26,11 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from ws import adapters, console, forward, settings
-from ws.adapters import AdapterSettings
+from ws import adapters, console, forward, lower_layers, settings
+from ws.adapters import AdapterSettings, Together
 from ws.chat import SupervisedTokens, ask
 from ws.errors import UserError
+from ws.lower_layers import Recording
 from ws.models import ChatModel
 from ws.store import atomic_file, atomic_folder, write_json
 
@@ -128,6 +131,16 @@ def examples(model: ChatModel, pairs: pl.DataFrame, sign: Sign, chosen: TrainSet
     return Examples(parts[False], parts[True], truncated)
 
 
+class Side(NamedTuple):
+    """One adapter to be fitted: on which responses, with which seeds, and the folder it goes to."""
+
+    pairs: pl.DataFrame
+    sign: Sign
+    seed: int
+    data_seed: int
+    folder: Path
+
+
 def fit(
     model: ChatModel,
     pairs: pl.DataFrame,
@@ -142,78 +155,130 @@ def fit(
 
     Returns the result record: losses before and after, steps, trainable parameters, warnings.
     """
-    data = examples(model, pairs, sign, chosen, data_seed)
-    torch.manual_seed(seed)
-    attached = adapters.attach(model.network, chosen.adapter, model.name)
+    return fit_together(model, [Side(pairs, sign, seed, data_seed, folder)], chosen)[0]
+
+
+def fit_together(model: ChatModel, sides: Sequence[Side], chosen: TrainSettings) -> list[dict[str, Any]]:
+    """Fit several adapters of one family in one pass over the frozen base; each as `fit` would alone.
+
+    Every step is a step of every side on its own rows in its own order, with its own loss, clipping and optimiser;
+    results differ from separate fits by rounding only. Where rows cannot be told apart inside the network (mixtures of
+    experts) the sides are fitted one after the other.
+    """
     try:
-        log, result = optimise(model, data, chosen, attached.trainable, seed=seed, description=f"training {sign}")
-        with atomic_folder(folder) as temporary:
-            attached.save(temporary)
-            _write_log(temporary / LOG_FILE, log)
-            write_json(temporary / RESULT_FILE, result | {"settings": asdict(chosen)})
+        return _fit_together(model, sides, chosen)
+    except adapters.NotByRowsError:
+        return [result for side in sides for result in _fit_together(model, [side], chosen)]
+
+
+def _fit_together(model: ChatModel, sides: Sequence[Side], chosen: TrainSettings) -> list[dict[str, Any]]:
+    started = time.perf_counter()
+    data = [examples(model, side.pairs, side.sign, chosen, side.data_seed) for side in sides]
+    # what is found out once per model belongs to the model without adapters
+    _ = model.split, model.fingerprint, lower_layers.is_exact(model)
+    try:
+        with adapters.attach_together(
+            model.network, chosen.adapter, model.name, [side.seed for side in sides]
+        ) as together:
+            branches = [
+                Branch(side.sign, rows, parameters, side.seed)
+                for side, rows, parameters in zip(sides, data, together.parameters, strict=True)
+            ]
+            outcomes = optimise(model, branches, chosen, together, first_layer=together.first_layer(model.network))
+        # what one pass took is shared out evenly, so that sums over sides stay true
+        share = {"seconds": round((time.perf_counter() - started) / len(sides), 3), "fitted_together": len(sides)}
+        outcomes = [(log, result | share) for log, result in outcomes]
+        for number, (side, (log, result)) in enumerate(zip(sides, outcomes, strict=True)):
+            with atomic_folder(side.folder) as temporary:
+                together.save(number, temporary)
+                _write_log(temporary / LOG_FILE, log)
+                write_json(temporary / RESULT_FILE, result | {"settings": asdict(chosen)})
     finally:
-        attached.detach()
         model.network.eval().requires_grad_(False)
-    for warning in result["warnings"]:
-        console.warn(f"{sign}: {warning}")
-    return result
+    for side, (_, result) in zip(sides, outcomes, strict=True):
+        for warning in result["warnings"]:
+            console.warn(f"{side.sign}: {warning}")
+    return [result for _, result in outcomes]
+
+
+# -------------------------------------------------------------------- optimisation
 
 
 Log = list[dict[str, float | None]]
 """One entry per step: step, epoch, loss, eval_loss, lr, grad_norm."""
 
 
+class Branch(NamedTuple):
+    """Rows and the parameters to be fitted on them, which already act on the network; `seed` decides the order."""
+
+    name: str
+    data: Examples
+    parameters: list[nn.Parameter]
+    seed: int
+
+
 def optimise(
-    model: ChatModel, data: Examples, chosen: TrainSettings, parameters: list[nn.Parameter], *, seed: int,
-    description: str,
-) -> tuple[Log, dict[str, Any]]:  # fmt: skip
-    """Minimise the response loss over `parameters`, which already act on the network; the curve and its result."""
-    run = _Run(model, data, chosen, seed, description)
-    log = run.loop(parameters)
-    return log, {**run.result(log), "trainable_parameters": sum(p.numel() for p in parameters)}
+    model: ChatModel, branches: Sequence[Branch], chosen: TrainSettings, together: Together | None = None, *,
+    first_layer: int = 0, description: str = "",
+) -> list[tuple[Log, dict[str, Any]]]:  # fmt: skip
+    """Minimise the response loss of every branch; its curve and its result.
+
+    together: what sends the rows of a branch through its own parameters; a single branch needs none. first_layer: the
+    first decoder layer that parameters act on; what lies below runs once for all epochs.
+    """
+    fits = [_Fit(branch, chosen) for branch in branches]
+    _Loop(model, fits, chosen, together, first_layer).run(
+        description or "training " + " + ".join(branch.name for branch in branches)
+    )
+    return [(one.log, one.result()) for one in fits]
 
 
-class _Run:
-    """One pass of optimisation over tokenised examples."""
+class _Fit:
+    """One branch under way: its order, its optimiser and schedule, its log."""
 
-    def __init__(self, model: ChatModel, data: Examples, chosen: TrainSettings, seed: int, description: str) -> None:
-        self.model, self.data, self.chosen = model, data, chosen
-        self.description = description
-        self.rng = random.Random(f"order/{seed}")
-        per_epoch = math.ceil(len(data.train) / chosen.batch_size)
-        self.steps = per_epoch * chosen.epochs
+    def __init__(self, branch: Branch, chosen: TrainSettings) -> None:
+        self.data, self.parameters, self.chosen = branch.data, branch.parameters, chosen
+        self.rng = random.Random(f"order/{branch.seed}")
+        self.steps = math.ceil(len(self.data.train) / chosen.batch_size) * chosen.epochs
         self.warmup = min(chosen.warmup_steps, max(0, (self.steps - 1) // 2))
-        self.autocast = model.dtype in (torch.bfloat16, torch.float16)
+        self.optimiser = torch.optim.AdamW(branch.parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
+        self.log: Log = []
 
-    def loop(self, parameters: list[nn.Parameter]) -> Log:
-        chosen = self.chosen
-        optimiser = torch.optim.AdamW(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
-        log: Log = [self._entry(0, None, self._validation_loss(), 0.0, None)]
-        self.model.network.train()
-        with console.progress(self.description, total=self.steps) as bar:
-            step = 0
-            for _ in range(chosen.epochs):
-                for batch in self._epoch():
-                    for group in optimiser.param_groups:
-                        group["lr"] = chosen.lr * self._scale(step)
-                    loss = self._backward(batch)
-                    norm = float(nn.utils.clip_grad_norm_(parameters, chosen.clip_norm))
-                    optimiser.step()
-                    optimiser.zero_grad()
-                    step += 1
-                    if not math.isfinite(loss):
-                        raise UserError(f"the training loss is {loss} at step {step}", "Lower --lr.")
-                    due = step % chosen.evaluate_every == 0 or step == self.steps
-                    validation = self._validation_loss() if due else None
-                    log.append(self._entry(step, loss, validation, optimiser.param_groups[0]["lr"], norm))
-                    bar.advance(note=f"loss {loss:.3f}")
-        self.model.network.eval()
-        return log
+    def batches(self) -> Iterator[list[int]]:
+        """Indices of training rows, step by step; every epoch in an order of its own."""
+        order = list(range(len(self.data.train)))
+        for _ in range(self.chosen.epochs):
+            self.rng.shuffle(order)
+            for start in range(0, len(order), self.chosen.batch_size):
+                yield order[start : start + self.chosen.batch_size]
+            order.sort()
 
-    def result(self, log: Log) -> dict[str, Any]:
+    def step(self, number: int, loss: float) -> None:
+        """Take optimiser step `number` (from 1) on the gradient of `loss` that is there, and log it."""
+        if not math.isfinite(loss):
+            raise UserError(f"the training loss is {loss} at step {number}", "Lower --lr.")
+        lr = self.chosen.lr * self._scale(number - 1)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.chosen.clip_norm))
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.note(number, loss, None, lr, norm)
+
+    def is_due(self, number: int) -> bool:
+        """Whether the validation loss is wanted after this step."""
+        return number == self.steps or (number < self.steps and number % self.chosen.evaluate_every == 0)
+
+    def note(self, step: int, loss: float | None, validation: float | None, lr: float, norm: float | None) -> None:
+        """Append to the log."""
+        epoch = round(step * self.chosen.epochs / self.steps, 4)
+        self.log.append({"step": step, "epoch": epoch, "loss": loss, "eval_loss": validation, "lr": lr,
+                         "grad_norm": norm})  # fmt: skip
+
+    def result(self) -> dict[str, Any]:
         """First and last losses and what is suspicious about them."""
         measure = "eval_loss" if self.data.validation else "loss"
-        values = [entry[measure] for entry in log if entry[measure] is not None]
+        values = [entry[measure] for entry in self.log if entry[measure] is not None]
         first, last = float(values[0] or 0), float(values[-1] or 0)
         warnings = []
         if self.warmup < self.chosen.warmup_steps:
@@ -234,13 +299,8 @@ class _Run:
             "first_loss": first,
             "last_loss": last,
             "warnings": warnings,
+            "trainable_parameters": sum(parameter.numel() for parameter in self.parameters),
         }
-
-    def _epoch(self) -> list[list[SupervisedTokens]]:
-        order = list(range(len(self.data.train)))
-        self.rng.shuffle(order)
-        size = self.chosen.batch_size
-        return [[self.data.train[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
     def _scale(self, step: int) -> float:
         """Linear warm-up, then linear decay to zero at the end."""
@@ -248,48 +308,113 @@ class _Run:
             return (step + 1) / self.warmup
         return (self.steps - step) / max(1, self.steps - self.warmup)
 
-    def _backward(self, batch: Sequence[SupervisedTokens]) -> float:
-        """Accumulate the gradient of the mean loss per supervised token of the whole batch."""
-        count = sum(len(ids) - prompt for ids, prompt in batch)
-        total = 0.0
-        for micro in self._micro(batch):
-            loss = self._token_losses(micro).sum() / count
-            loss.backward()
-            total += float(loss.detach())
-        return total
+
+class _Row(NamedTuple):
+    """A row in a batch: its branch by number, its tokens, and the state with which it enters the first edited layer."""
+
+    branch: int
+    tokens: SupervisedTokens
+    state: Tensor | None
+
+
+class _Loop:
+    """Steps of all branches side by side over one network."""
+
+    def __init__(
+        self, model: ChatModel, fits: Sequence[_Fit], chosen: TrainSettings, together: Together | None,
+        first_layer: int,
+    ) -> None:  # fmt: skip
+        self.model, self.fits, self.chosen, self.together = model, fits, chosen, together
+        self.first_layer = first_layer
+        self.autocast = model.dtype in (torch.bfloat16, torch.float16)
+        self.train = [self._rows(number, one.data.train) for number, one in enumerate(fits)]
+        self.validation = [self._rows(number, one.data.validation) for number, one in enumerate(fits)]
+
+    def run(self, description: str) -> None:
+        """All steps of all branches; one that has fewer ends earlier."""
+        for one, loss in zip(self.fits, self._validation_losses(), strict=True):
+            one.note(0, None, loss, 0.0, None)
+        orders = [one.batches() for one in self.fits]
+        total = max(one.steps for one in self.fits)
+        self.model.network.train()
+        with console.progress(description, total=total) as bar:
+            for number in range(1, total + 1):
+                live = [index for index, one in enumerate(self.fits) if number <= one.steps]
+                losses = self._backward([self.train[index][row] for index in live for row in next(orders[index])])
+                for index in live:
+                    self.fits[index].step(number, losses[index])
+                if any(one.is_due(number) for one in self.fits):
+                    self._validate(number)
+                bar.advance(note=" ".join(f"{losses[index]:.3f}" for index in live))
+        self.model.network.eval()
+
+    def _rows(self, branch: int, rows: Sequence[SupervisedTokens]) -> list[_Row]:
+        with self._precision():
+            states = lower_layers.entering(self.model, self.first_layer, [ids for ids, _ in rows]) if rows else None
+        return [_Row(branch, one, states[index] if states else None) for index, one in enumerate(rows)]
+
+    def _backward(self, rows: Sequence[_Row]) -> list[float]:
+        """Accumulate every branch's gradient of its mean loss per supervised token; the losses by branch."""
+        counts = [0] * len(self.fits)
+        for row in rows:
+            counts[row.branch] += len(row.tokens.ids) - row.tokens.prompt_length
+        weights = torch.tensor([1 / count if count else 0.0 for count in counts], device=self.model.device)
+        totals = torch.zeros(len(self.fits), device=self.model.device)
+        for micro in self._micro(rows):
+            losses, owners = self._token_losses(micro)
+            weighted = losses * weights[owners]
+            weighted.sum().backward()
+            totals = totals.index_add(0, owners, weighted.detach())
+        return totals.tolist()
+
+    def _validate(self, number: int) -> None:
+        """Log the validation losses of the branches for which they are due."""
+        for one, loss in zip(self.fits, self._validation_losses(), strict=True):
+            if one.is_due(number):
+                one.log[-1]["eval_loss"] = loss
 
     @torch.no_grad()
-    def _validation_loss(self) -> float | None:
-        if not self.data.validation:
-            return None
+    def _validation_losses(self) -> list[float | None]:
         was_training = self.model.network.training
         self.model.network.eval()
-        losses = [self._token_losses(micro) for micro in self._micro(self.data.validation)]
+        sums, counts = torch.zeros(2, len(self.fits), dtype=torch.float64, device=self.model.device)
+        for micro in self._micro([row for rows in self.validation for row in rows]):
+            losses, owners = self._token_losses(micro)
+            sums.index_add_(0, owners, losses.double())
+            counts.index_add_(0, owners, torch.ones_like(losses, dtype=torch.float64))
         self.model.network.train(was_training)
-        return float(torch.cat(losses).mean())
+        return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
 
-    def _micro(self, batch: Sequence[SupervisedTokens]) -> list[list[SupervisedTokens]]:
-        plan = forward.plan_batches([len(ids) for ids, _ in batch], self.chosen.micro_tokens)
-        return [[batch[index] for index in part] for part in plan]
+    def _micro(self, rows: Sequence[_Row]) -> list[list[_Row]]:
+        plan = forward.plan_batches([len(row.tokens.ids) for row in rows], self.chosen.micro_tokens)
+        return [sorted((rows[index] for index in part), key=lambda row: row.branch) for part in plan]
 
-    def _token_losses(self, batch: Sequence[SupervisedTokens]) -> Tensor:
-        """Negative log-likelihood of every supervised token, fp32."""
+    def _token_losses(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of every supervised token, fp32, and the branch that it belongs to."""
         device = self.model.device
-        ids = forward.pad_right([ids for ids, _ in batch], device)
-        rows = torch.cat([torch.full((len(ids) - prompt,), row) for row, (ids, prompt) in enumerate(batch)])
-        columns = torch.cat([torch.arange(prompt - 1, len(ids) - 1) for ids, prompt in batch])
-        rows, columns = rows.to(device), columns.to(device)
-        precision = torch.autocast(device.type, dtype=self.model.dtype) if self.autocast else nullcontext()
-        with precision:
-            logits = self.model.split.logits_at(ids, rows, columns)
-        return nn.functional.cross_entropy(logits.float(), ids[rows, columns + 1], reduction="none")
+        texts = [row.tokens for row in rows]
+        ids = forward.pad_right([one.ids for one in texts], device)
+        counts = torch.tensor([len(one.ids) - one.prompt_length for one in texts])
+        numbers = torch.repeat_interleave(torch.arange(len(rows)), counts).to(device)
+        columns = torch.cat([torch.arange(one.prompt_length - 1, len(one.ids) - 1) for one in texts]).to(device)
+        owners = torch.tensor([row.branch for row in rows], device=device)[numbers]
+        of_branch = Counter(row.branch for row in rows)
+        with ExitStack() as stack:
+            stack.enter_context(self._precision())
+            if self.together is not None:
+                stack.enter_context(self.together.rows([of_branch[index] for index in range(len(self.fits))]))
+            states = [row.state for row in rows if row.state is not None]
+            if len(states) == len(rows):
+                entered = Recording(self.first_layer, [lower_layers.padded(states)])
+                stack.enter_context(lower_layers.playing(self.model.network, entered))
+            split, targets = self.model.split, ids[numbers, columns + 1]
+            if split.is_split:
+                return split.losses(split.hidden(ids)[numbers, columns], targets), owners
+            logits = split.logits_at(ids, numbers, columns)
+        return nn.functional.cross_entropy(logits, targets, reduction="none"), owners
 
-    def _entry(
-        self, step: int, loss: float | None, validation: float | None, lr: float, norm: float | None
-    ) -> dict[str, float | None]:
-        epoch = step * self.chosen.epochs / self.steps
-        return {"step": step, "epoch": round(epoch, 4), "loss": loss, "eval_loss": validation, "lr": lr,
-                "grad_norm": norm}  # fmt: skip
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.model.device.type, dtype=self.model.dtype) if self.autocast else nullcontext()
 
 
 def _write_log(path: Path, log: Log) -> None:

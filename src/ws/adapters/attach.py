@@ -56,16 +56,41 @@ def require_family(name: str) -> None:
 
 
 class Attached:
-    """A network with a fresh adapter: what to train, how to save it, how to take it off again."""
+    """A network with a fresh adapter: what to train, how to save it, how to take it off again.
+
+    `trainable` are the adapter's parameters, `layers` the adapted maps by their names in the network.
+    """
 
     def __init__(self, wrapped: Any, shifts: dict[str, _Shift]) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - heavy import, late
+
         self.wrapped = wrapped
         self._shifts = shifts
+        self.layers: dict[str, Any] = {
+            name.removeprefix(PREFIX): module
+            for name, module in wrapped.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         """The adapter's parameters."""
-        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        return [one for layer in self.layers.values() for one in layer.parameters() if one.requires_grad]
+
+    def suspend(self) -> None:
+        """Take the adapted maps out of the network, so that it can be given others; `resume` puts them back."""
+        network = self.wrapped.base_model.model
+        for place, layer in self.layers.items():
+            architecture.replace_module(network, place, layer.get_base_layer())
+        # what PEFT leaves there would be taken for an adapter of the next one
+        network.__dict__.pop("peft_config", None)
+
+    def resume(self) -> None:
+        """Put the adapted maps back."""
+        network = self.wrapped.base_model.model
+        for place, layer in self.layers.items():
+            architecture.replace_module(network, place, layer)
+        network.peft_config = self.wrapped.peft_config
 
     def save(self, folder: Path) -> None:
         """Write a PEFT adapter folder that plain PEFT loads to the same model."""
