@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from transformers import DynamicCache
 
 from ws import generate, models, tiny
 from ws.errors import UserError
@@ -89,6 +90,16 @@ def test_the_models_of_these_tests_read_their_whole_context(lively: ChatModel) -
 
 
 # ---------------------------------------------------------------- independence
+
+
+def test_the_attention_cache_fits_the_memory(any_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DynamicCache(config=any_model.network.config)
+    any_model.network(input_ids=torch.ones(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
+    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 6
+    monkeypatch.setattr(any_model, "cache_memory", 100 * per_token + 1)
+    assert generate.affordable_tokens(any_model) == 100
+    monkeypatch.setattr(any_model, "cache_memory", 2**40)
+    assert generate.affordable_tokens(any_model) == generate.CACHE_TOKENS
 
 
 @pytest.mark.parametrize("cache_tokens", [1, 300, 10**6])

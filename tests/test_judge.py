@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from listening import QuietHandler, listening
 from ws import behaviour, judge
 from ws.behaviour import Behaviour
 from ws.chat import Chat
@@ -201,35 +200,21 @@ def completion(content: Any) -> bytes:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Handler(QuietHandler):
+        def answer(self) -> None:
             found.paths.append(self.path)
-            found.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            found.bodies.append(json.loads(self.posted()))
             found.authorizations.append(self.headers["Authorization"])
             if not found.speaks_http:
                 self.wfile.write(b"hello\r\n")
                 return
             turn = found.script.pop(0) if len(found.script) > 1 else found.script[0]
-            status = turn if isinstance(turn, int) else 200
             body = b"{}" if isinstance(turn, int) else turn if isinstance(turn, bytes) else completion(turn)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.reply(turn if isinstance(turn, int) else 200, body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    running = HTTPServer(("127.0.0.1", 0), Handler)
-    found = Server(f"http://127.0.0.1:{running.server_port}/v1")
-    thread = threading.Thread(target=lambda: running.serve_forever(poll_interval=0.01), daemon=True)
-    thread.start()
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    yield found
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with listening(Handler, monkeypatch) as url:
+        found = Server(url)
+        yield found
 
 
 @pytest.fixture

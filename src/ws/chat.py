@@ -85,7 +85,7 @@ class Chat:
                 "an answer anchor cannot be placed while the model is thinking",
                 "Use --thinking off for this probe.",
             )
-        turns = self._system_where_supported(messages)
+        turns = self.turns(messages)
         rendered = self._apply(turns, add_generation_prompt=True)
         spoken = turns[-1]["content"].strip() if turns else ""
         header = rendered[rendered.rfind(spoken) + len(spoken) :]  # what a user writes cannot open a thought
@@ -196,6 +196,11 @@ class Chat:
 
     # ---------------------------------------------------------------- template details
 
+    @cached_property
+    def has_thinking_switch(self) -> bool:
+        """Whether the template asks `enable_thinking`."""
+        return "enable_thinking" in str(self.tokenizer.chat_template)
+
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         switch = {"enable_thinking": self.thinking == "on"}
         return str(
@@ -217,7 +222,8 @@ class Chat:
         except TemplateError:
             return False
 
-    def _system_where_supported(self, messages: Sequence[Message]) -> list[Message]:
+    def turns(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template takes them: no empty system turn; without a system role it joins the user's."""
         turns = [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()]
         if not turns or turns[0]["role"] != "system" or self.supports_system_turn:
             return turns

@@ -4,8 +4,9 @@
 
 A row shares topic, persona number and sample number; persona i of one side is paired with persona i of the other. The
 responses are sampled with one random stream per row and side, so they depend neither on batch size nor on an
-interruption. Responses that cannot teach the difference are flagged, not silently dropped: `flags_*` say why, `keep_*`
-says what training uses. Pairs of one's own are read from JSONL.
+interruption; those of a chat endpoint (`engine`) depend on the server. Responses that cannot teach the difference are
+flagged, not silently dropped: `flags_*` say why, `keep_*` says what training uses. Pairs of one's own are read from
+JSONL.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from ws import console, generate
+from ws import console, engine
 from ws.behaviour import Behaviour, TrainPrompt
-from ws.chat import ask
+from ws.engine import Asked, EngineSettings
 from ws.errors import UserError
-from ws.generate import Request, Sampling
+from ws.generate import Sampling
 from ws.models import ChatModel
 from ws.store import Shards, atomic_file
 
@@ -79,9 +80,15 @@ def cells(behaviour: Behaviour, grid: Grid) -> list[Cell]:
 
 
 def make_pairs(
-    model: ChatModel, behaviour: Behaviour, grid: Grid, sampling: Sampling, seed: int, shards: Shards
+    model: ChatModel,
+    behaviour: Behaviour,
+    grid: Grid,
+    sampling: Sampling,
+    seed: int,
+    shards: Shards,
+    source: EngineSettings = engine.LOCAL,
 ) -> pl.DataFrame:
-    """Sample both sides of the grid, check them, and flag what should not be trained on."""
+    """Sample both sides of the grid from `source`, check them, and flag what should not be trained on."""
     rows = cells(behaviour, grid)
     columns: dict[str, list[Any]] = {
         "topic": [row.topic.topic for row in rows],
@@ -95,7 +102,7 @@ def make_pairs(
             for number, part in enumerate(_pieces(rows)):
                 name = f"{side}-{number:04d}.parquet"
                 if not shards.has(name):
-                    table = _sample_side(model, behaviour.name, part, side, personas, sampling, seed, bar)
+                    table = _sample_side(source, model, behaviour.name, part, side, personas, sampling, seed, bar)
                     with atomic_file(shards.path(name)) as temporary:
                         table.write_parquet(temporary)
                 else:
@@ -121,6 +128,7 @@ def _pieces(rows: Sequence[Cell]) -> Iterator[list[Cell]]:
 
 
 def _sample_side(
+    source: EngineSettings,
     model: ChatModel,
     name: str,
     rows: Sequence[Cell],
@@ -130,23 +138,23 @@ def _sample_side(
     seed: int,
     bar: console.Bar,
 ) -> pl.DataFrame:
-    blocks: dict[tuple[str, int], list[Cell]] = {}
+    blocks: dict[tuple[TrainPrompt, int], list[Cell]] = {}
     for row in rows:
-        blocks.setdefault((row.topic.topic, row.persona), []).append(row)
-    requests = [
-        Request(
-            prompt=model.chat.prompt(ask(block[0].topic.text, personas[persona])),
-            keys=tuple(f"{name}/{side}/{topic}/{persona}/{row.sample}" for row in block),
+        blocks.setdefault((row.topic, row.persona), []).append(row)
+    asked = [
+        Asked(
+            topic.text,
+            personas[persona],
+            keys=tuple(f"{name}/{side}/{topic.topic}/{persona}/{row.sample}" for row in block),
         )
         for (topic, persona), block in blocks.items()
     ]
-    sampled = generate.sample(model, requests, sampling, seed, advance=bar.advance)
-    flat = [one for samples in sampled for one in samples]
+    responses = engine.respond(source, model, asked, sampling, seed, bar.advance)
     return pl.DataFrame({
         "system": [personas[row.persona] for row in rows],
-        "response": [model.chat.decode(one.ids) for one in flat],
-        "finish": [one.finish for one in flat],
-        "tokens": [len(one.ids) for one in flat],
+        "response": [one.text for one in responses],
+        "finish": [one.finish for one in responses],
+        "tokens": pl.Series([one.tokens for one in responses], dtype=pl.Int64),
     })  # fmt: skip
 
 

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws import keyed_random
+from ws import architecture, keyed_random
 from ws.errors import UserError
 from ws.models import ChatModel
 
 CACHE_TOKENS = 65_536
-"""Tokens held in the attention cache at once; a memory budget, without effect on results."""
+"""Most tokens in the attention cache at once: beyond, larger batches of small models are not faster."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,34 @@ def sample(
     seed: int,
     *,
     stops: frozenset[int] | None = None,
-    cache_tokens: int = CACHE_TOKENS,
+    cache_tokens: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[list[Sample]]:
     """Sample every request; results in the order of `requests` and of their keys.
 
-    `stops` are the ids that end a sample (None: those of the chat template). `advance` is told how many samples have
+    `stops` are the ids that end a sample (None: those of the chat template). `cache_tokens` bounds the attention cache
+    (None: what `model.cache_memory` holds), though one request is always in one batch, and has no effect on results.
+    `advance` is told how many samples have
     been finished since it was last called.
     """
     ending = model.chat.stop_ids if stops is None else stops
     results: list[list[Sample]] = [[] for _ in requests]
-    for batch in _plan(requests, sampling.max_new_tokens, cache_tokens):
+    most = affordable_tokens(model) if cache_tokens is None else cache_tokens
+    for batch in _plan(requests, sampling.max_new_tokens, most):
         done = _sample_batch(model, [requests[index] for index in batch], sampling, seed, ending)
         for index, samples in zip(batch, done, strict=True):
             results[index] = samples
         advance(sum(len(samples) for samples in done))
     return results
+
+
+def affordable_tokens(model: ChatModel) -> int:
+    """Tokens whose keys and values fit into `model.cache_memory`: 2 x layers x heads x head size x bytes each."""
+    config = architecture.text_config(model.network)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * model.layer_count * heads * size * model.dtype.itemsize
+    return min(CACHE_TOKENS, model.cache_memory // per_token)
 
 
 def _plan(requests: Sequence[Request], max_new_tokens: int, cache_tokens: int) -> list[list[int]]:

@@ -11,13 +11,8 @@ and an interrupted judge continues where it was.
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -27,6 +22,7 @@ import polars as pl
 from ws import console
 from ws.behaviour import Behaviour
 from ws.chat import ask
+from ws.chat_endpoint import KEY_VARIABLE, ChatEndpoint
 from ws.condition import Condition
 from ws.data import SIDES
 from ws.errors import UserError
@@ -46,7 +42,7 @@ class JudgeSettings:
     threshold: float = 0.5
     url: str = ""
     model: str = ""
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str = KEY_VARIABLE
     retries: int = 5
 
     def __post_init__(self) -> None:
@@ -54,6 +50,10 @@ class JudgeSettings:
             raise UserError(f"the judge threshold {self.threshold} is no probability", "Give a number from 0 to 1.")
         if self.retries < 1:
             raise UserError(f"the judge is asked {self.retries} times", "Set retries to 1 or more.")
+
+    def endpoint(self) -> ChatEndpoint:
+        """The endpoint of the http judge; a missing url or model is a UserError."""
+        return ChatEndpoint(self.url, self.model, "judge", self.key_variable, self.retries)
 
 
 class Exchange(NamedTuple):
@@ -140,53 +140,13 @@ class HttpJudge:
     behaviour: Behaviour
 
     def __post_init__(self) -> None:
-        if not self.settings.url.startswith(("http://", "https://")) or not self.settings.model:
-            raise UserError(
-                "the http judge needs an endpoint and a model name",
-                "Give --judge-url http://host/v1 and --judge-model NAME.",
-            )
+        self.settings.endpoint()  # a missing url or model is said before anything is asked
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
         """Judge one by one; an answer that is neither Yes nor No counts as 0.5."""
         return [self._one(exchange) for exchange in exchanges]
 
     def _one(self, exchange: Exchange) -> float:
-        body = json.dumps({
-            "model": self.settings.model,
-            "messages": ask(rubric(self.behaviour, exchange)),
-            "temperature": 0,
-            "max_tokens": 5,
-        }).encode()  # fmt: skip
-        word = re.match(r"\W*(yes|no)\b", self._post(body), re.IGNORECASE)
+        reply = self.settings.endpoint().complete(ask(rubric(self.behaviour, exchange)), temperature=0, max_tokens=5)
+        word = re.match(r"\W*(yes|no)\b", reply.text, re.IGNORECASE)
         return 0.5 if word is None else float(word[1].casefold() == "yes")
-
-    def _post(self, body: bytes) -> str:
-        url = self.settings.url.rstrip("/") + "/chat/completions"
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.settings.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
-        problem = ""
-        for attempt in range(self.settings.retries):
-            try:
-                with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as reply:
-                    return json.load(reply)["choices"][0]["message"]["content"] or ""
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
-                if error.code not in (408, 409, 425, 429, 500, 502, 503, 504):
-                    break
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                problem = str(getattr(error, "reason", error))
-            except http.client.InvalidURL as error:
-                problem = str(error)
-                break
-            except http.client.HTTPException as error:
-                problem = type(error).__name__
-            except (KeyError, IndexError, TypeError, ValueError):
-                problem = "a reply without choices[0].message.content"
-                break
-            if attempt + 1 < self.settings.retries:
-                time.sleep(min(0.5 * 2**attempt, 20))
-        raise UserError(
-            f"the judge at {url} failed ({problem})",
-            "Check the endpoint; run again to continue with what is judged.",
-        )
