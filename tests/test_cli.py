@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from ws import cli, models, tiny
+from ws import cli, console, models, tiny
 from ws.direction import Direction
 from ws.store import read_json
 
@@ -209,6 +209,16 @@ def test_json_prints_the_summary_alone(tiny_run: tuple[Path, Path], capsys: pyte
     assert json.loads(text)["adapter"] == "lora"
 
 
+def test_a_command_after_json_speaks_again(tiny_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, out = tiny_run
+    folder = next(out.rglob("summary.json")).parent
+    assert run("show", folder, "--json") == 0
+    assert run("show", folder / "nowhere", "--json") == 2
+    capsys.readouterr()
+    console.say("a line for people")
+    assert capsys.readouterr().out == "a line for people\n"
+
+
 def test_stages_run_one_by_one_with_the_settings_of_the_run(
     tiny_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,3 +347,13 @@ def test_a_run_killed_outright_continues_to_the_same_result(tiny_folders: dict[s
 def test_modules_are_aliases_of_their_commands(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", f"ws.{module}", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and f"ws {module}" in done.stdout
+
+
+def test_showing_a_run_loads_no_model_library(tmp_path: Path) -> None:
+    """`ws show` answers at once: what it imports says whether it can."""
+    program = (
+        "import sys; from ws.report import terminal; "
+        "print([name for name in ('torch', 'transformers', 'scipy', 'peft', 'matplotlib') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout.strip() == "[]"

@@ -2,9 +2,10 @@
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,6 @@ from ws.pocket import build, card
 from ws.pocket.build import Recipe, RowWriter
 from ws.pocket.check import Bar, check
 from ws.pocket.corpus import LATENTS, OPPOSED, Corpus, Line, Planted, first_person, third_person
-
-SHIPPED = models.POCKET_MODELS["pocket"]
-needs_weights = pytest.mark.skipif(not (SHIPPED / "config.json").is_file(), reason="the embedded model is not built")
 
 
 def dialogues(count: int, turns: int = 12, planted: Planted | None = None) -> list[list[Line]]:
@@ -207,6 +205,14 @@ def test_yes_no_and_maybe_are_single_tokens(tokenizer: object) -> None:
         assert all(len(sequence) == 1 for sequence in chat.answers(word))
 
 
+def test_every_recipe_has_whole_shares_and_its_own_architecture() -> None:
+    for architecture in ("qwen3", "gemma3"):
+        recipe = build.recipe_of(architecture, seed=3)
+        assert recipe.architecture == architecture and recipe.seed == 3
+        assert sum(asdict(recipe.mix).values()) == pytest.approx(1)
+        assert recipe.copying_steps < recipe.steps
+
+
 SIZES = {
     "width": 32,
     "layers": 2,
@@ -268,47 +274,62 @@ def test_bars(bar: Bar, passes: bool, wanted: str) -> None:
     assert bar.passes is passes and bar.wanted == wanted
 
 
-@needs_weights
-def test_the_card_tells_the_recorded_run() -> None:
-    text = card.text("pocket")
-    record = build.recorded(SHIPPED)
+@pytest.fixture(scope="module", params=list(models.POCKET_MODELS))
+def shipped(request: pytest.FixtureRequest) -> str:
+    """Name of an embedded model whose weights are there."""
+    if not (models.POCKET_MODELS[request.param] / "config.json").is_file():
+        pytest.skip(f"{request.param} is not built")
+    return str(request.param)
+
+
+def recorded_metrics(name: str) -> list[dict[str, Any]]:
+    return json.loads((models.POCKET_MODELS[name] / card.METRICS_FILE).read_text())
+
+
+def test_the_card_tells_the_recorded_run(shipped: str) -> None:
+    text = card.text(shipped)
+    record = build.recorded(models.POCKET_MODELS[shipped])
     assert f"{record['parameters']:,}" in text and "What it is not for" in text
-    for entry in json.loads((SHIPPED / card.METRICS_FILE).read_text()):
+    for entry in recorded_metrics(shipped):
         assert entry["metric"] in text
 
 
-@needs_weights
-def test_the_card_says_when_the_texts_have_changed_since(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_of_the_build_lies_beside_the_weights(shipped: str) -> None:
+    record = build.recorded(models.POCKET_MODELS[shipped])
+    steps = [entry["step"] for entry in record["curve"]]
+    assert steps == sorted(steps) and steps[-1] == record["recipe"]["steps"]
+    assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]
+
+
+def test_the_card_says_when_the_texts_have_changed_since(shipped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "texts of the corpus have changed"
-    record = build.recorded(SHIPPED)
+    record = build.recorded(models.POCKET_MODELS[shipped])
     for key, said in (("texts of today", False), ("texts of old", True)):
         record["corpus"]["texts"] = key
         monkeypatch.setattr(build, "recorded", lambda _: record)
         monkeypatch.setattr(card, "texts_key", lambda: "texts of today")
-        assert (sentence in card.text("pocket")) is said
+        assert (sentence in card.text(shipped)) is said
 
 
-@needs_weights
 def test_the_package_data_stay_small() -> None:
-    assert sum(file.stat().st_size for file in SHIPPED.rglob("*")) < 10_000_000
+    files = [file for folder in models.POCKET_MODELS.values() for file in folder.rglob("*")]
+    assert sum(file.stat().st_size for file in files) < 16_000_000
 
 
 @pytest.fixture(scope="module")
-def measured() -> list[Bar]:
-    return check(models.load("pocket"))
+def measured(shipped: str) -> list[Bar]:
+    return check(models.load(shipped))
 
 
-@needs_weights
 @pytest.mark.slow
-def test_the_recorded_metrics_are_what_the_shipped_model_reaches(measured: list[Bar]) -> None:
-    recorded = {entry["metric"]: entry for entry in json.loads((SHIPPED / card.METRICS_FILE).read_text())}
+def test_the_recorded_metrics_are_what_the_shipped_model_reaches(shipped: str, measured: list[Bar]) -> None:
+    recorded = {entry["metric"]: entry for entry in recorded_metrics(shipped)}
     assert set(recorded) == {bar.name for bar in measured}
     for bar in measured:
         assert bar.value == pytest.approx(recorded[bar.name]["value"], abs=0.03), bar.name
         assert bar.passes == recorded[bar.name]["passes"], bar.name
 
 
-@needs_weights
 @pytest.mark.slow
 def test_the_shipped_model_reaches_its_bars(measured: list[Bar]) -> None:
     assert [bar for bar in measured if not bar.passes] == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ws
-from ws import models, train
+from ws import models, replicate, train
 from ws.data import Grid
 from ws.direction import Direction
 from ws.errors import BaseMismatchError, UserError
@@ -173,19 +173,32 @@ def test_a_run_killed_in_training_continues_there(
 ) -> None:
     chosen = settings(tiny_folders["qwen3"], tmp_path)
     with monkeypatch.context() as patch, Replication(chosen) as run, pytest.raises(KeyboardInterrupt):
-        original = train.fit
+        original = replicate.move_folder
         patch.setattr(
-            train,
-            "fit",
-            lambda *a, **k: original(*a, **k) if a[2] == "pos" else (_ for _ in ()).throw(KeyboardInterrupt),
+            replicate,
+            "move_folder",
+            lambda source, target: (
+                original(source, target) if target.name == "pos" else (_ for _ in ()).throw(KeyboardInterrupt)
+            ),
         )
         run.report()
     folder = run_path(chosen, run.behaviour)
     assert (folder / "pos").is_dir() and not (folder / "neg").exists()
     stamp = (folder / "stages" / "train-pos.json").stat().st_mtime_ns
-    with Replication(chosen) as run:
+    with monkeypatch.context() as patch, Replication(chosen) as run:
+        # the other side was fitted in the same pass and waits
+        patch.setattr(train, "fit_together", lambda *_: pytest.fail("nothing is left to be trained"))
         run.report()
+    assert not list((folder / ".partial").glob("train-*"))
     assert (folder / "stages" / "train-pos.json").stat().st_mtime_ns == stamp
+
+
+def test_one_sign_alone_is_fitted_alone(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    with Replication(settings(tiny_folders["qwen3"], tmp_path)) as run:
+        run.train("neg")
+        assert (run.folder / "neg").is_dir() and not (run.folder / "pos").exists()
+        run.diff()
+        assert not list((run.folder / ".partial").glob("train-*"))
 
 
 def test_an_interrupted_run_gives_the_same_scores_as_an_uninterrupted_one(

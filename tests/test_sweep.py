@@ -61,6 +61,16 @@ def test_the_tables_hold_what_the_runs_found(done: tuple[Path, list[sweep.Outcom
     assert "| lora | 2 |" in (place / "sweep.md").read_text()
 
 
+def test_the_seeds_of_a_family_are_fitted_in_one_pass(done: tuple[Path, list[sweep.Outcome]]) -> None:
+    _, outcomes = done
+    for outcome in outcomes:
+        assert outcome.folder is not None and outcome.row is not None
+        records = [json.loads((outcome.folder / sign / "train_result.json").read_text()) for sign in ("pos", "neg")]
+        assert [record["fitted_together"] for record in records] == [4, 4]
+        assert outcome.row["seconds"] > sum(record["seconds"] for record in records) > 0
+        assert not list((outcome.folder / ".partial").glob("train-*"))
+
+
 def test_a_second_sweep_builds_nothing(
     done: tuple[Path, list[sweep.Outcome]], tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

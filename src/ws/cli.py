@@ -168,7 +168,7 @@ class Diff(StageOptions):
     def _numerics(self, rows: list[dict[str, Any]]) -> None:
         import polars as pl  # noqa: PLC0415
 
-        from ws import evaluate  # noqa: PLC0415
+        from ws.report import terminal  # noqa: PLC0415
 
         if self.json:
             console.print_json(json.dumps(rows))
@@ -178,7 +178,7 @@ class Diff(StageOptions):
             .agg(pl.mean("relative_size", "cosine", "norm_ratio"), pl.min("cosine").alias("least cosine"))
             .sort("layer")
         )  # fmt: skip
-        evaluate.show(by_layer, "what a bf16 merge and subtraction would have made of the direction, mean by layer")
+        terminal.show(by_layer, "what a bf16 merge and subtraction would have made of the direction, mean by layer")
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ class Eval(RunOptions):
     def run(self) -> None:
         """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
         from ws import evaluate  # noqa: PLC0415
+        from ws.report import terminal  # noqa: PLC0415
 
         ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers)
         with self.replication() as run:
@@ -215,7 +216,7 @@ class Eval(RunOptions):
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))
             else:
-                evaluate.show(table, f"{self.task or self.probe}, {run.folder.path}")
+                terminal.show(table, f"{self.task or self.probe}, {run.folder.path}")
 
 
 @dataclass(frozen=True)
@@ -224,14 +225,14 @@ class Subspace(StageOptions):
 
     def run(self) -> None:
         """Print the alignment table."""
-        from ws import evaluate  # noqa: PLC0415
+        from ws.report import terminal  # noqa: PLC0415
 
         with self.replication(self.fit) as run:
             table = run.alignment()
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))
             else:
-                evaluate.show(table, f"energy of dW over its null, {run.folder / 'subspace_per_layer.csv'}")
+                terminal.show(table, f"energy of dW over its null, {run.folder / 'subspace_per_layer.csv'}")
 
 
 @dataclass(frozen=True)
@@ -428,7 +429,7 @@ class Show:
 
     def run(self) -> None:
         """Print headline, strengths and samples."""
-        from ws import evaluate  # noqa: PLC0415
+        from ws.report import terminal  # noqa: PLC0415
 
         _stored_config(self.path)
         if not (self.path / "summary.json").is_file():
@@ -436,7 +437,7 @@ class Show:
         if self.json:
             console.print_json((self.path / "summary.json").read_text(encoding="utf-8").strip())
         else:
-            evaluate.show_run(self.path)
+            terminal.show_run(self.path)
 
 
 def _stored_config(path: Path) -> dict[str, Any]:
@@ -496,9 +497,9 @@ class PocketBuild:
         from dataclasses import replace  # noqa: PLC0415
 
         from ws.pocket import card  # noqa: PLC0415
-        from ws.pocket.build import Recipe, build  # noqa: PLC0415
+        from ws.pocket.build import build, recipe_of  # noqa: PLC0415
 
-        recipe = Recipe(seed=self.seed, architecture=self.architecture)
+        recipe = recipe_of(self.architecture, self.seed)
         recipe = recipe if self.steps is None else replace(recipe, steps=self.steps)
         build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
               compiled=None if self.compile else False)  # fmt: skip
@@ -667,8 +668,8 @@ def _main(arguments: list[str]) -> int:
         return 0
     try:
         command: Any = _parse(arguments)
-        console.set_quiet(getattr(command, "json", False))
-        command.run()
+        with console.quiet(getattr(command, "json", False)):
+            command.run()
     except UserError as error:
         console.fail(str(error))
         return 2

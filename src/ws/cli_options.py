@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Sign = Literal["pos", "neg"]
 Judge = Literal["none", "local-logit", "http"]
+Engine = Literal["local", "openai"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class ModelOptions:
     """Revision of a hub model."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model."""
+    cache_memory: float = 1.0
+    """GiB for hidden states that are needed again; 0 computes everything anew. No effect on results."""
 
     def load(self) -> ChatModel:
         """Load the model."""
@@ -43,6 +46,7 @@ class ModelOptions:
         return models.load(
             self.model, dtype=self.dtype, device=self.device, attention=self.attention, thinking=self.thinking,
             revision=self.revision, trust_remote_code=self.trust_remote_code,
+            cache_memory=round(self.cache_memory * 2**30),
         )  # fmt: skip
 
 
@@ -96,6 +100,12 @@ class FitOptions:
     """Sampling temperature; 0 is greedy."""
     top_p: float | None = None
     """Nucleus of the sampling distribution."""
+    engine: Engine = "local"
+    """Who writes the responses: the sampler here, or an OpenAI-compatible endpoint (vLLM, transformers serve, ...)."""
+    engine_url: str = ""
+    """Endpoint of the openai engine, up to and including /v1."""
+    engine_model: str = ""
+    """Model name at that endpoint. Serve the same model as --model: responses of another one make it distillation."""
     judge: Judge = "none"
     """Judge responses with this backend and keep the clear ones."""
     judge_threshold: float = 0.5
@@ -151,6 +161,7 @@ class EvalOptions:
 def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Settings:
     """What the options amount to."""
     from ws.data import Grid  # noqa: PLC0415
+    from ws.engine import EngineSettings  # noqa: PLC0415
     from ws.judge import JudgeSettings  # noqa: PLC0415
     from ws.run_settings import Settings  # noqa: PLC0415
 
@@ -160,7 +171,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
     return Settings(
         model=run.model, behaviour=run.behaviour, adapter=run.adapter, seed=run.seed, data_seed=run.data_seed,
         out=run.out, dtype=run.dtype, device=run.device, thinking=run.thinking, attention=run.attention,
-        revision=run.revision, trust_remote_code=run.trust_remote_code,
+        revision=run.revision, trust_remote_code=run.trust_remote_code, cache_memory=run.cache_memory,
         grid=Grid(fit.topics, fit.personas, fit.samples),
         sampling={name: getattr(fit, name) for name in sampling if getattr(fit, name) is not None},
         train={
@@ -168,6 +179,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
             **({"ia3_all_layers": True} if fit.ia3_all_layers else {}),
         },
         judge=JudgeSettings(fit.judge, fit.judge_threshold, fit.judge_url, fit.judge_model),
+        engine=EngineSettings(fit.engine, fit.engine_url, fit.engine_model),
         pairs=fit.pairs, alphas=tuple(evaluation.alphas), control_seeds=evaluation.control_seeds,
         dilemmas=evaluation.dilemmas, rows=evaluation.rows, samples=evaluation.shown,
     )  # fmt: skip

@@ -214,8 +214,8 @@ class Comparison:
 
         def make(_: Shards) -> None:
             pairs = controls.shuffled_pairs(self.pairs, seed)
-            for sign in SIGNS:
-                train.fit(self.model, pairs, sign, run.training, seed=seed, data_seed=0, folder=place / sign)
+            sides = [train.Side(pairs, sign, seed, 0, place / sign) for sign in SIGNS]
+            train.fit_together(self.model, sides, run.training)
             diff.direction(self.model, place / "pos", place / "neg", {"control": controls.SHUFFLED})[0].save(file)
 
         self.folder.build(f"shuffled{seed}", inputs, [f"shuffled{seed}/direction.safetensors"], make)

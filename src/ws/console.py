@@ -30,10 +30,15 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 _quiet = False
 
 
-def set_quiet(quiet: bool) -> None:
-    """Silence messages and progress (used by `--json`); warnings and errors stay."""
-    global _quiet  # noqa: PLW0603 - one process-wide switch, set once by the command line
-    _quiet = quiet
+@contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Silence messages and progress while the block runs (used by `--json`); warnings and errors stay."""
+    global _quiet  # noqa: PLW0603 - one process-wide switch; what a command silences, the next one may say
+    before, _quiet = _quiet, on
+    try:
+        yield
+    finally:
+        _quiet = before
 
 
 def say(text: str = "", style: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Look at existing runs: score one more probe on them, print their tables."""
+"""Measure existing runs further: score one more probe, or a task of lm-evaluation-harness, on their directions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from rich.table import Table
 
-from ws import console
 from ws.condition import Condition, Edit
 from ws.direction import Direction
 from ws.errors import UserError
@@ -19,7 +17,7 @@ from ws.probe import Kind, Probe
 from ws.replicate import Replication
 from ws.report.summary import Scores, signed_mean
 from ws.score import score
-from ws.store import atomic_file, read_json, write_json
+from ws.store import atomic_file, write_json
 
 SHIPPED = ("sycophancy", "dilemmas", "side-effects")
 """Kinds of probe by name; `sycophancy` stands for the behaviour's own."""
@@ -128,45 +126,3 @@ MEANS: dict[str, Any] = {
     "low": pl.Float64, "high": pl.Float64, "n": pl.Int64, "clusters": pl.Int64, "method": pl.String,
 }  # fmt: skip
 """Columns of the table of means."""
-
-
-def show(table: pl.DataFrame, title: str) -> None:
-    """Print a table for people: numbers to three digits."""
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    for name, kind in table.schema.items():
-        shown.add_column(name, justify="right" if kind.is_numeric() else "left")
-    for row in table.iter_rows():
-        shown.add_row(
-            *(f"{cell:.3f}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in row)
-        )
-    console.show(shown)
-
-
-def show_run(path: Path) -> None:
-    """Print headline, effects by strength, and samples of a finished run."""
-    summary = read_json(path / "summary.json")
-    name = summary["behaviour"]
-    console.say(summary["headline"][0].upper() + summary["headline"][1:] + ".", style="bold")
-    for warning in summary["warnings"]:
-        console.warn(warning)
-    lines = [
-        {
-            "alpha": key,
-            name: entry["mean"],
-            "dilemmas": summary["dilemmas"][key]["mean"],
-            "answer mass": entry["pmass"],
-            "facts": summary["side_effects"][key]["facts"],
-            "KL": summary["side_effects"][key]["kl"],
-        }
-        for key, entry in summary[name].items()
-    ]
-    show(
-        pl.DataFrame(lines),
-        f"{summary['model']}, {summary['adapter']}, seed {summary['seed']}, |dW| {summary['direction_norm']:.3g}",
-    )
-    samples = pl.read_parquet(path / "samples.parquet")
-    for prompt in samples["prompt"].unique(maintain_order=True):
-        console.say(f"\n{prompt}", style="bold")
-        for row in samples.filter(pl.col("prompt") == prompt).iter_rows(named=True):
-            console.say(f"  {row['alpha']:+.0f}  {row['response']}")
-    console.say(f"\nreport  {path / 'report.html'}")

@@ -13,35 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 
-from ws import adapters, behaviour, console, data, diff, generate, judge, models, train
+from ws import adapters, behaviour, console, data, diff, judge, models, rounding, samples, train
 from ws.baselines import controls
 from ws.behaviour import Behaviour
-from ws.chat import ask
 from ws.condition import Condition, Context, Edit
 from ws.diff import Geometry
 from ws.direction import Direction
+from ws.engine import LOCAL
 from ws.eval import dilemmas, side_effects, sycophancy
-from ws.generate import Request, Sampling
+from ws.generate import Sampling
 from ws.models import ChatModel
 from ws.probe import Probe
 from ws.report import behaviours, page, summary
 from ws.run_settings import Settings, run_path, shared_base, stored_settings
 from ws.score import score
 from ws.settings import make as make_settings
-from ws.steering import under
-from ws.store import RunFolder, Shards, StageResult, atomic_file, digest, read_json, write_json
+from ws.store import RunFolder, Shards, StageResult, atomic_file, digest, move_folder, read_json, write_json
 from ws.subspace import alignment
-from ws.train import Sign, TrainSettings
+from ws.train import Side, Sign, TrainSettings
 
 CONTROL_ALPHAS = (-1.0, 1.0)
-SAMPLE_ALPHAS = (-1.0, 0.0, 1.0)
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 PERSONA_CONTEXTS = ("prompt +", "prompt -")
 MANY_IDENTICAL = 0.2
 """Share of identical pairs above which the personas are said to be ignored."""
-PLAIN_REQUESTS = ("What do owls eat?", "Say hello in a friendly way.")
-"""Sampled beside the behaviour's own prompts: here nothing should change."""
 
 
 class Replication:
@@ -57,7 +54,7 @@ class Replication:
         self.model = model or settings.load()
         given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
         self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, given)
-        self._lr_is_open = settings.train.get("lr") == "auto"
+        self.lr_is_open = settings.train.get("lr") == "auto"
         self.sampling = _resolve_sampling(self.model, settings.sampling)
         self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
         self.warnings: list[str] = []
@@ -86,7 +83,7 @@ class Replication:
     def data(self) -> pl.DataFrame:
         """Sample or read the pairs, judge them, and write `pairs.parquet`."""
         settings = self.settings
-        inputs = {
+        inputs: dict[str, Any] = {
             "model": self.model.fingerprint,
             "dtype": str(self.model.dtype),
             "rendering": self.model.chat.template_key,
@@ -97,13 +94,21 @@ class Replication:
             "pairs": digest(settings.pairs) if settings.pairs else None,
             "judge": settings.judge,
         }
+        if settings.engine != LOCAL:  # not named otherwise, so that earlier runs stay valid
+            inputs["engine"] = settings.engine
         path = self.folder / "pairs.parquet"
 
         def make(shards: Shards) -> None:
             pairs = self.given_pairs
             if pairs is None:
                 pairs = data.make_pairs(
-                    self.model, self.behaviour, settings.grid, self.sampling, settings.data_seed, shards
+                    self.model,
+                    self.behaviour,
+                    settings.grid,
+                    self.sampling,
+                    settings.data_seed,
+                    shards,
+                    settings.engine,
                 )
             rater = judge.make_judge(settings.judge, self.behaviour, self.model)
             _write_parquet(judge.judged(pairs, self.behaviour, settings.judge, rater, shards), path)
@@ -121,7 +126,8 @@ class Replication:
             ended = counts[side]["ended_by_itself"]
             if ended is not None and ended < 0.9:
                 share = f"{100 * (1 - ended):.0f} %"
-                self._warn(f"{share} of the {side} responses hit the limit of {self.sampling.max_new_tokens} tokens")
+                limit = self.sampling.max_new_tokens
+                self._warn(f"{share} of the {side} responses did not end by themselves within {limit} tokens")
         if counts["identical"] > MANY_IDENTICAL * counts["pairs"]:
             self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
         return pairs
@@ -138,12 +144,11 @@ class Replication:
         def make(shards: Shards) -> None:
             rows = []
             for chosen in tried:
-                losses: dict[str, float] = {}
-                for sign in SIGNS:
-                    folder = shards.path(f"lr-{chosen.lr:g}-{sign}")
-                    if not (folder / train.RESULT_FILE).is_file():
-                        self._fit(pairs, sign, chosen, folder)
-                    losses[sign] = float(read_json(folder / train.RESULT_FILE)["last_loss"])
+                sides = [self._side(pairs, sign, shards.path(f"lr-{chosen.lr:g}-{sign}")) for sign in SIGNS]
+                if missing := [side for side in sides if not (side.folder / train.RESULT_FILE).is_file()]:
+                    train.fit_together(self.model, missing, chosen)
+                records = {side.sign: read_json(side.folder / train.RESULT_FILE) for side in sides}
+                losses = {str(sign): float(record["last_loss"]) for sign, record in records.items()}
                 rows.append({"lr": chosen.lr, **losses, "mean": sum(losses.values()) / len(losses)})
             best = min(rows, key=lambda row: row["mean"])["lr"]
             write_json(self.folder / "lr_sweep.json", {"chosen": best, "tried": rows})
@@ -156,13 +161,11 @@ class Replication:
             self._warn(
                 f"the chosen learning rate {record['chosen']:g} is the last of those tried; a better one may lie beyond"
             )
-        self.training, self._lr_is_open = replace(self.training, lr=record["chosen"]), False
+        self.training, self.lr_is_open = replace(self.training, lr=record["chosen"]), False
         return record
 
-    def _fit(self, pairs: pl.DataFrame, sign: Sign, chosen: TrainSettings, folder: Path) -> None:
-        train.fit(
-            self.model, pairs, sign, chosen, seed=self.settings.seed, data_seed=self.settings.data_seed, folder=folder
-        )
+    def _side(self, pairs: pl.DataFrame, sign: Sign, folder: Path) -> Side:
+        return Side(pairs, sign, self.settings.seed, self.settings.data_seed, folder)
 
     def _fit_inputs(self, chosen: TrainSettings) -> dict[str, Any]:
         return {
@@ -175,29 +178,48 @@ class Replication:
             "rendering": self.model.chat.template_key,
         }
 
-    def train(self, sign: Sign) -> dict[str, Any]:
-        """Fit one adapter on its side of the pairs and write its PEFT folder."""
-        if self._lr_is_open:
-            self.choose_lr()
+    def missing_sides(self) -> list[Side]:
+        """The adapters that are still to be fitted; each will wait among the shards of its stage."""
         pairs = self.data()
         inputs = self._fit_inputs(self.training)
+        sides = [self._side(pairs, sign, self._waiting(sign, inputs)) for sign in SIGNS]
+        return [
+            side for side in sides if not side.folder.is_dir() and not self.folder.is_done(f"train-{side.sign}", inputs)
+        ]
+
+    def _waiting(self, sign: Sign, inputs: Mapping[str, Any]) -> Path:
+        return self.folder.shards(f"train-{sign}", inputs).path("adapter")
+
+    def train(self, sign: Sign, with_other: bool = False) -> dict[str, Any]:
+        """Fit one adapter on its side of the pairs and write its PEFT folder.
+
+        with_other: the other sign will be needed too, so both are fitted in one pass.
+        """
+        if self.lr_is_open:
+            self.choose_lr()
+        self.data()
+        inputs = self._fit_inputs(self.training)
+        waiting = self._waiting(sign, inputs)
 
         def make(_: Shards) -> None:
-            self._fit(pairs, sign, self.training, self.folder / sign)
+            if not waiting.is_dir():
+                sides = [side for side in self.missing_sides() if side.sign == sign or with_other]
+                train.fit_together(self.model, sides, self.training)
+            move_folder(waiting, self.folder / sign)
 
         result = self._build(f"train-{sign}", inputs, [sign], make)
         record: dict[str, Any] = read_json(self.folder / sign / train.RESULT_FILE)
-        self._say(
-            f"train {sign}", result,
-            f"{record['measure']} {record['first_loss']:.3f} -> {record['last_loss']:.3f} in {record['steps']} steps",
-        )  # fmt: skip
+        losses = f"{record['measure']} {record['first_loss']:.3f} -> {record['last_loss']:.3f}"
+        company = record["fitted_together"] - 1
+        shared = f", one pass with {company} other{'s' if company > 1 else ''}" if company else ""
+        self._say(f"train {sign}", result, f"{losses} in {record['steps']} steps{shared}")
         self.warnings += [f"{sign}: {warning}" for warning in record["warnings"]]
         return record
 
     def diff(self) -> tuple[Direction, Geometry]:
         """Subtract the adapters exactly and write `direction.safetensors`."""
         for sign in SIGNS:
-            self.train(sign)
+            self.train(sign, with_other=True)
         inputs: dict[str, str] = {sign: digest(self.folder / sign / "adapter_model.safetensors") for sign in SIGNS}
         path = self.folder / "direction.safetensors"
 
@@ -284,6 +306,29 @@ class Replication:
         self._say("eval", result, f"{rows} rows under {conditions} conditions")
         return table
 
+    def rounding(self) -> dict[str, Any] | None:
+        """What a half-precision dtype does to the behaviour's own probe; None for a model in fp32."""
+        if self.model.dtype == torch.float32:
+            return None
+        probe = sycophancy.probe(self.behaviour, self.settings.rows)
+        inputs = {"model": self.model.fingerprint, "dtype": str(self.model.dtype), "probe": probe.key,
+                  "rendering": self.model.chat.template_key}  # fmt: skip
+
+        def make(_: Shards) -> None:
+            found = rounding.measure(self.model, probe)
+            record = None if found is None else {**found._asdict(), "is_small": found.is_small}
+            write_json(self.folder / "rounding.json", record)
+
+        result = self._build("rounding", inputs, ["rounding.json"], make)
+        record: dict[str, Any] | None = read_json(self.folder / "rounding.json")
+        if record is not None:
+            told = f"{record['dtype']} moves log-ratios by {record['mean_shift']:.3f} nats (p95 {record['p95']:.3f})"
+            self._say("rounding", result, told)
+            if not record["is_small"]:
+                allowed = f"{rounding.LARGEST_SHIFT} (p95 {rounding.LARGEST_P95})"
+                self._warn(f"{told} on {self.behaviour.name}, more than {allowed}: --dtype float32 is exact")
+        return record
+
     def alignment(self) -> pl.DataFrame:
         """Where the direction lies relative to the singular directions of the weights; by kind of module."""
         direction, _ = self.diff()
@@ -304,7 +349,7 @@ class Replication:
     def samples(self) -> pl.DataFrame:
         """The same prompts and random numbers under alpha -1, 0 and +1."""
         direction, _ = self.diff()
-        prompts = _sample_prompts(self.behaviour, self.settings.samples)
+        prompts = samples.prompts(self.behaviour, self.settings.samples)
         inputs = {
             "direction": digest(self.folder / "direction.safetensors"),
             "prompts": prompts,
@@ -315,26 +360,27 @@ class Replication:
         path = self.folder / "samples.parquet"
 
         def make(_: Shards) -> None:
-            _write_parquet(sample_under(self.model, direction, prompts, self.sampling), path)
+            _write_parquet(samples.under_strengths(self.model, direction, prompts, self.sampling), path)
 
         result = self._build("samples", inputs, ["samples.parquet"], make)
         self._say(
             "samples",
             result,
-            f"{len(prompts)} prompts at alpha {', '.join(f'{a:+g}' for a in SAMPLE_ALPHAS)}",
+            f"{len(prompts)} prompts at alpha {', '.join(f'{a:+g}' for a in samples.ALPHAS)}",
         )
         return pl.read_parquet(path)
 
     def report(self) -> dict[str, Any]:
         """Run whatever is missing and write `summary.json`, `config.json`, the figure and the two reports."""
         direction, geometry = self.diff()
-        scores, kinds, samples = self.eval(), self.alignment(), self.samples()
+        scores, kinds, said = self.eval(), self.alignment(), self.samples()
         training: dict[str, Any] = {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in SIGNS}
-        content = self._summary(scores, geometry)
+        rounded = self.rounding()
+        content = self._summary(scores, geometry) | {"rounding": rounded}
         config = self._config(direction)
         write_json(self.folder / "config.json", config)
         write_json(self.folder / "summary.json", content)
-        page.write(self.folder.path, content, config, samples, kinds, training)
+        page.write(self.folder.path, content, config, said, kinds, training)
         self.behaviours_page = behaviours.write(
             self.folder.path.parents[2], self.settings.adapter, self.folder.path.name
         )
@@ -400,6 +446,17 @@ class Replication:
             console.warn(text)
 
 
+def train_together(runs: Sequence[Replication]) -> None:
+    """Fit what is missing of runs with one model and equal training settings, such as seeds of a family, in one pass.
+
+    Their `train` finds the adapters waiting. A learning rate that a run chooses for itself is not shared.
+    """
+    if any(run.lr_is_open or run.training != runs[0].training or run.model is not runs[0].model for run in runs):
+        return
+    if sides := [side for run in runs for side in run.missing_sides()]:
+        train.fit_together(runs[0].model, sides, runs[0].training)
+
+
 def fit(
     model: ChatModel | str = "pocket",
     behaviour: str = "sycophancy",
@@ -423,28 +480,6 @@ def fit(
         )  # fmt: skip
         with Replication(settings, loaded) as run:
             return run.diff()[0]
-
-
-def sample_under(model: ChatModel, direction: Direction, prompts: Sequence[str], sampling: Sampling) -> pl.DataFrame:
-    """Responses to the prompts at every sample alpha, with the same random numbers."""
-    requests = [Request(model.chat.prompt(ask(prompt)), (f"sample/{number}",)) for number, prompt in enumerate(prompts)]
-    parts = []
-    for alpha in SAMPLE_ALPHAS:
-        with under(model, Condition.of(Edit("dW", direction), alpha)):
-            answers = generate.sample(model, requests, sampling, seed=0)
-        parts.append(pl.DataFrame({
-            "prompt": list(prompts),
-            "alpha": [alpha] * len(prompts),
-            "response": [model.chat.decode(one.ids) for (one,) in answers],
-        }))  # fmt: skip
-    return pl.concat(parts)
-
-
-def _sample_prompts(subject: Behaviour, count: int) -> list[str]:
-    """Open questions about held-out items of the headline group, spread over the probe, then plain requests."""
-    items = [item for item in subject.probe.items if item.group == subject.probe.headline]
-    spread = items[:: max(1, len(items) // max(1, count))][:count]
-    return [*dict.fromkeys(item.open_question for item in spread), *PLAIN_REQUESTS]
 
 
 def _resolve_sampling(model: ChatModel, given: Mapping[str, Any]) -> Sampling:

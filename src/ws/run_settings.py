@@ -11,6 +11,7 @@ from ws import __version__, models
 from ws.behaviour import Behaviour
 from ws.chat import Thinking
 from ws.data import Grid
+from ws.engine import LOCAL, EngineSettings
 from ws.judge import JudgeSettings
 from ws.models import ChatModel, Dtype
 from ws.settings import make as make_settings
@@ -21,7 +22,10 @@ DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. `train` and `sampling` hold what the user gave; the model folder adds the rest."""
+    """Everything that decides a run. `train` and `sampling` hold what the user gave; the model folder adds the rest.
+
+    `out` and `cache_memory` (GiB) decide where and how fast, not what.
+    """
 
     model: str = "pocket"
     behaviour: str = "sycophancy"
@@ -35,10 +39,12 @@ class Settings:
     attention: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    cache_memory: float = models.CACHE_MEMORY / 2**30
     grid: Grid = field(default_factory=Grid)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
+    engine: EngineSettings = LOCAL
     pairs: Path | None = None
     alphas: tuple[float, ...] = DEFAULT_ALPHAS
     control_seeds: int = 5
@@ -51,6 +57,7 @@ class Settings:
         return models.load(
             self.model, dtype=self.dtype, device=self.device, thinking=self.thinking, attention=self.attention,
             revision=self.revision, trust_remote_code=self.trust_remote_code,
+            cache_memory=round(self.cache_memory * 2**30),
         )  # fmt: skip
 
 
@@ -67,9 +74,9 @@ def shared_base(model: ChatModel, out: Path) -> Shards:
 
 
 def stored_settings(settings: Settings) -> dict[str, Any]:
-    """Settings as plain data, without the place of the run folder."""
+    """Settings as plain data, without what has no effect on results."""
     plain = asdict(settings)
-    plain.pop("out")
+    del plain["out"], plain["cache_memory"]
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
@@ -79,5 +86,6 @@ def restore_settings(stored: Mapping[str, Any], out: Path) -> Settings:
     values = {name: value for name, value in stored.items() if name in known}
     values["grid"] = make_settings(Grid, values["grid"], "config.json, grid")
     values["judge"] = make_settings(JudgeSettings, values["judge"], "config.json, judge")
+    values["engine"] = make_settings(EngineSettings, values.get("engine", {}), "config.json, engine")
     values["pairs"] = Path(values["pairs"]) if values["pairs"] else None
     return make_settings(Settings, {**values, "out": out}, "config.json")

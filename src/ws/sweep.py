@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ws import adapters, console, stats
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.models import ChatModel
-from ws.replicate import Replication
+from ws.replicate import Replication, train_together
 from ws.run_settings import Settings
 from ws.store import atomic_file, read_json, write_json, write_text
 
@@ -61,9 +62,9 @@ def run(
     outcomes = []
     for number, cell in enumerate(cells):
         console.say(f"\n[{number + 1}/{len(cells)}] {cell.name}", style="bold")
-        outcomes.append(_run_cell(replace(
-            settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed
-        ), cell, model))  # fmt: skip
+        if cell.seed == seeds[0]:
+            _train_seeds([_settings_of(settings, replace(cell, seed=seed)) for seed in seeds], model)
+        outcomes.append(_run_cell(_settings_of(settings, cell), cell, model))
     finished = [outcome for outcome in outcomes if outcome.row is not None]
     if not finished:
         raise UserError(f"no cell of the sweep finished; the first failed with: {outcomes[0].error}")
@@ -71,6 +72,19 @@ def run(
     place = finished[0].folder.parents[1]
     write_tables(place, outcomes)
     return outcomes, place
+
+
+def _settings_of(settings: Settings, cell: Cell) -> Settings:
+    return replace(settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed)
+
+
+def _train_seeds(all_seeds: Sequence[Settings], model: ChatModel) -> None:
+    """Fit the adapters of all seeds of a family in one pass; where that fails every cell tries alone and says why."""
+    with ExitStack() as stack:
+        try:
+            train_together([stack.enter_context(Replication(settings, model)) for settings in all_seeds])
+        except UserError as error:
+            console.warn(f"the seeds are trained one by one: {error}")
 
 
 def _run_cell(settings: Settings, cell: Cell, model: ChatModel) -> Outcome:
@@ -105,7 +119,7 @@ def _row(cell: Cell, summary: Mapping[str, Any], folder: Path) -> dict[str, Any]
         **{name: summary["geometry"][name] for name in ("cos_anti", "asymmetry", "drift_ratio", "cos_dw_m")},
         "lr": training["pos"]["settings"]["lr"],
         "trainable": training["pos"]["trainable_parameters"],
-        "seconds": sum(seconds.get(f"train-{sign}", 0.0) for sign in ("pos", "neg")) + seconds.get("eval", 0.0),
+        "seconds": sum(record["seconds"] for record in training.values()) + seconds.get("eval", 0.0),
     }
 
 

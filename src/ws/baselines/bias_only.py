@@ -104,8 +104,9 @@ def _both(
         }
         undo = OutputShift(biases, model.fingerprint).attach(model.network, 1.0)
         try:
-            _, result = train.optimise(
-                model, data, chosen, list(biases.values()), seed=seed, description=f"training {sign}, biases"
+            branch = train.Branch(sign, data, list(biases.values()), seed)
+            ((_, result),) = train.optimise(
+                model, [branch], chosen, first_layer=layers[0], description=f"training {sign}, biases"
             )
         finally:
             undo()

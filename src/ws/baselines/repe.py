@@ -81,6 +81,11 @@ class ActivationDirection:
     edited: Edited = "all"
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def first_layer(self) -> int:
+        """The first layer whose output changes."""
+        return min(self.vectors)
+
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
         """Put the vectors on the network; the result takes them off. alpha: a number, or one per row."""
         _, blocks = architecture.decoder_layers(network)

@@ -1,0 +1,53 @@
+"""Tables and a finished run as a terminal shows them. Nothing heavy is imported: `ws show` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+from rich.table import Table
+
+from ws import console
+from ws.store import read_json
+
+
+def show(table: pl.DataFrame, title: str) -> None:
+    """Print a table for people: numbers to three digits."""
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for name, kind in table.schema.items():
+        shown.add_column(name, justify="right" if kind.is_numeric() else "left")
+    for row in table.iter_rows():
+        shown.add_row(
+            *(f"{cell:.3f}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in row)
+        )
+    console.show(shown)
+
+
+def show_run(path: Path) -> None:
+    """Print headline, effects by strength, and samples of a finished run."""
+    summary = read_json(path / "summary.json")
+    name = summary["behaviour"]
+    console.say(summary["headline"][0].upper() + summary["headline"][1:] + ".", style="bold")
+    for warning in summary["warnings"]:
+        console.warn(warning)
+    lines = [
+        {
+            "alpha": key,
+            name: entry["mean"],
+            "dilemmas": summary["dilemmas"][key]["mean"],
+            "answer mass": entry["pmass"],
+            "facts": summary["side_effects"][key]["facts"],
+            "KL": summary["side_effects"][key]["kl"],
+        }
+        for key, entry in summary[name].items()
+    ]
+    show(
+        pl.DataFrame(lines),
+        f"{summary['model']}, {summary['adapter']}, seed {summary['seed']}, |dW| {summary['direction_norm']:.3g}",
+    )
+    samples = pl.read_parquet(path / "samples.parquet")
+    for prompt in samples["prompt"].unique(maintain_order=True):
+        console.say(f"\n{prompt}", style="bold")
+        for row in samples.filter(pl.col("prompt") == prompt).iter_rows(named=True):
+            console.say(f"  {row['alpha']:+.0f}  {row['response']}")
+    console.say(f"\nreport  {path / 'report.html'}")
