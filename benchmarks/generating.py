@@ -1,45 +1,104 @@
-"""200 prompts x 10 samples: ours against `generate` at its best batch size."""
+"""Prompts x samples: ours against `generate` at its best batch size."""
 
 from __future__ import annotations
 
-import torch
-from timing import Row, in_turn, row
+from functools import partial
 
-from ws import behaviour, models
+import torch
+from comparison import Comparison
+from timing import Row, Way, in_turn, row
+
+from ws import behaviour
 from ws.chat import ask
 from ws.generate import Request, Sampling, sample
+from ws.models import ChatModel
 
-BATCH_SIZES = (50, 100, 200)
+TEMPERATURE = 0.8
+CHECKED_PROMPTS, CHECKED_TOKENS = 8, 4
+LEAST_EQUAL = 0.75
+"""Share of greedy tokens that two ways must have in common; near-ties fall either way by rounding."""
 
 
-def compare(name: str, prompts: int, samples: int, repeats: int) -> list[Row]:
+class Generating(Comparison):
     """One line: the same prompts, the same number of samples, the same sampling distribution."""
-    model = models.load(name)
-    known = behaviour.load("sycophancy")
-    personas = [*known.personas.positive, *known.personas.negative]
-    texts = [(topic.text, persona) for topic in known.train for persona in personas][:prompts]
-    rows = [model.chat.prompt(ask(text, persona)) for text, persona in texts]
-    sampling = Sampling(max_new_tokens=48, temperature=0.8)
 
-    def ours() -> object:
-        requests = [Request(ids, tuple(f"{number}/{j}" for j in range(samples))) for number, ids in enumerate(rows)]
-        return sample(model, requests, sampling, seed=0)
+    name = "generating"
 
-    def theirs(batch: int) -> None:
-        repeated = [ids for ids in rows for _ in range(samples)]
-        for at in range(0, len(repeated), batch):
-            part = repeated[at : at + batch]
-            width = max(map(len, part))
-            ids = torch.tensor([[0] * (width - len(r)) + r for r in part])
-            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part])
-            model.network.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, temperature=0.8, top_k=0, top_p=1.0,
-                max_new_tokens=48, eos_token_id=sorted(model.chat.stop_ids), pad_token_id=0,
-            )  # fmt: skip
+    def ways(self) -> list[Way]:
+        """Ours, and `generate` in every size of batch."""
+        return [
+            Way("ours", self.ours),
+            *(Way(f"generate, {size}", partial(self.theirs, size)) for size in self.workload.generation.batches),
+        ]
 
-    size = min(BATCH_SIZES, key=lambda batch: in_turn({"generate": lambda: theirs(batch)}, 1)["generate"][0])
-    times = in_turn({"ours": ours, "generate": lambda: theirs(size)}, repeats)
-    return [
-        row(f"{len(rows)} prompts x {samples} samples", f"generate, batches of {size}", name, times["ours"],
-            times["generate"])
-    ]  # fmt: skip
+    def rows(self) -> list[Row]:
+        """One line."""
+        self._require_agreement()
+        given = self.workload.generation
+        size = best_batch(self.model, self._prompts, given.batches, given.new_tokens)
+        times = in_turn([self.way("ours"), self.way(f"generate, {size}")], self.workload.repeats)
+        work = f"{len(self._prompts)} prompts x {given.samples} samples of up to {given.new_tokens} tokens"
+        return [row(work, f"generate, batches of {size}", self.inputs.size, times["ours"], times[f"generate, {size}"])]
+
+    def ours(self) -> object:
+        """One call of `sample`."""
+        given = self.workload.generation
+        requests = [
+            Request(ids, tuple(f"{number}/{j}" for j in range(given.samples)))
+            for number, ids in enumerate(self._prompts)
+        ]
+        return sample(self.model, requests, Sampling(given.new_tokens, TEMPERATURE), seed=0)
+
+    def theirs(self, batch: int) -> object:
+        """`generate` on every prompt as often as samples are wanted."""
+        given = self.workload.generation
+        repeated = [ids for ids in self._prompts for _ in range(given.samples)]
+        return by_generate(self.model, repeated, batch, given.new_tokens)
+
+    @property
+    def _prompts(self) -> list[list[int]]:
+        known = behaviour.load("sycophancy")
+        personas = [*known.personas.positive, *known.personas.negative]
+        texts = [(topic.text, persona) for topic in known.train for persona in personas]
+        chosen = texts[: self.workload.generation.prompts]
+        return [self.model.chat.prompt(ask(text, persona)) for text, persona in chosen]
+
+    def _require_agreement(self) -> None:
+        """Raise unless both write the same greedy tokens, up to near-ties."""
+        prompts = self._prompts[:CHECKED_PROMPTS]
+        requests = [Request(ids, (str(number),)) for number, ids in enumerate(prompts)]
+        mine = [one.ids for (one,) in sample(self.model, requests, Sampling(CHECKED_TOKENS, 0.0), seed=0)]
+        theirs = by_generate(self.model, prompts, len(prompts), CHECKED_TOKENS, greedy=True)
+        pairs = [(a, b) for one, other in zip(mine, theirs, strict=True) for a, b in zip(one, other, strict=False)]
+        if sum(a == b for a, b in pairs) < LEAST_EQUAL * len(pairs):
+            raise AssertionError("ours and `generate` write different greedy tokens: they do not do the same work")
+
+
+def by_generate(
+    model: ChatModel, rows: list[list[int]], batch: int, new_tokens: int, *, greedy: bool = False
+) -> list[list[int]]:
+    """What `generate` writes after left-padded rows, in batches as they come; stop tokens are cut off."""
+    stops = sorted(model.chat.stop_ids)
+    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
+    written = []
+    for at in range(0, len(rows), batch):
+        part = rows[at : at + batch]
+        width = max(map(len, part))
+        ids = torch.tensor([[0] * (width - len(r)) + r for r in part])
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part])
+        found = model.network.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=stops[0],
+            **how,
+        )  # fmt: skip
+        for row_ids in found[:, width:].tolist():
+            end = next((n for n, token in enumerate(row_ids) if token in model.chat.stop_ids), len(row_ids))
+            written.append(row_ids[:end])
+    return written
+
+
+def best_batch(model: ChatModel, prompts: list[list[int]], batches: tuple[int, ...], new_tokens: int) -> int:
+    """The size of batch at which `generate` needs the least time for as many rows as the largest holds."""
+    rows = [prompts[number % len(prompts)] for number in range(max(batches))]
+    ways = [Way(str(size), partial(by_generate, model, rows, size, new_tokens)) for size in batches]
+    times = in_turn(ways, 1)
+    return min(batches, key=lambda size: times[str(size)][0])

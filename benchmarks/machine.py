@@ -24,13 +24,22 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "bfloat16_is_fast": precision.bfloat16_is_fast(),
-        "gemm_gflops_float32": round(gemm_peak(torch.float32), 1),
+        "gemm_gflops": gemm_peaks(),
         "bandwidth_gb_per_s": round(bandwidth(), 1),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
             "peft": peft.__version__,
         },
     }  # fmt: skip
+
+
+def gemm_peaks() -> dict[str, float]:
+    """The limit of matrix products by name of dtype, GFLOP/s; smaller ones where bf16 is only emulated."""
+    emulated = {} if precision.bfloat16_is_fast() else {"size": 512, "repeats": 2}
+    return {
+        "float32": round(gemm_peak(torch.float32), 1),
+        "bfloat16": round(gemm_peak(torch.bfloat16, **emulated), 1),
+    }
 
 
 def gemm_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 7) -> float:

@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import shapes
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from ws import bpe, console, tiny
+from ws import console
 from ws.data import Grid
 from ws.replicate import Replication
 from ws.run_settings import Settings
@@ -26,36 +26,13 @@ from ws.store import write_json
 
 GRID = Grid(topics=2, personas=1, samples=4)
 ROWS = 6
-VOCABULARY = 151_936
-
-
-def make(folder: Path) -> None:
-    """Save the random model, bf16, with a small tokenizer; words that it never splits text into name all other ids."""
-    folder.mkdir(parents=True)
-    path = folder / "tokenizer.json"
-    bpe.train(tiny.training_texts(), 1024, path)
-    content = json.loads(path.read_text())
-    known = content["model"]["vocab"]
-    known |= {f"word{number}": number for number in range(len(known), VOCABULARY)}
-    path.write_text(json.dumps(content))
-    tokenizer = bpe.load(path)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, rope_theta=1_000_000,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )  # fmt: skip
-    with console.library_noise_muted():
-        Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def main(target: Path) -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "qwen3-0.6b-shape"
-        make(folder)
+        shapes.make(shapes.SHAPES["qwen3-0.6b-shape"], folder, torch.bfloat16)
         made = time.perf_counter()
         settings = Settings(
             model=str(folder), out=Path(scratch) / "out", grid=GRID, sampling={"max_new_tokens": 16},

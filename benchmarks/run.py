@@ -1,85 +1,115 @@
 """Ours and the peers on the same work, in one run, on this machine.
 
-    python benchmarks/run.py            # full table: benchmarks/results.json and docs/performance.md
-    python benchmarks/run.py --quick    # less work and one repetition; prints the table, writes nothing else
+    python benchmarks/run.py            # full tables: benchmarks/results.json and docs/performance.md
+    python benchmarks/run.py --quick    # less work and one repetition; prints the tables, writes nothing else
+    python benchmarks/run.py --models pocket qwen3-0.6b-shape --skip sweeping pipeline growth
 
 Every row names what was compared. No number is a promise: ratios hold for the machine that is described above them.
+What is skipped keeps its earlier numbers where they are of the same machine and versions.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import algebra
-import generating
+import fixed_costs
+import growth
 import machine
-import scoring
-import training
-from timing import Row
+import memory
+import page
+import plan
+import results
+import torch
+import workload
+from algebra import Algebra
+from comparison import Comparison
+from generating import Generating
+from inputs import Inputs
+from pipeline import EndToEnd
+from scoring import Scoring
+from sweeping import Sweeping
+from training import Training
 
-from ws.data import Grid
-from ws.replicate import Replication
-from ws.run_settings import Settings
-from ws.store import write_json
+from ws import console
+from ws.store import read_json, write_json
 
-HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results.json", HERE.parent / "docs" / "performance.md"
-MARK = "<!-- measured -->"
+RESULTS = Path(__file__).parent / "results.json"
+COMPARISONS: dict[str, type[Comparison]] = {
+    kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, EndToEnd)
+}
+OTHER_PARTS = ("growth", "fixed")
 
 
-def measure(model: str, quick: bool, described: dict[str, Any]) -> list[Row]:
-    """All lines for one model."""
-    repeats = 1 if quick else 5
+def measure(name: str, quick: bool, skipped: list[str], described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The numbers for one model, part by part, each as `results.json` holds it."""
+    chosen = workload.choose(name, quick)
+    peaks = {getattr(torch, kind): value for kind, value in described["gemm_gflops"].items()}
     with tempfile.TemporaryDirectory() as scratch:
-        grid = Grid(topics=6, personas=2, samples=3) if quick else Grid(samples=10)
-        with Replication(Settings(model=model, out=Path(scratch), grid=grid)) as run:
-            direction, pairs = run.diff()[0], run.data()
-    peak = described["gemm_gflops_float32"]
-    rows = scoring.compare(model, direction, 48 if quick else 10_000, repeats, peak)
-    rows += training.compare(model, pairs, repeats)
-    rows += generating.compare(model, 10 if quick else 200, 4 if quick else 10, repeats)
-    return rows + algebra.compare(model, repeats)
+        inputs = Inputs.make(name, chosen, Path(scratch))
+        for kind in workload.without(chosen.comparisons, skipped):
+            rows = COMPARISONS[kind](inputs, peaks).rows()
+            yield {"machine": described, "rows": [{"comparison": kind, **one.as_record()} for one in rows]}
+        if chosen.growth and "growth" not in skipped:
+            yield {"machine": described, "rows": [], "growth": [one.as_record() for one in growth.measure(inputs)]}
+        if chosen.fixed_repeats and "fixed" not in skipped:
+            costs = fixed_costs.measure(inputs.model, chosen.fixed_repeats)
+            yield {"machine": described, "rows": [], "fixed": [one.as_record() for one in costs]}
 
 
-def as_table(rows: Sequence[Row]) -> str:
-    """The lines as a Markdown table."""
-    lines = ["| work | size | ours, s | peer | peer, s | ratio | share of GEMM peak |", "|---|---|---|---|---|---|---|"]
-    for one in rows:
-        share = "" if one.share_of_limit is None else f"{one.share_of_limit:.2f}"
-        note = f" ({one.note})" if one.note else ""
-        lines.append(
-            f"| {one.work}{note} | {one.size} | {_seconds(one.ours, one.ours_range)} | {one.peer} | "
-            f"{_seconds(one.theirs, one.theirs_range)} | {one.ratio:.2f} | {share} |"
-        )
-    return "\n".join(lines)
+def tables(record: Mapping[str, Any]) -> dict[str, str]:
+    """Every generated part of the page, by the name of its mark."""
+    parts = {"measured": results.as_text(record), "plan": plan.as_table()}
+    for name, table in (("fixed", fixed_costs.as_table), ("growth", growth.as_table)):
+        if name in record:
+            parts[name] = table(record[name])
+    return parts
 
 
-def _seconds(median: float, limits: tuple[float, float]) -> str:
-    return f"{median:.3g} ({limits[0]:.3g}-{limits[1]:.3g})"
+def run_one(name: str, inputs: Path) -> None:
+    """One way in this process: `comparison:way`; its peak memory is printed.
+
+    The libraries of all ways are loaded first, so that their code counts for none.
+    """
+    import datasets  # noqa: F401, PLC0415 - only here
+    import trl  # noqa: F401, PLC0415
+
+    kind, way = name.split(":", 1)
+    COMPARISONS[kind](Inputs.read(inputs)).way(way).work()
+    sys.stdout.write(f"\n{memory.own_peak():.1f}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less work, one repetition, nothing written")
-    parser.add_argument("--models", nargs="+", default=["pocket"], help="embedded models or model folders")
+    parser.add_argument("--models", nargs="+", default=["pocket"], help="embedded models, shapes, or model folders")
+    parser.add_argument("--skip", nargs="+", default=[], choices=[*COMPARISONS, *OTHER_PARTS], metavar="NAME",
+                        help=f"leave out some of: {', '.join([*COMPARISONS, *OTHER_PARTS])}")  # fmt: skip
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    console.set_quiet(True)
+    if given.one:
+        run_one(given.one, given.inputs)
+        return
     described = machine.describe()
-    rows = [one for model in given.models for one in measure(model, given.quick, described)]
-    table = as_table(rows)
-    sys.stdout.write(f"{json.dumps(described, indent=1)}\n\n{table}\n")
+    record: dict[str, Any] = {"machine": described, "rows": []}
+    if not given.quick and RESULTS.is_file():
+        record = results.merged(read_json(RESULTS), record)
+    for name in given.models:
+        for part in measure(name, given.quick, given.skip, described):
+            record = results.merged(record, part)
+            if not given.quick:  # after every part: a full run takes hours
+                write_json(RESULTS, record)
+    parts = tables(record)
+    sys.stdout.write("\n\n".join(parts.values()) + "\n")
     if not given.quick:
-        write_json(RESULTS, {"machine": described, "rows": [one.as_record() for one in rows]})
-        page = PAGE.read_text(encoding="utf-8").split(MARK)
-        facts = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in described.items())
-        PAGE.write_text(f"{page[0]}{MARK}\n{facts}\n\n{table}\n{MARK}{page[2]}", encoding="utf-8")
+        for mark, content in parts.items():
+            page.write(mark, content)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 
+import flops
+import memory
+import peft
 import torch
-from timing import Row, in_turn, row
-from torch import Tensor, nn
+from comparison import Comparison
+from peers import PeftScorer, left_padded, log_ratios
+from timing import Row, Way, in_turn, row
+from torch import Tensor
 
-from ws import models, shared_prefix
+from ws import shared_prefix
+from ws.chat import Chat
 from ws.condition import Condition, Edit
-from ws.direction import Direction
 from ws.eval import dilemmas
 from ws.export import write_peft
 from ws.models import ChatModel
@@ -21,125 +26,149 @@ from ws.score import score
 
 ALPHAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 BATCH_SIZES = (8, 16, 32, 64)
+TOLERANCE = {torch.float32: 5e-2, torch.bfloat16: 0.5}
+"""Nats by which two ways may differ in a row; bf16 rounds the changed weights themselves."""
+
+Ratios = dict[float, Tensor]
+"""Strength -> log-ratio of every row."""
 
 
-def compare(name: str, direction: Direction, rows: int, repeats: int, peak: float) -> list[Row]:
-    """Lines of the table for one model and one direction on it."""
-    model = models.load(name)
-    direction = direction.bind(model)
-    whole = dilemmas.probe()
-    probe = Probe(whole.name, whole.kind, whole.rows[:rows])
-    tokens = [model.chat.prompt(one.messages, one.continuation) for one in probe.rows]
-    answers = [[i for (i,) in model.chat.answers(word)] for word in ("Yes", "No")]
-    edit = Edit("d", direction)
+class Scoring(Comparison):
+    """Ways of computing the same log-ratios."""
 
-    def ours() -> dict[float, Tensor]:
-        table = score(model, [probe], [Condition.of(edit, alpha) for alpha in ALPHAS])
+    name = "scoring"
+
+    def ways(self) -> list[Way]:
+        """Ours with and without shared prefixes, weights in place, and PEFT in every size of batch."""
+        return [
+            Way(memory.LOADED, lambda: self.model),
+            Way("ours", self.ours),
+            Way("rows", self.without_tree),
+            Way("in place", self.in_place),
+            *(Way(f"peft, {size}", partial(self.with_peft, size)) for size in BATCH_SIZES),
+            *(Way(f"peft as it is, {size}", partial(self.with_peft, size, repaired=False)) for size in BATCH_SIZES),
+        ]
+
+    def rows(self) -> list[Row]:
+        """Lines of the table."""
+        ours = self.ours()
+        self._agree(ours, self.in_place())
+        self._agree(ours, self.with_peft(BATCH_SIZES[0]))
+        self._agree(ours, self.with_peft(BATCH_SIZES[0], repaired=False))
+        size = min(BATCH_SIZES, key=self._seconds_with)
+        self._agree(ours, self.with_peft(size))
+        chosen = ["ours", "rows", "in place", f"peft, {size}", f"peft as it is, {size}"]
+        times = in_turn(map(self.way, chosen), self.workload.repeats)
+        peaks = self.peaks_of(chosen)
+        tree = shared_prefix.plan(self.tokens)
+        first = self._edit.effect.layer_numbers[0]
+        needed = flops.scoring(flops.Matrices.of(self.model), first, tree.tokens, len(self.tokens), len(ALPHAS))
+        peers = {
+            "in place": "weights changed in place, left-padded batches of 8, all logits",
+            f"peft, {size}": f"PEFT side path, sorted, batches of {size}, one logit row",
+            f"peft as it is, {size}": "the same, the head fed as `logits_to_keep=1` slices it",
+            "rows": "ours without shared prefixes",
+        }
+        return [
+            row(f"{len(ALPHAS)} alphas x {len(self.tokens)} dilemma rows", peer, self.inputs.size, times["ours"],
+                times[name], memory=(peaks["ours"], peaks[name]), flops=needed, peak=self.peak,
+                note=f"the tree saves {100 * tree.saving:.0f} % of the tokens" if name == "in place" else "")
+            for name, peer in peers.items()
+        ]  # fmt: skip
+
+    # ---------------------------------------------------------------- ways
+
+    def ours(self) -> Ratios:
+        """One call of `score`."""
+        table = score(self.model, [self._probe], [Condition.of(self._edit, alpha) for alpha in ALPHAS])
         ratios = table.filter(metric="logratio")
-        return {a: torch.tensor(ratios.filter(alpha=a)["value"].to_list()) for a in ALPHAS}
+        return {alpha: torch.tensor(ratios.filter(alpha=alpha)["value"].to_list()) for alpha in ALPHAS}
 
-    def without_tree() -> dict[float, Tensor]:
+    def without_tree(self) -> Ratios:
+        """The same with whole rows."""
         kept, shared_prefix.worthwhile = shared_prefix.worthwhile, lambda *_: None
         try:
-            return ours()
+            return self.ours()
         finally:
             shared_prefix.worthwhile = kept
 
-    original = in_place(models.load(name), direction, tokens, answers)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_peft(direction, model.network, Path(scratch), alpha=1.0)
-        adapter = with_peft(models.load(name), Path(scratch), tokens, answers)
-        _agree(ours(), original())
-        size = min(BATCH_SIZES, key=lambda batch: in_turn({"peft": lambda: adapter(batch)}, 1)["peft"][0])
-        _agree(ours(), adapter(size))
-        times = in_turn(
-            {"ours": ours, "rows": without_tree, "original": original, "peft": lambda: adapter(size)}, repeats
-        )
-    tree = shared_prefix.plan(tokens)
-    trunk = model.parameter_count - model.network.get_input_embeddings().weight.numel()
-    flops = 2 * trunk * tree.tokens * len(ALPHAS)
-    work = f"{len(ALPHAS)} alphas x {len(tokens)} dilemma rows"
-    return [
-        row(work, "weights changed in place, left-padded batches of 8, all logits", name, times["ours"],
-            times["original"], flops=flops, peak=peak, note=f"the tree saves {100 * tree.saving:.0f} % of the tokens"),
-        row(work, f"PEFT side path, sorted, batches of {size}, one logit row", name, times["ours"], times["peft"]),
-        row(work, "ours without shared prefixes", name, times["ours"], times["rows"]),
-    ]  # fmt: skip
-
-
-def _agree(ours: dict[float, Tensor], theirs: dict[float, Tensor]) -> None:
-    worst = max(float((ours[alpha] - theirs[alpha]).abs().max()) for alpha in ALPHAS)
-    if worst > 5e-2:
-        raise AssertionError(f"the ways disagree by {worst:.2g} nats: they do not do the same work")
-
-
-def _ratios(logits: Tensor, answers: list[list[int]]) -> Tensor:
-    logp = logits.float().log_softmax(-1)
-    return logp[:, answers[0]].logsumexp(-1) - logp[:, answers[1]].logsumexp(-1)
-
-
-def _left_padded(rows: list[list[int]]) -> dict[str, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-
-def in_place(
-    model: ChatModel, direction: Direction, tokens: list[list[int]], answers: list[list[int]]
-) -> Callable[[], dict[float, Tensor]]:
-    """The replicated work's way: add alpha dW to the weights, batches of 8 as they come, logits of every position."""
-    parameters = dict(model.network.named_parameters())
-    dense = {name: direction.materialise(name).reshape(parameters[name].shape) for name in direction.deltas}
-
     @torch.no_grad()
-    def work() -> dict[float, Tensor]:
+    def in_place(self) -> Ratios:
+        """The replicated work's way: add alpha dW to the weights, batches of 8 as they come, logits everywhere."""
+        network, dense = self._plain.network, self._dense
+        parameters = dict(network.named_parameters())
         found = {}
         for alpha in ALPHAS:
             backup = {name: parameters[name].data.clone() for name in dense}
             for name, change in dense.items():
                 parameters[name].data.add_((alpha * change).to(parameters[name].dtype))
             parts = [
-                _ratios(model.network(**_left_padded(tokens[at : at + 8])).logits[:, -1], answers)
-                for at in range(0, len(tokens), 8)
+                log_ratios(network(**left_padded(self.tokens[at : at + 8])).logits[:, -1], self._answers)
+                for at in range(0, len(self.tokens), 8)
             ]
             found[alpha] = torch.cat(parts)
             for name, values in backup.items():
                 parameters[name].data.copy_(values)
         return found
 
-    return work
+    def with_peft(self, batch: int, alphas: tuple[float, ...] = ALPHAS, repaired: bool = True) -> Ratios:
+        """PEFT's side path in batches of one size."""
+        return self._peft.score(self.tokens, self._answers, alphas, batch, repaired)
 
+    # ---------------------------------------------------------------- what they need
 
-def with_peft(
-    model: ChatModel, folder: Path, tokens: list[list[int]], answers: list[list[int]]
-) -> Callable[[int], dict[float, Tensor]]:
-    """PEFT's LoRA side path with its scale set per strength; rows sorted by length, logits of the last position.
+    @cached_property
+    def _probe(self) -> Probe:
+        whole = dilemmas.probe()
+        return Probe(whole.name, whole.kind, whole.rows[: self.workload.scoring_rows])
 
-    The head is given a contiguous matrix: with the slice that `logits_to_keep` makes, a CPU would copy the whole head
-    once per row, and the peer would look far slower than it is.
-    """
-    import peft  # noqa: PLC0415
+    @cached_property
+    def _edit(self) -> Edit:
+        return Edit("d", self.inputs.direction(self.model))
 
-    network = peft.PeftModel.from_pretrained(model.network, str(folder)).eval()
-    layers = [module for module in network.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    scales = [dict(module.scaling) for module in layers]
-    head = network.get_output_embeddings()
-    head.forward = lambda states: nn.functional.linear(states.reshape(-1, states.shape[-1]).contiguous(), head.weight)
-    order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
+    @cached_property
+    def _copies(self) -> list[ChatModel]:
+        return []
 
-    @torch.no_grad()
-    def work(batch: int) -> dict[float, Tensor]:
-        found = {}
-        for alpha in ALPHAS:
-            for module, scale in zip(layers, scales, strict=True):
-                module.scaling = {name: alpha * value for name, value in scale.items()}
-            values = torch.empty(len(tokens))
-            for at in range(0, len(order), batch):
-                chosen = order[at : at + batch]
-                logits = network(**_left_padded([tokens[i] for i in chosen]), logits_to_keep=1).logits
-                values[chosen] = _ratios(logits.reshape(len(chosen), -1), answers)
-            found[alpha] = values
-        return found
+    @cached_property
+    def _plain(self) -> ChatModel:
+        return self._copy()
 
-    return work
+    @cached_property
+    def _dense(self) -> dict[str, Tensor]:
+        direction = self.inputs.direction(self._plain)
+        parameters = dict(self._plain.network.named_parameters())
+        return {name: direction.materialise(name).reshape(parameters[name].shape) for name in direction.deltas}
+
+    @cached_property
+    def _peft(self) -> PeftScorer:
+        model = self._copy()
+        with tempfile.TemporaryDirectory() as scratch:
+            write_peft(self.inputs.direction(model), model.network, Path(scratch), alpha=1.0)
+            return PeftScorer(peft.PeftModel.from_pretrained(model.network, scratch))
+
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """Every row of the probe as token ids."""
+        return [self._chat.prompt(one.messages, one.continuation) for one in self._probe.rows]
+
+    @cached_property
+    def _answers(self) -> list[list[int]]:
+        return [[i for (i,) in self._chat.answers(word)] for word in ("Yes", "No")]
+
+    @property
+    def _chat(self) -> Chat:
+        """That of any copy of the model that is there: one more, only to render text, would count as memory."""
+        return self._copies[0].chat if self._copies else self.model.chat
+
+    def _copy(self) -> ChatModel:
+        self._copies.append(self.inputs.load())
+        return self._copies[-1]
+
+    def _seconds_with(self, batch: int) -> float:
+        return in_turn([Way("peft", lambda: self.with_peft(batch, (1.0,)))], 1)["peft"][0]
+
+    def _agree(self, ours: Ratios, theirs: Ratios) -> None:
+        worst = max(float((ours[alpha] - theirs[alpha]).abs().max()) for alpha in ALPHAS)
+        if worst > TOLERANCE[self.model.dtype]:
+            raise AssertionError(f"the ways disagree by {worst:.2g} nats: they do not do the same work")

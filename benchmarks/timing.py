@@ -5,14 +5,25 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way of doing a comparison's work: `work` does the whole of it once, and makes what it needs on first use."""
+
+    name: str
+    work: Callable[[], object]
+
+
+@dataclass(frozen=True)
 class Row:
-    """One line of the table; `ours` and `theirs` are median seconds with (min, max) beside them."""
+    """One line of the table; `ours` and `theirs` are median seconds with (min, max) beside them.
+
+    The peaks are MiB of resident memory that one run in a fresh process adds to the loaded model.
+    """
 
     work: str
     peer: str
@@ -23,6 +34,8 @@ class Row:
     theirs_range: tuple[float, float]
     unit: str = "s"
     share_of_limit: float | None = None
+    ours_peak: float | None = None
+    theirs_peak: float | None = None
     note: str = ""
 
     @property
@@ -35,27 +48,34 @@ class Row:
         return {**self.__dict__, "ratio": self.ratio}
 
 
-def in_turn(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every way, run in turn `repeats` times after one round that is thrown away."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(repeats + 1):
-        for name, work in ways.items():
-            gc.collect()
-            started = time.perf_counter()
-            work()
-            if number:
-                times[name].append(time.perf_counter() - started)
+def in_turn(ways: Iterable[Way], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of every way, run in turn `repeats` times after `warm_up` rounds that are thrown away."""
+    chosen = list(ways)
+    times: dict[str, list[float]] = {way.name: [] for way in chosen}
+    for number in range(repeats + warm_up):
+        for way in chosen:
+            spent = seconds(way.work)
+            if number >= warm_up:
+                times[way.name].append(spent)
     return times
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Seconds of one run, after the garbage of earlier ones has been collected."""
+    gc.collect()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def row(
     work: str, peer: str, size: str, ours: list[float], theirs: list[float], *, flops: float | None = None,
-    peak: float | None = None, note: str = "",
+    peak: float | None = None, memory: tuple[float | None, float | None] = (None, None), note: str = "",
 ) -> Row:  # fmt: skip
     """The line of one comparison; `flops` that are necessary and the measured `peak` (GFLOP/s) give our share of it."""
     median = statistics.median(ours)
     share = flops / median / 1e9 / peak if flops is not None and peak else None
     return Row(
         work, peer, size, median, statistics.median(theirs), (min(ours), max(ours)), (min(theirs), max(theirs)),
-        share_of_limit=share, note=note,
+        share_of_limit=share, ours_peak=memory[0], theirs_peak=memory[1], note=note,
     )  # fmt: skip

@@ -1,76 +1,141 @@
-"""Both signs of a rank-r LoRA on the same tokens with the same loss: ours against TRL's SFTTrainer with PEFT.
-
-The peer is set as its documentation allows for a CPU: no checkpointing, no bf16, no packing, rows of similar length
-together, completion-only loss, pre-tokenised rows, nothing logged or saved.
-"""
+"""Both signs of a rank-r LoRA on the same tokens with the same loss: ours against TRL's SFTTrainer with PEFT."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import peft
+import flops
+import memory
 import polars as pl
-from timing import Row, in_turn, row
+from comparison import Comparison
+from peers import SftPeer
+from timing import Row, Way, in_turn, row
 
-from ws import architecture, console, models, train
+from ws import architecture, lower_layers, train
 from ws.chat import SupervisedTokens
+from ws.models import ChatModel
+from ws.train import TrainSettings
 
-SIGNS = ("pos", "neg")
+SIGNS: tuple[train.Sign, train.Sign] = ("pos", "neg")
+TOLERANCE = 0.2
+"""Relative difference of the mean training losses up to which two fits count as the same: their rows come in another
+order, and a small workload has a dozen steps."""
 
 
-def compare(name: str, pairs: pl.DataFrame, repeats: int) -> list[Row]:
-    """One line; `pairs` as in a run's `pairs.parquet`."""
-    from datasets import Dataset  # noqa: PLC0415
-    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+class Branches:
+    """Both branches of one family on one model: by ours and by the peer, from the same tokens."""
 
-    model = models.load(name)
-    chosen = train.resolve_settings(model, "lora", {"validation": 0.0})
-    examples = {sign: train.examples(model, pairs, sign, chosen, 0).train for sign in SIGNS}
+    def __init__(self, model: ChatModel, peer: SftPeer, pairs: pl.DataFrame, family: str) -> None:
+        self.model, self.peer, self.pairs = model, peer, pairs
+        self.chosen: TrainSettings = train.resolve_settings(model, family, {"validation": 0.0})
 
-    def ours() -> None:
+    @cached_property
+    def examples(self) -> dict[str, list[SupervisedTokens]]:
+        """Tokens of each sign."""
+        return {sign: train.examples(self.model, self.pairs, sign, self.chosen, 0).train for sign in SIGNS}
+
+    @property
+    def count(self) -> int:
+        """Rows of both signs."""
+        return sum(map(len, self.examples.values()))
+
+    def ours(self, *seeds: int) -> float:
+        """Fit both under every seed (none given: 0) in one pass; the mean training loss of all steps."""
+        lower_layers.forget(self.model)  # a repetition starts from what a first run has
         with tempfile.TemporaryDirectory() as scratch:
-            for sign in SIGNS:
-                train.fit(model, pairs, sign, chosen, seed=0, data_seed=0, folder=Path(scratch) / sign)
+            sides = self._sides(seeds or (0,), Path(scratch))
+            train.fit_together(self.model, sides, self.chosen)
+            return _mean_loss(sides)
 
-    datasets = {sign: Dataset.from_list([_as_record(one) for one in rows]) for sign, rows in examples.items()}
+    def one_by_one(self) -> float:
+        """Fit both, one after the other."""
+        lower_layers.forget(self.model)
+        with tempfile.TemporaryDirectory() as scratch:
+            sides = self._sides((0,), Path(scratch))
+            for side in sides:
+                train.fit_together(self.model, [side], self.chosen)
+            return _mean_loss(sides)
 
-    def theirs() -> None:
-        for sign in SIGNS:
-            network = models.load(name).network
-            with tempfile.TemporaryDirectory() as scratch, console.library_noise_muted():
-                trainer = SFTTrainer(
-                    network,
-                    args=SFTConfig(
-                        output_dir=scratch, per_device_train_batch_size=chosen.batch_size,
-                        num_train_epochs=chosen.epochs, learning_rate=chosen.lr, weight_decay=chosen.weight_decay,
-                        warmup_steps=chosen.warmup_steps, lr_scheduler_type="linear", max_length=chosen.max_length,
-                        gradient_checkpointing=False, bf16=False, use_cpu=True, packing=False,
-                        completion_only_loss=True, report_to="none", save_strategy="no", logging_strategy="no",
-                        disable_tqdm=True, dataloader_pin_memory=False, seed=0,
-                        train_sampling_strategy="group_by_length",
-                    ),
-                    train_dataset=datasets[sign], processing_class=model.chat.tokenizer,
-                    peft_config=_lora(network, chosen),
-                )  # fmt: skip
-                trainer.train()
+    def _sides(self, seeds: Sequence[int], scratch: Path) -> list[train.Side]:
+        return [train.Side(self.pairs, sign, seed, 0, scratch / f"{sign}{seed}") for seed in seeds for sign in SIGNS]
 
-    times = in_turn({"ours": ours, "trl": theirs}, repeats)
-    count = sum(map(len, examples.values()))
-    work = f"pos + neg LoRA, rank {chosen.adapter.rank}, {count} rows, {chosen.epochs} epochs"
-    return [row(work, "TRL SFTTrainer + PEFT", name, times["ours"], times["trl"])]
+    def theirs(self, seed: int = 0) -> float:
+        """The same by the peer."""
+        with tempfile.TemporaryDirectory() as scratch:
+            losses = [self.peer.fit(self.examples[s], self.chosen, seed, Path(scratch) / s) for s in SIGNS]
+        return sum(losses) / len(losses)
 
-
-def _lora(network: Any, chosen: train.TrainSettings) -> peft.LoraConfig:
-    layers = architecture.layer_slice(network.config.num_hidden_layers, *chosen.adapter.layers)
-    return peft.LoraConfig(
-        r=chosen.adapter.rank, lora_alpha=chosen.adapter.lora_alpha, task_type="CAUSAL_LM",
-        target_modules=sorted({site.kind for site in architecture.sites(network, layers)}),
-        layers_to_transform=list(layers), layers_pattern="layers",
-    )  # fmt: skip
+    def require_agreement(self, seed: int = 0) -> None:
+        """Raise where the two learn differently: then they do not do the same work."""
+        ours, theirs = self.ours(seed), self.theirs(seed)
+        if abs(ours - theirs) > TOLERANCE * abs(ours):
+            raise AssertionError(
+                f"{self.chosen.adapter.family}: mean losses {ours:.3f} and {theirs:.3f}: not the same work"
+            )
 
 
-def _as_record(example: SupervisedTokens) -> dict[str, list[int]]:
-    ids, prompt = example
-    return {"input_ids": ids, "completion_mask": [0] * prompt + [1] * (len(ids) - prompt)}
+def _mean_loss(sides: Sequence[train.Side]) -> float:
+    losses = [pl.read_csv(side.folder / train.LOG_FILE)["loss"].mean() for side in sides]
+    return sum(losses) / len(losses)
+
+
+class Training(Comparison):
+    """LoRA, both signs: against the peer, and in one pass against one after the other."""
+
+    name = "training"
+
+    def ways(self) -> list[Way]:
+        """Ours in one pass and one by one, and the peer."""
+        return [
+            Way(memory.LOADED, lambda: self.model),
+            Way("ours", self.ours),
+            Way("one by one", self.one_by_one),
+            Way("trl", self.theirs),
+        ]
+
+    def one_by_one(self) -> float:
+        """Both fits, one after the other."""
+        return self._branches.one_by_one()
+
+    def ours(self) -> float:
+        """Both fits."""
+        return self._branches.ours()
+
+    def theirs(self) -> float:
+        """Both fits by the peer."""
+        return self._branches.theirs()
+
+    def rows(self) -> list[Row]:
+        """Two lines."""
+        branches = self._branches
+        branches.require_agreement()
+        peers = {"trl": "TRL SFTTrainer + PEFT", "one by one": "ours, one sign after the other"}
+        chosen_ways = ["ours", *peers]
+        times = in_turn(map(self.way, chosen_ways), self.workload.repeats)
+        peaks = self.peaks_of(chosen_ways)
+        chosen = branches.chosen
+        work = f"pos + neg LoRA, rank {chosen.adapter.rank}, {branches.count} rows, {chosen.epochs} epochs"
+        return [
+            row(work, peer, self.inputs.size, times["ours"], times[name], flops=self._needed(), peak=self.peak,
+                memory=(peaks["ours"], peaks[name]))
+            for name, peer in peers.items()
+        ]  # fmt: skip
+
+    @cached_property
+    def _branches(self) -> Branches:
+        # both put their adapter on and take it off again, so one copy serves them in turn
+        return Branches(self.model, SftPeer(self.model), self.inputs.pairs, "lora")
+
+    def _needed(self) -> int:
+        """Operations of both fits, by `flops.training`."""
+        chosen, network = self._branches.chosen, self.model.network
+        examples = [one for rows in self._branches.examples.values() for one in rows]
+        layers = architecture.layer_slice(self.model.layer_count, *chosen.adapter.layers)
+        factors = sum(chosen.adapter.rank * sum(site.shape) for site in architecture.sites(network, layers))
+        return flops.training(
+            flops.Matrices.of(self.model), layers[0], sum(len(ids) for ids, _ in examples),
+            sum(len(ids) - prompt for ids, prompt in examples), factors, chosen.epochs,
+        )  # fmt: skip

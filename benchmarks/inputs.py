@@ -1,0 +1,124 @@
+"""What the comparisons of one model start from, on disk, so that a fresh process can start from the same.
+
+inputs.json              model and workload
+pairs.parquet            what the adapters are trained on
+direction.safetensors    what is scored
+pos/, neg/               the two adapters whose difference it is
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import polars as pl
+import shapes
+import torch
+from workload import WORKLOADS, Workload
+
+from ws import architecture, behaviour, data, diff, models, world
+from ws.adapters import AdapterSettings
+from ws.direction import Direction
+from ws.models import ChatModel
+from ws.replicate import Replication
+from ws.run_settings import Settings
+from ws.store import read_json, write_json
+
+_FILE = "inputs.json"
+_SPREAD = 0.02
+"""Standard deviation of a random adapter's B: large enough to move logits."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One model with its workload; `model` is what `models.load` takes, `size` what the table calls it."""
+
+    size: str
+    model: str
+    workload: Workload
+    folder: Path
+
+    def load(self) -> ChatModel:
+        """A fresh copy of the model."""
+        return models.load(self.model)
+
+    @property
+    def pairs(self) -> pl.DataFrame:
+        """Both sides' responses, as in a run's `pairs.parquet`."""
+        return pl.read_parquet(self.folder / "pairs.parquet")
+
+    def direction(self, model: ChatModel) -> Direction:
+        """The direction, bound to its base."""
+        return Direction.load(self.folder / "direction.safetensors").bind(model)
+
+    @classmethod
+    def make(cls, name: str, workload: Workload, folder: Path) -> Inputs:
+        """Write them: trained ones for a model that can talk, random ones for a shape."""
+        model = name
+        if name in shapes.SHAPES:
+            model = str(folder / name)
+            shapes.make(shapes.SHAPES[name], Path(model), shapes.fast_dtype())
+        made = cls(models.model_slug(name), model, workload, folder)
+        write_json(folder / _FILE, {"size": made.size, "model": model, "workload": workload.name})
+        if workload.grid is None:
+            made._write_random()
+        else:
+            made._write_trained()
+        return made
+
+    @classmethod
+    def read(cls, folder: Path) -> Inputs:
+        """Those that another process made."""
+        stored = read_json(folder / _FILE)
+        return cls(stored["size"], stored["model"], WORKLOADS[stored["workload"]], folder)
+
+    def _write_trained(self) -> None:
+        assert self.workload.grid is not None
+        settings = Settings(model=self.model, out=self.folder / "out", grid=self.workload.grid)
+        with Replication(settings) as run:
+            run.diff()[0].save(self.folder / "direction.safetensors")
+            run.data().write_parquet(self.folder / "pairs.parquet")
+            for sign in ("pos", "neg"):
+                shutil.copytree(run.folder / sign, self.folder / sign)
+
+    def _write_random(self) -> None:
+        written_pairs(self.workload.written).write_parquet(self.folder / "pairs.parquet")
+        model = self.load()
+        folders = [random_adapter(model, self.folder / sign, seed) for seed, sign in enumerate(("pos", "neg"))]
+        diff.direction(model, *folders)[0].save(self.folder / "direction.safetensors")
+
+
+def written_pairs(count: int) -> pl.DataFrame:
+    """Pairs of ready sentences under the training prompts of sycophancy: of real length, and nothing else."""
+    topics, sentences = behaviour.load("sycophancy").train, world.sentences()
+    texts = [" ".join(random.Random(number).sample(sentences, 3)) for number in range(2 * count)]
+    chosen = [topics[number % len(topics)] for number in range(count)]
+    frame = pl.DataFrame({
+        "topic": [topic.topic for topic in chosen], "prompt": [topic.text for topic in chosen],
+        "response_pos": texts[:count], "response_neg": texts[count:],
+    })  # fmt: skip
+    return frame.with_columns(*(pl.lit(True).alias(f"keep_{side}") for side in data.SIDES))
+
+
+def random_adapter(model: ChatModel, folder: Path, seed: int) -> Path:
+    """A rank-32 LoRA with random factors on every matrix of the default slice, saved by PEFT; the model stays as it is.
+
+    The direction of two of them has rank 64.
+    """
+    torch.manual_seed(seed)
+    settings = AdapterSettings()
+    layers = architecture.layer_slice(model.layer_count, *settings.layers)
+    wrapped = peft.get_peft_model(model.network, peft.LoraConfig(
+        r=settings.rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM",
+        target_modules=sorted({site.kind for site in architecture.sites(model.network, layers)}),
+        layers_to_transform=list(layers), layers_pattern="layers",
+    ))  # fmt: skip
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=_SPREAD)
+    wrapped.save_pretrained(str(folder))
+    wrapped.unload()
+    return folder
