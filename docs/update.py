@@ -1,9 +1,10 @@
 """Rewrite the marked blocks of README.md and docs/*.md from finished runs; nobody types a figure.
 
-    python docs/update.py out/pocket/*/lora/seed0 out/pocket-gemma/*/lora/seed0
+    python docs/update.py out/pocket/*/lora/seed0 out/pocket-gemma/*/lora/seed0 REBUILT_MODEL
 
-Copies the summary of every run to docs/results and the figure of the first sycophancy run on pocket to docs/images,
-then fills the blocks between `begin: NAME` and `end: NAME` comments. Without an argument the stored results are used.
+Copies the summary of every run to docs/results, the figure of the first sycophancy run on pocket to docs/images and the
+metrics of an embedded model that was built again with another seed, then fills the blocks between `begin: NAME` and
+`end: NAME` comments. Without an argument the stored results are used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ws import models
-from ws.pocket import card
+from ws.pocket import build, card
 from ws.report.cells import signed, with_limits
 
 DOCS = Path(__file__).parent
@@ -27,6 +28,7 @@ FIRST = "pocket-sycophancy-lora-seed0"
 SHAPE = RESULTS / "qwen3-0.6b-shape.json"
 SWEEP = RESULTS / "pocket-sycophancy-sweep.md"
 COMPARED = RESULTS / "pocket-sycophancy-compare"
+ACROSS = RESULTS / "comparisons.md"
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 
 Summary = dict[str, Any]
@@ -46,11 +48,14 @@ def main(arguments: list[str]) -> None:
         "pocket-card": card_of("pocket"),
         "gemma-card": card_of("pocket-gemma"),
         "families": families(),
+        "rebuild": rebuilds(),
     }
     if SHAPE.is_file():
         blocks["shape"] = shape_table(json.loads(SHAPE.read_text()))
     if SWEEP.is_file():
         blocks["sweep"] = SWEEP.read_text().split("\n", 2)[2].strip()
+    if ACROSS.is_file():
+        blocks["across"] = ACROSS.read_text().split("\n", 2)[2].strip()
     if COMPARED.is_dir():
         headline = (COMPARED / "comparison.md").read_text().split("\n")[2].strip("*")
         blocks["compare"] = f"On pocket, three training seeds, 20 random directions:\n\n> {headline}"
@@ -59,13 +64,23 @@ def main(arguments: list[str]) -> None:
 
 
 def store(run: Path) -> None:
-    """Keep what documents need of one run, of a comparison, or of the sweep in a behaviour's folder."""
+    """Keep what documents need of a run, a comparison, the table over several, a rebuilt model, or a sweep."""
+    if run.name == ACROSS.name:
+        shutil.copy(run, ACROSS)
+        return
     if (run / "comparison.md").is_file():
         for name in ("comparison.md", "pareto.png"):
             shutil.copy(run / name, COMPARED / name)
         return
     if (run / "sweep.md").is_file():
         shutil.copy(run / "sweep.md", SWEEP)
+        return
+    if (run / card.METRICS_FILE).is_file():
+        record = build.recorded(run)
+        kept = {"recipe": record["recipe"], "minutes": record["minutes"],
+                "metrics": json.loads((run / card.METRICS_FILE).read_text())}  # fmt: skip
+        name = f"rebuild-{record['recipe']['architecture']}-seed{record['recipe']['seed']}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         return
     summary = json.loads((run / "summary.json").read_text())
     name = f"{summary['model']}-{summary['behaviour']}-{summary['adapter']}-seed{summary['seed']}"
@@ -189,6 +204,29 @@ def card_of(name: str) -> str:
     if not (models.POCKET_MODELS[name] / "config.json").is_file():
         return f"{name} has not been built."
     return card.text(name).split("\n", 2)[2].replace("\n## ", "\n### ")
+
+
+def rebuilds() -> str:
+    """Metrics of builds with other seeds beside those of the shipped weights."""
+    parts = []
+    for path in sorted(RESULTS.glob("rebuild-*.json")):
+        kept = json.loads(path.read_text())
+        recipe = kept["recipe"]
+        shipped_folder = next(f for f in models.POCKET_MODELS.values() if f.name == recipe["architecture"])
+        shipped = {entry["metric"]: entry for entry in json.loads((shipped_folder / card.METRICS_FILE).read_text())}
+        judged = [entry for entry in kept["metrics"] if entry["bar"]]
+        reached = sum(entry["passes"] for entry in judged)
+        rows = [
+            [entry["metric"], f"{shipped[entry['metric']]['value']:.3f}", f"{entry['value']:.3f}", entry["bar"],
+             "" if not entry["bar"] else "ok" if entry["passes"] else "**missed**"]
+            for entry in kept["metrics"]
+        ]  # fmt: skip
+        seed = f"seed {recipe['seed']}"
+        parts.append(
+            f"{recipe['architecture']}, {seed}, {kept['minutes']:g} minutes: {reached} of {len(judged)} "
+            f"bars reached.\n\n{table(['metric', 'shipped', seed, 'bar', ''], rows)}"
+        )
+    return "\n\n".join(parts) or "No rebuild has been made."
 
 
 def families() -> str:
