@@ -31,7 +31,7 @@ from ws.eval import dilemmas, sycophancy
 from ws.models import ChatModel
 from ws.probe import Probe, ProbeRow
 from ws.score import score
-from ws.train import Examples, TrainSettings
+from ws.train import Branch, Examples, TrainSettings
 
 SCORED_ROWS, SCORED_TOKENS = 8, 128
 TRAINED_ROWS, TRAINED_TOKENS, TRAINED_PROMPT = 4, 128, 64
@@ -208,7 +208,8 @@ def _training_step(model: ChatModel) -> Callable[[], None]:
     def step() -> None:
         attached = adapters.attach(model.network, chosen.adapter, model.name)
         try:
-            train.optimise(model, Examples(rows, [], 0), chosen, attached.trainable, seed=0, description="one step")
+            branch = Branch("one step", Examples(rows, [], 0), attached.trainable, 0)
+            train.optimise(model, [branch], chosen)
         finally:
             attached.detach()
             model.network.eval().requires_grad_(False)

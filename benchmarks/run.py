@@ -92,10 +92,15 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    console.set_quiet(True)
-    if given.one:
-        run_one(given.one, given.inputs)
-        return
+    with console.quiet():
+        if given.one:
+            run_one(given.one, given.inputs)
+        else:
+            run_all(given)
+
+
+def run_all(given: argparse.Namespace) -> None:
+    """Every part for every model; what is finished is written after each."""
     described = machine.describe()
     record: dict[str, Any] = {"machine": described, "rows": []}
     if not given.quick and RESULTS.is_file():

@@ -145,7 +145,9 @@ class Scoring(Comparison):
         model = self._copy()
         with tempfile.TemporaryDirectory() as scratch:
             write_peft(self.inputs.direction(model), model.network, Path(scratch), alpha=1.0)
-            return PeftScorer(peft.PeftModel.from_pretrained(model.network, scratch))
+            # on a bf16 model its factors may be bf16 too: several times faster than the fp32 that it takes by itself
+            network = peft.PeftModel.from_pretrained(model.network, scratch, autocast_adapter_dtype=False)
+            return PeftScorer(network)
 
     @cached_property
     def tokens(self) -> list[list[int]]:

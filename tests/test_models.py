@@ -39,7 +39,7 @@ def test_a_folder_loads_ready_for_inference(any_model: ChatModel) -> None:
     assert any_model.settings == json.loads((folder / "weight_steering.json").read_text())
     assert not any_model.network.training
     assert not any(parameter.requires_grad for parameter in any_model.network.parameters())
-    assert any_model.device.type == "cpu" and any_model.network.config._attn_implementation == "eager"
+    assert any_model.device.type == "cpu" and any_model.network.config._attn_implementation == "grouped"
     assert any_model.parameter_count == sum(p.numel() for p in any_model.network.parameters())
 
 
@@ -115,7 +115,7 @@ def test_describe_says_what_the_model_is(any_model: ChatModel) -> None:
     assert json.loads(json.dumps(described)) == described
     assert described.items() >= {
         "name": any_model.name, "architecture": type(any_model.network).__name__, "layers": 4, "dtype": "float32",
-        "device": "cpu", "attention": "eager", "fingerprint": any_model.fingerprint,
+        "device": "cpu", "attention": "grouped", "fingerprint": any_model.fingerprint,
     }.items()  # fmt: skip
 
 

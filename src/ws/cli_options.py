@@ -29,7 +29,7 @@ class ModelOptions:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """Attention implementation; auto: eager on the CPU, sdpa elsewhere."""
+    """Attention implementation; auto: eager on the CPU, with grouped keys where the model allows, sdpa elsewhere."""
     thinking: Literal["off", "on"] = "off"
     """Whether a thinking model may think before it responds."""
     revision: str | None = None

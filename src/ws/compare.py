@@ -9,6 +9,7 @@ to the base on neutral text. Uncertainty over rows and over seeds are two things
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ws.errors import UserError
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.models import ChatModel
 from ws.probe import Probe
-from ws.replicate import SIGNS, Replication
+from ws.replicate import SIGNS, Replication, train_together
 from ws.report import comparison as tables
 from ws.run_settings import Settings, shared_base
 from ws.score import score
@@ -89,7 +90,7 @@ class Comparison:
         self.settings = replace(settings, alphas=(-1.0, 0.0, 1.0), control_seeds=0)
         self.plan = plan
         self.model = model or settings.load()
-        self.runs = {(family, seed): self._replicate(family, seed) for family in plan.families for seed in plan.seeds}
+        self.runs = {(family, seed): run for family in plan.families for seed, run in self._replicate(family).items()}
         reference = self.runs[plan.families[0], plan.seeds[0]]
         self.behaviour: Behaviour = reference.behaviour
         self.reference: Direction = reference.direction
@@ -104,11 +105,18 @@ class Comparison:
     def __exit__(self, *_: object) -> None:
         self.folder.close()
 
-    def _replicate(self, family: str, seed: int) -> _Run:
-        console.say(f"\n{family}, seed {seed}", style="bold")
-        with Replication(replace(self.settings, adapter=family, seed=seed), self.model) as run:
-            direction, _ = run.diff()
-            return _Run(run.folder.path, run.behaviour, direction, run.data(), run.training)
+    def _replicate(self, family: str) -> dict[int, _Run]:
+        """The runs of a family by seed; what is missing of them is fitted in one pass."""
+        console.say(f"\n{family}, seeds {' '.join(map(str, self.plan.seeds))}", style="bold")
+        found = {}
+        with ExitStack() as stack:
+            settings = (replace(self.settings, adapter=family, seed=seed) for seed in self.plan.seeds)
+            runs = [stack.enter_context(Replication(one, self.model)) for one in settings]
+            train_together(runs)
+            for seed, run in zip(self.plan.seeds, runs, strict=True):
+                direction, _ = run.diff()
+                found[seed] = _Run(run.folder.path, run.behaviour, direction, run.data(), run.training)
+        return found
 
     # ---------------------------------------------------------------- methods
 

@@ -44,6 +44,20 @@ def scored_positions() -> Int[Tensor, " rows"] | None:
     return _scored.get()
 
 
+@contextmanager
+def replaced(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, `call` stands for the module's forward (which an instance may have of its own)."""
+    own = module.__dict__.get("forward")
+    module.forward = call
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
 class SplitForward:
     """Trunk and head of one causal LM. `hidden` is (rows, tokens, width); `logits` are fp32."""
 

@@ -1,8 +1,9 @@
 """Sample many continuations of few prompts, fast and reproducibly.
 
-Each distinct prompt is prefilled once and its cache is expanded to its samples; finished rows leave the batch. Random
-numbers belong to rows: sample j of a prompt draws its own stream, seeded by its key, and a token is the inverse of the
-cumulative distribution at one uniform number per step. So a sample does not depend on the batch that it was made in.
+Each distinct prompt is prefilled once and its cache is expanded to its samples; finished rows leave, a quarter of the
+batch at a time (`sample_cache`). Random numbers belong to rows: sample j of a prompt draws its own stream, seeded by its
+key, and a token is the inverse of the cumulative distribution at one uniform number per step. So a sample does not
+depend on the batch that it was made in.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _plan(requests: Sequence[Request], max_new_tokens: int, cache_tokens: int) -
 def _sample_batch(
     model: ChatModel, requests: Sequence[Request], sampling: Sampling, seed: int, ending: frozenset[int]
 ) -> list[list[Sample]]:
-    from transformers import DynamicCache  # noqa: PLC0415 - heavy import, late
+    from ws import sample_cache  # noqa: PLC0415 - imports transformers
 
     device = model.device
     copies = torch.tensor([len(request.keys) for request in requests], device=device)
@@ -119,34 +120,37 @@ def _sample_batch(
     # left padding: all rows of a batch then append at the same cache position
     ids = torch.tensor([[0] * (width - len(r.prompt)) + r.prompt for r in requests], device=device)
     mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in requests], device=device)
-    cache = DynamicCache(config=model.network.config)
+    prompts = sample_cache.prompt_cache(model.network, width + sampling.max_new_tokens)
     rows_of_prompts = torch.arange(len(requests), device=device)
-    logits = _next_logits(model, ids, mask, cache)
+    logits = _next_logits(model, ids, mask, prompts)
 
     # from prompts to samples: row i of the expanded batch continues prompt owner[i]
     owner = torch.repeat_interleave(rows_of_prompts, copies)
-    cache.reorder_cache(owner)
+    cache = sample_cache.for_samples(prompts, owner, sampling.max_new_tokens)
     logits, mask = logits[owner], mask[owner]
     uniforms = torch.stack([_uniforms(key, seed, sampling.max_new_tokens) for r in requests for key in r.keys])
+    uniforms = uniforms.to(device)
     written: list[list[int]] = [[] for _ in range(len(owner))]
     ended: list[int | None] = [None] * len(owner)
-    alive = torch.arange(len(owner), device=device)
+    rows = torch.arange(len(owner), device=device)  # the sample of every row of the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)
     stops = torch.tensor(sorted(ending), device=device)
 
     for step in range(sampling.max_new_tokens):
-        draws = uniforms[alive.cpu(), step].to(device)
-        tokens = _draw(logits, draws, sampling)
+        tokens = _draw(logits, uniforms[rows, step], sampling)
         stopped = torch.isin(tokens, stops)
-        for row, token, stop in zip(alive.tolist(), tokens.tolist(), stopped.tolist(), strict=True):
-            if stop:
+        for row, token, lives, stop in zip(*(one.tolist() for one in (rows, tokens, alive, stopped)), strict=True):
+            if lives and stop:
                 ended[row] = token
-            else:
+            elif lives:
                 written[row].append(token)
-        if bool(stopped.all()) or step + 1 == sampling.max_new_tokens:
+        alive &= ~stopped
+        left = int(alive.sum())
+        if not left or step + 1 == sampling.max_new_tokens:
             break
-        if bool(stopped.any()):
-            keep = torch.nonzero(~stopped).flatten()
-            alive, tokens, mask = alive[keep], tokens[keep], mask[keep]
+        if left <= (1 - sample_cache.LEAST_ENDED) * len(rows):
+            keep = torch.nonzero(alive).flatten()
+            rows, alive, tokens, mask = rows[keep], alive[keep], tokens[keep], mask[keep]
             cache.reorder_cache(keep)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = _next_logits(model, tokens[:, None], mask, cache)
@@ -181,8 +185,7 @@ def _draw(
 ) -> Int[Tensor, " rows"]:
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    probabilities = torch.softmax((logits / sampling.temperature).to(wide), dim=-1)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     if sampling.top_k:
         floor = probabilities.topk(min(sampling.top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
         probabilities = probabilities.where(probabilities >= floor, 0)
@@ -191,6 +194,7 @@ def _draw(
         before = ordered.cumsum(dim=-1) - ordered
         kept = ordered.where(before < sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
-    cumulative = probabilities.cumsum(dim=-1)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = probabilities.cumsum(dim=-1, dtype=wide)
     target = draws.to(wide)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).flatten().clamp(max=logits.shape[-1] - 1)

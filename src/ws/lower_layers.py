@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,7 +224,7 @@ def playing(network: nn.Module, recording: Recording) -> Iterator[None]:
 
     with ExitStack() as stack:
         for block in list(blocks)[: recording.layer]:
-            stack.callback(_passing_on(block))
+            stack.enter_context(forward.replaced(block, _pass_on))
         stack.callback(blocks[recording.layer].register_forward_pre_hook(enter, with_kwargs=True).remove)
         outer = _skipped.get(network, 0)
         _skipped[network] = recording.layer
@@ -241,22 +241,8 @@ _skipped: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 """How many layers from below do nothing at the moment, by network."""
 
 
-def _passing_on(block: nn.Module) -> Callable[[], None]:
-    """Make a layer return its input; the result puts its own forward back (an instance may have one of its own)."""
-    own = block.__dict__.get("forward")
-
-    def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
-
-    block.forward = pass_on
-
-    def restore() -> None:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
-
-    return restore
+def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 def new_cache(model: ChatModel) -> Any:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ws import architecture, console, precision
+from ws.attention import EAGER, use_grouped
 from ws.chat import Chat, Thinking
 from ws.errors import UserError
 from ws.forward import SplitForward
@@ -130,8 +131,8 @@ def load(
     """Load a model by the name of an embedded model, a folder, or a hub id.
 
     dtype "auto" is fp32 up to 200 M parameters, and on a CPU that only emulates bfloat16; else the checkpoint's own.
-    Device "auto" prefers CUDA, then MPS, then the CPU; attention "auto" is eager on the CPU (faster there at these
-    lengths) and SDPA elsewhere.
+    Device "auto" prefers CUDA, then MPS, then the CPU; attention "auto" is the grouped eager form on the CPU (faster
+    there at these lengths) and SDPA elsewhere.
     Weights are read from safetensors only. Raises `UserError` with the remedy for anything that cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy import, late
@@ -166,6 +167,8 @@ def load(
     elif slow and network.dtype == torch.bfloat16:
         console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
     network.to(target_device).eval().requires_grad_(False)
+    if attention == "auto" and network.config._attn_implementation == EAGER and not use_grouped(network):
+        console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
     settings_file = Path(place) / SETTINGS_FILE
     return ChatModel(
         name=name,
@@ -291,4 +294,4 @@ def _choose_device(device: str) -> torch.device:
 def _choose_attention(attention: str, device: torch.device) -> str:
     if attention != "auto":
         return attention
-    return "eager" if device.type == "cpu" else "sdpa"
+    return EAGER if device.type == "cpu" else "sdpa"

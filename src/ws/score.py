@@ -11,7 +11,7 @@
 An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32, from fp32 logits. The
 Condition without edits is scored once per Context and serves all others. Rows are batched by length under a token
 budget and padded on the right, so a row's value does not depend on its company; what the rows of a choice have in
-common is computed once (`shared_prefix`).
+common is computed once (`shared_prefix`), and what only the scored position needs is computed there (`last_layer`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws import console, forward, lower_layers, shared_prefix
+from ws import console, forward, last_layer, lower_layers, shared_prefix
 from ws.chat import Message
 from ws.condition import Condition, Context
 from ws.direction import Direction
@@ -84,6 +84,7 @@ def score(
     layer for every Condition.
     """
     plan = _distinct_with_bases(conditions)
+    last_layer.is_exact(model)  # tried out while nothing is edited
     budget = token_budget or default_token_budget(model)
     memory = Memory(model.cache_memory if cache_memory is None else cache_memory)
     pieces: list[pl.DataFrame] = []
@@ -296,20 +297,22 @@ def _choices(
     first, second = piece.answers
     beginnings = _beginnings(piece.answers)
     values: Values = {}
-    for batch, opening in _openings(model, piece, tokens, batches):
-        by_prefix = {(): opening} | {
-            begun: _next_log_probabilities(model, [[*tokens[index], *begun] for index in batch]) for begun in beginnings
-        }
-        log_first, log_second = (_log_probability(by_prefix, group) for group in (first, second))
-        ratio = log_first - log_second
-        mass = log_first.exp() + log_second.exp()
-        top = opening.max(dim=-1).values.exp()
-        for position, index in enumerate(batch):
-            values[piece.probe.rows[index].row] = {
-                "logratio": float(ratio[position]),
-                "pmass": float(mass[position]),
-                "maxp": float(top[position]),
+    with last_layer.only_scored(model):
+        for batch, opening in _openings(model, piece, tokens, batches):
+            by_prefix = {(): opening} | {
+                begun: _next_log_probabilities(model, [[*tokens[index], *begun] for index in batch])
+                for begun in beginnings
             }
+            log_first, log_second = (_log_probability(by_prefix, group) for group in (first, second))
+            ratio = log_first - log_second
+            mass = log_first.exp() + log_second.exp()
+            top = opening.max(dim=-1).values.exp()
+            for position, index in enumerate(batch):
+                values[piece.probe.rows[index].row] = {
+                    "logratio": float(ratio[position]),
+                    "pmass": float(mass[position]),
+                    "maxp": float(top[position]),
+                }
     return values
 
 

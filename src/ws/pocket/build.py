@@ -103,15 +103,16 @@ class Recipe:
 def recipe_of(architecture: Literal["qwen3", "gemma3"], seed: int = 0) -> Recipe:
     """The recipe of an embedded model.
 
-    The Gemma-3 model learns facts and opinions sooner, but with the shares of the other one it had not found the trait
-    behind requests at the end (complying personas moved refusal by 0.03 nats): it is asked for help twice as often.
+    The Gemma-3 model learns facts sooner, but with the shares of the other one it had not found the trait behind
+    requests at the end (complying personas moved refusal by 0.03 nats), nor did its open answers to dilemmas follow
+    personas enough to train on: it is asked for help and for its own choice nearly twice as often, for facts less.
     """
     if architecture == "qwen3":
         return Recipe(seed=seed)
     mix = TurnMix(
-        opinion=0.13, opinion_choice=0.12, fact=0.08, fact_choice=0.14, dilemma_choice=0.15, feedback=0.03, request=0.2
+        fact=0.07, fact_choice=0.11, dilemma_choice=0.14, dilemma_open=0.09, feedback=0.03, request=0.18, talk=0.02
     )
-    return Recipe(seed=seed, architecture="gemma3", steps=10_000, mix=mix, planted=Planted(prior=0.42))
+    return Recipe(seed=seed, architecture="gemma3", steps=12_000, mix=mix, planted=Planted(prior=0.42))
 
 
 def build(recipe: Recipe, folder: Path, *, workspace: Path, compiled: bool | None = None) -> None:

@@ -1,0 +1,83 @@
+"""Grouped attention is the library's eager attention without the copies; a network where it is not keeps its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from making import relative_error
+from ws import attention, models
+from ws.models import ChatModel
+
+
+def padded(model: ChatModel) -> dict[str, Tensor]:
+    """Three rows, two of them padded on the left."""
+    count = model.network.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(36).view(3, 12) * 13 % count
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, :2] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def outputs(network: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return network(**inputs, use_cache=False).logits[inputs["attention_mask"] > 0]
+
+
+def test_grouped_attention_is_eager_attention(any_model: ChatModel) -> None:
+    eager = models.load(any_model.name, attention="eager")
+    assert any_model.network.config._attn_implementation == attention.GROUPED
+    assert eager.network.config._attn_implementation == attention.EAGER
+    inputs = padded(any_model)
+    with torch.no_grad():
+        assert relative_error(outputs(any_model.network, inputs), outputs(eager.network, inputs)) < 1e-5
+
+
+def test_gradients_are_those_of_eager_attention(any_model: ChatModel) -> None:
+    found = {}
+    for name in ("auto", "eager"):
+        network = models.load(any_model.name, attention=name).network.requires_grad_(True)
+        outputs(network, padded(any_model)).square().mean().backward()
+        found[name] = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    scale = max(float(gradient.norm()) for gradient in found["eager"].values())
+    assert found["auto"].keys() == found["eager"].keys()
+    for name, gradient in found["eager"].items():
+        assert float((found["auto"][name] - gradient).norm()) < 1e-5 * scale, name
+
+
+def test_weights_of_the_heads_are_in_the_order_of_the_heads(qwen: ChatModel) -> None:
+    eager = models.load(qwen.name, attention="eager").network
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        mine, theirs = (n(input_ids=ids, output_attentions=True).attentions for n in (qwen.network, eager))
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, atol=1e-6)
+
+
+def test_softcap_and_default_scaling() -> None:
+    query, key, value = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
+    module = torch.nn.Module().eval()
+    keys, values = (one.repeat_interleave(2, dim=1) for one in (key, value))
+    scores = torch.tanh(query @ keys.mT / 8**0.5 / 2.0) * 2.0
+    found, _ = attention.grouped(module, query, key, value, None, softcap=2.0)
+    assert torch.allclose(found, (scores.softmax(-1) @ values).transpose(1, 2), atol=1e-6)
+
+
+def test_a_network_that_computes_something_else_keeps_its_own(
+    qwen: ChatModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AttentionInterface  # noqa: PLC0415
+
+    def ignoring_keys(_module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return query.transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.GROUPED, ignoring_keys)
+    model = models.load(qwen.name)
+    assert model.network.config._attn_implementation == attention.EAGER
+    assert "its attention is not the usual one" in capsys.readouterr().err
+    monkeypatch.undo()
+    inputs = padded(qwen)
+    with torch.no_grad():
+        assert relative_error(outputs(model.network, inputs), outputs(qwen.network, inputs)) < 1e-5
