@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from comparison import Comparison
+from peers import library_attention
 from timing import Row, Way, in_turn, row
 
 from ws import behaviour
@@ -86,10 +87,11 @@ def by_generate(
         width = max(map(len, part))
         ids = torch.tensor([[0] * (width - len(r)) + r for r in part])
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part])
-        found = model.network.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=stops[0],
-            **how,
-        )  # fmt: skip
+        with library_attention(model.network):
+            found = model.network.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=stops,
+                pad_token_id=stops[0], **how,
+            )  # fmt: skip
         for row_ids in found[:, width:].tolist():
             end = next((n for n, token in enumerate(row_ids) if token in model.chat.stop_ids), len(row_ids))
             written.append(row_ids[:end])

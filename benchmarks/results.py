@@ -12,13 +12,24 @@ IDENTITY = ("processor", "cores", "threads", "versions")
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The new record, with what only the old one has where both are of one machine.
 
-    Rows belong together by comparison and size of model, so a comparison that was measured again replaces its rows.
+    Rows belong together by comparison and size of model, so a comparison that was measured again replaces its rows; so
+    do profiles, by work and size.
     """
     if any(old["machine"].get(fact) != new["machine"].get(fact) for fact in IDENTITY):
         return dict(new)
-    measured = {(row["comparison"], row["size"]) for row in new["rows"]}
-    kept = [row for row in old["rows"] if (row["comparison"], row["size"]) not in measured]
-    return {**old, **new, "rows": [*kept, *new["rows"]]}
+    lists = {"rows": ("comparison", "size"), "spending": ("work", "size")}
+    return {**old, **new, **{
+        name: _replaced(old.get(name, []), new.get(name, []), keys)
+        for name, keys in lists.items() if name in old or name in new
+    }}  # fmt: skip
+
+
+def _replaced(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> list[Mapping[str, Any]]:
+    """The old records that no new one has the keys of, then the new ones."""
+    measured = {tuple(one[key] for key in keys) for one in new}
+    return [*(one for one in old if tuple(one[key] for key in keys) not in measured), *new]
 
 
 def as_text(record: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ import memory
 import page
 import plan
 import results
+import spending
 import torch
 import workload
 from algebra import Algebra
@@ -42,7 +43,8 @@ RESULTS = Path(__file__).parent / "results.json"
 COMPARISONS: dict[str, type[Comparison]] = {
     kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, EndToEnd)
 }
-OTHER_PARTS = ("growth", "fixed")
+OTHER_PARTS = ("spending", "growth", "fixed")
+PROFILED: tuple[type[Comparison], ...] = (Scoring, Training, Generating)
 
 
 def measure(name: str, quick: bool, skipped: list[str], described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -54,6 +56,9 @@ def measure(name: str, quick: bool, skipped: list[str], described: Mapping[str, 
         for kind in workload.without(chosen.comparisons, skipped):
             rows = COMPARISONS[kind](inputs, peaks).rows()
             yield {"machine": described, "rows": [{"comparison": kind, **one.as_record()} for one in rows]}
+        if "spending" not in skipped:
+            found = [spending.measure(kind(inputs).way("ours"), kind.name, inputs.size) for kind in PROFILED]
+            yield {"machine": described, "rows": [], "spending": [one.as_record() for one in found]}
         if chosen.growth and "growth" not in skipped:
             yield {"machine": described, "rows": [], "growth": [one.as_record() for one in growth.measure(inputs)]}
         if chosen.fixed_repeats and "fixed" not in skipped:
@@ -64,7 +69,7 @@ def measure(name: str, quick: bool, skipped: list[str], described: Mapping[str, 
 def tables(record: Mapping[str, Any]) -> dict[str, str]:
     """Every generated part of the page, by the name of its mark."""
     parts = {"measured": results.as_text(record), "plan": plan.as_table()}
-    for name, table in (("fixed", fixed_costs.as_table), ("growth", growth.as_table)):
+    for name, table in (("spending", spending.as_table), ("fixed", fixed_costs.as_table), ("growth", growth.as_table)):
         if name in record:
             parts[name] = table(record[name])
     return parts

@@ -11,7 +11,7 @@ import memory
 import peft
 import torch
 from comparison import Comparison
-from peers import PeftScorer, left_padded, log_ratios
+from peers import PeftScorer, left_padded, library_attention, log_ratios
 from timing import Row, Way, in_turn, row
 from torch import Tensor
 
@@ -102,10 +102,11 @@ class Scoring(Comparison):
             backup = {name: parameters[name].data.clone() for name in dense}
             for name, change in dense.items():
                 parameters[name].data.add_((alpha * change).to(parameters[name].dtype))
-            parts = [
-                log_ratios(network(**left_padded(self.tokens[at : at + 8])).logits[:, -1], self._answers)
-                for at in range(0, len(self.tokens), 8)
-            ]
+            with library_attention(network):
+                parts = [
+                    log_ratios(network(**left_padded(self.tokens[at : at + 8])).logits[:, -1], self._answers)
+                    for at in range(0, len(self.tokens), 8)
+                ]
             found[alpha] = torch.cat(parts)
             for name, values in backup.items():
                 parameters[name].data.copy_(values)

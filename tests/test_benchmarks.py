@@ -15,6 +15,7 @@ import plan
 import pytest
 import results
 import shapes
+import spending
 import timing
 import torch
 import workload
@@ -234,6 +235,26 @@ def test_a_comparison_measured_again_replaces_its_rows() -> None:
     assert found["growth"] == [1]
     other = {**MACHINE, "processor": "q"}
     assert results.merged(old, {"machine": other, "rows": [record()]}) == {"machine": other, "rows": [record()]}
+
+
+def test_profiles_of_other_work_and_sizes_are_kept() -> None:
+    def profiled(work: str, size: str, seconds: float) -> dict[str, object]:
+        return {"work": work, "size": size, "seconds": {spending.OUTSIDE: seconds}}
+
+    old = {"machine": MACHINE, "rows": [], "spending": [profiled("a", "s", 1.0), profiled("a", "l", 2.0)]}
+    new = {"machine": MACHINE, "rows": [], "spending": [profiled("a", "s", 3.0)]}
+    assert results.merged(old, new)["spending"] == [profiled("a", "l", 2.0), profiled("a", "s", 3.0)]
+    assert results.merged(old, {"machine": MACHINE, "rows": []})["spending"] == old["spending"]
+
+
+def test_time_is_spent_on_what_is_run() -> None:
+    factor = torch.ones(400, 400)
+    found = spending.measure(timing.Way("w", lambda: [factor @ factor for _ in range(40)]), "w", "s")
+    assert max(found.seconds, key=found.seconds.__getitem__) == "matrix products"
+    assert spending.kind_of("_softmax") == "softmax" and spending.kind_of("silu") == spending.ELEMENTWISE
+    head, _, line = spending.as_table([found.as_record()]).splitlines()
+    assert head.count("|") == line.count("|")
+    assert sum(int(cell.split()[0]) for cell in line.split("|") if "%" in cell) in range(97, 104)
 
 
 def test_a_part_of_the_page_is_replaced_between_its_marks() -> None:

@@ -1,8 +1,8 @@
 """Sample many continuations of few prompts, fast and reproducibly.
 
 Each distinct prompt is prefilled once and its cache is expanded to its samples; finished rows leave, a quarter of the
-batch at a time (`sample_cache`). Random numbers belong to rows: sample j of a prompt draws its own stream, seeded by its
-key, and a token is the inverse of the cumulative distribution at one uniform number per step. So a sample does not
+batch at a time (`sample_cache`). Random numbers belong to rows: sample j of a prompt draws its own stream, seeded by
+its key, and a token is the inverse of the cumulative distribution at one uniform number per step. So a sample does not
 depend on the batch that it was made in.
 """
 

@@ -1,0 +1,62 @@
+"""Where our time goes: the share of every kind of operation in one run of a piece of work, from torch's profiler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from timing import Way
+from torch.profiler import ProfilerActivity, profile
+
+KINDS = {
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "addmm_", "linear", "mkldnn_linear"),
+    "softmax": ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "logsumexp"),
+    "moving data": ("copy_", "cat", "index_select", "index", "gather", "clone", "_index_put_impl_", "index_put_",
+                    "slice_backward", "fill_", "zero_"),
+}  # fmt: skip
+ELEMENTWISE, OUTSIDE = "elementwise and reductions", "outside of operations"
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Seconds of one run by kind of operation; OUTSIDE is Python, launching, and what the profiler itself takes."""
+
+    work: str
+    size: str
+    seconds: Mapping[str, float]
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain data for `results.json`."""
+        return asdict(self)
+
+
+def measure(way: Way, work: str, size: str) -> Spending:
+    """Profile one run after an unmeasured one."""
+    way.work()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        started = time.perf_counter()
+        way.work()
+        wall = time.perf_counter() - started
+    spent = dict.fromkeys([*KINDS, ELEMENTWISE], 0.0)
+    for event in found.key_averages():
+        if event.key.startswith("aten::"):
+            spent[kind_of(event.key.removeprefix("aten::"))] += event.self_cpu_time_total / 1e6
+    return Spending(work, size, {**spent, OUTSIDE: max(0.0, wall - sum(spent.values()))})
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation of torch, by its name without `aten::`."""
+    return next((kind for kind, names in KINDS.items() if operation in names), ELEMENTWISE)
+
+
+def as_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Shares as a Markdown table."""
+    kinds = [*KINDS, ELEMENTWISE, OUTSIDE]
+    lines = [f"| work | size | s, profiled | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 3)]
+    for one in records:
+        total = sum(one["seconds"].values())
+        shares = " | ".join(f"{100 * one['seconds'][kind] / total:.0f} %" for kind in kinds)
+        lines.append(f"| {one['work']} | {one['size']} | {total:.3g} | {shares} |")
+    return "\n".join(lines)
