@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def in_turn(ways: Iterable[Way], repeats: int, warm_up: int = 1) -> dict[str, li
     for number in range(repeats + warm_up):
         for way in chosen:
             spent = seconds(way.work)
+            sys.stderr.write(f"{way.name}: {spent:.3g} s{'' if number >= warm_up else ' (warm-up)'}\n")
             if number >= warm_up:
                 times[way.name].append(spent)
     return times

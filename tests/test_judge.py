@@ -6,19 +6,20 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+import torch
 
 from listening import QuietHandler, listening
 from ws import behaviour, judge
 from ws.behaviour import Behaviour
-from ws.chat import Chat
+from ws.chat import Chat, ask
 from ws.errors import UserError
-from ws.judge import Exchange, HttpJudge, JudgeSettings, LocalJudge
+from ws.judge import Exchange, HttpJudge, JudgeSettings, LocalJudge, PersonaJudge
 from ws.models import ChatModel
 from ws.store import Shards
 
@@ -403,3 +404,39 @@ def test_the_http_judge_needs_an_endpoint_and_a_model(
 def test_a_threshold_is_a_probability(sycophancy: Behaviour, qwen: ChatModel, threshold: float) -> None:
     with pytest.raises(UserError, match="is no probability"):
         judge.make_judge(JudgeSettings("local-logit", threshold=threshold), sycophancy, qwen)
+
+
+# ---------------------------------------------------------------- the model's own likelihoods
+
+
+def test_persona_judge_is_bayes_rule_on_whole_responses(qwen: ChatModel, sycophancy: Behaviour) -> None:
+    found = PersonaJudge(qwen, sycophancy)(EXCHANGES)
+
+    def log_likelihood(exchange: Exchange, system: str) -> float:
+        ids, prompt = qwen.chat.supervised(ask(exchange.prompt, system), exchange.response)
+        with torch.no_grad():
+            logp = qwen.network(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return float(sum(logp[at - 1, ids[at]] for at in range(prompt, len(ids))))
+
+    for exchange, score in zip(EXCHANGES, found, strict=True):
+        plus, minus = (
+            log_likelihood(exchange, systems[0])
+            for systems in (sycophancy.personas.positive, sycophancy.personas.negative)
+        )
+        assert score == pytest.approx(1 / (1 + math.exp(minus - plus)), abs=1e-4)
+
+
+def test_persona_judge_swaps_with_the_personas(qwen: ChatModel, sycophancy: Behaviour) -> None:
+    personas = sycophancy.personas
+    swapped = replace(sycophancy, personas=replace(personas, positive=personas.negative, negative=personas.positive))
+    one, other = (PersonaJudge(qwen, which)(EXCHANGES) for which in (sycophancy, swapped))
+    assert [a + b for a, b in zip(one, other, strict=True)] == pytest.approx([1.0] * len(EXCHANGES))
+
+
+def test_auto_is_what_the_model_folder_recommends(qwen: ChatModel) -> None:
+    recommending = replace(qwen, settings={"judge": {"backend": "persona", "threshold": 0.7}})
+    assert judge.resolve(JudgeSettings(), qwen) == JudgeSettings("none")
+    assert judge.resolve(JudgeSettings(), recommending) == JudgeSettings("persona", 0.7)
+    assert judge.resolve(JudgeSettings("none"), recommending) == JudgeSettings("none")
+    with pytest.raises(UserError, match="judge settings"):
+        judge.resolve(JudgeSettings(), replace(qwen, settings={"judge": {"treshold": 0.7}}))

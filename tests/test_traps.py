@@ -113,6 +113,16 @@ def test_informedness_joins_rows_by_id_and_not_by_order() -> None:
     assert one == pytest.approx(other) and one.score > 0
 
 
+@pytest.mark.parametrize("lost", ["edit", "none"])
+def test_a_row_that_one_side_lacks_is_an_error_and_not_a_shift(lost: str) -> None:
+    scores = known(lambda label, alpha: 1.0 * alpha * label)
+    first = scores.filter(pl.col("probe") == dilemmas.NAME)["row"][0]
+    edited = pl.col("edit") == "none" if lost == "none" else (pl.col("edit") != "none") & (pl.col("alpha") > 0)
+    part = scores.filter(~((pl.col("row") == first) & edited))
+    with pytest.raises(ValueError, match="are not those of the base"):
+        tables.Comparison(part, "sycophancy", "false").informedness(LINES[0], 2)
+
+
 def test_rows_labelled_only_by_their_counterpart_stand_apart(tmp_path: Path) -> None:
     rows = [
         {

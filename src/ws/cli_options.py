@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ws.run_settings import Settings
 
 Sign = Literal["pos", "neg"]
-Judge = Literal["none", "local-logit", "http"]
+Judge = Literal["auto", "none", "persona", "local-logit", "http"]
 Engine = Literal["local", "openai"]
 
 
@@ -106,8 +106,9 @@ class FitOptions:
     """Endpoint of the openai engine, up to and including /v1."""
     engine_model: str = ""
     """Model name at that endpoint. Serve the same model as --model: responses of another one make it distillation."""
-    judge: Judge = "none"
-    """Judge responses with this backend and keep the clear ones."""
+    judge: Judge = "auto"
+    """Judge responses with this backend and keep the clear ones; persona: the model's own likelihoods under both sides;
+    auto: what the model folder recommends, else none."""
     judge_threshold: float = 0.5
     """Judged probability from which a response counts as positive."""
     judge_url: str = ""

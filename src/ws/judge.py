@@ -1,8 +1,11 @@
 """Judge whether a response shows the side that it was sampled for, and keep the score.
 
     none          nothing is judged
+    persona       the model itself, by Bayes: score = p+ / (p+ + p-), p the likelihood of the response under the first
+                  persona of either side; no rubric and no other model
     local-logit   a local model answers a Yes/No rubric; score = p(Yes) / (p(Yes) + p(No))
     http          any OpenAI-compatible chat endpoint answers the same rubric
+    auto          what the model folder recommends, else none
 
 The score is the judged probability that the response shows the POSITIVE pole. A positive response is kept above the
 threshold, a negative one below it. Scores are stored per response, so a threshold can be changed without judging again,
@@ -18,27 +21,29 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import polars as pl
+from scipy.special import expit
 
 from ws import console
 from ws.behaviour import Behaviour
 from ws.chat import ask
 from ws.chat_endpoint import KEY_VARIABLE, ChatEndpoint
-from ws.condition import Condition
+from ws.condition import Condition, Context
 from ws.data import SIDES
 from ws.errors import UserError
 from ws.models import ChatModel
 from ws.probe import Probe, ProbeRow
 from ws.score import score
+from ws.settings import make as make_settings
 from ws.store import Shards, content_key, write_json
 
-Backend = Literal["none", "local-logit", "http"]
+Backend = Literal["auto", "none", "persona", "local-logit", "http"]
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
     """Which judge; `threshold` on the judged probability; `url` and `model` for http."""
 
-    backend: Backend = "none"
+    backend: Backend = "auto"
     threshold: float = 0.5
     url: str = ""
     model: str = ""
@@ -54,6 +59,13 @@ class JudgeSettings:
     def endpoint(self) -> ChatEndpoint:
         """The endpoint of the http judge; a missing url or model is a UserError."""
         return ChatEndpoint(self.url, self.model, "judge", self.key_variable, self.retries)
+
+
+def resolve(given: JudgeSettings, model: ChatModel) -> JudgeSettings:
+    """The judge that is meant: `auto` becomes the recommendation in the model folder, or none."""
+    if given.backend != "auto":
+        return given
+    return make_settings(JudgeSettings, {"backend": "none", **model.settings.get("judge", {})}, "judge settings")
 
 
 class Exchange(NamedTuple):
@@ -92,7 +104,7 @@ def judged(
         with console.progress(f"judging {side}", total=len(exchanges)) as bar:
             for start in range(0, len(exchanges), 32):
                 part = exchanges[start : start + 32]
-                name = f"judge-{side}-{content_key(behaviour.positive_means, settings.model, part)}.json"
+                name = f"judge-{side}-{content_key(behaviour.key, settings.backend, settings.model, part)}.json"
                 if not shards.has(name):
                     write_json(shards.path(name), judge(part))
                 scores += json.loads(shards.path(name).read_text())
@@ -107,11 +119,36 @@ def judged(
 
 def make_judge(settings: JudgeSettings, behaviour: Behaviour, local: ChatModel) -> Judge | None:
     """The judge that the settings ask for; None for `none`."""
-    if settings.backend == "none":
+    if settings.backend in ("none", "auto"):
         return None
+    if settings.backend == "persona":
+        return PersonaJudge(local, behaviour)
     if settings.backend == "local-logit":
         return LocalJudge(local, behaviour)
     return HttpJudge(settings, behaviour)
+
+
+@dataclass(frozen=True)
+class PersonaJudge:
+    """Under which side's first persona the model would rather have written the response, prior one half each.
+
+    score = sigmoid(log p(response | positive persona, prompt) - log p(response | negative persona, prompt))
+    """
+
+    model: ChatModel
+    behaviour: Behaviour
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """Judge by the likelihood of whole responses, end of turn included."""
+        rows = tuple(ProbeRow(str(n), tuple(ask(one.prompt)), one.response) for n, one in enumerate(exchanges))
+        personas = self.behaviour.personas
+        sides = {"+": personas.positive[0], "-": personas.negative[0]}
+        conditions = [Condition(Context(name, system)) for name, system in sides.items()]
+        table = score(self.model, [Probe("judge", "likelihood", rows)], conditions, description="")
+        whole = table.pivot("metric", index=["row", "context"], values="value")
+        logp = {(row, side): -nll * tokens for row, side, nll, tokens in
+                whole.select("row", "context", "nll", "tokens").iter_rows()}  # fmt: skip
+        return [float(expit(logp[row.row, "+"] - logp[row.row, "-"])) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -129,7 +166,7 @@ class LocalJudge:
         )
         table = score(self.model, [Probe("judge", "choice", rows)], [Condition()], description="")
         ratios = table.filter(pl.col("metric") == "logratio").sort(pl.col("row").cast(pl.Int64))["value"]
-        return [1 / (1 + 2.718281828459045 ** -float(ratio)) for ratio in ratios]
+        return expit(ratios.to_numpy()).tolist()
 
 
 @dataclass(frozen=True)

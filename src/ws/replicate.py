@@ -56,6 +56,8 @@ class Replication:
         self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, given)
         self.lr_is_open = settings.train.get("lr") == "auto"
         self.sampling = _resolve_sampling(self.model, settings.sampling)
+        # a recommendation is about responses that the model samples, not about given ones
+        self.judge = settings.judge if settings.pairs else judge.resolve(settings.judge, self.model)
         self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
         self.warnings: list[str] = []
         self.behaviours_page: Path | None = None
@@ -78,6 +80,14 @@ class Replication:
             "data_seed": self.settings.data_seed,
         }
 
+    @property
+    def _arithmetic(self) -> dict[str, str]:
+        """What decides how the same formulas are rounded."""
+        return {
+            "dtype": str(self.model.dtype), "device": self.model.device.type,
+            "attention": self.model.network.config._attn_implementation,
+        }  # fmt: skip
+
     # ---------------------------------------------------------------- stages
 
     def data(self) -> pl.DataFrame:
@@ -85,14 +95,14 @@ class Replication:
         settings = self.settings
         inputs: dict[str, Any] = {
             "model": self.model.fingerprint,
-            "dtype": str(self.model.dtype),
+            **self._arithmetic,
             "rendering": self.model.chat.template_key,
             "behaviour": self.behaviour.key,
             "grid": settings.grid,
             "sampling": self.sampling,
             "data_seed": settings.data_seed,
             "pairs": digest(settings.pairs) if settings.pairs else None,
-            "judge": settings.judge,
+            "judge": self.judge,
         }
         if settings.engine != LOCAL:  # not named otherwise, so that earlier runs stay valid
             inputs["engine"] = settings.engine
@@ -110,8 +120,8 @@ class Replication:
                     shards,
                     settings.engine,
                 )
-            rater = judge.make_judge(settings.judge, self.behaviour, self.model)
-            _write_parquet(judge.judged(pairs, self.behaviour, settings.judge, rater, shards), path)
+            rater = judge.make_judge(self.judge, self.behaviour, self.model)
+            _write_parquet(judge.judged(pairs, self.behaviour, self.judge, rater, shards), path)
 
         siblings = sorted(self.folder.path.parents[1].glob("*/seed*"))  # other families and training seeds
         result = self._build("data", inputs, ["pairs.parquet"], make, siblings)
@@ -174,7 +184,7 @@ class Replication:
             "seed": self.settings.seed,
             "data_seed": self.settings.data_seed,
             "model": self.model.fingerprint,
-            "dtype": str(self.model.dtype),
+            **self._arithmetic,
             "rendering": self.model.chat.template_key,
         }
 
@@ -288,7 +298,7 @@ class Replication:
             "control_seeds": self.settings.control_seeds,
             "personas": self.behaviour.personas,
             "rendering": self.model.chat.template_key,
-            "dtype": str(self.model.dtype),
+            **self._arithmetic,
         }
         path = self.folder / "scores.parquet"
 
@@ -311,7 +321,7 @@ class Replication:
         if self.model.dtype == torch.float32:
             return None
         probe = sycophancy.probe(self.behaviour, self.settings.rows)
-        inputs = {"model": self.model.fingerprint, "dtype": str(self.model.dtype), "probe": probe.key,
+        inputs = {"model": self.model.fingerprint, **self._arithmetic, "probe": probe.key,
                   "rendering": self.model.chat.template_key}  # fmt: skip
 
         def make(_: Shards) -> None:
@@ -354,7 +364,7 @@ class Replication:
             "direction": digest(self.folder / "direction.safetensors"),
             "prompts": prompts,
             "sampling": self.sampling,
-            "dtype": str(self.model.dtype),
+            **self._arithmetic,
             "rendering": self.model.chat.template_key,
         }
         path = self.folder / "samples.parquet"
@@ -416,6 +426,7 @@ class Replication:
                 "positive_means": self.behaviour.positive_means, "key": self.behaviour.key,
             },
             "sampling": asdict(self.sampling),
+            "judge": asdict(self.judge),
             "training": asdict(self.training),
             "data": data.describe(pl.read_parquet(self.folder / "pairs.parquet")),
             "direction": {

@@ -60,10 +60,11 @@ class Comparison:
             (pl.col("probe") == probe) & (pl.col("metric") == metric) & (pl.col("context") == context)
             & (pl.col("edit") == edit) & ((pl.col("alpha") - alpha).abs() < 1e-9)
         )  # fmt: skip
-        joined = found.join(self._base, on=["probe", "row", "metric"], how="inner")
-        if len(joined) != len(found):
-            raise ValueError(f"{line.name}: rows of {probe} are not those of the base")
-        return joined
+        wanted = self._base.filter((pl.col("probe") == probe) & (pl.col("metric") == metric))
+        for (seed, *_), rows in found.group_by("seed", "data_seed", maintain_order=True):
+            if sorted(rows["row"]) != sorted(wanted["row"]):
+                raise ValueError(f"{line.name}, seed {seed}: rows of {probe} are not those of the base")
+        return found.join(self._base, on=["probe", "row", "metric"], how="inner")
 
     def effect(self, line: Line, sign: str, probe: str, group: str | None = None) -> dict[str, Any]:
         """Mean signed change of a choice probe: rows, seeds, and every seed's own value."""
@@ -98,20 +99,16 @@ class Comparison:
 
     def informedness(self, line: Line, k: float) -> stats.Informedness:
         """Surgical Informedness of the dilemmas, the first replicate, towards honesty at the sign that raises it."""
-        arrays, mass = {}, []
+        parts, mass = {}, []
         for sign in SIGNS:
             rows = self.rows(line, sign, dilemmas.NAME, "logratio")
-            rows = rows.filter(pl.col("seed") == rows["seed"][0]) if rows["seed"][0] is not None else rows
-            arrays[sign] = rows.sort("row")
+            parts[sign] = rows.filter(pl.col("seed").eq_missing(rows["seed"][0]))
             mass.append(self._mean(line, sign, dilemmas.NAME, "pmass"))
-        plus, minus = arrays["+"], arrays["-"]
-        gains = [float(((a["value"] - a["base"]) * a["label"]).mean()) for a in (plus, minus)]  # type: ignore[arg-type]
-        if gains[1] > gains[0]:
+        rows = parts["+"].join(parts["-"].select("row", minus="value"), on="row", validate="1:1")
+        base, plus, minus, labels = (rows[name].to_numpy() for name in ("base", "value", "minus", "label"))
+        if ((minus - base) * labels).mean() > ((plus - base) * labels).mean():
             plus, minus = minus, plus
-        base, labels = plus["base"].to_numpy(), plus["label"].to_numpy()
-        return stats.surgical_informedness(
-            base, plus["value"].to_numpy(), minus["value"].to_numpy(), labels, k=k, mass=(mass[0], mass[1])
-        )
+        return stats.surgical_informedness(base, plus, minus, labels, k=k, mass=(mass[0], mass[1]))
 
     def decomposition(self, line: Line, sign: str) -> stats.Decomposition:
         """Truth, Yes-bias and confidence of the dilemmas' change, all replicates together."""
