@@ -357,10 +357,8 @@ def test_figures_in_documents_are_those_of_the_stored_results(tmp_path: Path, mo
     spec.loader.exec_module(update)
     pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
     shown = {name: text for page in pages.values() for name, text in MARKED.findall(page)}
-    # the matrix and the cards have tests of their own; the rest is made anew, over what somebody might have typed
-    cards = {"pocket": shown["pocket-card"], "pocket-gemma": shown["gemma-card"]}
+    # the matrix has a test of its own; the rest is made anew, over what somebody might have typed
     monkeypatch.setattr(update, "families", lambda: shown["families"])
-    monkeypatch.setattr(update, "card_of", cards.get)
     monkeypatch.setattr(update, "ROOT", tmp_path)
     monkeypatch.setattr(update, "DOCS", tmp_path / "docs")
     (tmp_path / "docs").mkdir()
