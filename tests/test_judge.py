@@ -437,6 +437,7 @@ def test_auto_is_what_the_model_folder_recommends(qwen: ChatModel) -> None:
     recommending = replace(qwen, settings={"judge": {"backend": "persona", "threshold": 0.7}})
     assert judge.resolve(JudgeSettings(), qwen) == JudgeSettings("none")
     assert judge.resolve(JudgeSettings(), recommending) == JudgeSettings("persona", 0.7)
+    assert judge.resolve(JudgeSettings(threshold=0.9), recommending) == JudgeSettings("persona", 0.9)
     assert judge.resolve(JudgeSettings("none"), recommending) == JudgeSettings("none")
     with pytest.raises(UserError, match="judge settings"):
         judge.resolve(JudgeSettings(), replace(qwen, settings={"judge": {"treshold": 0.7}}))

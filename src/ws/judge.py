@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import polars as pl
@@ -62,10 +62,14 @@ class JudgeSettings:
 
 
 def resolve(given: JudgeSettings, model: ChatModel) -> JudgeSettings:
-    """The judge that is meant: `auto` becomes the recommendation in the model folder, or none."""
+    """The judge that is meant: `auto` becomes the recommendation in the model folder, or none.
+
+    A threshold other than the default one is the user's and stays.
+    """
     if given.backend != "auto":
         return given
-    return make_settings(JudgeSettings, {"backend": "none", **model.settings.get("judge", {})}, "judge settings")
+    found = make_settings(JudgeSettings, {"backend": "none", **model.settings.get("judge", {})}, "judge settings")
+    return found if given.threshold == JudgeSettings.threshold else replace(found, threshold=given.threshold)
 
 
 class Exchange(NamedTuple):
