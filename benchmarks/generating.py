@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from comparison import Comparison
-from peers import library_attention
+from peers import library_forms
 from timing import Row, Way, in_turn, row
 
 from ws import behaviour
@@ -82,19 +82,19 @@ def by_generate(
     stops = sorted(model.chat.stop_ids)
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
     written = []
-    for at in range(0, len(rows), batch):
-        part = rows[at : at + batch]
-        width = max(map(len, part))
-        ids = torch.tensor([[0] * (width - len(r)) + r for r in part])
-        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part])
-        with library_attention(model.network):
+    with library_forms(model.network):
+        for at in range(0, len(rows), batch):
+            part = rows[at : at + batch]
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(r)) + r for r in part])
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part])
             found = model.network.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=stops,
                 pad_token_id=stops[0], **how,
             )  # fmt: skip
-        for row_ids in found[:, width:].tolist():
-            end = next((n for n, token in enumerate(row_ids) if token in model.chat.stop_ids), len(row_ids))
-            written.append(row_ids[:end])
+            for row_ids in found[:, width:].tolist():
+                end = next((n for n, token in enumerate(row_ids) if token in model.chat.stop_ids), len(row_ids))
+                written.append(row_ids[:end])
     return written
 
 

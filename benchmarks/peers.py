@@ -2,7 +2,7 @@
 
 They are set as their documentation allows: no checkpointing, bf16 where the model is, no packing, rows of similar
 length together, completion-only loss, pre-tokenised rows, nothing logged; scoring in sorted batches with one logit row.
-All run the library's eager attention, which is faster than its SDPA on a CPU at these lengths.
+All run the library's norms and its eager attention, which is faster than its SDPA on a CPU at these lengths.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from ws import architecture, attention, console
+from ws import architecture, attention, console, norms
 from ws.chat import SupervisedTokens
 from ws.models import ChatModel
 from ws.train import TrainSettings
 
 
 @contextmanager
-def library_attention(network: Any) -> Iterator[None]:
-    """Within the block the network runs the library's own attention instead of ours."""
+def library_forms(network: Any) -> Iterator[None]:
+    """Within the block the network runs the library's own attention and norms instead of ours."""
     own = network.config._attn_implementation
     network.set_attn_implementation(attention.EAGER if own == attention.GROUPED else own)
+    norms.use_library(network)
     try:
         yield
     finally:
         network.set_attn_implementation(own)
+        norms.use_lean(network)
 
 
 class SftPeer:
@@ -51,7 +53,7 @@ class SftPeer:
 
         # PiSSA changes the base weights, all others leave them
         network = copy.deepcopy(self.model.network) if chosen.adapter.family == "pissa" else self.model.network
-        with tempfile.TemporaryDirectory() as scratch, console.library_noise_muted(), library_attention(network):
+        with tempfile.TemporaryDirectory() as scratch, console.library_noise_muted(), library_forms(network):
             trainer = SFTTrainer(
                 network,
                 args=SFTConfig(
@@ -133,7 +135,7 @@ class PeftScorer:
                 states.reshape(-1, states.shape[-1]).contiguous(), head.weight
             )
         try:
-            with library_attention(self.network.get_base_model()):
+            with library_forms(self.network.get_base_model()):
                 return {alpha: self._under(alpha, tokens, answers, batch) for alpha in alphas}
         finally:
             head.forward = whole

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import flops
 import memory
 import peft
 import torch
 from comparison import Comparison
-from peers import PeftScorer, left_padded, library_attention, log_ratios
+from peers import PeftScorer, left_padded, library_forms, log_ratios
 from timing import Row, Way, in_turn, row
 from torch import Tensor
 
@@ -98,20 +100,22 @@ class Scoring(Comparison):
         """The replicated work's way: add alpha dW to the weights, batches of 8 as they come, logits everywhere."""
         network, dense = self._plain.network, self._dense
         parameters = dict(network.named_parameters())
-        found = {}
-        for alpha in ALPHAS:
-            backup = {name: parameters[name].data.clone() for name in dense}
-            for name, change in dense.items():
-                parameters[name].data.add_((alpha * change).to(parameters[name].dtype))
-            with library_attention(network):
-                parts = [
-                    log_ratios(network(**left_padded(self.tokens[at : at + 8])).logits[:, -1], self._answers)
-                    for at in range(0, len(self.tokens), 8)
-                ]
-            found[alpha] = torch.cat(parts)
-            for name, values in backup.items():
-                parameters[name].data.copy_(values)
-        return found
+        with library_forms(network):
+            return {alpha: self._at(alpha, network, parameters, dense) for alpha in ALPHAS}
+
+    def _at(
+        self, alpha: float, network: Any, parameters: Mapping[str, Tensor], dense: Mapping[str, Tensor]
+    ) -> Tensor:  # fmt: skip
+        backup = {name: parameters[name].data.clone() for name in dense}
+        for name, change in dense.items():
+            parameters[name].data.add_((alpha * change).to(parameters[name].dtype))
+        parts = [
+            log_ratios(network(**left_padded(self.tokens[at : at + 8])).logits[:, -1], self._answers)
+            for at in range(0, len(self.tokens), 8)
+        ]
+        for name, values in backup.items():
+            parameters[name].data.copy_(values)
+        return torch.cat(parts)
 
     def with_peft(self, batch: int, alphas: tuple[float, ...] = ALPHAS, repaired: bool = True) -> Ratios:
         """PEFT's side path in batches of one size."""

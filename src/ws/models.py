@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ws import architecture, console, precision
+from ws import architecture, console, norms, precision
 from ws.attention import EAGER, use_grouped
 from ws.chat import Chat, Thinking
 from ws.errors import UserError
@@ -167,8 +167,10 @@ def load(
     elif slow and network.dtype == torch.bfloat16:
         console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
     network.to(target_device).eval().requires_grad_(False)
-    if attention == "auto" and network.config._attn_implementation == EAGER and not use_grouped(network):
-        console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
+    if attention == "auto" and network.config._attn_implementation == EAGER:
+        if not use_grouped(network):
+            console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
+        norms.use_lean(network)
     settings_file = Path(place) / SETTINGS_FILE
     return ChatModel(
         name=name,
