@@ -262,10 +262,28 @@ def test_rows_of_a_batch_pass_through_their_own_adapter(qwen: ChatModel) -> None
     assert torch.equal(qwen.split.hidden(ids), base)
 
 
+def test_only_plain_lora_shares_the_product_of_the_base(qwen: ChatModel) -> None:
+    """PiSSA has a hook beside it, DoRA another form: those keep their own layers, and all give the same numbers."""
+    ids = torch.arange(24).reshape(2, 12)
+    _ = qwen.split  # its own check makes forward passes, which are none of ours
+    for family, shares in (("lora", True), ("rslora", True), ("pissa", False), ("dora", False), ("ia3", False)):
+        chosen = AdapterSettings(family=family, rank=4, lora_alpha=8.0)
+        with adapters.attach_together(qwen.network, chosen, "qwen", [0, 1]) as together, torch.no_grad():
+            for parameter in (one for branch in together.parameters for one in branch):
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+            routed = [module for module in qwen.network.modules() if hasattr(module, "_route")]
+            assert routed and all(module._plain is shares for module in routed), family
+            with together.rows([1, 1]):
+                found = qwen.split.hidden(ids)
+                for module in routed:
+                    module._plain = False
+                torch.testing.assert_close(found, qwen.split.hidden(ids), rtol=1e-5, atol=1e-5)
+
+
 def test_sides_that_cannot_be_told_apart_are_fitted_one_by_one(
     qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: adapters.Together, layers: list[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
+    def refuse(self: adapters.Together, layers: list[torch.nn.Module], x: torch.Tensor, _plain: bool) -> torch.Tensor:
         if len(layers) > 1:
             raise adapters.NotByRowsError("experts see tokens")
         return layers[0](x)

@@ -91,16 +91,19 @@ class Recordings:
         self._layers = {layer for layer in by_saving if is_exact(model) and self._grant(size)}
 
     @contextmanager
-    def used(self, first: int) -> Iterator[None]:
-        """Run the sequence for edits that begin at layer `first`: play back what is known, record what is wanted."""
+    def used(self, first: int, copies: int = 1) -> Iterator[None]:
+        """Run the sequence for edits that begin at layer `first`: play back what is known, record what is wanted.
+
+        With `copies`, every batch holds its rows that many times, one block after the other.
+        """
         known = max((layer for layer in self._kept if layer <= first), default=None)
         missing = [layer for layer in self._layers - self._kept.keys() if layer <= first]
         made = [Recording(layer) for layer in missing]
         with ExitStack() as stack:
             if known is not None:
-                stack.enter_context(playing(self.model.network, self._kept[known]))
+                stack.enter_context(playing(self.model.network, self._kept[known], copies))
             for recording in made:
-                stack.enter_context(_recording(self.model.network, recording))
+                stack.enter_context(_recording(self.model.network, recording, copies))
             yield
         self._kept |= {recording.layer: recording for recording in made}
 
@@ -198,11 +201,11 @@ def _bytes(states: Sequence[Tensor]) -> int:
 
 
 @contextmanager
-def _recording(network: nn.Module, recording: Recording) -> Iterator[None]:
-    """Within the block, what enters `recording.layer` is appended to the recording."""
+def _recording(network: nn.Module, recording: Recording, copies: int = 1) -> Iterator[None]:
+    """Within the block, what enters `recording.layer` is appended to the recording, of several copies the first."""
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.states.append(_state_in(args, kwargs).detach())
+        recording.states.append(_state_in(args, kwargs).detach().chunk(copies)[0])
 
     _, blocks = architecture.decoder_layers(network)
     handle = blocks[recording.layer].register_forward_pre_hook(keep, with_kwargs=True)
@@ -213,13 +216,17 @@ def _recording(network: nn.Module, recording: Recording) -> Iterator[None]:
 
 
 @contextmanager
-def playing(network: nn.Module, recording: Recording) -> Iterator[None]:
-    """Within the block, the layers below `recording.layer` do nothing and its states enter there, one per forward."""
+def playing(network: nn.Module, recording: Recording, copies: int = 1) -> Iterator[None]:
+    """Within the block, the layers below `recording.layer` do nothing and its states enter there, one per forward.
+
+    With `copies`, they enter that many times, one block after the other.
+    """
     _, blocks = architecture.decoder_layers(network)
     states = iter(recording.states)
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         state = next(states)
+        state = state.repeat(copies, 1, 1) if copies > 1 else state
         return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
 
     with ExitStack() as stack:

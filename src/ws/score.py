@@ -10,15 +10,16 @@
 
 An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32, from fp32 logits. The
 Condition without edits is scored once per Context and serves all others. Rows are batched by length under a token
-budget and padded on the right, so a row's value does not depend on its company; what the rows of a choice have in
-common is computed once (`shared_prefix`), and what only the scored position needs is computed there (`last_layer`).
+budget and padded on the right, so a row's value does not depend on its company. On half-precision models, where edits
+are side paths, several Conditions share the passes of a choice (`steering.under_each`): their batches are too small for
+fast products otherwise.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws import console, forward, last_layer, lower_layers, shared_prefix
+from ws import choice, console, forward, last_layer, lower_layers
 from ws.chat import Message
+from ws.choice import Choices
 from ws.condition import Condition, Context
 from ws.direction import Direction
 from ws.errors import UserError
@@ -36,8 +38,7 @@ from ws.generate import Request, Sample, Sampling, sample
 from ws.lower_layers import Memory, Recordings
 from ws.models import ChatModel
 from ws.probe import JSON, WRITTEN, Probe
-from ws.shared_prefix import Tree
-from ws.steering import Mode, under
+from ws.steering import Mode, can_share_a_pass, under, under_each
 from ws.store import Shards, atomic_file, content_key
 
 SCHEMA: dict[str, Any] = {
@@ -57,6 +58,10 @@ SCHEMA: dict[str, Any] = {
 """Columns of a scores table: one value of one metric of one row under one Condition."""
 
 
+SHARED_PASS = 4_096
+"""Padded tokens at which the matrix products of a pass are about as fast as they get."""
+
+
 def default_token_budget(model: ChatModel) -> int:
     """Padded tokens per batch: small where arithmetic binds at once, large where launching does."""
     if model.device.type != "cpu":
@@ -72,6 +77,7 @@ def score(
     token_budget: int | None = None,
     cache_memory: int | None = None,
     mode: Mode = "auto",
+    per_pass: int | None = None,
     shards: Shards | None = None,
     base_shards: Shards | None = None,
     description: str = "scoring",
@@ -81,21 +87,27 @@ def score(
     The base of every Context is always part of the result. With `shards`, finished (probe, Condition) pieces are kept
     on disk and reused by a rerun; with `base_shards`, those without edits are kept there, for all runs of one model.
     `cache_memory` (default: the model's) bounds, in bytes, the states kept of layers below the edits; 0 runs every
-    layer for every Condition.
+    layer for every Condition. `per_pass` is how many Conditions share a pass where they can (None: as many as fill
+    `SHARED_PASS` tokens on a half-precision model, else one).
     """
     plan = _distinct_with_bases(conditions)
     last_layer.is_exact(model)  # tried out while nothing is edited
     budget = token_budget or default_token_budget(model)
     memory = Memory(model.cache_memory if cache_memory is None else cache_memory)
+    if per_pass is None:
+        per_pass = 1 if model.dtype == torch.float32 or mode == "baked" else max(1, SHARED_PASS // budget)
     pieces: list[pl.DataFrame] = []
     split = model.split.is_split and not any(_edits_head(model, condition) for condition in plan)
     with console.progress(description, total=len(plan) * len(probes)) as bar:
         for context, group in plan.by_context():
             begins = [lower_layers.first_edited(model.network, condition) for condition in group]
             prepared = [_Prepared.of(model, probe, context, budget, split, begins, memory) for probe in probes]
-            for condition in group:
+            known: _Known = {}
+            for number, condition in enumerate(group):
                 store = base_shards if base_shards is not None and condition.is_base else shards
-                for part in _score_condition(model, prepared, condition, mode, store):
+                if per_pass > 1 and not condition.is_base:
+                    _read_together(model, prepared, group[number:], known, store, per_pass)
+                for part in _score_condition(model, prepared, condition, mode, store, known):
                     pieces.append(part)
                     bar.advance()
             for piece in prepared:
@@ -150,10 +162,10 @@ class _Prepared:
     starts: list[int]  # first position whose next token is scored
     batches: list[list[int]]
     budget: int  # padded tokens per batch
-    answers: tuple[list[list[int]], list[list[int]]]
+    answers: choice.Answers
     split: bool  # final hidden states stand for logits, because no edit reaches the head
     base_states: dict[int, Tensor]  # divergence: those of the base, per batch
-    tree: Tree | None  # choice: what the rows have in common
+    choices: Choices | None  # choice: how its rows are read
     recordings: Recordings  # states that enter the first edited layer
 
     @classmethod
@@ -178,16 +190,17 @@ class _Prepared:
                 tokens.append(ids)
                 starts.append(prompt_length - 1)
         _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)
-        answers: tuple[list[list[int]], list[list[int]]] = ([], [])
+        answers: choice.Answers = ([], [])
         if probe.kind in ("choice", "guided"):
             answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
         batches = forward.plan_batches([len(ids) for ids in tokens], budget)
-        tree = shared_prefix.worthwhile(model, tokens) if probe.kind == "choice" else None
-        whole = sum(len(tokens[batch[0]]) * len(batch) for batch in batches)
-        padded = whole * len(_beginnings(answers)) + (shared_prefix.padded_tokens(tree, budget) if tree else whole)
+        choices = Choices.of(model, tokens, answers, budget) if probe.kind == "choice" else None
+        padded = sum(len(tokens[batch[0]]) * len(batch) for batch in batches)
         # what a model writes differs between Conditions, so there is nothing to play back
-        recordings = Recordings(model, () if probe.kind in WRITTEN else begins, padded, memory)
-        return cls(probe, tokens, starts, batches, budget, answers, split, {}, tree, recordings)
+        recordings = Recordings(
+            model, () if probe.kind in WRITTEN else begins, choices.padded_tokens if choices else padded, memory
+        )
+        return cls(probe, tokens, starts, batches, budget, answers, split, {}, choices, recordings)
 
 
 def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
@@ -204,11 +217,11 @@ def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
 
 
 def _score_condition(
-    model: ChatModel, prepared: Sequence[_Prepared], condition: Condition, mode: Mode, shards: Shards | None
-) -> Iterator[pl.DataFrame]:
+    model: ChatModel, prepared: Sequence[_Prepared], condition: Condition, mode: Mode, shards: Shards | None,
+    known: _Known,
+) -> Iterator[pl.DataFrame]:  # fmt: skip
     """Tables of one Condition, one per probe; the model is edited only if something is missing on disk."""
-    said = condition.context.system  # the name of a context does not tell it
-    names = [f"{piece.probe.name}-{content_key(piece.probe.key, condition.key(), said)}.parquet" for piece in prepared]
+    names = [_shard_name(piece, condition) for piece in prepared]
     stored = [shards is not None and shards.has(name) for name in names]
     base_states_needed = condition.is_base and any(piece.probe.kind == "divergence" for piece in prepared)
     if all(stored) and not base_states_needed:
@@ -223,8 +236,10 @@ def _score_condition(
                 assert shards is not None
                 yield pl.read_parquet(shards.path(name))
                 continue
-            with piece.recordings.used(begins):
-                values = _RUNNERS[piece.probe.kind](model, piece, condition)
+            values = known.pop((piece.probe.name, id(condition)), None)
+            if values is None:
+                with piece.recordings.used(begins):
+                    values = _RUNNERS[piece.probe.kind](model, piece, condition)
             table = _as_table(piece.probe, condition, values)
             if shards is not None:
                 with atomic_file(shards.path(name)) as temporary:
@@ -232,12 +247,50 @@ def _score_condition(
             yield table
 
 
+def _shard_name(piece: _Prepared, condition: Condition) -> str:
+    said = condition.context.system  # the name of a context does not tell it
+    return f"{piece.probe.name}-{content_key(piece.probe.key, condition.key(), said)}.parquet"
+
+
+def _read_together(
+    model: ChatModel, prepared: Sequence[_Prepared], coming: Sequence[Condition], known: _Known,
+    shards: Shards | None, per_pass: int,
+) -> None:  # fmt: skip
+    """Read the choices of the next Condition, and in the same passes those of Conditions behind it, into `known`."""
+    for piece in prepared:
+        if piece.choices is None or piece.choices.tree is None or piece.choices.beginnings:
+            continue
+        wanted = [
+            condition for condition in coming
+            if can_share_a_pass(model, condition) and (piece.probe.name, id(condition)) not in known
+            and not (shards is not None and shards.has(_shard_name(piece, condition)))
+        ]  # fmt: skip
+        if not wanted or wanted[0] is not coming[0]:
+            continue
+        # passes of equal size, the last one not left with a single Condition
+        together = wanted[: math.ceil(len(wanted) / math.ceil(len(wanted) / per_pass))]
+        if len(together) == 1:
+            continue
+        begins = min(lower_layers.first_edited(model.network, condition) for condition in together)
+        with torch.no_grad(), under_each(model, together), piece.recordings.used(begins, len(together)):
+            found = choice.read_copies(model, piece.choices, len(together))
+        for condition, readings in zip(together, found, strict=True):
+            known[piece.probe.name, id(condition)] = _by_row(piece.probe, readings)
+
+
 Values = dict[str, dict[str, float]]
 """row id -> metric -> value."""
+_Known = dict[tuple[str, int], Values]
+"""Probe and Condition (by identity) -> what has been read of it ahead."""
 
 
 def _run_choice(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
-    return _choices(model, piece, piece.tokens, piece.batches)
+    assert piece.choices is not None
+    return _by_row(piece.probe, choice.read(model, piece.choices))
+
+
+def _by_row(probe: Probe, readings: Sequence[choice.Reading]) -> Values:
+    return {row.row: reading for row, reading in zip(probe.rows, readings, strict=True)}
 
 
 def _run_guided(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
@@ -250,7 +303,8 @@ def _run_guided(model: ChatModel, piece: _Prepared, _condition: Condition) -> Va
         [*prompt, *chat.close_thought(thought.ids, done, row.continuation)]
         for prompt, thought, done, row in zip(tokens, thoughts, closed, piece.probe.rows, strict=True)
     ]
-    values = _choices(model, piece, whole, forward.plan_batches([len(ids) for ids in whole], piece.budget))
+    batches = forward.plan_batches([len(ids) for ids in whole], piece.budget)
+    values = _by_row(piece.probe, choice.read(model, Choices(whole, batches, piece.answers, piece.budget)))
     for row, thought, done in zip(piece.probe.rows, thoughts, closed, strict=True):
         values[row.row] |= {"forced": float(not done), "tokens": float(len(thought.ids))}
     return values
@@ -289,70 +343,6 @@ def holds_json(text: str) -> bool:
         return start >= 0 and isinstance(json.loads(text[start : end + 1]), dict)
     except json.JSONDecodeError:
         return False
-
-
-def _choices(
-    model: ChatModel, piece: _Prepared, tokens: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]
-) -> Values:
-    first, second = piece.answers
-    beginnings = _beginnings(piece.answers)
-    values: Values = {}
-    with last_layer.only_scored(model):
-        for batch, opening in _openings(model, piece, tokens, batches):
-            by_prefix = {(): opening} | {
-                begun: _next_log_probabilities(model, [[*tokens[index], *begun] for index in batch])
-                for begun in beginnings
-            }
-            log_first, log_second = (_log_probability(by_prefix, group) for group in (first, second))
-            ratio = log_first - log_second
-            mass = log_first.exp() + log_second.exp()
-            top = opening.max(dim=-1).values.exp()
-            for position, index in enumerate(batch):
-                values[piece.probe.rows[index].row] = {
-                    "logratio": float(ratio[position]),
-                    "pmass": float(mass[position]),
-                    "maxp": float(top[position]),
-                }
-    return values
-
-
-def _beginnings(answers: tuple[list[list[int]], list[list[int]]]) -> list[tuple[int, ...]]:
-    """Proper prefixes of answers of several tokens: each needs a forward pass of its own."""
-    return sorted({tuple(sequence[:end]) for group in answers for sequence in group for end in range(1, len(sequence))})
-
-
-def _openings(
-    model: ChatModel, piece: _Prepared, tokens: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], Float[Tensor, "rows vocabulary"]]]:
-    """Log-probabilities of the next token after every row, in blocks with the indices of their rows."""
-    if piece.tree is not None:
-        for block, logits in shared_prefix.last_logits(model, piece.tree, piece.budget):
-            yield block, logits.log_softmax(dim=-1)
-    else:
-        for batch in batches:
-            yield batch, _next_log_probabilities(model, [tokens[index] for index in batch])
-
-
-def _next_log_probabilities(model: ChatModel, rows: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocabulary"]:
-    ids = forward.pad_right(rows, model.device)
-    last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
-    with forward.scoring_at(last):
-        logits = model.split.logits_at(ids, torch.arange(len(rows), device=model.device), last)
-    return logits.log_softmax(dim=-1)
-
-
-def _log_probability(
-    by_prefix: Mapping[tuple[int, ...], Float[Tensor, "rows vocabulary"]], sequences: list[list[int]]
-) -> Float[Tensor, " rows"]:
-    """Log of the summed probability of the sequences."""
-    terms = [
-        sum(
-            (by_prefix[tuple(sequence[:end])][:, token] for end, token in enumerate(sequence)),
-            start=torch.zeros(()),
-        )
-        for sequence in sequences
-    ]
-    return torch.stack([torch.as_tensor(term) for term in terms]).logsumexp(dim=0)
 
 
 def _scored_states(model: ChatModel, piece: _Prepared, batch: list[int]) -> tuple[Tensor, Tensor, list[int]]:

@@ -103,14 +103,18 @@ def worthwhile(model: ChatModel, rows: Sequence[Sequence[int]]) -> Tree | None:
 
 
 def last_logits(
-    model: ChatModel, tree: Tree, token_budget: int
+    model: ChatModel, tree: Tree, token_budget: int, copies: int = 1
 ) -> Iterator[tuple[list[int], Float[Tensor, "rows vocabulary"]]]:
-    """Logits after the last token of every row, fp32, in blocks with the indices of their rows."""
+    """Logits after the last token of every row, fp32, in blocks with the indices of their rows.
+
+    With `copies`, every batch holds its rows that many times, one block after the other, and so do the logits.
+    """
     device = model.device
-    trunk = _extend(model, None, torch.tensor([tree.trunk], device=device), None, 0)
-    for branches in _batches(tree, token_budget):
+    trunk = _extend(model, None, torch.tensor([tree.trunk] * copies, device=device), None, 0)
+    for batch in _batches(tree, token_budget):
+        branches = batch * copies
         width = max(len(branch.shared) for branch in branches)
-        cache = _expanded(trunk, torch.zeros(len(branches), dtype=torch.long, device=device))
+        cache = _expanded(trunk, torch.arange(copies, device=device).repeat_interleave(len(batch)))
         if width:
             _extend(model, cache, forward.pad_right([b.shared for b in branches], device), None, len(tree.trunk))
         owners = [number for number, branch in enumerate(branches) for _ in branch.rows]
@@ -126,7 +130,7 @@ def last_logits(
                 ids, torch.arange(len(ids), device=device), last,
                 past_key_values=cache, use_cache=True, attention_mask=hidden, position_ids=positions,
             )  # fmt: skip
-        yield [row for branch in branches for row in branch.rows], logits
+        yield [row for branch in batch for row in branch.rows], logits
 
 
 def _batches(tree: Tree, token_budget: int) -> Iterator[list[Branch]]:

@@ -66,6 +66,41 @@ def under(model: ChatModel, condition: Condition, *, mode: Mode = "auto") -> Ite
         yield
 
 
+def can_share_a_pass(model: ChatModel, condition: Condition) -> bool:
+    """Whether `under_each` takes this Condition: one Direction, of nothing but thin updates of linear maps."""
+    if len(condition.active) != 1 or not isinstance(direction := condition.active[0][0].effect, Direction):
+        return False
+    modules = dict(model.network.named_modules())
+    names = (name.rpartition(".") for name in direction.deltas)
+    return all(delta.is_thin for delta in direction.deltas.values()) and all(
+        leaf == "weight" and architecture.is_linear_map(modules[module]) and not architecture.is_conv1d(modules[module])
+        for module, _, leaf in names
+    )
+
+
+@contextmanager
+def under_each(model: ChatModel, conditions: Sequence[Condition]) -> Iterator[None]:
+    """Run the block with every batch in as many equal blocks of rows as there are Conditions, one under each.
+
+    Side paths in the dtype of the weights, summed in fp32 and rounded once. Takes what `can_share_a_pass`.
+    """
+    terms: dict[str, dict[int, tuple[Delta, float]]] = defaultdict(dict)
+    for block, condition in enumerate(conditions):
+        ((edit, alpha),) = condition.active
+        _require_base(edit.effect, model.network, "refuse")
+        assert isinstance(edit.effect, Direction)
+        for name, delta in edit.effect.deltas.items():
+            terms[name][block] = delta, alpha
+    _require_parameters({name: list(by_block.values()) for name, by_block in terms.items()}, model.network)
+    modules = dict(model.network.named_modules())
+    with ExitStack() as stack:
+        for name, by_block in terms.items():
+            module = modules[name.removesuffix(".weight")]
+            hook = _block_path(by_block, len(conditions), model.network.get_parameter(name))
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
 @contextmanager
 def _applied(
     network: nn.Module, strengths: Sequence[tuple[Direction | Effect, Alpha]], mode: Mode, base_mismatch: str
@@ -292,5 +327,24 @@ def _thin_path(delta: Delta) -> Hook:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         thin = nn.functional.linear(inputs[0], right)
         return torch.addmm(output.flatten(0, -2), thin.flatten(0, -2), left.mT).view_as(output)
+
+    return hook
+
+
+def _block_path(by_block: Mapping[int, tuple[Delta, float]], blocks: int, weight: Tensor) -> Hook:
+    """`y_b + alpha_b left_b (right_b x_b)` for the blocks of rows that have an update; several may share factors."""
+    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    placed = []
+    for block, (delta, alpha) in by_block.items():
+        if id(delta) not in factors:
+            factors[id(delta)] = delta.left.to(weight), delta.right.to(weight)
+        placed.append((block, alpha, *factors[id(delta)]))
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows_in, rows_out = inputs[0].chunk(blocks), output.chunk(blocks)
+        for block, alpha, left, right in placed:
+            thin = nn.functional.linear(rows_in[block], right).flatten(0, -2)
+            rows_out[block].flatten(0, -2).addmm_(thin, left.mT, alpha=alpha)
+        return output
 
     return hook

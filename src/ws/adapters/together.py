@@ -3,10 +3,11 @@
 Both signs (and several seeds) are fitted in one pass over one frozen base: attention, norms, feed-forward, head and the
 maps that are not adapted see one large batch, and only at an adapted map do the rows part:
 
-    y = concat_k layer_k(x_k)          x_k: the rows of branch k;  layer_k: the base map with the adapter of branch k
+    y = concat_k layer_k(x_k)             x_k: the rows of branch k;  layer_k: the map with the adapter of branch k
+      = W x + concat_k s_k B_k A_k x_k    plain LoRA: one large product for all branches, then thin ones
 
-The loss of a branch depends on its own rows alone, so its gradient is what it would be if it were fitted alone. Holds
-for every family, because nothing is asked of the form of an adapter.
+The loss of a branch depends on its own rows alone, so its gradient is what it would be if it were fitted alone. The
+first line holds for every family, because nothing is asked of the form of an adapter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +64,38 @@ class Together:
         finally:
             self._slices = []
 
-    def route(self, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-        """`x` through the layers, each branch's rows through its own."""
+    def route(self, layers: Sequence[nn.Module], x: Tensor, plain: bool) -> Tensor:
+        """`x` through the layers, each branch's rows through its own; `plain` if all are `W x + s B A x`."""
         if len(layers) == 1:
             return layers[0](x)
         if not self._slices or len(x) != self._slices[-1].stop:
             raise NotByRowsError("an adapted map does not see the rows of the batch")
-        parts = zip(layers, self._slices, strict=True)
-        return torch.cat([layer(x[part]) for layer, part in parts if part.stop > part.start])
+        parts = [(layer, x[rows]) for layer, rows in zip(layers, self._slices, strict=True) if rows.stop > rows.start]
+        if plain:
+            whole = cast(Any, parts[0][0]).get_base_layer()(x)
+            return whole + torch.cat([_low_rank(layer, rows) for layer, rows in parts]).to(whole.dtype)
+        return torch.cat([layer(rows) for layer, rows in parts])
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    """Whether the layer is `W x + s B A x` and nothing else: no other start, no dropout, nothing that hooks hang on."""
+    from peft.tuners.lora import Linear  # noqa: PLC0415 - heavy import, late
+
+    return (
+        type(layer) is Linear
+        and not layer._forward_hooks
+        and len(layer.active_adapters) == 1
+        and not layer.lora_variant
+        and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        and not layer.disable_adapters
+    )
+
+
+def _low_rank(layer: Any, x: Tensor) -> Tensor:
+    """`s B A x` of the only adapter of a layer, in the dtype of its factors."""
+    (name,) = layer.active_adapters
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    return up(down(x.to(down.weight.dtype))) * layer.scaling[name]
 
 
 class _Routed(nn.Module):
@@ -80,9 +105,10 @@ class _Routed(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._route = together.route
+        self._plain = all(map(_is_plain_lora, layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._route(list(self.layers), x)
+        return self._route(list(self.layers), x, self._plain)
 
 
 @contextmanager
