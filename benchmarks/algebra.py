@@ -7,13 +7,20 @@ adapters.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import flops
 import peft
+import spending
 import torch
+import traffic
 from comparison import Comparison
+from limits import Need
 from safetensors.torch import load_file
-from timing import Row, Way, in_turn, row
+from spending import Spending
+from timing import Row, Way, in_turn
 from torch import Tensor
 
 from ws import console, diff, models
@@ -21,8 +28,15 @@ from ws.direction import Direction
 from ws.export import write_merged
 from ws.store import read_json
 
-TOLERANCE = 2e-2
-"""Share of the norm by which merging and subtracting may miss the exact difference; bf16 misses it by more."""
+TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 1.0}
+"""Share of the norm by which merging and subtracting may miss the exact difference: bf16 rounds it like the weights."""
+
+
+class Missed(NamedTuple):
+    """Distance of a difference from the exact one, relative to its norm, and the cosine of the two."""
+
+    relative: float
+    cosine: float
 
 
 class Algebra(Comparison):
@@ -33,22 +47,35 @@ class Algebra(Comparison):
     def ways(self) -> list[Way]:
         """Ours as factors, ours dense and as a checkpoint; PEFT's merge; mergekit's checkpoint."""
         return [
-            Way("factors", self.factors), Way("dense", self.dense), Way("merged", self.merged),
-            Way("checkpoint", self.checkpoint), Way("mergekit", self.mergekit),
+            Way("factors", self.factors), Way("dense", self.dense),
+            Way("merged", self.merged), Way("checkpoint", self.checkpoint), Way("mergekit", self.mergekit),
         ]  # fmt: skip
+
+    def spending(self) -> list[Spending]:
+        """The dense difference."""
+        return [spending.measure(self.dense, self.name, self.inputs.size)]
 
     def rows(self) -> list[Row]:
         """Three lines."""
-        self._require_agreement()
-        lost = self._checkpoint_error(self.checkpoint()), self._checkpoint_error(self.mergekit())
-        times = in_turn(self.ways(), self.workload.repeats)
+        missed = self._peer_error()
+        lost = self._checkpoint_error(self.checkpoint), self._checkpoint_error(self.mergekit)
+        times = in_turn(self.ways(), self.workload.repeats, warm_up=0)  # all of them have run above
+        peaks = self.peaks_of([way.name for way in self.ways()] if self.workload.has_aims else [])
         rank = diff.task_vector(self.model, self._folders[0]).rank
-        work, peer = f"exact dW of two rank-{rank} LoRAs", "PEFT: merge twice, subtract (inexact)"
+        work, peer = f"exact dW of two rank-{rank} LoRAs", "PEFT: merge twice, subtract"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        said = f"the peer's, in {dtype}: error {missed.relative:.2g} of the norm, cosine {missed.cosine:.4f}"
+        lines = [
+            (f"{work}, as factors", peer, "factors", "merged", said),
+            (f"{work}, dense", peer, "dense", "merged", said),
+            ("the checkpoint W + dW", "mergekit task arithmetic", "checkpoint", "mergekit",
+             f"error {lost[0]:.1e} of the norm of W + dW against {lost[1]:.1e}"),
+        ]  # fmt: skip
+        needs = self._needs()
         return [
-            row(f"{work}, as factors", peer, self.inputs.size, times["factors"], times["merged"]),
-            row(f"{work}, dense", peer, self.inputs.size, times["dense"], times["merged"]),
-            row("the checkpoint W + dW", "mergekit task arithmetic", self.inputs.size, times["checkpoint"],
-                times["mergekit"], note=f"error {lost[0]:.1e} of |W| against {lost[1]:.1e}"),
+            self.line(text, other, times[ours], times[theirs], aim=ours, need=needs[ours],
+                      memory=(peaks.get(ours), peaks.get(theirs)), note=note)
+            for text, other, ours, theirs, note in lines
         ]  # fmt: skip
 
     def factors(self) -> object:
@@ -71,13 +98,12 @@ class Algebra(Comparison):
             wrapped.unload()
         return {name: sides[0][name] - sides[1][name] for name in sides[0]}
 
-    def checkpoint(self) -> dict[str, Tensor]:
+    def checkpoint(self, folder: Path | None = None) -> None:
         """The difference baked into a copy of the base, one parameter at a time."""
         with tempfile.TemporaryDirectory() as scratch:
-            write_merged({self._direction(): 1.0}, self._base, Path(scratch) / "merged")
-            return _tensors(Path(scratch) / "merged")
+            write_merged({self._direction(): 1.0}, self._base, folder or Path(scratch) / "merged")
 
-    def mergekit(self) -> dict[str, Tensor]:
+    def mergekit(self, folder: Path | None = None) -> None:
         """base + 1 x (base with one adapter - base) - 1 x (base with the other - base), in fp32, by mergekit."""
         from mergekit.config import MergeConfiguration  # noqa: PLC0415 - only this way needs it
         from mergekit.merge import run_merge  # noqa: PLC0415
@@ -89,24 +115,40 @@ class Algebra(Comparison):
                 "merge_method": "task_arithmetic", "base_model": str(self._base), "dtype": "float32",
                 "out_dtype": read_json(self._base / "config.json")["dtype"],  # as it is stored, like ours
                 "models": [
-                    {"model": f"{self._base}+{folder}", "parameters": {"weight": weight}} for folder, weight in signed
+                    {"model": f"{self._base}+{side}", "parameters": {"weight": weight}} for side, weight in signed
                 ],
             })  # fmt: skip
-            run_merge(configuration, f"{scratch}/merged", MergeOptions(
+            run_merge(configuration, str(folder or f"{scratch}/merged"), MergeOptions(
                 lora_merge_cache=f"{scratch}/cache", lora_merge_dtype="float32", quiet=True, write_model_card=False,
             ))  # fmt: skip
-            return _tensors(Path(scratch) / "merged")
 
     def _direction(self) -> Direction:
         pos, neg = (diff.task_vector(self.model, folder) for folder in self._folders)
         return pos - neg
 
-    def _checkpoint_error(self, found: dict[str, Tensor]) -> float:
+    def _needs(self) -> dict[str, Need]:
+        """What our three ways need, by name."""
+        direction, folders = self._direction(), self._folders
+        entries = sum(direction.materialise(parameter).numel() for parameter in direction.deltas)
+        stored = sum((folder / "adapter_model.safetensors").stat().st_size for folder in folders)
+        base = sum(file.stat().st_size for file in self._base.glob("*.safetensors"))
+        products = flops.dense_difference(entries, direction.rank)
+        return {
+            "factors": Need(bytes=traffic.factors(stored)),
+            "dense": Need(products, traffic.dense(stored, entries)),
+            "checkpoint": Need(products, traffic.checkpoint(base)),
+        }
+
+    def _checkpoint_error(self, write: Callable[[Path], None]) -> float:
         """Distance of a checkpoint's changed matrices from W + dW, relative to their norm."""
         missed = whole = 0.0
         parameters = dict(self.model.network.named_parameters())
-        for name, change in self.dense().items():
-            wanted = parameters[name].double() + change.double()
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch) / "merged")
+            found = _tensors(Path(scratch) / "merged")
+        direction = self._direction()
+        for name in direction.deltas:
+            wanted = parameters[name].double().cpu() + direction.materialise(name).double().cpu()
             missed += float((found[name].double() - wanted).square().sum())
             whole += float(wanted.square().sum())
         return float((missed / whole) ** 0.5)
@@ -119,18 +161,23 @@ class Algebra(Comparison):
     def _folders(self) -> tuple[Path, Path]:
         return self.inputs.folder / "pos", self.inputs.folder / "neg"
 
-    def _require_agreement(self) -> None:
-        exact = {
-            f"base_model.model.{name}".replace(".weight", ".base_layer.weight"): m for name, m in self.dense().items()
-        }
-        rough = self.merged()
-        if exact.keys() != rough.keys():
+    def _peer_error(self) -> Missed:
+        """How far the peer's difference is from the exact one; raise where they are not the same work."""
+        direction, rough = self._direction(), self.merged()
+        names = {name: f"base_model.model.{name}".replace(".weight", ".base_layer.weight") for name in direction.deltas}
+        if set(names.values()) != rough.keys():
             raise AssertionError("the ways touch different matrices")
-        if self.model.dtype == torch.float32:
-            missed = sum(float((exact[name] - rough[name]).square().sum()) for name in exact)
-            whole = sum(float(matrix.square().sum()) for matrix in exact.values())
-            if missed > TOLERANCE**2 * whole:
-                raise AssertionError(f"the differences are {(missed / whole) ** 0.5:.2g} of their norm apart")
+        gap = exact = theirs = together = 0.0
+        for name, other in names.items():
+            wanted, found = direction.materialise(name).double(), rough[other].double()
+            gap += float((found - wanted).square().sum())
+            exact += float(wanted.square().sum())
+            theirs += float(found.square().sum())
+            together += float((found * wanted).sum())
+        missed = Missed((gap / exact) ** 0.5, together / (exact * theirs) ** 0.5)
+        if missed.relative > TOLERANCE[self.model.dtype]:
+            raise AssertionError(f"the differences are {missed.relative:.2g} of their norm apart")
+        return missed
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ from ws.data import Grid
 from ws.replicate import Replication
 from ws.run_settings import Settings
 
+LEAST = "`ws replicate` with 4 pairs and 4 rows a probe, in a running process, once"
+"""What the main job costs when there is next to nothing to do."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -31,15 +34,17 @@ class Cost:
 
 
 def measure(model: str, repeats: int) -> list[Cost]:
-    """Bare interpreter, imports, help, the tables of a finished run, and loading the model."""
+    """Bare interpreter, imports, help, the tables of a finished run, loading the model, and the least replication."""
     with tempfile.TemporaryDirectory() as scratch:
         settings = Settings(
             model=model, out=Path(scratch), grid=Grid(topics=4, personas=1, samples=4), rows=4, samples=1,
             control_seeds=1, alphas=(-1.0, 0.0, 1.0),
         )  # fmt: skip
+        started = time.perf_counter()
         with Replication(settings) as run:
-            run.report()
+            stages = run.report()["seconds"]
             folder = str(run.folder.path)
+        almost_empty = {LEAST: time.perf_counter() - started} | {f"of that: {name}": s for name, s in stages.items()}
         commands = {
             "bare interpreter": ["-c", "pass"],
             "import ws.cli": ["-c", "import ws.cli"],
@@ -47,7 +52,8 @@ def measure(model: str, repeats: int) -> list[Cost]:
             "ws show, a finished run": ["-m", "ws", "show", folder],
             f"import and load {model}": ["-c", f"from ws import models; models.load({model!r})"],
         }
-        return [_cost(what, arguments, repeats) for what, arguments in commands.items()]
+        costs = [_cost(what, arguments, repeats) for what, arguments in commands.items()]
+        return [*costs, *(Cost(what, spent, (spent, spent)) for what, spent in almost_empty.items())]
 
 
 def as_table(records: Sequence[Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ Left out everywhere, so that shares of the peak are lower bounds: attention scor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ws import architecture
@@ -51,3 +52,18 @@ def training(matrices: Matrices, first: int, tokens: int, answer_tokens: int, ad
     backward = head + 2 * sum(matrices.layers[first + 1 :]) * tokens
     below = 2 * sum(matrices.layers[:first]) * tokens
     return below + epochs * (forward + backward + 6 * adapter * tokens)
+
+
+def generating(matrices: Matrices, prompts: Sequence[int], drawn: Sequence[Sequence[int]]) -> int:
+    """Samples after prompts of these lengths; `drawn[i]` are the tokens of the samples of prompt i.
+
+    prompts     2 * P_layers * tokens + 2 * P_head                     once for all samples of a prompt
+    samples     2 * (P_layers + P_head) * (drawn - 1)                  the last token of a sample is read by nobody
+    """
+    layers, further = sum(matrices.layers), sum(count - 1 for counts in drawn for count in counts)
+    return 2 * (layers * sum(prompts) + matrices.head * len(prompts)) + 2 * (layers + matrices.head) * further
+
+
+def dense_difference(entries: int, rank: int) -> int:
+    """Two thin products per changed matrix, or one of both ranks together: 2 * rank * entries."""
+    return 2 * rank * entries

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from functools import partial
 
+import flops
 import torch
+import traffic
 from comparison import Comparison
-from peers import library_forms
-from timing import Row, Way, in_turn, row
+from limits import Need
+from peers import contiguous_head, library_forms
+from timing import Row, Way, in_turn
 
 from ws import behaviour
 from ws.chat import ask
-from ws.generate import Request, Sampling, sample
+from ws.generate import Request, Sample, Sampling, sample
 from ws.models import ChatModel
 
 TEMPERATURE = 0.8
+WHOLE_WORK = (200, 10, 48)
+"""Prompts, samples and tokens that the aims speak of."""
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 4
 LEAST_EQUAL = 0.75
 """Share of greedy tokens that two ways must have in common; near-ties fall either way by rounding."""
@@ -29,32 +34,52 @@ class Generating(Comparison):
         """Ours, and `generate` in every size of batch."""
         return [
             Way("ours", self.ours),
-            *(Way(f"generate, {size}", partial(self.theirs, size)) for size in self.workload.generation.batches),
+            *(
+                Way(f"generate, {size}", partial(self.theirs, size), for_peak=partial(self.theirs, size, rows=size))
+                for size in self.workload.generation.batches
+            ),
         ]
 
     def rows(self) -> list[Row]:
         """One line."""
         self._require_agreement()
-        given = self.workload.generation
-        size = best_batch(self.model, self._prompts, given.batches, given.new_tokens)
-        times = in_turn([self.way("ours"), self.way(f"generate, {size}")], self.workload.repeats)
-        work = f"{len(self._prompts)} prompts x {given.samples} samples of up to {given.new_tokens} tokens"
-        return [row(work, f"generate, batches of {size}", self.inputs.size, times["ours"], times[f"generate, {size}"])]
+        given, prompts = self.workload.generation, self._prompts
+        size = best_batch(self.model, prompts, given.batches, given.searched_tokens)
+        theirs = f"generate, {size}"
+        times = in_turn([self.way("ours"), self.way(theirs)], self.workload.repeats, warm_up=0)
+        peaks = self.peaks_of(["ours", theirs] if self.workload.has_aims else [])
+        work = f"{len(prompts)} prompts x {given.samples} samples of up to {given.new_tokens} tokens"
+        is_whole = (len(prompts), given.samples, given.new_tokens) == WHOLE_WORK
+        note = "" if is_whole else f"less than the {' x '.join(map(str, WHOLE_WORK))} aimed at, for time"
+        return [
+            self.line(work, f"generate, batches of {size}", times["ours"], times[theirs], aim="generate",
+                      need=self._need(self._written), memory=(peaks.get("ours"), peaks.get(theirs)), note=note)
+        ]  # fmt: skip
 
-    def ours(self) -> object:
+    def ours(self) -> None:
         """One call of `sample`."""
         given = self.workload.generation
         requests = [
             Request(ids, tuple(f"{number}/{j}" for j in range(given.samples)))
             for number, ids in enumerate(self._prompts)
         ]
-        return sample(self.model, requests, Sampling(given.new_tokens, TEMPERATURE), seed=0)
+        self._written = sample(self.model, requests, Sampling(given.new_tokens, TEMPERATURE), seed=0)
 
-    def theirs(self, batch: int) -> object:
-        """`generate` on every prompt as often as samples are wanted."""
+    def theirs(self, batch: int, rows: int | None = None) -> object:
+        """`generate` on every prompt as often as samples are wanted; on the first rows where so many are given."""
         given = self.workload.generation
         repeated = [ids for ids in self._prompts for _ in range(given.samples)]
-        return by_generate(self.model, repeated, batch, given.new_tokens)
+        return by_generate(self.model, repeated[:rows], batch, given.new_tokens)
+
+    def _need(self, written: list[list[Sample]]) -> Need:
+        """What samples of these lengths need; the token that ended a sample was drawn, too."""
+        lengths, matrices = [len(ids) for ids in self._prompts], flops.Matrices.of(self.model)
+        drawn = [[len(one.ids) + (one.finish == "eos") for one in samples] for samples in written]
+        kv_bytes = traffic.kv_bytes_per_token(self.model)
+        return Need(
+            flops.generating(matrices, lengths, drawn),
+            traffic.generating(matrices, self.model.dtype.itemsize, kv_bytes, lengths, drawn),
+        )
 
     @property
     def _prompts(self) -> list[list[int]]:
@@ -78,16 +103,19 @@ class Generating(Comparison):
 def by_generate(
     model: ChatModel, rows: list[list[int]], batch: int, new_tokens: int, *, greedy: bool = False
 ) -> list[list[int]]:
-    """What `generate` writes after left-padded rows, in batches as they come; stop tokens are cut off."""
+    """What `generate` writes after left-padded rows, in batches as they come; stop tokens are cut off.
+
+    Its head is repaired: as it is, reading the prompts copies the head once per row.
+    """
     stops = sorted(model.chat.stop_ids)
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
     written = []
-    with library_forms(model.network):
+    with library_forms(model.network), contiguous_head(model.network):
         for at in range(0, len(rows), batch):
             part = rows[at : at + batch]
             width = max(map(len, part))
-            ids = torch.tensor([[0] * (width - len(r)) + r for r in part])
-            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part])
+            ids = torch.tensor([[0] * (width - len(r)) + r for r in part], device=model.device)
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in part], device=model.device)
             found = model.network.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=stops,
                 pad_token_id=stops[0], **how,
@@ -101,6 +129,7 @@ def by_generate(
 def best_batch(model: ChatModel, prompts: list[list[int]], batches: tuple[int, ...], new_tokens: int) -> int:
     """The size of batch at which `generate` needs the least time for as many rows as the largest holds."""
     rows = [prompts[number % len(prompts)] for number in range(max(batches))]
-    ways = [Way(str(size), partial(by_generate, model, rows, size, new_tokens)) for size in batches]
-    times = in_turn(ways, 1)
-    return min(batches, key=lambda size: times[str(size)][0])
+    by_generate(model, rows[: min(batches)], min(batches), 2)  # sets everything up
+    ways = [Way(f"generate, {size}", partial(by_generate, model, rows, size, new_tokens)) for size in batches]
+    times = in_turn(ways, 1, warm_up=0)
+    return min(batches, key=lambda size: times[f"generate, {size}"][0])

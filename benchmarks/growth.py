@@ -120,9 +120,10 @@ def _grown(what: str, sizes: Sequence[int], work: Callable[[int], object], repea
 def _fit(model: ChatModel, inputs: Inputs, family: str, seeds: Sequence[int]) -> None:
     """Both signs under every seed, as a sweep fits them: in one pass, with what earlier families have left."""
     chosen = train.resolve_settings(model, family, {"validation": 0.0})
+    pairs = inputs.pairs.gather_every(inputs.workload.sweep_every)
     with tempfile.TemporaryDirectory() as scratch:
         train.fit_together(model, [
-            train.Side(inputs.pairs, sign, seed, 0, Path(scratch) / f"{sign}{seed}")
+            train.Side(pairs, sign, seed, 0, Path(scratch) / f"{sign}{seed}")
             for seed in seeds for sign in ("pos", "neg")
         ], chosen)  # fmt: skip
 
@@ -196,9 +197,9 @@ def _ids(rows: int, tokens: int) -> list[list[int]]:
 
 @torch.no_grad()
 def _score_batch(model: ChatModel) -> object:
-    ids = torch.tensor(_ids(SCORED_ROWS, SCORED_TOKENS))
-    last = torch.full((SCORED_ROWS,), SCORED_TOKENS - 1)
-    return model.split.logits_at(ids, torch.arange(SCORED_ROWS), last)
+    ids = torch.tensor(_ids(SCORED_ROWS, SCORED_TOKENS), device=model.device)
+    rows = torch.arange(SCORED_ROWS, device=model.device)
+    return model.split.logits_at(ids, rows, torch.full_like(rows, SCORED_TOKENS - 1))
 
 
 def _training_step(model: ChatModel) -> Callable[[], None]:

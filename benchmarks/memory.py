@@ -1,10 +1,11 @@
-"""Peak resident memory of one way of a comparison, in a process of its own."""
+"""Peak memory of one way of a comparison, in a process of its own: resident, on a CUDA device that of the device."""
 
 from __future__ import annotations
 
 import resource
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 LOADED = "loaded"
@@ -22,11 +23,21 @@ def peak_of(inputs: Path, comparison: str, way: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def own_peak() -> float:
-    """The largest resident memory that this process has had, MiB.
+@cache
+def loaded_peak(inputs: Path) -> float:
+    """MiB of a process that only loads the model of these inputs."""
+    return peak_of(inputs, "scoring", LOADED)
 
-    Linux counts the parent's pages at the time of the start in `ru_maxrss`, so its own high-water mark is read there.
+
+def own_peak() -> float:
+    """The largest memory that this process has had, MiB: that of the CUDA device where there is one, else resident.
+
+    torch is asked only where it has been imported, which takes memory by itself. Linux counts the parent's pages at the
+    time of the start in `ru_maxrss`, so a process's own high-water mark is read where that is left out.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     if _STATUS.is_file():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024

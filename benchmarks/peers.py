@@ -37,6 +37,27 @@ def library_forms(network: Any) -> Iterator[None]:
         norms.use_lean(network)
 
 
+@contextmanager
+def contiguous_head(network: Any) -> Iterator[None]:
+    """Within the block the head is given a contiguous matrix.
+
+    With the slice that `logits_to_keep` makes (`generate` does so for every prompt), a CPU copies the whole head once
+    per row, and a peer looks far slower, and larger, than it needs to be.
+    """
+    head = network.get_output_embeddings()
+    own = head.forward
+
+    def forward(states: Tensor) -> Tensor:
+        flat = states.reshape(-1, states.shape[-1]).contiguous()
+        return nn.functional.linear(flat, head.weight, head.bias).view(*states.shape[:-1], -1)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        head.forward = own
+
+
 class SftPeer:
     """Fits adapters on one loaded model, as often as one likes."""
 
@@ -113,8 +134,7 @@ def _as_record(example: SupervisedTokens) -> dict[str, list[int]]:
 class PeftScorer:
     """Choices under a LoRA adapter whose scale is set per strength; rows sorted by length, logits of the last position.
 
-    At strength 0 the adapter is off. With `repaired`, the head is given a contiguous matrix: with the slice that
-    `logits_to_keep` makes, a CPU copies the whole head once per row, and the peer looks far slower than it needs to be.
+    At strength 0 the adapter is off; `repaired`: within `contiguous_head`.
     """
 
     def __init__(self, network: peft.PeftModel) -> None:
@@ -128,17 +148,9 @@ class PeftScorer:
         repaired: bool = True,
     ) -> dict[float, Tensor]:  # fmt: skip
         """Log-ratio of the two groups of answer tokens after every row, by strength."""
-        head = self.network.get_output_embeddings()
-        whole = head.forward
-        if repaired:
-            head.forward = lambda states: nn.functional.linear(
-                states.reshape(-1, states.shape[-1]).contiguous(), head.weight
-            )
-        try:
-            with library_forms(self.network.get_base_model()):
-                return {alpha: self._under(alpha, tokens, answers, batch) for alpha in alphas}
-        finally:
-            head.forward = whole
+        network = self.network.get_base_model()
+        with library_forms(network), contiguous_head(network) if repaired else nullcontext():
+            return {alpha: self._under(alpha, tokens, answers, batch) for alpha in alphas}
 
     def _under(self, alpha: float, tokens: Sequence[list[int]], answers: Sequence[list[int]], batch: int) -> Tensor:
         for module, scales in zip(self._layers, self._scales, strict=True):
@@ -148,9 +160,9 @@ class PeftScorer:
         with nullcontext() if alpha else self.network.disable_adapter():
             for at in range(0, len(order), batch):
                 chosen = order[at : at + batch]
-                inputs = left_padded([tokens[i] for i in chosen])
+                inputs = left_padded([tokens[i] for i in chosen], self.network.device)
                 logits = self.network(**inputs, use_cache=False, logits_to_keep=1).logits
-                values[chosen] = log_ratios(logits.reshape(len(chosen), -1), answers)
+                values[chosen] = log_ratios(logits.reshape(len(chosen), -1), answers).cpu()
         return values
 
 
@@ -160,9 +172,9 @@ def log_ratios(logits: Tensor, answers: Sequence[list[int]]) -> Tensor:
     return logp[:, answers[0]].logsumexp(-1) - logp[:, answers[1]].logsumexp(-1)
 
 
-def left_padded(rows: Sequence[list[int]]) -> dict[str, Tensor]:
+def left_padded(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
     """Ids, mask and positions of a batch whose rows end together."""
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}

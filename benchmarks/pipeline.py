@@ -13,17 +13,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import aims
+import flops
 import peft
 import polars as pl
+import spending
 import torch
 from comparison import Comparison
 from generating import best_batch, by_generate
+from limits import Need
 from peers import PeftScorer, SftPeer
 from scoring import BATCH_SIZES, TOLERANCE
-from timing import Row, Way, in_turn, row
-from training import SIGNS
+from spending import Spending
+from timing import Row, Way, in_turn
+from training import SIGNS, Branches
 
-from ws import data, lower_layers, train
+from ws import architecture, data, lower_layers, shared_prefix, train
 from ws.behaviour import Behaviour
 from ws.chat import ask
 from ws.condition import Condition, Edit
@@ -32,6 +37,8 @@ from ws.probe import Probe
 from ws.replicate import Replication
 from ws.run_settings import DEFAULT_ALPHAS, Settings
 from ws.score import score
+
+REPLICATE = "ws replicate"
 
 Scores = dict[str, dict[float, list[float]]]
 """Probe -> strength -> log-ratio of every row."""
@@ -56,12 +63,34 @@ class EndToEnd(Comparison):
 
     def rows(self) -> list[Row]:
         """One line."""
-        self._require_agreement(self.steps(), self.peers())
-        times = in_turn(self.ways(), min(3, self.workload.repeats), warm_up=0)
+        scored: dict[str, Scores] = {}
+        ways = [
+            self.way("replicate"),
+            Way("steps", lambda: scored.__setitem__("ours", self.steps())),
+            Way("peers", lambda: scored.__setitem__("theirs", self.peers())),
+        ]
+        _ = self._generate_batch, self._peft_batch  # found untimed, which also sets everything up
+        times = in_turn(ways, self.workload.repeats, warm_up=0)
+        self._require_agreement(scored["ours"], scored["theirs"])
         peer = f"generate, batches of {self._generate_batch}; TRL + PEFT; PEFT side path, batches of {self._peft_batch}"
         work = f"pairs, two LoRAs, dW, choice probes at {len(DEFAULT_ALPHAS)} alphas"
-        note = f"all of `ws replicate`: {statistics.median(times['replicate']):.3g} s"
-        return [row(work, peer, self.inputs.size, times["steps"], times["peers"], note=note)]
+        whole = statistics.median(times["replicate"])
+        found = self.line(
+            work, peer, times["steps"], times["peers"], aim="peers", need=self._need(), profile=REPLICATE,
+            note=f"all of `ws replicate`: {whole:.3g} s, n={len(times['replicate'])}",
+        )  # fmt: skip
+        return [found.aiming(*(aims.whole(self.inputs.size, whole) if self.workload.has_aims else ()))]
+
+    def spending(self) -> list[Spending]:
+        """All of `ws replicate`, stage by stage, and together; a stage finds the earlier ones done."""
+        lower_layers.forget(self.model)
+        with tempfile.TemporaryDirectory() as scratch, Replication(self._settings(scratch), self.model) as run:
+            stages = {
+                "pairs": run.data, "both fits": lambda: run.train("pos", with_other=True), "dW": run.diff,
+                "scoring": run.eval, "alignment, samples, report": run.report,
+            }  # fmt: skip
+            found = [spending.measure(work, f"{REPLICATE}: {name}", self.inputs.size) for name, work in stages.items()]
+        return [spending.together(found, REPLICATE), *found]
 
     # ---------------------------------------------------------------- ways
 
@@ -75,7 +104,7 @@ class EndToEnd(Comparison):
         """The stages that the peer has, too."""
         lower_layers.forget(self.model)
         with tempfile.TemporaryDirectory() as scratch, Replication(self._settings(scratch), self.model) as run:
-            edit = Edit("d", run.diff()[0])
+            edit, self._pairs = Edit("d", run.diff()[0]), run.data()
         table = score(self.model, self._known.probes, [Condition.of(edit, alpha) for alpha in DEFAULT_ALPHAS])
         return {
             probe.name: {
@@ -151,6 +180,23 @@ class EndToEnd(Comparison):
             found[probe.name] = {alpha: values.tolist() for alpha, values in scores.items()}
         return found
 
+    def _need(self) -> Need:
+        """Operations of all steps, on the pairs that our last run sampled; those that were not kept are left out."""
+        matrices, chosen = flops.Matrices.of(self.model), self._chosen
+        fits = Branches(self.model, SftPeer(self.model), self._pairs, "lora")
+        drawn = [[len(ids) - prompt for ids, prompt in rows] for rows in fits.examples.values()]
+        distinct = {tuple(ids) for side in range(len(SIGNS)) for ids in self._prompts(side)}
+        first = architecture.layer_slice(self.model.layer_count, *chosen.adapter.layers)[0]
+        probes = [
+            [self.model.chat.prompt(one.messages, one.continuation) for one in p.rows] for p in self._known.probes
+        ]
+        scoring = (
+            flops.scoring(matrices, first, shared_prefix.plan(rows).tokens, len(rows), len(DEFAULT_ALPHAS))
+            for rows in probes
+        )
+        sampling = flops.generating(matrices, [len(ids) for ids in distinct], drawn)
+        return Need(sampling + fits.need(1).flops + sum(scoring))
+
     # ---------------------------------------------------------------- the peers' best sizes of batch, found untimed
 
     @cached_property
@@ -163,8 +209,9 @@ class EndToEnd(Comparison):
         model = self.inputs.load()
         network = peft.PeftModel.from_pretrained(model.network, str(self.inputs.folder / "pos"))
         scorer = PeftScorer(network)
+        self._scored(scorer, (1.0,), max(BATCH_SIZES))
         ways = [Way(str(size), lambda size=size: self._scored(scorer, (1.0,), size)) for size in BATCH_SIZES]
-        times = in_turn(ways, 1)
+        times = in_turn(ways, 1, warm_up=0)
         return min(BATCH_SIZES, key=lambda size: times[str(size)][0])
 
     def _require_agreement(self, ours: Scores, theirs: Scores) -> None:

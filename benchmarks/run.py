@@ -1,11 +1,12 @@
 """Ours and the peers on the same work, in one run, on this machine.
 
-    python benchmarks/run.py            # full tables: benchmarks/results.json and docs/performance.md
-    python benchmarks/run.py --quick    # less work and one repetition; prints the tables, writes nothing else
-    python benchmarks/run.py --models pocket qwen3-0.6b-shape --skip sweeping pipeline growth
+    python benchmarks/run.py            # pocket and the 0.6B shape: benchmarks/results.json and docs/performance.md
+    python benchmarks/run.py --quick    # pocket, less work and one repetition; prints the tables, writes nothing else
+    python benchmarks/run.py --models pocket qwen3-1.7b-shape --skip sweeping pipeline growth
 
-Every row names what was compared. No number is a promise: ratios hold for the machine that is described above them.
-What is skipped keeps its earlier numbers where they are of the same machine and versions.
+Every row names what was compared and what it should reach. No number is a promise: ratios hold for the machine that is
+described above them. What is skipped keeps its earlier numbers where they are of the same machine and versions; numbers
+of other machines stay beside those of this one.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import aims
 import fixed_costs
 import growth
 import machine
@@ -25,7 +28,6 @@ import page
 import plan
 import results
 import spending
-import torch
 import workload
 from algebra import Algebra
 from comparison import Comparison
@@ -44,21 +46,29 @@ COMPARISONS: dict[str, type[Comparison]] = {
     kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, EndToEnd)
 }
 OTHER_PARTS = ("spending", "growth", "fixed")
-PROFILED: tuple[type[Comparison], ...] = (Scoring, Training, Generating)
+MODELS = (aims.POCKET, aims.SHAPE)
+
+
+def default_models(quick: bool) -> Sequence[str]:
+    """Both sizes that have aims; the small one to see whether the harness runs."""
+    return MODELS[:1] if quick else MODELS
 
 
 def measure(name: str, quick: bool, skipped: list[str], described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The numbers for one model, part by part, each as `results.json` holds it."""
     chosen = workload.choose(name, quick)
-    peaks = {getattr(torch, kind): value for kind, value in described["gemm_gflops"].items()}
+    limits = machine.limits(described)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Inputs.make(name, chosen, Path(scratch))
         for kind in workload.without(chosen.comparisons, skipped):
-            rows = COMPARISONS[kind](inputs, peaks).rows()
+            started = time.perf_counter()
+            rows = COMPARISONS[kind](inputs, limits).rows()
+            sys.stderr.write(f"{kind}, {name}: {time.perf_counter() - started:.0f} s in all\n")
             yield {"machine": described, "rows": [{"comparison": kind, **one.as_record()} for one in rows]}
         if "spending" not in skipped:
-            found = [spending.measure(kind(inputs).way("ours"), kind.name, inputs.size) for kind in PROFILED]
-            yield {"machine": described, "rows": [], "spending": [one.as_record() for one in found]}
+            for kind in workload.without(chosen.comparisons, skipped):
+                found = [one.as_record() for one in COMPARISONS[kind](inputs).spending()]
+                yield {"machine": described, "rows": [], "spending": found}
         if chosen.growth and "growth" not in skipped:
             yield {"machine": described, "rows": [], "growth": [one.as_record() for one in growth.measure(inputs)]}
         if chosen.fixed_repeats and "fixed" not in skipped:
@@ -84,14 +94,16 @@ def run_one(name: str, inputs: Path) -> None:
     import trl  # noqa: F401, PLC0415
 
     kind, way = name.split(":", 1)
-    COMPARISONS[kind](Inputs.read(inputs)).way(way).work()
+    chosen = COMPARISONS[kind](Inputs.read(inputs)).way(way)
+    (chosen.for_peak or chosen.work)()
     sys.stdout.write(f"\n{memory.own_peak():.1f}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less work, one repetition, nothing written")
-    parser.add_argument("--models", nargs="+", default=["pocket"], help="embedded models, shapes, or model folders")
+    parser.add_argument("--models", nargs="+", help="embedded models, shapes, or model folders (default: "
+                        f"{' '.join(MODELS)}; with --quick {MODELS[0]})")  # fmt: skip
     parser.add_argument("--skip", nargs="+", default=[], choices=[*COMPARISONS, *OTHER_PARTS], metavar="NAME",
                         help=f"leave out some of: {', '.join([*COMPARISONS, *OTHER_PARTS])}")  # fmt: skip
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -110,10 +122,10 @@ def run_all(given: argparse.Namespace) -> None:
     record: dict[str, Any] = {"machine": described, "rows": []}
     if not given.quick and RESULTS.is_file():
         record = results.merged(read_json(RESULTS), record)
-    for name in given.models:
+    for name in given.models or default_models(given.quick):
         for part in measure(name, given.quick, given.skip, described):
             record = results.merged(record, part)
-            if not given.quick:  # after every part: a full run takes hours
+            if not given.quick:  # after every part: a full run takes long
                 write_json(RESULTS, record)
     parts = tables(record)
     sys.stdout.write("\n\n".join(parts.values()) + "\n")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import flops
 import memory
 import peft
 import torch
+from aims import Aim
 from comparison import Comparison
+from limits import Need
 from peers import PeftScorer, left_padded, library_forms, log_ratios
-from timing import Row, Way, in_turn, row
+from timing import Row, Way, in_turn, seconds
 from torch import Tensor
 
-from ws import shared_prefix
+from ws import rounding, shared_prefix
 from ws.chat import Chat
 from ws.condition import Condition, Edit
 from ws.eval import dilemmas
@@ -27,6 +30,8 @@ from ws.probe import Probe
 from ws.score import score
 
 ALPHAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+FEW_ALPHAS = (0.0, 1.0)
+"""Strengths that show how much memory a peer takes: it keeps nothing from one to the next."""
 BATCH_SIZES = (8, 16, 32, 64)
 TOLERANCE = {torch.float32: 5e-2, torch.bfloat16: 0.5}
 """Nats by which two ways may differ in a row; bf16 rounds the changed weights themselves."""
@@ -46,80 +51,114 @@ class Scoring(Comparison):
             Way(memory.LOADED, lambda: self.model),
             Way("ours", self.ours),
             Way("rows", self.without_tree),
-            Way("in place", self.in_place),
-            *(Way(f"peft, {size}", partial(self.with_peft, size)) for size in BATCH_SIZES),
-            *(Way(f"peft as it is, {size}", partial(self.with_peft, size, repaired=False)) for size in BATCH_SIZES),
+            Way("in place", self.in_place, for_peak=partial(self.in_place, alphas=FEW_ALPHAS)),
+            *(self._peft_way(size) for size in BATCH_SIZES),
         ]
 
     def rows(self) -> list[Row]:
         """Lines of the table."""
-        ours = self.ours()
-        self._agree(ours, self.in_place())
+        few = self.workload.checked_rows
+        ours = self.ours(few)  # what is checked is the warm-up of every way as well
+        self.without_tree(few)
+        self._agree(ours, self.in_place(few))
+        self._agree(ours, self.with_peft(BATCH_SIZES[0], few))
         size = min(BATCH_SIZES, key=self._seconds_with)
-        self._agree(ours, self.with_peft(size))
         chosen = ["ours", "rows", "in place", f"peft, {size}"]
         times = in_turn(map(self.way, chosen), self.workload.repeats, warm_up=0)
-        peaks: dict[str, float | None] = dict(self.peaks_of(chosen))
-        as_it_is = f"peft as it is, {size}"  # once: it can take many times as long as all others together
-        times[as_it_is] = in_turn([self.way(as_it_is)], 1, warm_up=0)[as_it_is]
-        peaks[as_it_is] = None
+        peaks: dict[str, float] = self.peaks_of(["ours", "in place", f"peft, {size}"])
+        as_it_is = f"peft as it is, {size}"
+        times[as_it_is] = [self._seconds_as_it_is(size)]
         tree = shared_prefix.plan(self.tokens)
-        first = self._edit.effect.layer_numbers[0]
-        needed = flops.scoring(flops.Matrices.of(self.model), first, tree.tokens, len(self.tokens), len(ALPHAS))
         peers = {
-            "in place": "weights changed in place, left-padded batches of 8, all logits",
-            f"peft, {size}": f"PEFT side path, sorted, batches of {size}, one logit row",
-            as_it_is: "the same, the head fed as `logits_to_keep=1` slices it (timed once)",
-            "rows": "ours without shared prefixes",
+            "in place": ("in place", "weights changed in place, left-padded batches of 8, all logits"),
+            f"peft, {size}": ("peft", f"PEFT side path, sorted, batches of {size}, one logit row"),
+            as_it_is: (None, "the same, the head fed as `logits_to_keep=1` slices it (one strength, times 7)"),
+            "rows": (None, "ours without shared prefixes"),
         }
-        return [
-            row(f"{len(ALPHAS)} alphas x {len(self.tokens)} dilemma rows", peer, self.inputs.size, times["ours"],
-                times[name], memory=(peaks["ours"], peaks[name]), flops=needed, peak=self.peak,
-                note=f"the tree saves {100 * tree.saving:.0f} % of the tokens" if name == "in place" else "")
-            for name, peer in peers.items()
+        lines = [
+            self.line(f"{len(ALPHAS)} alphas x {len(self.tokens)} dilemma rows", peer, times["ours"], times[name],
+                      aim=aim, memory=(peaks["ours"], peaks.get(name)), need=self._need(tree.tokens),
+                      note=f"the tree saves {100 * tree.saving:.0f} % of the tokens" if name == "in place" else "")
+            for name, (aim, peer) in peers.items()
         ]  # fmt: skip
+        return [self._with_rounding(lines[0]), *lines[1:]]
 
     # ---------------------------------------------------------------- ways
 
-    def ours(self) -> Ratios:
-        """One call of `score`."""
-        table = score(self.model, [self._probe], [Condition.of(self._edit, alpha) for alpha in ALPHAS])
+    def ours(self, rows: int | None = None) -> Ratios:
+        """One call of `score` on the first rows (None: all)."""
+        probe = replace(self._probe, rows=self._probe.rows[:rows])
+        table = score(self.model, [probe], [Condition.of(self._edit, alpha) for alpha in ALPHAS])
         ratios = table.filter(metric="logratio")
         return {alpha: torch.tensor(ratios.filter(alpha=alpha)["value"].to_list()) for alpha in ALPHAS}
 
-    def without_tree(self) -> Ratios:
+    def without_tree(self, rows: int | None = None) -> Ratios:
         """The same with whole rows."""
         kept, shared_prefix.worthwhile = shared_prefix.worthwhile, lambda *_: None
         try:
-            return self.ours()
+            return self.ours(rows)
         finally:
             shared_prefix.worthwhile = kept
 
     @torch.no_grad()
-    def in_place(self) -> Ratios:
+    def in_place(self, rows: int | None = None, alphas: Sequence[float] = ALPHAS) -> Ratios:
         """The replicated work's way: add alpha dW to the weights, batches of 8 as they come, logits everywhere."""
         network, dense = self._plain.network, self._dense
         parameters = dict(network.named_parameters())
         with library_forms(network):
-            return {alpha: self._at(alpha, network, parameters, dense) for alpha in ALPHAS}
+            return {alpha: self._at(alpha, self.tokens[:rows], network, parameters, dense) for alpha in alphas}
 
     def _at(
-        self, alpha: float, network: Any, parameters: Mapping[str, Tensor], dense: Mapping[str, Tensor]
+        self, alpha: float, tokens: Sequence[list[int]], network: Any, parameters: Mapping[str, Tensor],
+        dense: Mapping[str, Tensor],
     ) -> Tensor:  # fmt: skip
         backup = {name: parameters[name].data.clone() for name in dense}
         for name, change in dense.items():
             parameters[name].data.add_((alpha * change).to(parameters[name].dtype))
         parts = [
-            log_ratios(network(**left_padded(self.tokens[at : at + 8])).logits[:, -1], self._answers)
-            for at in range(0, len(self.tokens), 8)
+            log_ratios(network(**left_padded(tokens[at : at + 8], network.device)).logits[:, -1], self._answers)
+            for at in range(0, len(tokens), 8)
         ]
         for name, values in backup.items():
             parameters[name].data.copy_(values)
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()
 
-    def with_peft(self, batch: int, alphas: tuple[float, ...] = ALPHAS, repaired: bool = True) -> Ratios:
+    def with_peft(
+        self, batch: int, rows: int | None = None, alphas: Sequence[float] = ALPHAS, repaired: bool = True
+    ) -> Ratios:
         """PEFT's side path in batches of one size."""
-        return self._peft.score(self.tokens, self._answers, alphas, batch, repaired)
+        return self._peft.score(self.tokens[:rows], self._answers, alphas, batch, repaired)
+
+    def _peft_way(self, batch: int) -> Way:
+        work = partial(self.with_peft, batch)
+        return Way(f"peft, {batch}", work, for_peak=partial(work, alphas=FEW_ALPHAS))
+
+    def _seconds_with(self, batch: int) -> float:
+        """One strength on all rows."""
+        return seconds(partial(self.with_peft, batch, alphas=(1.0,)))
+
+    def _seconds_as_it_is(self, batch: int) -> float:
+        """Of all strengths, from one: they cost alike, and all can take as long as the other ways many times over."""
+        return len(ALPHAS) * seconds(partial(self.with_peft, batch, alphas=(1.0,), repaired=False))
+
+    # ---------------------------------------------------------------- what is said beside the times
+
+    def _need(self, tokens: int) -> Need:
+        first = self._edit.effect.layer_numbers[0]
+        matrices = flops.Matrices.of(self.model)
+        return Need(flops.scoring(matrices, first, tokens, len(self.tokens), len(ALPHAS)))
+
+    def _with_rounding(self, line: Row) -> Row:
+        """The line with what the model's half precision does to the probe, and whether that is little enough."""
+        found = rounding.measure(self.model, self._probe)
+        if found is None:
+            return line
+        errors = f"mean shift {found.mean_shift:.2g}, p95 {found.p95:.2g} nats"
+        note = f"{line.note}; {found.dtype} against float32 on {found.rows} rows: {errors}"
+        return replace(line, note=note).aiming(
+            Aim("mean shift, nats", rounding.LARGEST_SHIFT, found.mean_shift, at_least=False),
+            Aim("p95 row error, nats", rounding.LARGEST_P95, found.p95, at_least=False),
+        )
 
     # ---------------------------------------------------------------- what they need
 
@@ -172,9 +211,6 @@ class Scoring(Comparison):
     def _copy(self) -> ChatModel:
         self._copies.append(self.inputs.load())
         return self._copies[-1]
-
-    def _seconds_with(self, batch: int) -> float:
-        return in_turn([Way("peft", lambda: self.with_peft(batch, (1.0,)))], 1)["peft"][0]
 
     def _agree(self, ours: Ratios, theirs: Ratios) -> None:
         worst = max(float((ours[alpha] - theirs[alpha]).abs().max()) for alpha in ALPHAS)

@@ -15,7 +15,7 @@ from typing import Any
 import flops
 import torch
 
-from ws import bpe, console, precision, tiny
+from ws import attention, bpe, console, norms, precision, tiny
 from ws.chat import Chat
 from ws.models import ChatModel
 
@@ -91,8 +91,9 @@ SHAPES = {
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16, or fp32 on a CPU that only emulates it."""
-    return torch.bfloat16 if precision.bfloat16_is_fast() else torch.float32
+    """bf16, or fp32 where all there is is a CPU that only emulates it."""
+    fast = torch.cuda.is_available() or precision.bfloat16_is_fast()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def make(shape: Shape, folder: Path, dtype: torch.dtype) -> None:
@@ -108,9 +109,14 @@ def in_memory(name: str, dtype: torch.dtype) -> ChatModel:
     """The random model, ready to use, without a folder."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = _tokenizer(SHAPES[name], Path(scratch))
-    network = _network(SHAPES[name], dtype, tokenizer)
-    network.config._attn_implementation = "eager"  # what `models.load` chooses for a CPU
-    return ChatModel(name, network.eval().requires_grad_(False), Chat(tokenizer, "off", name))
+    network = _network(SHAPES[name], dtype, tokenizer).eval().requires_grad_(False)
+    if torch.cuda.is_available():
+        network.to("cuda")
+    else:  # as `models.load` does for a CPU
+        network.set_attn_implementation(attention.EAGER)
+        attention.use_grouped(network)
+        norms.use_lean(network)
+    return ChatModel(name, network, Chat(tokenizer, "off", name))
 
 
 def _tokenizer(shape: Shape, folder: Path) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from timing import Way
+import torch
+from timing import seconds
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
@@ -16,6 +16,8 @@ KINDS = {
     "moving data": ("copy_", "cat", "index_select", "index", "gather", "clone", "_index_put_impl_", "index_put_",
                     "slice_backward", "fill_", "zero_"),
 }  # fmt: skip
+COMPILED = "## Call CompiledFxGraph"
+"""How the profiler names compiled kernels: those here are norms."""
 ELEMENTWISE, OUTSIDE = "elementwise and reductions", "outside of operations"
 
 
@@ -32,18 +34,26 @@ class Spending:
         return asdict(self)
 
 
-def measure(way: Way, work: str, size: str) -> Spending:
-    """Profile one run after an unmeasured one."""
-    way.work()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        started = time.perf_counter()
-        way.work()
-        wall = time.perf_counter() - started
+def measure(work: Callable[[], object], name: str, size: str) -> Spending:
+    """Profile one run of what has been run before; on a CUDA device, time counts where the device works."""
+    on_device = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
+    with profile(activities=kinds) as found:
+        wall = seconds(work)
     spent = dict.fromkeys([*KINDS, ELEMENTWISE], 0.0)
     for event in found.key_averages():
+        microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
         if event.key.startswith("aten::"):
-            spent[kind_of(event.key.removeprefix("aten::"))] += event.self_cpu_time_total / 1e6
-    return Spending(work, size, {**spent, OUTSIDE: max(0.0, wall - sum(spent.values()))})
+            spent[kind_of(event.key.removeprefix("aten::"))] += microseconds / 1e6
+        elif event.key.startswith(COMPILED):
+            spent[ELEMENTWISE] += microseconds / 1e6
+    return Spending(name, size, {**spent, OUTSIDE: max(0.0, wall - sum(spent.values()))})
+
+
+def together(parts: Sequence[Spending], work: str) -> Spending:
+    """The sum of several parts of one work."""
+    kinds = [*KINDS, ELEMENTWISE, OUTSIDE]
+    return Spending(work, parts[0].size, {kind: sum(one.seconds[kind] for one in parts) for kind in kinds})
 
 
 def kind_of(operation: str) -> str:

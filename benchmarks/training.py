@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import flops
-import memory
 import polars as pl
 from comparison import Comparison
+from limits import Need
 from peers import SftPeer
-from timing import Row, Way, in_turn, row
+from timing import Row, Way, in_turn
 
 from ws import architecture, lower_layers, train
 from ws.chat import SupervisedTokens
@@ -20,6 +20,9 @@ from ws.models import ChatModel
 from ws.train import TrainSettings
 
 SIGNS: tuple[train.Sign, train.Sign] = ("pos", "neg")
+FEW_PAIRS = 4
+LOW_RANK = frozenset({"lora", "dora", "pissa", "delora"})
+"""Families whose map beside the frozen one is two thin products."""
 TOLERANCE = 0.2
 """Relative difference of the mean training losses up to which two fits count as the same: their rows come in another
 order, and a small workload has a dozen steps."""
@@ -28,9 +31,12 @@ order, and a small workload has a dozen steps."""
 class Branches:
     """Both branches of one family on one model: by ours and by the peer, from the same tokens."""
 
-    def __init__(self, model: ChatModel, peer: SftPeer, pairs: pl.DataFrame, family: str) -> None:
+    def __init__(
+        self, model: ChatModel, peer: SftPeer, pairs: pl.DataFrame, family: str, epochs: int | None = None
+    ) -> None:
         self.model, self.peer, self.pairs = model, peer, pairs
-        self.chosen: TrainSettings = train.resolve_settings(model, family, {"validation": 0.0})
+        self.chosen: TrainSettings = train.resolve_settings(model, family, {"validation": 0.0, "epochs": epochs})
+        self._losses: dict[tuple[str, int], float] = {}
 
     @cached_property
     def examples(self) -> dict[str, list[SupervisedTokens]]:
@@ -42,39 +48,58 @@ class Branches:
         """Rows of both signs."""
         return sum(map(len, self.examples.values()))
 
-    def ours(self, *seeds: int) -> float:
-        """Fit both under every seed (none given: 0) in one pass; the mean training loss of all steps."""
-        lower_layers.forget(self.model)  # a repetition starts from what a first run has
+    @property
+    def small(self) -> Branches:
+        """One step on a few rows of each sign: what sets a fit up."""
+        return Branches(self.model, self.peer, self.pairs.head(FEW_PAIRS), self.chosen.adapter.family, 1)
+
+    def ours(self, *seeds: int) -> None:
+        """Fit both under every seed (none given: 0) in one pass, with the states of lower layers that are known."""
         with tempfile.TemporaryDirectory() as scratch:
             sides = self._sides(seeds or (0,), Path(scratch))
             train.fit_together(self.model, sides, self.chosen)
-            return _mean_loss(sides)
+            for seed in seeds or (0,):
+                self._losses["ours", seed] = _mean_loss([side for side in sides if side.seed == seed])
 
-    def one_by_one(self) -> float:
+    def one_by_one(self) -> None:
         """Fit both, one after the other."""
-        lower_layers.forget(self.model)
         with tempfile.TemporaryDirectory() as scratch:
-            sides = self._sides((0,), Path(scratch))
-            for side in sides:
+            for side in self._sides((0,), Path(scratch)):
                 train.fit_together(self.model, [side], self.chosen)
-            return _mean_loss(sides)
 
     def _sides(self, seeds: Sequence[int], scratch: Path) -> list[train.Side]:
         return [train.Side(self.pairs, sign, seed, 0, scratch / f"{sign}{seed}") for seed in seeds for sign in SIGNS]
 
-    def theirs(self, seed: int = 0) -> float:
-        """The same by the peer."""
-        with tempfile.TemporaryDirectory() as scratch:
-            losses = [self.peer.fit(self.examples[s], self.chosen, seed, Path(scratch) / s) for s in SIGNS]
-        return sum(losses) / len(losses)
+    def theirs(self, *seeds: int) -> None:
+        """The same by the peer, one after the other."""
+        for seed in seeds or (0,):
+            with tempfile.TemporaryDirectory() as scratch:
+                losses = [self.peer.fit(self.examples[s], self.chosen, seed, Path(scratch) / s) for s in SIGNS]
+            self._losses["theirs", seed] = sum(losses) / len(losses)
 
     def require_agreement(self, seed: int = 0) -> None:
-        """Raise where the two learn differently: then they do not do the same work."""
-        ours, theirs = self.ours(seed), self.theirs(seed)
+        """Raise where the last fits of the two learned differently: then they do not do the same work."""
+        ours, theirs = self._losses["ours", seed], self._losses["theirs", seed]
         if abs(ours - theirs) > TOLERANCE * abs(ours):
             raise AssertionError(
                 f"{self.chosen.adapter.family}: mean losses {ours:.3f} and {theirs:.3f}: not the same work"
             )
+
+    def need(self, seeds: int, below: bool = True) -> Need:
+        """What both fits under so many seeds need; without `below` the lower layers have been run before.
+
+        A family that is not a sum of thin products has its own operations left out.
+        """
+        chosen, network = self.chosen, self.model.network
+        rows = [one for rows in self.examples.values() for one in rows]
+        layers = architecture.layer_slice(self.model.layer_count, *chosen.adapter.layers)
+        thin = chosen.adapter.family in LOW_RANK
+        factors = sum(chosen.adapter.rank * sum(site.shape) for site in architecture.sites(network, layers) if thin)
+        matrices = flops.Matrices.of(self.model)
+        tokens, answers = sum(len(ids) for ids, _ in rows), sum(len(ids) - prompt for ids, prompt in rows)
+        once = 2 * sum(matrices.layers[: layers[0]]) * tokens
+        whole = flops.training(matrices, layers[0], tokens, answers, factors, chosen.epochs)
+        return Need(seeds * (whole - once) + (once if below else 0))
 
 
 def _mean_loss(sides: Sequence[train.Side]) -> float:
@@ -90,52 +115,45 @@ class Training(Comparison):
     def ways(self) -> list[Way]:
         """Ours in one pass and one by one, and the peer."""
         return [
-            Way(memory.LOADED, lambda: self.model),
-            Way("ours", self.ours),
-            Way("one by one", self.one_by_one),
-            Way("trl", self.theirs),
+            Way("ours", self.ours, partial(self._set_up, Branches.ours)),
+            Way("one by one", self.one_by_one, partial(self._set_up, Branches.one_by_one)),
+            Way("trl", self.theirs, partial(self._set_up, Branches.theirs)),
         ]
 
-    def one_by_one(self) -> float:
+    def _set_up(self, fit: Callable[[Branches], None]) -> None:
+        fit(self._branches.small)
+
+    def ours(self) -> None:
+        """Both fits, from what a first run has."""
+        lower_layers.forget(self.model)
+        self._branches.ours()
+
+    def one_by_one(self) -> None:
         """Both fits, one after the other."""
-        return self._branches.one_by_one()
+        lower_layers.forget(self.model)
+        self._branches.one_by_one()
 
-    def ours(self) -> float:
-        """Both fits."""
-        return self._branches.ours()
-
-    def theirs(self) -> float:
+    def theirs(self) -> None:
         """Both fits by the peer."""
-        return self._branches.theirs()
+        self._branches.theirs()
 
     def rows(self) -> list[Row]:
         """Two lines."""
         branches = self._branches
-        branches.require_agreement()
-        peers = {"trl": "TRL SFTTrainer + PEFT", "one by one": "ours, one sign after the other"}
+        peers = {"trl": ("trl", "TRL SFTTrainer + PEFT"), "one by one": (None, "ours, one sign after the other")}
         chosen_ways = ["ours", *peers]
         times = in_turn(map(self.way, chosen_ways), self.workload.repeats)
-        peaks = self.peaks_of(chosen_ways)
+        branches.require_agreement()
+        peaks = self.peaks_of(["ours", "trl"])
         chosen = branches.chosen
         work = f"pos + neg LoRA, rank {chosen.adapter.rank}, {branches.count} rows, {chosen.epochs} epochs"
         return [
-            row(work, peer, self.inputs.size, times["ours"], times[name], flops=self._needed(), peak=self.peak,
-                memory=(peaks["ours"], peaks[name]))
-            for name, peer in peers.items()
+            self.line(work, peer, times["ours"], times[name], aim=aim, need=branches.need(1),
+                      memory=(peaks["ours"], peaks.get(name)))
+            for name, (aim, peer) in peers.items()
         ]  # fmt: skip
 
     @cached_property
     def _branches(self) -> Branches:
         # both put their adapter on and take it off again, so one copy serves them in turn
         return Branches(self.model, SftPeer(self.model), self.inputs.pairs, "lora")
-
-    def _needed(self) -> int:
-        """Operations of both fits, by `flops.training`."""
-        chosen, network = self._branches.chosen, self.model.network
-        examples = [one for rows in self._branches.examples.values() for one in rows]
-        layers = architecture.layer_slice(self.model.layer_count, *chosen.adapter.layers)
-        factors = sum(chosen.adapter.rank * sum(site.shape) for site in architecture.sites(network, layers))
-        return flops.training(
-            flops.Matrices.of(self.model), layers[0], sum(len(ids) for ids, _ in examples),
-            sum(len(ids) - prompt for ids, prompt in examples), factors, chosen.epochs,
-        )  # fmt: skip

@@ -14,12 +14,16 @@ FAMILIES = ("lora", "dora", "pissa", "delora", "oft", "ia3")
 
 @dataclass(frozen=True)
 class Generation:
-    """Prompts x samples of `new_tokens` tokens; `batches` are the sizes that `generate` may choose from."""
+    """Prompts x samples of `new_tokens` tokens.
+
+    `batches` are the sizes that `generate` may choose from, by what its first `searched_tokens` tokens take.
+    """
 
     prompts: int
     samples: int
     batches: tuple[int, ...]
     new_tokens: int = 48
+    searched_tokens: int = 48
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,11 @@ class Growth:
 class Workload:
     """What is compared on one model, and on how much.
 
-    `grid` is sampled from the model for the pairs; None takes `written` pairs of ready sentences instead. `seeds` are
-    those of the sweep. `fixed_repeats` counts the processes that are started per fixed cost.
+    `grid` is sampled from the model for the pairs; None takes `written` pairs of ready sentences instead. A work that
+    takes long is repeated less often than `repeats` (`timing.py`). `checked_rows` of the probe are scored in every way
+    and compared. `seeds` are those of the sweep, which takes every `sweep_every`-th pair and is done `sweeps` times.
+    `fixed_repeats` counts the processes that are started per fixed cost. `has_aims`: large enough for its ratios to be
+    held against what should be reached.
     """
 
     name: str
@@ -59,19 +66,24 @@ class Workload:
     scoring_rows: int
     generation: Generation
     seeds: tuple[int, ...]
+    checked_rows: int = 10_000
     families: tuple[str, ...] = FAMILIES
+    sweep_every: int = 1
+    sweeps: int = 1
     pipeline: Pipeline | None = None
     growth: Growth | None = None
     fixed_repeats: int = 0
+    has_aims: bool = True
 
 
 COMPARISONS = ("scoring", "training", "sweeping", "generating", "algebra", "pipeline")
 
 FULL = Workload(
-    name="full", comparisons=COMPARISONS, repeats=5, grid=Grid(samples=10), written=0, scoring_rows=10_000,
-    generation=Generation(200, 10, (50, 100, 200)), seeds=(0, 1, 2), pipeline=Pipeline(Grid(samples=10), None),
+    name="full", comparisons=COMPARISONS, repeats=3, grid=Grid(samples=10), written=0, scoring_rows=10_000,
+    generation=Generation(200, 10, (50, 100, 200)), seeds=(0, 1, 2), sweep_every=4, sweeps=2,
+    pipeline=Pipeline(Grid(samples=10), None),
     growth=Growth(
-        repeats=3, alphas=(1, 2, 4, 8, 16), directions=(1, 2, 4, 8), families=FAMILIES, seeds=(1, 2, 4),
+        repeats=2, alphas=(1, 2, 4, 8, 16), directions=(1, 2, 4, 8), families=FAMILIES, seeds=(1, 2, 4),
         rows=(50, 100, 200, 500, 1000, 2000),
         shapes=("qwen3-0.1b-shape", "qwen3-0.6b-shape", "qwen3-1.7b-shape"),
     ),
@@ -85,11 +97,11 @@ QUICK = Workload(
         repeats=1, alphas=(1, 2), directions=(1, 2), families=FAMILIES[:2], seeds=(1, 2), rows=(20, 40),
         shapes=("qwen3-0.04b-shape", "qwen3-0.1b-shape"),
     ),
-    fixed_repeats=1,
+    fixed_repeats=1, has_aims=False,
 )  # fmt: skip
 SHAPE = Workload(
-    name="shape", comparisons=("scoring", "training", "generating", "algebra"), repeats=3, grid=None, written=64,
-    scoring_rows=32, generation=Generation(8, 4, (8, 16, 32)), seeds=(0,),
+    name="shape", comparisons=("scoring", "training", "generating", "algebra"), repeats=3, grid=None, written=32,
+    scoring_rows=32, checked_rows=8, generation=Generation(10, 10, (50, 100), searched_tokens=4), seeds=(0,),
 )  # fmt: skip
 WORKLOADS = {one.name: one for one in (FULL, QUICK, SHAPE)}
 

@@ -5,32 +5,50 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import aims
 import fixed_costs
 import flops
 import growth
 import inputs
+import machine
 import memory
 import page
+import peers
 import plan
 import pytest
 import results
+import run
 import shapes
 import spending
 import timing
 import torch
+import traffic
 import workload
+from aims import Aim
+from algebra import Algebra
+from generating import Generating
 from growth import Series
+from limits import GEMM, MEMORY, Limits, Need
 from plan import LARGE, Job, Machines
+from scoring import Scoring
+from sweeping import Sweeping
+from training import Branches, Training
 
-from ws import forward, models
+from ws import forward, lower_layers, models
 from ws.models import ChatModel
 
-MACHINE = {"processor": "p", "cores": 2, "threads": 2, "versions": {"torch": "1"}, "gemm_gflops": {"float32": 50.0}}
+MACHINE = {
+    "processor": "p", "device": "cpu", "cores": 2, "threads": 2, "versions": {"torch": "1"},
+    "gemm_gflops": {"float32": 50.0}, "bandwidth_gb_per_s": 8.0,
+}  # fmt: skip
 
 
-def record(comparison: str = "scoring", size: str = "pocket", ours: float = 1.0) -> dict[str, object]:
-    row = timing.row("work", "peer", size, [ours], [2.0, 4.0, 3.0], flops=2e9, peak=4.0, memory=(10.4, None))
-    return {"comparison": comparison, **row.as_record()}
+def record(comparison: str = "scoring", size: str = "pocket", ours: float = 1.0, *met: Aim) -> dict[str, object]:
+    row = timing.row(
+        "work", "peer", size, [ours], [2.0, 4.0, 3.0], need=Need(2e9), limits=Limits(4.0, 1.0), memory=(10.4, None),
+        profile=comparison,
+    )  # fmt: skip
+    return {"comparison": comparison, **row.aiming(*met).as_record()}
 
 
 # -------------------------------------------------------------------- timing
@@ -45,11 +63,43 @@ def test_ways_are_run_in_turn_and_the_first_round_is_thrown_away() -> None:
     assert len(timing.in_turn(ways, 1, warm_up=0)["a"]) == 1
 
 
-def test_row_has_medians_ratio_and_share_of_the_limit() -> None:
-    row = timing.row("w", "p", "s", [2.0, 1.0, 4.0], [6.0], flops=4e9, peak=8.0)
-    assert (row.ours, row.ours_range, row.ratio) == (2.0, (1.0, 4.0), 3.0)
+def test_a_warm_up_may_be_a_part_of_the_work() -> None:
+    calls: list[str] = []
+    way = timing.Way("w", lambda: calls.append("whole"), lambda: calls.append("part"))
+    timing.in_turn([way], 2)
+    assert calls == ["part", "whole", "whole"]
+
+
+def test_what_takes_long_is_repeated_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [timing.repetitions(3, known) for known in ([], [19.0], [21.0], [5.0, 46.0])] == [3, 3, 2, 1]
+    assert timing.repetitions(1, [21.0]) == 1
+    spent = {"quick": 1.0, "slow": 30.0, "very slow": 90.0}
+    monkeypatch.setattr(timing, "seconds", lambda work: spent[work()])
+    ways = [timing.Way(name, lambda name=name: name) for name in spent]
+    assert {name: len(found) for name, found in timing.in_turn(ways, 3).items()} == {
+        "quick": 3, "slow": 2, "very slow": 1,
+    }  # fmt: skip
+
+
+def test_row_has_medians_ratio_repetitions_and_share_of_the_limit() -> None:
+    row = timing.row("w", "p", "s", [2.0, 1.0, 4.0], [6.0], need=Need(4e9), limits=Limits(8.0, 1.0))
+    assert (row.ours, row.ours_range, row.ratio, row.repetitions) == (2.0, (1.0, 4.0), 3.0, (3, 1))
     assert row.share_of_limit == pytest.approx(4e9 / 2.0 / 1e9 / 8.0)
-    assert timing.row("w", "p", "s", [1.0], [1.0], flops=1e9).share_of_limit is None
+    assert timing.row("w", "p", "s", [1.0], [1.0], need=Need(1e9)).share_of_limit is None
+
+
+def test_the_limit_that_binds_is_the_one_that_takes_longer() -> None:
+    limits = Limits(gflops=100.0, gb_per_s=10.0)
+    assert limits.least(Need(flops=2e11, bytes=1e9)) == (2.0, GEMM)
+    assert limits.least(Need(flops=1e9, bytes=5e9)) == (0.5, MEMORY)
+    assert machine.limits(MACHINE) == {"float32": Limits(50.0, 8.0)}
+
+
+def test_versions_of_the_peers_are_recorded() -> None:
+    found = dict(machine._versions())
+    assert found["torch"] == torch.__version__
+    assert list(found) == [name for name in machine.LIBRARIES if name in found]
+    assert {"trl", "mergekit"} <= set(machine.LIBRARIES)
 
 
 def test_own_peak_is_not_that_of_the_parent() -> None:
@@ -60,6 +110,57 @@ def test_own_peak_is_not_that_of_the_parent() -> None:
     child = subprocess.run([sys.executable, "-c", command], cwd=folder, capture_output=True, text=True, check=True)
     assert float(child.stdout) < 200 < memory.own_peak()
     assert ballast
+
+
+# -------------------------------------------------------------------- aims
+
+
+def test_an_aim_binds_from_its_side() -> None:
+    assert Aim("r", 2.0, 2.0).is_reached and not Aim("r", 2.0, 1.9).is_reached
+    assert Aim("p", 2.0, 2.0, at_least=False).is_reached and not Aim("p", 2.0, 2.1, at_least=False).is_reached
+
+
+def test_aims_are_those_of_the_work_the_peer_and_the_size() -> None:
+    (found,) = aims.ratio("scoring", "in place", "qwen3-0.6b-shape", 2.76)
+    assert (found.bound, found.is_reached) == (3.5, False)
+    assert not [*aims.ratio("scoring", "in place", "another", 9.0)]
+    assert not [*aims.share("scoring", "pocket", 0.1)] and not [*aims.share("scoring", aims.SHAPE, None)]
+    assert [one.is_reached for one in aims.peak(700.0, 200.0, cache=512.0)] == [True]
+    assert [one.is_reached for one in aims.peak(713.0, 200.0, cache=512.0)] == [False]
+    assert not [*aims.peak(700.0, None, cache=512.0)]
+    assert [one.is_reached for one in aims.whole("pocket", 46.0)] == [False]
+
+
+def test_every_aim_belongs_to_a_comparison_of_its_size() -> None:
+    wanted = {(comparison, size) for comparison, _, size in aims.RATIOS} | set(aims.GEMM_SHARES)
+    for comparison, size in wanted:
+        chosen = workload.choose(size, False)
+        assert comparison in chosen.comparisons and chosen.has_aims
+    assert not workload.QUICK.has_aims
+
+
+def test_a_run_covers_every_size_that_has_aims() -> None:
+    assert set(run.default_models(quick=False)) == {size for _, _, size in aims.RATIOS}
+    assert run.default_models(quick=True) == ("pocket",)
+    assert set(run.COMPARISONS) == set(workload.FULL.comparisons)
+
+
+def test_a_miss_is_said_with_its_profile() -> None:
+    profile = {"work": "scoring", "size": "pocket", "seconds": {"matrix products": 3.0, spending.OUTSIDE: 1.0}}
+    missed, kept = Aim(aims.RATIO, 3.0, 1.5), Aim(aims.SHARE, 0.1, 0.5)
+    rows = [record("scoring", "pocket", 1.0, missed, kept), record("scoring", "pocket", 2.0, missed)]
+    (line,) = aims.misses(rows, [profile]).splitlines()
+    assert "against peer: ratio >= 3 is missed, it is 1.5." in line
+    assert "matrix products 75 %, outside of operations 25 %" in line
+    assert "No profile" in aims.misses(rows, [])
+    assert "missed" not in aims.misses([record("scoring", "pocket", 1.0, kept)], [profile])
+    assert aims.verdicts(rows[0]["aims"]) == "ratio >= 3 **missed**; share of the GEMM peak >= 0.1 reached"
+
+
+def test_memory_that_is_missed_is_not_blamed_on_time() -> None:
+    missed = Aim(aims.PEAK, 100.0, 2000.0, at_least=False)
+    line = aims.misses([record("scoring", "pocket", 1.0, missed)], [])
+    assert line.endswith("peak MiB <= 100 is missed, it is 2000.")
 
 
 # -------------------------------------------------------------------- growth
@@ -104,6 +205,22 @@ def test_training_goes_back_to_the_lowest_adapted_layer_only() -> None:
     found = flops.training(matrices, first=1, tokens=5, answer_tokens=2, adapter=4, epochs=3)
     epoch = (2 * 50 * 5 + 2 * 7 * 2) + (2 * 7 * 2 + 2 * 30 * 5) + 6 * 4 * 5
     assert found == 2 * 10 * 5 + 3 * epoch
+
+
+def test_generating_reads_a_prompt_once_and_the_weights_once_per_token() -> None:
+    matrices = flops.Matrices((10, 20), 7)
+    prompts, drawn = [5, 3], [[4, 1], [2]]
+    further = 3 + 0 + 1
+    assert flops.generating(matrices, prompts, drawn) == 2 * (30 * 8 + 7 * 2) + 2 * 37 * further
+    cached = (5 + 1) + (5 + 2) + (5 + 3) + (3 + 1)
+    assert traffic.generating(matrices, 2, 100, prompts, drawn) == 4 * 2 * 37 + 100 * cached
+
+
+def test_bytes_of_a_cached_token_are_those_of_the_cache(qwen: ChatModel) -> None:
+    with torch.no_grad():
+        cache = qwen.network(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert traffic.kv_bytes_per_token(qwen) * 3 == held
 
 
 def test_matrices_of_a_model_leave_out_norms_and_embeddings(qwen: ChatModel) -> None:
@@ -163,6 +280,94 @@ def test_random_adapters_make_a_direction_on_the_default_slice(tiny_folders: dic
     assert direction.norm() > 0
 
 
+# -------------------------------------------------------------------- comparisons on a random model
+
+
+@pytest.fixture
+def tiny_inputs(tiny_folders: dict[str, Path], tmp_path: Path) -> inputs.Inputs:
+    given = replace(
+        workload.SHAPE, written=4, sweeps=2, seeds=(0, 1), families=("lora", "ia3"), has_aims=False,
+        generation=workload.Generation(2, 3, (4,), 5, 2),
+    )  # fmt: skip
+    made = inputs.Inputs("tiny", str(tiny_folders["qwen3"]), given, tmp_path)
+    made._write_random()
+    return made
+
+
+def test_the_peer_s_difference_is_held_against_the_exact_one(tiny_inputs: inputs.Inputs) -> None:
+    missed = Algebra(tiny_inputs)._peer_error()
+    assert 0 < missed.relative < 1e-4
+    assert missed.cosine == pytest.approx(1.0)
+
+
+def test_half_precision_costs_the_peer_s_difference_more(tiny_inputs: inputs.Inputs) -> None:
+    rounded = Algebra(tiny_inputs)
+    rounded.model.network.to(torch.bfloat16)
+    assert rounded._peer_error().relative > 10 * Algebra(tiny_inputs)._peer_error().relative
+
+
+def test_a_sweep_runs_the_lower_layers_once(tiny_inputs: inputs.Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    run_below = lower_layers._run_below
+
+    def counted(model: ChatModel, layer: int, rows: object) -> object:
+        runs.append(layer)
+        return run_below(model, layer, rows)
+
+    monkeypatch.setattr(lower_layers, "_run_below", counted)
+    sweep = Sweeping(tiny_inputs)
+    once = len({tuple(ids) for rows in sweep._families["lora"].examples.values() for ids, _ in rows})
+    assert once == 8
+    sweep.ours()
+    first = len(runs)
+    sweep.ours()
+    assert first > 0
+    assert len(runs) == 2 * first, "a repetition pays for them again"
+    lower_layers.forget(sweep.model)
+    runs.clear()
+    sweep._families["lora"].ours(0, 1)
+    assert len(runs) == first, "the second family adds nothing"
+
+
+def test_seeds_share_what_lies_below_the_adapters(tiny_inputs: inputs.Inputs) -> None:
+    model = tiny_inputs.load()
+    fits = Branches(model, peers.SftPeer(model), tiny_inputs.pairs, "lora")
+    below = fits.need(1).flops - fits.need(1, below=False).flops
+    assert below > 0
+    assert fits.need(3).flops == pytest.approx(3 * fits.need(1, below=False).flops + below)
+    assert fits.need(1) == Training(tiny_inputs)._branches.need(1)
+
+
+def test_what_generation_needs_is_counted_on_what_was_written(tiny_inputs: inputs.Inputs) -> None:
+    ours = Generating(tiny_inputs)
+    ours.ours()
+    most = max(len(one.ids) + (one.finish == "eos") for samples in ours._written for one in samples)
+    matrices = flops.Matrices.of(ours.model)
+    assert [len(samples) for samples in ours._written] == [3, 3]
+    assert ours._need(ours._written).bytes > most * 4 * (sum(matrices.layers) + matrices.head)
+
+
+def test_half_precision_is_noted_beside_the_scores(tiny_inputs: inputs.Inputs) -> None:
+    scoring = Scoring(tiny_inputs)
+    line = timing.row("w", "p", "s", [1.0], [1.0], note="n")
+    assert scoring._with_rounding(line) == line, "fp32 has nothing to say"
+    scoring.model.network.to(torch.bfloat16)
+    noted = scoring._with_rounding(line)
+    assert noted.note.startswith("n; bfloat16 against float32 on 32 rows: mean shift ")
+    assert [aim.bound for aim in noted.aims] == [0.01, 0.1]
+    assert all(aim.found > 0 for aim in noted.aims)
+
+
+def test_a_contiguous_head_gives_the_same_logits(qwen: ChatModel) -> None:
+    head, states = qwen.network.get_output_embeddings(), torch.randn(3, 5, 64)[:, -1:]
+    assert not states.is_contiguous()
+    whole, seen = head(states), []
+    with peers.contiguous_head(qwen.network):
+        torch.testing.assert_close(head(states), whole)
+        seen.append(head.forward)
+    assert head.forward != seen[0]
+
+
 # -------------------------------------------------------------------- the plan
 
 
@@ -215,8 +420,8 @@ def test_better_utilisation_and_more_sharing_cost_less() -> None:
 
 def test_table_shows_medians_notes_shares_and_peaks() -> None:
     head, _, line = results.as_table([record()]).splitlines()
-    assert head.count("|") == line.count("|") == 10
-    assert "| 1 (1-1) | peer | 3 (2-4) | 3.00 | 0.50 | 10 |  |" in line
+    assert head.count("|") == line.count("|") == 11
+    assert "| 1 (1-1, n=1) | peer | 3 (2-4, n=3) | 3.00 | 0.50 GEMM | 10 |  |  |" in line
     assert "- gemm gflops: float32 50.0" in results.as_text({"machine": MACHINE, "rows": [record()]})
 
 
@@ -233,8 +438,20 @@ def test_a_comparison_measured_again_replaces_its_rows() -> None:
         ("training", "pocket", 1.0), ("scoring", "other", 1.0), ("scoring", "pocket", 5.0), ("scoring", "pocket", 6.0),
     ]  # fmt: skip
     assert found["growth"] == [1]
-    other = {**MACHINE, "processor": "q"}
-    assert results.merged(old, {"machine": other, "rows": [record()]}) == {"machine": other, "rows": [record()]}
+    newer = {**MACHINE, "versions": {"torch": "2"}}
+    assert results.merged(old, {"machine": newer, "rows": [record()]}) == {"machine": newer, "rows": [record()]}
+
+
+def test_records_of_other_machines_stay_beside_the_one_that_ran_last() -> None:
+    here, there = {"machine": MACHINE, "rows": [record()]}, {"machine": {**MACHINE, "device": "x"}, "rows": []}
+    both = results.merged(here, there)
+    assert both == {**there, "other_machines": [here]}
+    again = {"machine": MACHINE, "rows": [record("training")]}
+    back = results.merged(both, again)
+    assert [row["comparison"] for row in back["rows"]] == ["scoring", "training"]
+    assert back["other_machines"] == [there]
+    text = results.as_text(back)
+    assert text.index("- device: cpu") < text.index("- device: x")
 
 
 def test_profiles_of_other_work_and_sizes_are_kept() -> None:
@@ -249,7 +466,10 @@ def test_profiles_of_other_work_and_sizes_are_kept() -> None:
 
 def test_time_is_spent_on_what_is_run() -> None:
     factor = torch.ones(400, 400)
-    found = spending.measure(timing.Way("w", lambda: [factor @ factor for _ in range(40)]), "w", "s")
+    found = spending.measure(lambda: [factor @ factor for _ in range(40)], "w", "s")
+    assert spending.together([found, found], "both").seconds["matrix products"] == pytest.approx(
+        2 * found.seconds["matrix products"]
+    )
     assert max(found.seconds, key=found.seconds.__getitem__) == "matrix products"
     assert spending.kind_of("_softmax") == "softmax" and spending.kind_of("silu") == spending.ELEMENTWISE
     head, _, line = spending.as_table([found.as_record()]).splitlines()
