@@ -17,8 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from ws import models
 from ws.pocket import build, card
+from ws.pocket.check import are_independent
+from ws.report.behaviours import CROSSED, KEYS, change, crossings, persona_changes
 from ws.report.cells import signed, with_limits
 
 DOCS = Path(__file__).parent
@@ -30,6 +34,10 @@ SWEEP = RESULTS / "pocket-sycophancy-sweep.md"
 COMPARED = RESULTS / "pocket-sycophancy-compare"
 ACROSS = RESULTS / "comparisons.md"
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
+CLOSE = 1.5
+"""Prompts and weights are called close where the larger effect is at most so many times the smaller one."""
+PROMPTS = {"-1": "prompt -", "1": "prompt +"}
+"""Strength of a direction -> the persona prompt of the same side."""
 
 Summary = dict[str, Any]
 
@@ -45,8 +53,9 @@ def main(arguments: list[str]) -> None:
         "pocket": pocket_table(first),
         "behaviours": behaviours(runs),
         "steering-leak": steering_leak(runs),
-        "pocket-card": card_of("pocket"),
-        "gemma-card": card_of("pocket-gemma"),
+        "persona-leak": persona_leak(runs),
+        "pocket-card": card_of("pocket", runs),
+        "gemma-card": card_of("pocket-gemma", runs),
         "families": families(),
         "rebuild": rebuilds(),
     }
@@ -77,12 +86,14 @@ def store(run: Path) -> None:
         return
     if (run / card.METRICS_FILE).is_file():
         record = build.recorded(run)
-        kept = {"recipe": record["recipe"], "minutes": record["minutes"],
+        kept = {"recipe": record["recipe"], "minutes": record["minutes"], "texts": record["corpus"].get("texts"),
                 "metrics": json.loads((run / card.METRICS_FILE).read_text())}  # fmt: skip
         name = f"rebuild-{record['recipe']['architecture']}-seed{record['recipe']['seed']}"
         (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         return
     summary = json.loads((run / "summary.json").read_text())
+    scores = pl.read_parquet(run / "scores.parquet")
+    summary["persona_changes"] = persona_changes(scores, summary["behaviour"], summary["headline_group"])
     name = f"{summary['model']}-{summary['behaviour']}-{summary['adapter']}-seed{summary['seed']}"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -167,66 +178,158 @@ def pocket_table(summary: Summary) -> str:
 
 
 def behaviours(runs: dict[str, Summary]) -> str:
-    """Every behaviour on every embedded model, at its own probe."""
+    """Every behaviour on every embedded model, at its own probe, then persona prompts beside the weights."""
     rows = []
     for name in sorted(runs):
         run = runs[name]
-        own, change = run[run["behaviour"]], run["change"][run["behaviour"]]
-        band = run["controls"]["random"]["1"][run["behaviour"]]
+        own, moved = run[run["behaviour"]], run["change"][run["behaviour"]]
+        bands = [run["controls"]["random"][key][run["behaviour"]] for key in KEYS]
         rows.append([
             run["model"], run["behaviour"], f"{own['0']['mean']:+.2f}",
-            *(with_limits(change[key]) for key in ("-1", "1")),
-            f"{band['low']:+.2f} to {band['high']:+.2f}",
+            *(with_limits(moved[key]) for key in KEYS),
+            *(f"{band['low']:+.2f} to {band['high']:+.2f}" for band in bands),
             f"{100 * run['side_effects']['-1']['facts']:.1f} / {100 * run['side_effects']['0']['facts']:.1f} / "
             f"{100 * run['side_effects']['1']['facts']:.1f} %",
         ])  # fmt: skip
-    head = ["model", "behaviour", "base", "change at -1", "change at +1", "random band", "facts at -1 / 0 / +1"]
-    return table(head, rows)
+    head = ["model", "behaviour", "base", "change at -1", "change at +1", "random band at -1", "random band at +1",
+            "facts at -1 / 0 / +1"]  # fmt: skip
+    return f"{table(head, rows)}\n\n{prompts_and_weights(runs)}"
+
+
+def prompts_and_weights(runs: dict[str, Summary]) -> str:
+    """The first persona of each side as system prompt beside the weights at the same sign; how often they are close."""
+    rows, cells, apart = [], 0, []
+    for name in sorted(runs):
+        run = runs[name]
+        behaviour = run["behaviour"]
+        base, moved = run[behaviour]["0"]["mean"], run["change"][behaviour]
+        by_prompt = {key: run["contexts"][PROMPTS[key]][behaviour]["mean"] - base for key in KEYS}
+        ratios = {key: by_prompt[key] / moved[key]["mean"] for key in KEYS}
+        rows.append([
+            run["model"], behaviour, *(f"{by_prompt[key]:+.2f}" for key in KEYS),
+            *(f"{moved[key]['mean']:+.2f}" for key in KEYS), *(f"{ratios[key]:.2f}" for key in KEYS),
+        ])  # fmt: skip
+        cells += len(KEYS)
+        apart += [
+            f"{run['model']} {behaviour} at {signed(key)} ({ratio:.2f})"
+            for key, ratio in ratios.items()
+            if not 1 / CLOSE <= ratio <= CLOSE
+        ]
+    head = ["model", "behaviour", "prompt -", "prompt +", "weights at -1", "weights at +1", "prompt / weights at -1",
+            "prompt / weights at +1"]  # fmt: skip
+    outside = f"; outside: {', '.join(apart)}" if apart else ""
+    return (
+        f"{table(head, rows)}\n\nThe change under a prompt is within a factor {CLOSE:g} of that under the weights in "
+        f"{cells - len(apart)} of {cells} cells{outside}."
+    )
+
+
+def leak_row(own: str, moved: dict[str, Any]) -> list[str]:
+    """Changes of all behaviours as cells, the own one in bold; a dash where a run did not measure one."""
+    cells = ["-" if moved[name] is None else f"{moved[name]['mean']:+.2f}" for name in BEHAVIOURS]
+    return [f"**{cell}**" if name == own else cell for name, cell in zip(BEHAVIOURS, cells, strict=True)]
 
 
 def steering_leak(runs: dict[str, Summary]) -> str:
     """How far each direction moves each behaviour."""
-    rows = []
-    for name in sorted(runs):
-        run = runs[name]
-        for key in ("-1", "1"):
-            cells = []
-            for behaviour in BEHAVIOURS:
-                own = behaviour == run["behaviour"]
-                change = run["change"][behaviour] if own else run["other_behaviours"][behaviour]["change"]
-                cells.append(f"**{change[key]['mean']:+.2f}**" if own else f"{change[key]['mean']:+.2f}")
-            rows.append([run["model"], f"{run['behaviour']} at {signed(key)}", *cells])
+    rows = [
+        [
+            runs[name]["model"],
+            f"{runs[name]['behaviour']} at {signed(key)}",
+            *leak_row(runs[name]["behaviour"], {other: change(runs[name], other, key) for other in BEHAVIOURS}),
+        ]
+        for name in sorted(runs)
+        for key in KEYS
+    ]
     return table(["model", "direction", *BEHAVIOURS], rows)
 
 
-def card_of(name: str) -> str:
-    """The card of an embedded model without its title."""
+def persona_leak(runs: dict[str, Summary]) -> str:
+    """How far each persona prompt moves each behaviour of the unedited model."""
+    rows = [
+        [
+            runs[name]["model"],
+            f"{runs[name]['behaviour']}, {prompt}",
+            *leak_row(runs[name]["behaviour"], {other: moved.get(other) for other in BEHAVIOURS}),
+        ]
+        for name in sorted(runs)
+        for prompt, moved in runs[name].get("persona_changes", {}).items()
+    ]
+    return table(["model", "persona", *BEHAVIOURS], rows) if rows else "The stored runs do not hold these changes yet."
+
+
+def steered(name: str, runs: dict[str, Summary]) -> str:
+    """Which directions of a model move a trait that the corpus draws independently, in one sentence."""
+    own = [run for run in runs.values() if run["model"] == name]
+    if not own:
+        return f"No directions of {name} have been stored."
+    found = [
+        text
+        for run in own
+        for text in crossings(run, [other for other in BEHAVIOURS if are_independent(run["behaviour"], other)])
+    ]
+    limit = f"more than {100 * CROSSED:.0f} % of its own effect"
+    if not found:
+        return f"No LoRA direction of {name} moves an independent trait by {limit}."
+    return f"Independent in the corpus, yet moved by a LoRA direction by {limit}: {'; '.join(found)}."
+
+
+def card_of(name: str, runs: dict[str, Summary]) -> str:
+    """The card of an embedded model without its title, with what its directions do to independent traits."""
     if not (models.POCKET_MODELS[name] / "config.json").is_file():
         return f"{name} has not been built."
-    return card.text(name).split("\n", 2)[2].replace("\n## ", "\n### ")
+    text = card.text(name).split("\n", 2)[2].replace("\n## ", "\n### ")
+    return f"{text}\n\n### When it is steered\n\n{steered(name, runs)}"
 
 
 def rebuilds() -> str:
-    """Metrics of builds with other seeds beside those of the shipped weights."""
-    parts = []
-    for path in sorted(RESULTS.glob("rebuild-*.json")):
-        kept = json.loads(path.read_text())
-        recipe = kept["recipe"]
-        shipped_folder = next(f for f in models.POCKET_MODELS.values() if f.name == recipe["architecture"])
-        shipped = {entry["metric"]: entry for entry in json.loads((shipped_folder / card.METRICS_FILE).read_text())}
-        judged = [entry for entry in kept["metrics"] if entry["bar"]]
-        reached = sum(entry["passes"] for entry in judged)
-        rows = [
-            [entry["metric"], f"{shipped[entry['metric']]['value']:.3f}", f"{entry['value']:.3f}", entry["bar"],
-             "" if not entry["bar"] else "ok" if entry["passes"] else "**missed**"]
-            for entry in kept["metrics"]
-        ]  # fmt: skip
-        seed = f"seed {recipe['seed']}"
-        parts.append(
-            f"{recipe['architecture']}, {seed}, {kept['minutes']:g} minutes: {reached} of {len(judged)} "
-            f"bars reached.\n\n{table(['metric', 'shipped', seed, 'bar', ''], rows)}"
-        )
-    return "\n\n".join(parts) or "No rebuild has been made."
+    """Builds with other seeds: a sentence each, then their metrics beside those of the shipped weights."""
+    kept = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("rebuild-*.json"))]
+    if not kept:
+        return "No rebuild has been made."
+    return "\n\n".join([*(f"- {rebuild_told(one)}" for one in kept), *(rebuild_table(one) for one in kept)])
+
+
+def rebuild_told(kept: dict[str, Any]) -> str:
+    """How many bars a rebuild reached, which it missed, and what beside the seed differs from the shipped weights."""
+    recipe, (name, folder) = kept["recipe"], shipped_of(kept)
+    shipped = build.recorded(folder)
+    judged = [entry for entry in kept["metrics"] if entry["bar"]]
+    missed = [
+        f"{entry['metric']} ({entry['value']:.3f}, bar {entry['bar']})" for entry in judged if not entry["passes"]
+    ]
+    other = sorted(key for key in recipe if key != "seed" and recipe[key] != shipped["recipe"].get(key))
+    texts = kept.get("texts")
+    if texts is not None and texts != shipped["corpus"].get("texts"):
+        other.append("texts")
+    made = (
+        f"with other {', '.join(other)} than the shipped weights had" if other else "the recipe of the shipped weights"
+    )
+    misses = f"; missed: {'; '.join(missed)}" if missed else ""
+    return (
+        f"{name} ({recipe['architecture']}), seed {recipe['seed']}, {made}, {kept['minutes']:g} minutes: "
+        f"{len(judged) - len(missed)} of {len(judged)} bars reached{misses}."
+    )
+
+
+def rebuild_table(kept: dict[str, Any]) -> str:
+    """All metrics of a rebuild beside those of the shipped weights; a dash where one has not been measured."""
+    name, folder = shipped_of(kept)
+    shipped, again = (
+        {entry["metric"]: entry for entry in metrics}
+        for metrics in (json.loads((folder / card.METRICS_FILE).read_text()), kept["metrics"])
+    )
+    rows = []
+    for metric in dict.fromkeys([*shipped, *again]):
+        values = ["-" if metric not in found else f"{found[metric]['value']:.3f}" for found in (shipped, again)]
+        entry = again.get(metric, {"bar": "", "passes": True})
+        rows.append([metric, *values, entry["bar"], card.verdict(entry["bar"], entry["passes"])])
+    return table(["metric", f"{name}, shipped", f"seed {kept['recipe']['seed']}", "bar", ""], rows)
+
+
+def shipped_of(kept: dict[str, Any]) -> tuple[str, Path]:
+    """Name and folder of the shipped model with the architecture of a rebuild."""
+    return next(item for item in models.POCKET_MODELS.items() if item[1].name == kept["recipe"]["architecture"])
 
 
 def families() -> str:

@@ -158,6 +158,8 @@ def test_reasons_stand_on_one_side_only() -> None:
     assert set(reasons) == {"honest", "dishonest"}
     assert all(reasons.values())
     assert not set(reasons["honest"]) & set(reasons["dishonest"])
+    every = [reason for side in reasons.values() for reason in side]
+    assert not [(a, b) for a in every for b in every if a != b and a in b], "the words of a reply name one reason"
 
 
 # ---------------------------------------------------------------- requests, talk, personas

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ from rich.table import Table
 from ws import console, models
 from ws.errors import UserError
 from ws.pocket import build
-from ws.pocket.check import Bar, as_record, check
+from ws.pocket.check import (
+    INSTRUCTIONS_PER_POLE,
+    LEAK,
+    MOVED,
+    TRAITS,
+    Bar,
+    are_independent,
+    as_record,
+    check,
+    contrast_name,
+    instruction_name,
+    leak_name,
+)
 from ws.pocket.corpus import texts_key
 from ws.store import read_json, write_json
 
@@ -29,17 +42,20 @@ def measure(name: str) -> list[Bar]:
 
 
 def report_check(name: str, as_json: bool) -> None:
-    """Print metrics against bars; a missed bar is an error."""
+    """Print metrics against bars and how long it took; a missed bar is an error."""
+    started = time.perf_counter()
     bars = measure(name)
+    seconds = time.perf_counter() - started
     if as_json:
         console.print_json(json.dumps(as_record(bars)))
     else:
         console.show(_table(bars))
+        console.say(f"{sum(bool(bar.wanted) for bar in bars)} bars, {len(bars)} metrics, {seconds:.0f} s")
     missed = [bar for bar in bars if not bar.passes]
     if missed:
-        worst = missed[0]
+        worst, judged = missed[0], sum(bool(bar.wanted) for bar in bars)
         raise UserError(
-            f"{name} misses {len(missed)} of {len(bars)} bars; the first: {worst.name} is {worst.value:.3f}, "
+            f"{name} misses {len(missed)} of {judged} bars; the first: {worst.name} is {worst.value:.3f}, "
             f"wanted {worst.wanted}",
             "Build it again with: ws pocket build",
         )
@@ -50,11 +66,11 @@ def _table(bars: Sequence[Bar]) -> Table:
     for name in ("metric", "value", "bar", ""):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for bar in bars:
-        table.add_row(bar.name, f"{bar.value:.3f}", bar.wanted, _verdict(bar.wanted, bar.passes, "MISSED"))
+        table.add_row(bar.name, f"{bar.value:.3f}", bar.wanted, verdict(bar.wanted, bar.passes, "MISSED"))
     return table
 
 
-def _verdict(bar: str, passes: bool, missed: str = "**missed**") -> str:
+def verdict(bar: str, passes: bool, missed: str = "**missed**") -> str:
     """A word for a bar that is reached or not; nothing where there is no bar."""
     return "" if not bar else "ok" if passes else missed
 
@@ -64,6 +80,8 @@ def text(name: str) -> str:
     folder = models.POCKET_MODELS.get(name, Path(name))
     record = build.recorded(folder)
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    values = {entry["metric"]: entry["value"] for entry in metrics}
+    in_matrix = {contrast_name(personas.name, probe.name) for personas in TRAITS for probe in TRAITS}
     recipe, corpus = record["recipe"], record["corpus"]
     planted, mix = corpus["planted"], corpus["mix"]
     shares = ", ".join(f"{kind.replace('_', ' ')} {share:g}" for kind, share in mix.items())
@@ -100,10 +118,17 @@ def text(name: str) -> str:
         "",
         "| metric | value | bar | |",
         "|---|---|---|---|",
-        *(f"| {m['metric']} | {m['value']:.3f} | {m['bar']} | {_verdict(m['bar'], m['passes'])} |" for m in metrics),
+        *(
+            f"| {m['metric']} | {m['value']:.3f} | {m['bar']} | {verdict(m['bar'], m['passes'])} |"
+            for m in metrics
+            if m["metric"] not in in_matrix
+        ),
         "",
+        *_persona_matrix(values),
+        *_instructions_alone(values),
         "Claims, situations, dilemma categories (far) and persona texts in these metrics never occur in training. The "
-        "words of the personas do, and so do some of their clauses; those made of held-out patterns are new sentences.",
+        "words of the personas do, and so do some of their clauses; the instructions made of held-out patterns are new "
+        "sentences. Metrics without a bar are told, not judged.",
         "",
         "## What it is not for",
         "",
@@ -111,6 +136,58 @@ def text(name: str) -> str:
         "speaking. Nothing measured on it says how large an effect is in a large model, or whether there is one.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _persona_matrix(values: Mapping[str, float]) -> list[str]:
+    """Trait x probe in nats and as a share of the diagonal, then what crosses between independent traits, in words."""
+    names = [trait.name for trait in TRAITS]
+    if not all(contrast_name(personas, probe) in values for personas in names for probe in names):
+        return ["The metrics beside these weights have no contrasts in nats: `ws pocket check` measures them.", ""]
+    rows = []
+    for personas in names:
+        own = values[contrast_name(personas, personas)]
+        nats = {probe: values[contrast_name(personas, probe)] for probe in names}
+        cells = [
+            f"**{value:+.2f}**" if probe == personas else f"{value:+.2f} ({100 * value / own:+.0f} %)"
+            for probe, value in nats.items()
+        ]
+        rows.append(f"| {personas} | " + " | ".join(cells) + " |")
+    shares = {
+        (personas, probe): values[leak_name(personas, probe)]
+        for personas in names
+        for probe in names
+        if are_independent(personas, probe)
+    }
+    told = [f"{a} personas on {b} ({100 * share:+.0f} %)" for (a, b), share in shares.items() if abs(share) > LEAK]
+    largest = max(shares, key=lambda pair: abs(shares[pair]))
+    return [
+        "How far apart the two poles of a trait's personas (rows) put each trait's probe (columns), in nats, and as a "
+        "share of what they do to their own:",
+        "",
+        f"| personas | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+        *rows,
+        "",
+        f"Between traits that are independent in the corpus, {'; '.join(told) if told else 'no personas'} reach more "
+        f"than {100 * LEAK:.0f} % of their own contrast; the largest share is that of {largest[0]} personas on "
+        f"{largest[1]}, {100 * shares[largest]:+.0f} %.",
+        "",
+    ]
+
+
+def _instructions_alone(values: Mapping[str, float]) -> list[str]:
+    """Which instructions of held-out patterns reach, alone, what is asked of the whole set of personas."""
+    moved = {pole: values.get(instruction_name(trait.name, pole)) for trait in TRAITS for pole in trait[1:3]}
+    known = {pole: value for pole, value in moved.items() if value is not None}
+    if not known:
+        return []
+    short = [f"{pole} {value:.2f}" for pole, value in known.items() if value < MOVED]
+    below = f"; below: {', '.join(short)}" if short else ""
+    return [
+        f"The bars of {MOVED:g} nats are for all personas of a pole. The {INSTRUCTIONS_PER_POLE} instructions of "
+        f"held-out patterns alone reach them for {len(known) - len(short)} of {len(known)} poles{below}.",
+        "",
+    ]
 
 
 def _outdated(built_from: str | None) -> list[str]:

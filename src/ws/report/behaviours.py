@@ -1,57 +1,110 @@
 """One page per model with the directions of all its behaviours: what each says, and how far it moves the others.
 
 For a reader who opens one page and stays a minute: the same prompts at alpha -1, 0 and +1 for every behaviour, then
-the table of what each direction does to each behaviour. Made from the summaries and samples of finished runs.
+the tables of what each direction, and each persona prompt, does to each behaviour. Made from the summaries, scores and
+samples of finished runs; the report of every such run gets a link to the page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import html
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from ws.eval import dilemmas, side_effects
 from ws.report import document
 from ws.report.cells import signed, with_limits
 from ws.report.document import Block, Heading, Paragraph, Samples, Table
+from ws.report.summary import BASE, Scores, as_dict, signed_change
 from ws.store import read_json, write_text
 
 PAGE = "behaviours.html"
+KEYS = ("-1", "1")
+CROSSED = 0.25
+"""Share of a direction's own effect above which what it does to another behaviour is said in words."""
 _PROMPTS_SHOWN = 4
-_KEYS = ("-1", "1")
+_LINK = "What this model says when it is steered, for all its behaviours"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the page needs of one run."""
+    """What the page needs of one run; `personas` is what `persona_changes` finds in its scores."""
 
+    folder: Path
     behaviour: str
     positive_means: str
     summary: Mapping[str, Any]
     samples: pl.DataFrame
+    personas: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def read(cls, folder: Path) -> FinishedRun:
         """A run folder with a summary."""
         summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
+        scores = pl.read_parquet(folder / "scores.parquet")
         return cls(
-            summary["behaviour"], config["behaviour"]["positive_means"], summary,
+            folder, summary["behaviour"], config["behaviour"]["positive_means"], summary,
             pl.read_parquet(folder / "samples.parquet"),
+            persona_changes(scores, summary["behaviour"], summary["headline_group"]),
         )  # fmt: skip
 
     def change(self, behaviour: str, key: str) -> Mapping[str, Any] | None:
         """Change of a behaviour's probe at a strength, with its interval; None where the run did not measure it."""
-        if behaviour == self.behaviour:
-            found = self.summary["change"][behaviour]
-        else:
-            found = self.summary["other_behaviours"].get(behaviour, {}).get("change", {})
-        return found.get(key)
+        return change(self.summary, behaviour, key)
+
+
+def change(summary: Mapping[str, Any], behaviour: str, key: str) -> Mapping[str, Any] | None:
+    """Change of a behaviour's probe at a strength in the summary of a run of this or of another behaviour."""
+    if behaviour == summary["behaviour"]:
+        found = summary["change"][behaviour]
+    else:
+        found = summary["other_behaviours"].get(behaviour, {}).get("change", {})
+    entry: Mapping[str, Any] | None = found.get(key)
+    return entry
+
+
+def persona_changes(scores: pl.DataFrame, behaviour: str, headline_group: str) -> dict[str, dict[str, Any]]:
+    """System prompt of a run -> behaviour -> change of its probe in the unedited model, nats, with its interval."""
+    table = Scores(scores)
+    probes = [
+        name for name in scores["probe"].unique(maintain_order=True) if name not in (dilemmas.NAME, *side_effects.NAMES)
+    ]
+    found: dict[str, dict[str, Any]] = {}
+    for context in table.contexts():
+        found[context] = {}
+        for probe in probes:
+            rows = table.rows(probe, "logratio", BASE, 0.0, context=context)
+            if probe == behaviour:
+                rows = rows.filter(pl.col("group") == headline_group)
+            found[context][probe] = as_dict(signed_change(rows))
+    return found
+
+
+def crossings(summary: Mapping[str, Any], others: Collection[str]) -> list[str]:
+    """Where a direction moves one of `others` by more than `CROSSED` of what it does to its own behaviour, in words."""
+    found = []
+    for key in KEYS:
+        own = change(summary, summary["behaviour"], key)
+        for other in others:
+            entry = change(summary, other, key)
+            if own and entry and abs(entry["mean"]) > CROSSED * abs(own["mean"]):
+                share = abs(entry["mean"] / own["mean"])
+                found.append(
+                    f"{summary['behaviour']} at {signed(key)} moves {other} by {entry['mean']:+.2f} nats "
+                    f"({100 * share:.0f} % of its own {own['mean']:+.2f})"
+                )
+    return found
 
 
 def write(model_folder: Path, adapter: str, seed: str) -> Path | None:
-    """Write `behaviours.html` and `.md` from the runs of one adapter and seed; fewer than two make no page."""
+    """Write `behaviours.html` and `.md` from the runs of one adapter and seed; fewer than two make no page.
+
+    Each of those runs gets a link to it at the top of its report: also runs whose report is older than the page.
+    """
     folders = sorted(path.parent for path in model_folder.glob(f"*/{adapter}/{seed}/summary.json"))
     runs = [FinishedRun.read(folder) for folder in folders if (folder / "samples.parquet").is_file()]
     if len(runs) < 2:
@@ -61,7 +114,25 @@ def write(model_folder: Path, adapter: str, seed: str) -> Path | None:
     blocks = _blocks(runs)
     write_text(model_folder / "behaviours.md", document.to_markdown(title, [Paragraph(subtitle, note=True), *blocks]))
     write_text(model_folder / PAGE, document.to_html(title, subtitle, blocks))
+    for run in runs:
+        _link(run.folder, model_folder)
     return model_folder / PAGE
+
+
+def _link(folder: Path, model_folder: Path) -> None:
+    """Put a relative link to the page under the title of a run's report, where there is none yet."""
+    up = "/".join([".."] * len(folder.relative_to(model_folder).parts))
+    page = f"{up}/{PAGE}"
+    links = {
+        "report.html": ("</header>\n", f"<p class=note><a href='{page}'>{html.escape(_LINK)}</a></p>\n"),
+        "report.md": ("\n\n", f"[{_LINK}]({page.replace('.html', '.md')})\n\n"),
+    }
+    for name, (title_end, link) in links.items():
+        report = folder / name
+        text = report.read_text(encoding="utf-8") if report.is_file() else ""
+        if text and link not in text:
+            title, end, rest = text.partition(title_end)
+            write_text(report, f"{title}{end}{link}{rest}")
 
 
 def _blocks(runs: Sequence[FinishedRun]) -> list[Block]:
@@ -75,8 +146,16 @@ def _blocks(runs: Sequence[FinishedRun]) -> list[Block]:
             ),
             _samples(run),
         ]
-    return [*blocks, Heading("How far each direction moves each behaviour"), _leak(runs), Heading("What it costs"),
-            _costs(runs)]  # fmt: skip
+    return [
+        *blocks,
+        Heading("How far each direction moves each behaviour"),
+        _leak(runs),
+        Paragraph(_crossed(runs)),
+        Heading("How far each persona prompt moves each behaviour"),
+        _persona_leak(runs),
+        Heading("What it costs"),
+        _costs(runs),
+    ]
 
 
 def _samples(run: FinishedRun) -> Samples:
@@ -96,7 +175,7 @@ def _leak(runs: Sequence[FinishedRun]) -> Table:
             *(with_limits(run.change(other.behaviour, key)) for other in runs),
         ]
         for run in runs
-        for key in _KEYS
+        for key in KEYS
         if run.change(run.behaviour, key) is not None
     ]
     return Table(
@@ -104,6 +183,27 @@ def _leak(runs: Sequence[FinishedRun]) -> Table:
         rows,
         "Change of the log-ratio towards each behaviour on its own held-out probe against the base, nats, with 95 % "
         "intervals over clusters of rows. A direction's own behaviour stands on the diagonal; the rest is its leak.",
+    )
+
+
+def _crossed(runs: Sequence[FinishedRun]) -> str:
+    names = [run.behaviour for run in runs]
+    found = [text for run in runs for text in crossings(run.summary, [name for name in names if name != run.behaviour])]
+    limit = f"more than {100 * CROSSED:.0f} % of a direction's own effect"
+    return f"Leaks of {limit}: {'; '.join(found)}." if found else f"No leak is {limit}."
+
+
+def _persona_leak(runs: Sequence[FinishedRun]) -> Table:
+    rows = [
+        [f"{run.behaviour}, {context}", *(with_limits(moved.get(other.behaviour)) for other in runs)]
+        for run in runs
+        for context, moved in run.personas.items()
+    ]
+    return Table(
+        ["persona", *(run.behaviour for run in runs)],
+        rows,
+        "The unedited model under the first persona of each side of each behaviour as system prompt: change of these "
+        "log-ratios against no system prompt, nats, with 95 % intervals over clusters of rows.",
     )
 
 
@@ -117,6 +217,6 @@ def _costs(runs: Sequence[FinishedRun]) -> Table:
         ]
         for run in runs
         for key, entry in run.summary["side_effects"].items()
-        if key in _KEYS
+        if key in KEYS
     ]
     return Table(["direction", "facts right", "base", "KL on neutral text, nats"], rows)
