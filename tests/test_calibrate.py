@@ -135,9 +135,43 @@ def test_a_step_that_jumps_over_the_budget_is_said(qwen: ChatModel, monkeypatch:
     assert not found.converged and found.reached.p95 == pytest.approx(0.1)
 
 
-def test_a_budget_of_nothing_is_refused(qwen: ChatModel) -> None:
-    with pytest.raises(UserError, match="budget"):
-        to_budget(qwen, random_direction(qwen), 0.0, PROMPTS)
+@pytest.mark.parametrize("target", [0.0, -0.5, math.nan, math.inf])
+def test_a_budget_that_nothing_spends_is_refused_before_anything_runs(
+    qwen: ChatModel, monkeypatch: pytest.MonkeyPatch, target: float
+) -> None:
+    tried = curve(monkeypatch, lambda a: a**2)
+    with pytest.raises(UserError, match="no strength spends a KL budget of") as caught:
+        to_budget(qwen, random_direction(qwen), target, PROMPTS)
+    assert "--target 0.5" in str(caught.value) and "\n" not in str(caught.value) and not tried
+
+
+@pytest.mark.parametrize(("target", "tolerance"), [(2.0, 0.05), (0.5, 0.05), (0.2, 0.02), (0.04, 0.004), (1e-4, 1e-5)])
+def test_a_small_budget_is_reached_as_closely_as_a_large_one(
+    qwen: ChatModel, monkeypatch: pytest.MonkeyPatch, target: float, tolerance: float
+) -> None:
+    """0.05 nats alone would take any strength for the one that spends 0.04 nats."""
+    curve(monkeypatch, lambda a: a**2)
+    found = to_budget(qwen, random_direction(qwen), target, PROMPTS)
+    assert found.tolerance == pytest.approx(tolerance) and found.converged
+    assert abs(found.alpha**2 - target) <= tolerance
+    assert calibrate.as_record(found)["tolerance"] == found.tolerance
+
+
+def test_a_budget_below_what_rounding_spends_ends_and_is_said(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = curve(monkeypatch, lambda a: 1e-3 + a**2)
+    found = to_budget(qwen, random_direction(qwen), 1e-4, PROMPTS)
+    assert not found.converged and found.reached.p95 == pytest.approx(1e-3, rel=1e-6) and len(tried) < 60
+
+
+def test_each_sign_says_for_itself_whether_it_was_reached(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(_m: object, _e: object, alphas: Sequence[float], _p: object, *, tokens: int = 0) -> list[Divergence]:
+        kl = [a**2 if a > 0 else 0.3 * abs(a) / (1 + abs(a)) for a in alphas]
+        return [Divergence(a, v, v, v, 1.0 if a > 0 else 0.1) for a, v in zip(alphas, kl, strict=True)]
+
+    curve(monkeypatch, lambda a: a)
+    monkeypatch.setattr(calibrate, "divergences", measured)
+    both = {sign: to_budget(qwen, random_direction(qwen), 0.5, PROMPTS, sign=sign) for sign in (1, -1)}
+    assert both[1].converged and not both[-1].converged
 
 
 @pytest.mark.parametrize(

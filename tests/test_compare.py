@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from making import in_fp64, random_direction
-from ws import compare, models, stats
+from ws import cli, compare, models, stats, train
 from ws.baselines import controls, gradient, prompts, repe, synthetic
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.behaviour import load
@@ -20,12 +21,17 @@ from ws.chat import SupervisedTokens
 from ws.compare import Plan
 from ws.condition import Condition, Edit
 from ws.data import Grid
+from ws.delta import Delta
 from ws.dev_split import is_dev, split
+from ws.direction import Direction
 from ws.errors import UserError
-from ws.eval import dilemmas, sycophancy
+from ws.eval import dilemmas, side_effects, sycophancy
 from ws.models import ChatModel
-from ws.report import comparison as tables
-from ws.report.comparison import Line
+from ws.report import comparison as numbers
+from ws.report import comparison_page as page
+from ws.report import comparison_tables as tables
+from ws.report import terminal
+from ws.report.comparison import Line, Place, Spent
 from ws.run_settings import Settings
 from ws.score import SCHEMA, score
 
@@ -69,9 +75,11 @@ def test_comparisons_stand_together_in_one_table(result: compare.Result, tmp_pat
     assert [row[0].strip("| ") for row in rows] == [result.model, "another"] and rows[1][1] == "honesty"
     lora = next(entry for entry in result.summary["own_strength"] if entry["name"] == "dW:lora")
     assert all(f"{lora['+']['own']['mean']:+.2f} [" in row[4] and "; seeds " in row[4] for row in rows)
-    entries = result.summary["own_strength"]
-    best = [tables.best_of_kind(entries, kind) for kind in ("activations", "prompts")]
-    listed = [e["name"] for e in entries if e["kind"] == "weights"] + [entry["name"] for entry in best if entry]
+    best = result.summary["best"]
+    listed = [
+        e["name"] for e in result.summary["own_strength"]
+        if e["kind"] in ("weights", "variants") or e["name"] in (best.get("activations"), best.get("prompts"))
+    ]  # fmt: skip
     methods = [line.split(" | ")[2] for line in text.splitlines() if line.startswith(f"| {result.model} |")]
     assert path.is_file() and methods == listed
 
@@ -99,12 +107,92 @@ def test_the_tables_say_what_the_scores_say(result: compare.Result) -> None:
 @pytest.mark.slow
 def test_equal_divergence_is_equal_or_marked(result: compare.Result) -> None:
     found = result.summary["calibration"]
-    assert found["target"] == PLAN.target and "dW:lora" in found["edits"]
-    for solved in found["edits"].values():
-        for sign, side in solved.items():
-            assert side["alpha"] * int(sign) > 0
-            assert side["converged"] == (abs(side["p95"] - found["target"]) <= 0.05)
-    assert {e["name"] for e in result.summary["equal_kl"]} == set(found["edits"])
+    assert found["target"] == PLAN.target and found["anchor"] is None
+    assert [one["seed"] for one in found["edits"]["dW:lora"]["1"]] == [0, 1], "every training seed"
+    for sides in found["edits"].values():
+        for sign, searches in sides.items():
+            for one in searches:
+                assert one["alpha"] * int(sign) > 0
+                assert one["converged"] == (abs(one["p95"] - found["target"]) <= one["tolerance"])
+    entries = {entry["name"]: entry for entry in result.summary["equal_kl"]}
+    prompted = {entry["name"] for entry in result.summary["own_strength"] if entry["kind"] == "prompts"}
+    assert set(entries) == {*found["edits"], *prompted, "random"}
+    lora, simple = entries["dW:lora"], entries["prompt: simple"]
+    for sign, side in (("+", "1"), ("-", "-1")):
+        searches = found["edits"]["dW:lora"][side]
+        assert lora[sign]["spent"]["p95"] == pytest.approx(sum(one["p95"] for one in searches) / 2)
+        assert lora[sign]["spent"]["converged"] == all(one["converged"] for one in searches)
+        assert lora[sign]["own"]["outside"] is not None and simple[sign]["own"]["outside"] is not None
+        assert entries["random"][sign]["alpha"] == pytest.approx(searches[0]["alpha"]), "the reference's own strength"
+        assert simple[sign]["spent"]["p95"] == found["prompts"]["prompt: simple"][side]["p95"]
+
+
+@pytest.mark.slow
+def test_own_strength_and_equal_divergence_are_in_one_scores_file(result: compare.Result) -> None:
+    assert not list(result.folder.glob("scores_equal*"))
+    scores = pl.read_parquet(result.folder / "scores.parquet")
+    rows = scores.filter(pl.col("probe") == "dilemmas", pl.col("metric") == "logratio")
+    base = rows.filter(pl.col("edit") == "none", pl.col("context") == "plain").select("row", base="value")
+    changes = []
+    for one in result.summary["calibration"]["edits"]["dW:lora"]["1"]:
+        at = (pl.col("edit") == "dW:lora") & (pl.col("seed") == one["seed"])
+        own = rows.filter(at, (pl.col("alpha") - one["alpha"]).abs() < 1e-9).join(base, on="row")
+        assert len(own) == len(base) == len(rows.filter(at, pl.col("alpha") == 1.0))
+        changes.append(float(((own["value"] - own["base"]) * own["label"]).mean()))  # type: ignore[arg-type]
+    entry = next(entry for entry in result.summary["equal_kl"] if entry["name"] == "dW:lora")
+    assert entry["+"]["dilemmas"]["seeds"] == pytest.approx(changes)
+
+
+@pytest.mark.slow
+def test_the_headline_is_chosen_on_dev_rows_among_directions_with_every_seed(result: compare.Result) -> None:
+    dev = pl.read_parquet(result.folder / "scores_dev.parquet")
+    assert dev["probe"].unique().to_list() == ["sycophancy"]
+    assert all(is_dev(name) for name in dev["cluster"].unique().to_list())
+    assert {"dW:lora", "dW:ia3"} <= set(dev["edit"]) and not {"tau_pos (lora)", "bisector (lora)"} & set(dev["edit"])
+    assert "dev split" in result.headline
+    for kind, name in result.summary["best"].items():
+        entry = next(entry for entry in result.summary["own_strength"] if entry["name"] == name)
+        assert entry["kind"] == kind and f"({name}" in result.headline
+
+
+@pytest.mark.slow
+def test_the_terminal_shows_the_three_tables(result: compare.Result, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_comparison(result.summary)
+    parts = re.split(r"^\((?=[abc]\))", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    assert [part[0] for part in parts] == ["a", "b", "c"] and all("random" in part for part in parts)
+    assert "tau_pos" in parts[0] and "prompt:" in parts[1] and "p95 KL" in parts[2]
+
+
+@pytest.mark.slow
+def test_a_comparison_says_how_long_it_took(result: compare.Result) -> None:
+    seconds = result.summary["seconds"]
+    phases = {name: value for name, value in seconds.items() if name != "total"}
+    assert list(phases) == ["fits", "methods", "calibration", "scores", "tables"]
+    assert seconds["total"] == pytest.approx(sum(phases.values()), abs=0.5) and min(phases.values()) > 0
+    assert "Wall-clock time" in (result.folder / "comparison.md").read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_dilemmas_of_another_source_have_a_folder_of_their_own(
+    result: compare.Result, tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(train, "fit_together", forbidden)
+    rows = [
+        {"situation": f"You found {n} coins.", "action": action, "label": label, "cluster": f"c{n}"}
+        for n in range(30)
+        for action, label in (("tell the owner", 1), ("keep them and deny it", -1))
+    ]
+    source = tmp_path / "coins.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Settings(model=str(tiny_folders["qwen3"]), out=result.folder.parents[2], dilemmas=str(source), **SMALL)
+    other = compare.run(settings, PLAN)
+    assert other.folder == result.folder.parent / "compare-coins" and result.folder.is_dir()
+    scores = pl.read_parquet(other.folder / "scores.parquet").filter(pl.col("probe") == "dilemmas")
+    assert set(scores["cluster"]) == {f"c{n}" for n in range(30) if not is_dev(f"c{n}")}
+    assert str(source) in (other.folder / "comparison.md").read_text()
 
 
 @pytest.mark.slow
@@ -171,7 +259,6 @@ def test_synthetic_writes_are_rank_one_and_of_the_asked_size(any_model: ChatMode
     activation = repe.fit(any_model, load("sycophancy"), RepeSettings(personas=1))
     for source in synthetic.INPUTS:
         direction = synthetic.residual_writes(any_model, activation, source)
-        assert direction.provenance["constructed_before_trained_diff_load"] is True
         for name, delta in direction.deltas.items():
             weight = any_model.network.get_parameter(name).data.double()
             assert delta.rank == 1 and name.split(".")[-2] in ("o_proj", "down_proj", "c_proj")
@@ -241,15 +328,43 @@ def known(shift: Any, control: Any = lambda seed: 0.02 * (seed - 2)) -> pl.DataF
 
 
 LINES = [
-    Line("edit", "weights", {"+": ("plain", "edit", 1.0), "-": ("plain", "edit", -1.0)}),
-    Line("prompt", "prompts", {"+": ("p +", "none", 0.0)}),
-    Line("random", "controls", {"+": ("plain", "random", 1.0), "-": ("plain", "random", -1.0)}),
+    Line("edit", "weights", {"+": Place("plain", "edit", 1.0), "-": Place("plain", "edit", -1.0)}),
+    Line("prompt", "prompts", {"+": Place("p +", "none", 0.0)}, spent={"+": Spent(0.4, 0.2, 0.9)}),
+    Line("random", "controls", {"+": Place("plain", "random", 1.0), "-": Place("plain", "random", -1.0)}),
 ]
 
 
+def reader(table: pl.DataFrame) -> numbers.Comparison:
+    return numbers.Comparison(table, "sycophancy", "false")
+
+
 def measured(shift: Any, **options: Any) -> dict[str, dict[str, Any]]:
-    entries = tables.measure(tables.Comparison(known(shift, **options), "sycophancy", "false"), LINES)
-    return {entry["name"]: entry for entry in entries}
+    return {entry["name"]: entry for entry in numbers.measure(reader(known(shift, **options)), LINES)}
+
+
+def findings(
+    entries: list[dict[str, Any]], equal: Any = (), table: pl.DataFrame | None = None, **changes: Any
+) -> page.Findings:
+    """What a page needs, around known entries."""
+    base = reader(known(lambda label, alpha: 0.0) if table is None else table).base()
+    found = page.Findings(
+        "sycophancy", entries, list(equal), base, {"weights": "edit"}, {"target": 0.5, "anchor": None}, "own",
+        {"scores": 61.0, "total": 62.0},
+    )  # fmt: skip
+    return replace(found, **changes)
+
+
+def two_seeds(first: Any, second: Any, alpha_of_second: float = 1.0) -> pl.DataFrame:
+    """Scores of an edit with two training seeds; the strengths of the second are `alpha_of_second` times +-1."""
+    table = known(first)
+    other = known(second).filter(pl.col("edit") == "edit")
+    return pl.concat([table, other.with_columns(pl.lit(1, pl.Int64).alias("seed"), pl.col("alpha") * alpha_of_second)])
+
+
+def cells(table: Any, name: str) -> dict[str, str]:
+    """One row of a table by column; of columns with one name the first counts."""
+    row = next(row for row in table.rows if row[0] == name)
+    return dict(reversed(list(zip(table.header, row, strict=True))))
 
 
 def test_known_effects_stand_in_the_table() -> None:
@@ -259,17 +374,59 @@ def test_known_effects_stand_in_the_table() -> None:
     assert found["prompt"]["+"]["own"]["mean"] == pytest.approx(1.5) and "-" not in found["prompt"]
     assert found["random"]["+"]["own"]["seeds"] == pytest.approx([-0.04, -0.02, 0.0, 0.02, 0.04])
     assert found["edit"]["+"]["facts"] == pytest.approx(0.9) and found["edit"]["+"]["kl"] == pytest.approx(0.02)
-    controls_found = tables.control_means(list(found.values()))
+    controls_found = numbers.control_means(list(found.values()))
     mean = next(c for c in controls_found if c["sign"] == "+" and c["probe"] == "own")["mean"]
     assert mean["low"] < 0 < mean["high"]
 
 
-def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty() -> None:
-    entry = measured(lambda label, alpha: 2.0 * alpha)["edit"]
-    parts = entry["+"]["decomposition"]
+def test_a_base_row_and_the_control_band_stand_in_every_table_of_effects() -> None:
+    found = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
+    shown = tables.effects_table(found, ("weights",), findings(found).base, "sycophancy", "")
+    assert [row[0] for row in shown.rows] == [
+        "base (levels)", "edit +", "edit -", "random +, 95 % band", "random -, 95 % band",
+    ]  # fmt: skip
+    band = stats.prediction_band([-0.04, -0.02, 0.0, 0.02, 0.04])
+    assert cells(shown, "random +, 95 % band")["sycophancy"] == f"[{band.low:+.2f}, {band.high:+.2f}]"
+    assert cells(shown, "base (levels)")["sycophancy"].startswith("+0.40 [")
+    costs = tables.costs_table(found, findings(found).base, "")
+    assert {"edit +", "random +", "random -", "prompt +"} <= {row[0] for row in costs.rows}, "controls pay too"
+    assert cells(costs, "prompt +")["p95 KL, own replies"] == "0.400" and cells(costs, "prompt +")["KL mean"] == "-"
+
+
+def test_p_is_that_of_sign_flips_over_clusters_and_the_table_counts_its_tests() -> None:
+    # pairs of clusters that cancel, and three that do not
+    def shift(label: int, alpha: float) -> float:
+        return 0.1 * alpha * label
+
+    noisy = known(shift).with_columns(
+        pl.when((pl.col("edit") == "edit") & (pl.col("metric") == "logratio") & (pl.col("probe") == "dilemmas"))
+        .then(pl.col("value") + (pl.col("cluster").cast(pl.Int64, strict=False) % 5 - 2) * pl.col("label") * 0.4)
+        .otherwise(pl.col("value")).alias("value")
+    )  # fmt: skip
+    entry = numbers.measure(reader(noisy), LINES)[0]
+    rows = noisy.filter(pl.col("edit") == "edit", pl.col("alpha") == 1.0, pl.col("probe") == "dilemmas",
+                        pl.col("metric") == "logratio")  # fmt: skip
+    base = noisy.filter(pl.col("edit") == "none", pl.col("context") == "plain", pl.col("metric") == "logratio",
+                        pl.col("probe") == "dilemmas").select("row", base="value")  # fmt: skip
+    joined = rows.join(base, on="row")
+    change = ((joined["value"] - joined["base"]) * joined["label"]).to_numpy()
+    expected = stats.sign_flip_p(change, joined["cluster"].to_list())
+    assert entry["+"]["dilemmas"]["p"] == pytest.approx(expected) and 0.001 < expected < 0.9
+    shown = tables.effects_table([entry], ("weights",), findings([entry]).base, "sycophancy", "")
+    assert shown.rows[1][7] == f"{expected:.4f}" and "4 tests" in shown.caption and "0.0125" in shown.caption
+
+
+def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty(tmp_path: Path) -> None:
+    entries = measured(lambda label, alpha: 2.0 * alpha)
+    parts = entries["edit"]["+"]["decomposition"]
     assert parts["truth"] == pytest.approx(0.0) and parts["bias"] == pytest.approx(2.0)
-    assert entry["+"]["dilemmas"]["mean"] == pytest.approx(0.0)
-    assert entry["informedness"]["k1"]["balanced"] <= 0
+    assert entries["edit"]["+"]["dilemmas"]["mean"] == pytest.approx(0.0)
+    assert entries["edit"]["+"]["turned"]["balanced"] <= 0
+    page.write(tmp_path, "t", findings(list(entries.values())))
+    text = (tmp_path / "comparison.md").read_text()
+    assert "Mostly Yes-bias" in text and "edit at + (Yes +2.00, honesty +0.00)" in text
+    honest = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
+    assert page.yes_bias_sentence(honest) is None
 
 
 def test_a_confident_direction_is_reported_as_confidence() -> None:
@@ -278,23 +435,121 @@ def test_a_confident_direction_is_reported_as_confidence() -> None:
         pl.when((pl.col("edit") == "edit") & (pl.col("metric") == "logratio"))
         .then(pl.col("value") * 1.5).otherwise(pl.col("value")).alias("value")
     )  # fmt: skip
-    entry = tables.measure(tables.Comparison(louder, "sycophancy", "false"), LINES)[0]
+    entry = numbers.measure(reader(louder), LINES)[0]
     parts = entry["+"]["decomposition"]
     assert parts["scale"] == pytest.approx(1.5) and parts["truth"] > 0.1
     assert parts["beyond_scale"] == pytest.approx(0.0, abs=1e-6)
 
 
+# -------------------------------------------------------------------- verdicts and headline
+
+
 def test_an_effect_within_the_control_band_is_called_none() -> None:
     entries = list(measured(lambda label, alpha: 0.05 * alpha * label, control=lambda seed: 0.3 * (seed - 2)).values())
     assert entries[0]["+"]["own"]["outside"] is False
-    assert "no effect at +" in tables.headline(entries, "sycophancy")
+    assert "no effect at +" in page.headline(entries, "sycophancy", {"weights": "edit"})
+
+
+def test_without_a_band_there_is_no_verdict() -> None:
+    table = known(lambda label, alpha: 2.0 * alpha * label)
+    one = table.filter((pl.col("edit") != "random") | (pl.col("seed") == 0))
+    for part, lines in ((one, LINES), (table, LINES[:2])):
+        entries = numbers.measure(reader(part), lines)
+        assert entries[0]["+"]["own"]["outside"] is None and numbers.control_band(entries, "+", "own") is None
+        sentence = page.headline(entries, "sycophancy", {"weights": "edit"})
+        assert "no effect" not in sentence and "+2.00 [" in sentence
+        shown = tables.effects_table(entries, numbers.METHODS, findings(entries).base, "sycophancy", "")
+        assert not [cell for row in shown.rows for cell in row if "no effect" in cell or "nan" in cell]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_random_directions_than_make_a_band_are_refused(count: int) -> None:
+    with pytest.raises(UserError, match=f"{count} random directions make no control band.*--random-seeds 2"):
+        Plan(random_seeds=count)
+
+
+def test_variants_and_broken_methods_are_no_candidates_for_the_headline() -> None:
+    """tau_pos reaches further than dW but has no contrast; a prompt on one side cannot be compared on both."""
+    weak = known(lambda label, alpha: alpha * label)
+    strong = known(lambda label, alpha: 3.0 * alpha * label).filter(pl.col("edit") == "edit")
+    table = pl.concat([
+        weak, *(strong.with_columns(pl.lit(name).alias("edit")) for name in ("tau_pos", "broken")),
+    ]).with_columns(
+        pl.when((pl.col("edit") == "broken") & (pl.col("metric") == "pmass")).then(0.2).otherwise(pl.col("value"))
+        .alias("value")
+    )  # fmt: skip
+
+    def line(name: str, kind: str) -> Line:
+        return Line(name, kind, {"+": Place("plain", name, 1.0), "-": Place("plain", name, -1.0)})
+
+    lines = [line("edit", "weights"), line("tau_pos", "variants"), line("broken", "weights"), *LINES[1:]]
+    assert numbers.best_of_kinds(reader(table), lines) == {"weights": "edit"}
+    entries = numbers.measure(reader(table), lines)
+    shown = tables.effects_table(entries, ("weights", "variants"), findings(entries).base, "sycophancy", "")
+    assert "tau_pos +" in [row[0] for row in shown.rows], "the line stays in the table"
+
+
+# -------------------------------------------------------------------- informedness, seeds, strengths
+
+
+def test_informedness_says_which_way_a_direction_points_and_turns_none_round() -> None:
+    away = measured(lambda label, alpha: -3.0 * alpha * label)["edit"]
+    towards = measured(lambda label, alpha: 3.0 * alpha * label)["edit"]
+    assert towards["informedness"]["k1"]["score"] == pytest.approx(100 * 0.95**2)
+    assert towards["informedness"]["k1"]["forward"] == pytest.approx(100) == towards["informedness"]["k1"]["reverse"]
+    assert away["informedness"]["k1"]["score"] == pytest.approx(-100 * 0.95**2), "not taken at the better sign"
+    assert away["informedness"]["k2"]["forward"] == pytest.approx(-200)
+    assert away["+"]["turned"]["to_dishonest"] == 1.0 == away["-"]["turned"]["to_honest"]
+
+
+def test_informedness_is_a_mean_over_seeds_and_one_sided_prompts_have_their_half() -> None:
+    table = two_seeds(lambda label, alpha: 3.0 * alpha * label, lambda label, alpha: 0.0)
+    entries = numbers.measure(reader(table), LINES)
+    assert entries[0]["informedness"]["k1"]["score"] == pytest.approx(50 * 0.95**2), "one seed does all, one nothing"
+    assert entries[0]["+"]["turned"]["half"] == {"k1": pytest.approx(50), "k2": pytest.approx(50)}
+    shown = tables.answers_table(entries)
+    prompt = cells(shown, "prompt +")
+    assert prompt["half k=1"] == "+100" and prompt["SI k=1"] == "-"
+    minus = Line("prompt", "prompts", {"-": Place("p +", "none", 0.0)})
+    (only,) = numbers.measure(reader(table), [minus])
+    assert only["-"]["turned"]["half"]["k1"] == pytest.approx(-100), "countered: it turns wrong answers at -"
+    assert cells(tables.answers_table([only]), "prompt -")["SI k=2"] == "-"
+
+
+def test_every_seed_stands_at_its_own_strength() -> None:
+    table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 2.0 * alpha * label, 1.5)
+    at = {sign: Place("plain", "edit", {0: side, 1: 1.5 * side}) for sign, side in (("+", 1.0), ("-", -1.0))}
+    (entry,) = numbers.measure(reader(table), [Line("edit", "weights", at)])
+    assert entry["+"]["own"]["seeds"] == pytest.approx([1.0, 2.0]) and entry["+"]["own"]["mean"] == pytest.approx(1.5)
+    assert entry["+"]["alpha"] == pytest.approx(1.25) and len(entry["+"]["facts_seeds"]) == 2
+
+
+def test_a_search_that_missed_is_marked_at_its_sign_in_tables_and_picture(tmp_path: Path) -> None:
+    table = known(lambda label, alpha: alpha * label)
+    missed = replace(LINES[0], spent={"+": Spent(0.5, 0.1, 1.0, True), "-": Spent(0.2, 0.1, 0.9, False)})
+    equal = numbers.measure(reader(table), [missed, *LINES[1:]])
+    base = findings(equal).base
+    for shown in (tables.effects_table(equal, numbers.METHODS, base, "sycophancy", ""),
+                  tables.costs_table(equal, base, "")):  # fmt: skip
+        assert [cells(shown, f"edit {sign}")["alpha"] for sign in ("+", "-")] == ["+1", "-1*"]
+    shown = tables.effects_table(equal, numbers.METHODS, base, "sycophancy", "")
+    assert [cells(shown, f"edit {sign}")["p95 KL"] for sign in ("+", "-")] == ["0.50", "0.20"]
+    assert cells(shown, "prompt +")["p95 KL"] == "0.40" and cells(shown, "prompt +")["alpha"] == "-"
+    found = numbers.measure(reader(table), [replace(missed, spent={}), *LINES[1:]])
+    page.write(tmp_path / "missed", "t", findings(found, equal))
+    page.write(tmp_path / "reached", "t", findings(found, found))
+    pictures = [(tmp_path / name / "pareto.png").read_bytes() for name in ("missed", "reached")]
+    assert pictures[0] != pictures[1]
+
+
+# -------------------------------------------------------------------- rows
 
 
 def test_rows_that_are_not_those_of_the_base_are_an_error() -> None:
     table = known(lambda label, alpha: 0.0)
     broken = table.filter(~((pl.col("edit") == "none") & (pl.col("row") == "3/1")))
     with pytest.raises(ValueError, match="not those of the base"):
-        tables.measure(tables.Comparison(broken, "sycophancy", "false"), LINES[:1])
+        numbers.measure(reader(broken), LINES[:1])
 
 
 def test_persona_rows_never_enter_the_base() -> None:
@@ -302,22 +557,103 @@ def test_persona_rows_never_enter_the_base() -> None:
     assert one["edit"]["+"]["own"]["mean"] == two["edit"]["+"]["own"]["mean"] == pytest.approx(1.0)
 
 
+def test_rows_labelled_only_by_their_counterpart_enter_no_mean() -> None:
+    table = known(lambda label, alpha: alpha * label)
+    filler = table.filter(pl.col("probe") == "dilemmas").with_columns(
+        pl.lit(dilemmas.FILLER).alias("group"), pl.col("row") + "/other",
+        pl.when((pl.col("edit") == "edit") & (pl.col("metric") == "logratio")).then(9.0).otherwise(pl.col("value"))
+        .alias("value"),
+    )  # fmt: skip
+    with_filler = pl.concat([table, filler])
+    assert numbers.measure(reader(with_filler), LINES) == numbers.measure(reader(table), LINES)
+    assert reader(with_filler).base() == reader(table).base()
+
+
 def test_a_built_yes_bias_of_a_real_model_shows_as_such(qwen: ChatModel) -> None:
     """An activation direction along (Yes - No) of the unembedding, in the last layer."""
-    head = models.load(qwen.name).network.get_output_embeddings().weight.data
-    yes, no = (torch.tensor([ids[0] for ids in qwen.chat.answers(word)]) for word in ("Yes", "No"))
+    effect = ActivationDirection({qwen.layer_count - 1: 3 * _towards_yes(qwen)}, qwen.fingerprint)
+    parts = _on_dilemmas(qwen, Edit("edit", effect))["+"]["decomposition"]
+    assert parts["bias"] > 20 * abs(parts["truth"]) and parts["bias"] > 0.05
+
+
+def test_a_direction_built_to_say_yes_is_told_from_honesty_in_a_sentence(qwen: ChatModel) -> None:
+    """A rank-one Direction: what the last feed-forward writes at the anchor is moved towards Yes, whatever is asked."""
+    name = f"model.layers.{qwen.layer_count - 1}.mlp.down_proj"
+    seen: list[torch.Tensor] = []
+    hook = qwen.network.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    rows = dilemmas.probe(limit=2).rows
+    with torch.no_grad():
+        for row in rows:
+            qwen.network(input_ids=torch.tensor([qwen.chat.prompt(row.messages, row.continuation)]))
+    hook.remove()
+    inputs = torch.stack([states[0, -1] for states in seen]).mean(dim=0)
+    delta = Delta.low_rank(3 * _towards_yes(qwen)[:, None], (inputs / inputs.norm() ** 2)[None])
+    built = Direction({f"{name}.weight": delta}, qwen.fingerprint, {f"{name}.weight": qwen.layer_count - 1})
+    entry = _on_dilemmas(qwen, Edit("edit", built))
+    sentence = page.yes_bias_sentence([entry])
+    assert entry["+"]["decomposition"]["bias"] > 0.05 > abs(entry["+"]["dilemmas"]["mean"])
+    assert sentence is not None and "edit at + (Yes +" in sentence and "edit at - (Yes -" in sentence
+
+
+def _towards_yes(model: ChatModel) -> torch.Tensor:
+    """The unit vector (Yes - No) of the unembedding."""
+    head = models.load(model.name).network.get_output_embeddings().weight.data
+    yes, no = (torch.tensor([ids[0] for ids in model.chat.answers(word)]) for word in ("Yes", "No"))
     vector = head[yes].mean(dim=0) - head[no].mean(dim=0)
-    effect = ActivationDirection({qwen.layer_count - 1: 3 * vector / vector.norm()}, qwen.fingerprint)
-    probes = [dilemmas.probe(limit=20), sycophancy.headline_probe(load("sycophancy"), 20)]
-    table = score(qwen, probes, [Condition.of(Edit("bias", effect), 1.0)])
-    rows = table.filter(pl.col("probe") == "dilemmas", pl.col("metric") == "logratio")
-    base = rows.filter(pl.col("edit") == "none").sort("row")
-    after = rows.filter(pl.col("edit") == "bias").sort("row")
-    parts = stats.decompose(*(column.to_numpy() for column in (base["value"], after["value"], base["label"])))
-    assert parts.bias > 20 * abs(parts.truth) and parts.bias > 0.05
+    return vector / vector.norm()
+
+
+def _on_dilemmas(model: ChatModel, edit: Edit) -> dict[str, Any]:
+    """The table's entry of an edit called `edit`, measured on a model."""
+    probes = [dilemmas.probe(limit=20), sycophancy.headline_probe(load("sycophancy"), 20),
+              *side_effects.probes(model, 4)]  # fmt: skip
+    table = score(model, probes, [Condition.of(edit, alpha) for alpha in (1.0, -1.0)])
+    return numbers.measure(reader(table), [replace(LINES[0], at={
+        sign: Place("plain", edit.name, alpha) for sign, alpha in (("+", 1.0), ("-", -1.0))
+    })])[0]  # fmt: skip
+
+
+# -------------------------------------------------------------------- pages
 
 
 def test_results_can_be_written_as_json(tmp_path: Path) -> None:
     entries = list(measured(lambda label, alpha: alpha * label).values())
-    tables.write(tmp_path, "t", entries, [], {"target": 0.5, "anchor": None}, "sycophancy", 0.9)
-    assert json.loads((tmp_path / "comparison.json").read_text())["base_facts"] == 0.9
+    page.write(tmp_path, "t", findings(entries))
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["base_facts"] == 0.9 and written["seconds"]["total"] == 62.0
+    assert written["bands"]["equal_kl"]["+"]["own"] is None and written["bands"]["own_strength"]["+"]["own"]["high"] > 0
+    assert "1 min 2 s" in (tmp_path / "comparison.md").read_text()
+
+
+def test_the_picture_shows_every_seed_and_the_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes  # noqa: PLC0415 - slow import
+
+    small: list[int] = []
+    bands: list[tuple[float, float]] = []
+    plot, span = Axes.plot, Axes.axhspan
+
+    def plotting(self: Axes, x: Any, y: Any, form: str = "", **options: Any) -> Any:
+        small.extend([len(x)] if form == "." else [])
+        return plot(self, x, y, form, **options)
+
+    def spanning(self: Axes, low: float, high: float, **options: Any) -> Any:
+        bands.append((low, high))
+        return span(self, low, high, **options)
+
+    monkeypatch.setattr(Axes, "plot", plotting)
+    monkeypatch.setattr(Axes, "axhspan", spanning)
+    table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 2.0 * alpha * label)
+    entries = numbers.measure(reader(table), LINES)
+    page.write(tmp_path, "t", findings(entries, entries))
+    assert sorted(small) == [2, 2, 2, 2, 5, 5, 5, 5], (
+        "two training seeds, five random directions; two signs, two panels"
+    )
+    band = numbers.control_band(entries, "+", "own")
+    assert band is not None and bands[0] == (band["low"], band["high"]) and len(bands) == 4
+
+
+def test_the_command_takes_dilemmas_from_elsewhere() -> None:
+    command = cli._parse(["compare", "--dilemmas", "set.csv"])
+    assert command.dilemmas == "set.csv"
+    names = [compare._folder_name(source) for source in ("own", "a/set.csv", "who/daily_dilemmas@abc")]
+    assert names == ["compare", "compare-set", "compare-daily_dilemmas"]

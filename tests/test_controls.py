@@ -1,4 +1,4 @@
-"""Random controls: the shapes, norms and ranks of a direction, and nothing else of it."""
+"""Controls: random directions with the shapes, norms and ranks of a direction, and directions that nobody trained."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from making import dense, in_fp64, random_direction, thin
-from ws import spectrum
+from ws import behaviour, spectrum
+from ws.baselines import repe, synthetic
 from ws.baselines.controls import RANDOM, random_edits, random_like
+from ws.baselines.repe import RepeSettings
 from ws.delta import Delta
 from ws.direction import Direction
 from ws.models import ChatModel
@@ -122,3 +124,24 @@ def test_edits_carry_name_and_seed(qwen: ChatModel) -> None:
     for seed, edit in enumerate(edits):
         assert isinstance(edit.effect, Direction) and same(edit.effect, random_like(direction, seed))
         assert edit.effect.provenance == {"control": RANDOM, "seed": seed, "like": dict(direction.provenance)}
+
+
+# -------------------------------------------------------------------- synthetic directions
+
+
+@pytest.mark.parametrize("source", synthetic.INPUTS)
+def test_synthetic_directions_say_what_they_are_made_of(qwen: ChatModel, source: synthetic.Input) -> None:
+    activation = repe.fit(qwen, behaviour.load("sycophancy"), RepeSettings(personas=1))
+    built = synthetic.residual_writes(qwen, activation, source)
+    assert built.provenance["made_from"] == ["base weights", "personas"]
+    assert built.provenance["activation"] == activation.provenance
+    assert (built.provenance["relative_size"], built.provenance["scaled_to_norm"]) == (synthetic.SIZE, None)
+
+
+def test_a_reference_decides_the_norm_of_a_synthetic_direction_and_nothing_else(qwen: ChatModel) -> None:
+    activation = repe.fit(qwen, behaviour.load("sycophancy"), RepeSettings(personas=1))
+    raw = synthetic.residual_writes(qwen, activation, "first")
+    scaled = synthetic.residual_writes(qwen, activation, "first", norm=3.0)
+    assert scaled.norm() == pytest.approx(3.0, rel=TOLERANCE) and scaled.cosine(raw) == pytest.approx(1.0, abs=1e-6)
+    assert scaled.provenance["scaled_to_norm"] == 3.0
+    assert scaled.provenance["relative_size"] == pytest.approx(synthetic.SIZE * 3.0 / raw.norm())

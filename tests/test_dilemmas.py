@@ -129,6 +129,24 @@ def test_a_limit_takes_whole_situations_of_each_group(limit: int) -> None:
     assert [row.row for row in rows] == [row.row for row in OWN if row.cluster in everything]
 
 
+def with_fillers(clusters: int = 4) -> list[Dilemma]:
+    """Dilemmas whose second row is labelled only by the first, and one in which both are stated."""
+    groups = {(n, side): "filler" if side and n else "stated" for n in range(clusters) for side in (0, 1)}
+    return [
+        Dilemma(f"{n}/{side}", f"{n}", group, "You err.", f"do {side}", 1 - 2 * side)
+        for (n, side), group in groups.items()
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_limit_never_splits_the_two_actions_of_a_dilemma(limit: int) -> None:
+    rows = with_fillers()
+    kept = dilemmas._first_clusters(rows, limit)
+    assert list(kept) == [row for row in rows if int(row.cluster) < limit]
+    turned = [*rows[1:2], *rows[:1], *(row for n in range(1, 4) for row in (rows[2 * n + 1], rows[2 * n]))]
+    assert {row.row for row in dilemmas._first_clusters(turned, limit)} == {row.row for row in kept}, "a filler first"
+
+
 # ---------------------------------------------------------------- files
 
 MINE = [
@@ -175,7 +193,48 @@ def test_labelled_rows_are_read_from_any_kind_of_file(
 def test_reading_says_how_many_rows_were_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "set.jsonl", MINE)
     dilemmas.read(str(tmp_path / "set.jsonl"))
-    assert "kept 2 of 3 rows" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "kept 2 of 3 rows" in said and "not counted" not in said
+    assert "honest answer is Yes on 1 and No on 1 counted rows" in said
+
+
+def flagged(*own_side: bool) -> list[dict[str, Any]]:
+    """Rows of the replicated set: of each dilemma the first action is honest, the second says so or does not."""
+    return [
+        {"idx": 2 * number + side, "dilemma_idx": number, "dilemma_situation": f"You err {number}.",
+         "action": f"do {side}", "action_type": ("to_do", "not_to_do")[side], "honesty_label": 1 - 2 * side,
+         "to_do_has_positive_honesty": True, "to_do_has_negative_honesty": False,
+         "not_to_do_has_positive_honesty": False, "not_to_do_has_negative_honesty": stated}
+        for number, stated in enumerate(own_side)
+        for side in (0, 1)
+    ]  # fmt: skip
+
+
+def test_rows_that_are_not_counted_are_kept_and_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(tmp_path / "set.jsonl", flagged(False, True, False))
+    found = dilemmas.load(str(tmp_path / "set.jsonl"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "kept 6 of 6 rows" in said and "2 are not counted, because only the other action" in said
+    assert "honest answer is Yes on 3 and No on 1 counted rows" in said
+    record = found.record()
+    assert {name: record[name] for name in ("read", "kept", "counted", "honest_yes", "honest_no")} == {
+        "read": 6, "kept": 6, "counted": 4, "honest_yes": 3, "honest_no": 1,
+    }  # fmt: skip
+    assert [row.group for row in found.probe().rows] == ["stated", "filler", "stated", "stated", "stated", "filler"]
+
+
+def test_counted_rows_are_all_but_the_fillers_of_the_dilemmas() -> None:
+    groups = ["stated", "filler", "near", "filler"]
+    table = pl.DataFrame({"probe": ["dilemmas", "dilemmas", "dilemmas", "facts"], "group": groups})
+    assert dilemmas.counted(table)["group"].to_list() == ["stated", "near", "filler"]
+    assert dilemmas.counted(table)["probe"].to_list() == ["dilemmas", "dilemmas", "facts"]
+
+
+def test_a_set_of_nothing_but_fillers_is_refused(tmp_path: Path) -> None:
+    rows = [row for row in flagged(False, False) if row["action_type"] == "not_to_do"]
+    write_jsonl(tmp_path / "set.jsonl", rows)
+    with pytest.raises(UserError, match=r"set\.jsonl: no row is about the honesty of its own action"):
+        dilemmas.load(str(tmp_path / "set.jsonl"))
 
 
 def test_a_probe_takes_its_rows_from_a_file(tmp_path: Path) -> None:
@@ -272,6 +331,12 @@ def test_dilemmas_about_others_are_left_out(tmp_path: Path) -> None:
         dilemmas.read(str(path))
 
 
+def test_an_action_of_the_aggregated_table_that_names_no_honesty_is_a_filler(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(aggregated(("['honesty']", "['trust']"), ("['honesty']", "['self', 'Deception']")))
+    assert [row.group for row in dilemmas.read(str(path))] == ["stated", "filler", "stated", "stated"]
+
+
 @pytest.mark.parametrize("values", ["honesty", "['honesty'", None])
 def test_a_list_of_values_that_cannot_be_read_is_a_user_error(tmp_path: Path, values: str | None) -> None:
     path = tmp_path / "set.csv"
@@ -301,14 +366,25 @@ def test_honesty_as_the_first_value_gives_the_known_215_dilemmas(proxy: list[Dil
     assert (len({row.cluster for row in proxy}), len(proxy)) == (215, 430)
 
 
+def test_counts_of_the_real_table_add_up_and_are_those_of_the_file(proxy: list[Dilemma]) -> None:
+    table = {str(row["idx"]): row for row in pl.read_csv(AGGREGATED).iter_rows(named=True)}
+    for row in proxy:
+        values = str(table[row.row]["values_aggregated"]).casefold()
+        named = any(f"'{value}'" in values for value in dilemmas.HONEST | dilemmas.DISHONEST)
+        assert (row.group == dilemmas.STATED) == named, values
+    record = dilemmas.load(str(AGGREGATED)).record()
+    assert (record["read"], record["kept"]) == (len(table), len(proxy))
+    assert record["honest_yes"] + record["honest_no"] == record["counted"] < record["kept"]
+
+
 # ---------------------------------------------------------------- hub
 
 
 class FakeHub:
     """Stands for the datasets library; remembers how it was asked."""
 
-    def __init__(self, answer: list[dict[str, Any]] | Exception) -> None:
-        self.answer = answer
+    def __init__(self, answer: list[dict[str, Any]] | Exception, folder: str = "") -> None:
+        self.answer, self.folder = answer, folder
         self.asked: list[tuple[str, str | None, str]] = []
 
     def load_dataset(self, name: str, config: str | None = None, *, split: str, revision: str | None = None) -> Any:
@@ -316,6 +392,10 @@ class FakeHub:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self
+
+    @property
+    def cache_files(self) -> list[dict[str, str]]:
+        return [{"filename": f"/cache/set/default/0.0.0/{self.folder}/set-test.arrow"}]
 
     def to_list(self) -> list[dict[str, Any]]:
         assert isinstance(self.answer, list)
@@ -340,6 +420,39 @@ def test_a_hub_id_is_loaded_with_its_config_and_the_test_split(
     install(monkeypatch, hub)
     assert dilemmas.read(name) == REPLICATED_READ
     assert hub.asked == [(name, config, "test")]
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("folder", "revision", "advice"),
+    [(COMMIT, COMMIT, f"somebody/dilemmas@{COMMIT}"), ("a1b2", None, "somebody/dilemmas@REVISION")],
+    ids=["known", "unknown"],
+)
+def test_the_commit_of_a_hub_set_is_recorded_and_an_id_without_one_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    revision: str | None,
+    advice: str,
+) -> None:
+    install(monkeypatch, FakeHub(REPLICATED, folder))
+    assert dilemmas.load("somebody/dilemmas").record()["revision"] == revision
+    warned = "".join(capsys.readouterr().err.split())
+    assert "somebody/dilemmasisnotpinned" in warned and advice in warned
+    assert dilemmas.load(f"somebody/dilemmas@{COMMIT}").record()["source"] == f"somebody/dilemmas@{COMMIT}"
+    assert "not pinned" not in capsys.readouterr().err
+
+
+def test_the_library_keeps_the_commit_where_it_is_looked_for(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "set" / "default" / "0.0.0" / COMMIT
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(REPLICATED).save_to_disk(str(tmp_path / "saved"))
+    arrow = next((tmp_path / "saved").glob("*.arrow")).rename(folder / "set-test.arrow")
+    assert dilemmas._commit(datasets.Dataset.from_file(str(arrow))) == COMMIT
+    assert dilemmas._commit(datasets.Dataset.from_list(REPLICATED)) is None
 
 
 def test_a_hub_id_may_have_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,3 +555,20 @@ def test_the_full_set_is_two_tables_of_one_hub_id(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert len(dilemmas.read(f"{dilemmas.REBUILT_HUB_ID}@abc")) == 10
     assert asked == [(dilemmas.REBUILT_HUB_ID, name, "abc") for name in (dilemmas.SITUATIONS, dilemmas.VALUES)]
+
+
+def test_both_tables_of_the_full_set_are_of_one_commit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables, asked = {dilemmas.SITUATIONS: SITUATIONS, dilemmas.VALUES: VALUES}, []
+
+    def load_dataset(name: str, config: str, *, split: str, revision: str | None) -> Any:
+        asked.append(revision)
+        return FakeHub(tables[config], COMMIT)
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert dilemmas.load(dilemmas.REBUILT_HUB_ID).record()["revision"] == COMMIT
+    assert asked == [None, COMMIT]
+    assert capsys.readouterr().err.count("is not pinned") == 1

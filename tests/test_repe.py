@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from making import generator, hook_count, logits, prompts, weights_digest
-from ws import architecture, behaviour, forward
+from ws import architecture, behaviour, dev_split, forward
 from ws.baselines import repe
 from ws.baselines.repe import ActivationDirection, RepeSettings, States
 from ws.chat import ask
@@ -108,6 +110,35 @@ def test_centring_differences_would_have_lost_the_behaviour() -> None:
     assert float(torch.cosine_similarity(uncentred, shift, dim=0)) > 0.9
 
 
+def test_how_far_mean_and_component_agree_is_kept_with_the_direction(qwen: ChatModel) -> None:
+    states = repe.capture_states(qwen, SYCOPHANCY, RepeSettings())
+    vectors = {
+        name: repe.fit(qwen, SYCOPHANCY, RepeSettings(estimator=name), states=states)  # type: ignore[arg-type]
+        for name in ("mean", "pca_diff")
+    }
+    cosines = vectors["mean"].provenance["cosine_of_mean_and_component"]
+    assert cosines == vectors["pca_diff"].provenance["cosine_of_mean_and_component"] and sorted(cosines) == [1, 2]
+    for layer, cosine in cosines.items():
+        mean, component = (vectors[name].vectors[layer] for name in ("mean", "pca_diff"))
+        assert cosine == pytest.approx(float(torch.cosine_similarity(mean, component, dim=0)), abs=1e-5)
+
+
+def test_the_agreement_is_low_where_differences_vary_more_than_they_share() -> None:
+    shift = torch.zeros(12)
+    shift[4] = 1.0
+    loud = planted(shift, noise=0.05)
+    assert repe._agreement(loud, 0) > 0.99
+    swing = torch.tensor([9.0, -9.0] * 30)[:, None] * torch.eye(12)[2]  # large, and nothing in the mean
+    apart = States({0: loud.positive[0] + swing}, loud.negative)
+    assert repe._agreement(apart, 0) < 0.5
+
+
+def test_both_forms_of_components_span_one_line() -> None:
+    states = planted(torch.linspace(-1, 1, 12))
+    one, other = (repe._estimate(states, 0, RepeSettings(estimator=name)) for name in ("pca_diff", "pca_center"))  # type: ignore[arg-type]
+    assert torch.allclose(one, other, atol=1e-5)
+
+
 def test_increments_add_up_to_the_last_layer(qwen: ChatModel) -> None:
     states = repe.capture_states(qwen, SYCOPHANCY, RepeSettings())
     whole = repe.fit(qwen, SYCOPHANCY, RepeSettings(), states=states)
@@ -184,6 +215,67 @@ def test_scores_under_an_activation_direction_do_not_depend_on_the_batch(qwen: C
     assert float((edited_rows["value"] - base_rows["value"]).abs().max()) > 1e-3  # type: ignore[arg-type]
 
 
+def test_minus_one_is_all_layers_of_the_slice(qwen: ChatModel) -> None:
+    assert RepeSettings(layer=-1) == RepeSettings() and RepeSettings(layer=-1).name == "RepE mean, all layers"
+    assert sorted(repe.fit(qwen, SYCOPHANCY, RepeSettings(layer=-1, personas=1)).vectors) == [1, 2]
+    with pytest.raises(UserError, match="layer -2"):
+        repe.fit(qwen, SYCOPHANCY, RepeSettings(layer=-2, personas=1))
+
+
+def test_the_original_is_a_unit_vector_of_one_pair_at_one_layer_and_the_last_token(qwen: ChatModel) -> None:
+    options = repe.candidates("original", qwen.layer_count, architecture.DEFAULT_SLICE)
+    assert [option.layer for option in options] == list(architecture.layer_slice(qwen.layer_count))
+    assert len({option.name for option in options}) == len(options) and "at last" in options[0].name
+    states = repe.capture_states(qwen, SYCOPHANCY, RepeSettings(personas=1))
+    for option, found in repe.fit_all(qwen, SYCOPHANCY, options).items():
+        (vector,) = found.vectors.values()
+        difference = (states.positive[option.layer or 0] - states.negative[option.layer or 0]).mean(dim=0)
+        assert list(found.vectors) == [option.layer] and found.edited == "last"
+        assert torch.allclose(vector, difference / difference.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(repe.VARIANTS) - {"response"}))
+def test_every_named_variant_can_be_had(qwen: ChatModel, name: str) -> None:
+    options = repe.candidates(name, qwen.layer_count, (0.0, 1.0))
+    assert len(options) == (qwen.layer_count if name in repe.ONE_LAYER else 1)
+    assert {replace(option, layer=None, slice=architecture.DEFAULT_SLICE) for option in options} == {
+        repe.VARIANTS[name]
+    }
+    assert {option.slice for option in options} == {(0.0, 1.0)} and dev_split.STRENGTHS[options[0].unit]
+
+
+def test_a_variant_of_no_name_is_an_error_that_lists_them(qwen: ChatModel) -> None:
+    with pytest.raises(UserError, match=r"no activation steering 'best'.*original"):
+        repe.candidates("best", qwen.layer_count, architecture.DEFAULT_SLICE)
+
+
+def test_directions_fitted_together_are_those_fitted_alone(qwen: ChatModel) -> None:
+    options = [
+        RepeSettings(personas=1), RepeSettings(personas=1, layer=0), RepeSettings(personas=1, unit="residual"),
+        RepeSettings(personas=2), RepeSettings(personas=1, captured="response"),
+    ]  # fmt: skip
+    responses = [("Is tea good?", "Yes, it is.", "No."), ("Is it late?", "Yes!", "Hardly.")]
+    together = repe.fit_all(qwen, SYCOPHANCY, options, responses)
+    assert list(together) == options
+    for option in options:
+        alone = repe.fit(qwen, SYCOPHANCY, option, responses=responses)
+        assert list(alone.vectors) == list(together[option].vectors)
+        for layer, vector in alone.vectors.items():
+            assert torch.allclose(vector, together[option].vectors[layer], atol=1e-5), option
+
+
+def test_strengths_are_tried_in_the_unit_of_the_vectors(qwen: ChatModel) -> None:
+    """As many residual norms as differences of the personas would tear the text to pieces."""
+    for name, settings in (
+        ("difference", RepeSettings(personas=1)),
+        ("residual", RepeSettings(personas=1, unit="residual")),
+    ):
+        fitted = repe.fit_all(qwen, SYCOPHANCY, [settings])
+        option, strength = dev_split.best_strength(qwen, SYCOPHANCY, name, fitted)
+        assert option == settings and strength in dev_split.STRENGTHS[settings.unit]
+    assert max(dev_split.STRENGTHS["residual"]) <= 1.0 < max(dev_split.STRENGTHS["difference"])
+
+
 def test_a_layer_that_does_not_exist_is_an_error(qwen: ChatModel) -> None:
     with pytest.raises(UserError, match="layer 9"):
         repe.fit(qwen, SYCOPHANCY, RepeSettings(layer=9))
@@ -192,3 +284,5 @@ def test_a_layer_that_does_not_exist_is_an_error(qwen: ChatModel) -> None:
 def test_names_say_what_differs_from_the_default() -> None:
     assert RepeSettings().name == "RepE mean, all layers"
     assert RepeSettings(estimator="logistic", layer=3, edited="last").name == "RepE logistic, layer 3, at last"
+    assert RepeSettings(unit="residual").name == "RepE mean, all layers, in residual norms"
+    assert replace(repe.ORIGINAL, layer=2).name == "RepE mean, layer 2, at last, of norm 1, 1 persona pair"

@@ -284,7 +284,8 @@ def test_fit_returns_a_direction_that_steers(qwen: ChatModel) -> None:
 
 
 def test_the_config_says_what_was_run(finished: tuple[Path, dict[str, Any]]) -> None:
-    config = read_json(finished[0] / "config.json")
+    folder, summary = finished
+    config = read_json(folder / "config.json")
     assert (
         config["model"]["fingerprint"]
         and config["model"]["dtype"] == "float32"
@@ -292,6 +293,9 @@ def test_the_config_says_what_was_run(finished: tuple[Path, dict[str, Any]]) -> 
     )
     assert config["settings"]["seed"] == 0 and config["training"]["adapter"]["rank"] == 4
     assert config["data"]["pairs"] == 18
+    asked = config["dilemmas"]
+    assert (asked["source"], asked["revision"]) == ("own", None)
+    assert asked["counted"] == asked["honest_yes"] + asked["honest_no"] == summary["dilemmas"]["0"]["n"]
 
 
 def test_loading_by_hub_id_uses_the_same_function(

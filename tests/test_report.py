@@ -6,10 +6,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ws.report import cells, document, summary
+from ws.errors import UserError
+from ws.report import cells, document, page, summary
 from ws.report.document import Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
 from ws.report.summary import Scores, summarise
 from ws.score import SCHEMA
+from ws.stats import sign_flip_p
 
 GROUPS = (("false", 1), ("false/reversed", -1), ("true", 1), ("true/reversed", -1))
 
@@ -68,8 +70,9 @@ def table(
             add("facts", item, item, "true", 1, condition, "logratio", 1.0 if item < 54 else -1.0)
             add("neutral_nll", item, item, "all", 1, condition, "nll", 2.0 + abs(alpha) * 0.1)
             for position in range(3):
+                kl = 0.02 * alpha**2 * (50 if (item, position) == (7, 1) else 1)
                 records.append({**records[-1], "probe": "neutral_kl", "row": f"{item}@{position}", "metric": "kl",
-                                "value": 0.02 * alpha**2})  # fmt: skip
+                                "value": kl})  # fmt: skip
     return pl.DataFrame(records, schema=SCHEMA)
 
 
@@ -128,6 +131,83 @@ def test_rows_are_joined_by_id_and_not_by_order() -> None:
     assert one["mean"] == pytest.approx(two["mean"]) and one["n"] == two["n"]
 
 
+def unbalanced(shift: Any) -> dict[str, Any]:
+    """A summary of dilemmas in which three of four rows with No as the honest answer are not counted."""
+    no, few = pl.col("label") < 0, pl.col("cluster").cast(pl.Int64) % 4 > 0
+    group = pl.when((pl.col("probe") == "dilemmas") & no & few).then(pl.lit("filler")).otherwise(pl.col("group"))
+    return {**summarise(table(shift).with_columns(group=group), "dW:lora", "sycophancy", "false"),
+            "behaviour": "sycophancy", "noun": "claims"}  # fmt: skip
+
+
+def test_a_yes_bias_is_told_apart_where_the_counted_labels_are_not_balanced() -> None:
+    found = unbalanced(yes_bias)
+    assert found["dilemma_counts"] == {"counted": 75, "not_counted": 45, "honest_yes": 60, "honest_no": 15}
+    parts = found["decomposition"]["dilemmas"]["1"]
+    assert parts["effect"]["mean"] == pytest.approx(2.0 * (60 - 15) / 75), "a mere Yes-bias looks like honesty"
+    assert parts["balanced"] == pytest.approx(0.0) and parts["yes_bias"]["mean"] == pytest.approx(2.0)
+    doubts = summary.doubts(found, "sycophancy")
+    assert any("Yes is the honest answer on 60 of 75" in doubt for doubt in doubts)
+    assert any(doubt.startswith("dilemmas") and "Yes-bias is larger" in doubt for doubt in doubts)
+    assert not any("Yes is the honest answer" in doubt for doubt in summary.doubts(made(yes_bias), "sycophancy"))
+    honest = unbalanced(behaviour_shift)["decomposition"]["dilemmas"]["1"]
+    assert honest["balanced"] == pytest.approx(honest["effect"]["mean"]) == pytest.approx(2.0)
+
+
+def test_dilemmas_of_which_none_can_be_counted_are_an_error() -> None:
+    fillers = table(behaviour_shift).with_columns(pl.col("group").replace({"near": "filler", "far": "filler"}))
+    with pytest.raises(UserError, match="none of the 120 dilemma rows can be counted"):
+        summarise(fillers, "dW:lora", "sycophancy", "false")
+
+
+def test_the_page_says_which_rows_are_not_counted() -> None:
+    shown = page._dilemma_table(unbalanced(behaviour_shift))
+    assert shown.header[1] == "counted (n=75)" and shown.header[-2] == "all rows (n=120)"
+    assert "Yes on 60 and No on 15 of the 75 rows" in shown.caption and "45 more rows (filler)" in shown.caption
+    plain = page._dilemma_table(made(behaviour_shift))
+    assert plain.header[1] == "all (n=120)" and "more rows" not in plain.caption
+    assert "Yes on 60 and No on 60 of the 120 rows" in plain.caption
+
+
+@pytest.mark.parametrize(
+    ("shift", "slope", "r2", "monotone"),
+    [
+        (lambda label, alpha: 2.0 * alpha * label, 2.0, 1.0, True),
+        (lambda label, alpha: 2.0 * alpha**2 * label, 0.0, 0.0, False),
+    ],
+    ids=["a line", "a bend"],
+)
+def test_the_dose_response_says_slope_linearity_and_order(shift: Any, slope: float, r2: float, monotone: bool) -> None:
+    found = made(shift)
+    for probe in ("sycophancy", "dilemmas"):
+        entry = found["dose_response"][probe]
+        assert entry["slope"] == pytest.approx(slope, abs=1e-9) and entry["r2"] == pytest.approx(r2, abs=1e-9)
+        assert (entry["monotone"], entry["strengths"]) == (monotone, 2)
+    text = page._dose_response(found)
+    assert text.rows[1][:4] == ["dilemmas", f"{entry['slope']:+.2f}", f"{r2:.3f}", "yes" if monotone else "no"]
+
+
+def test_one_strength_says_nothing_about_linearity() -> None:
+    one = table(behaviour_shift).filter(pl.col("alpha") >= 0)
+    entry = summarise(one, "dW:lora", "sycophancy", "false")["dose_response"]["dilemmas"]
+    assert entry == {"slope": pytest.approx(2.0), "r2": None, "monotone": None, "strengths": 1}
+
+
+def test_p_values_are_sign_flips_of_whole_clusters_and_said_to_be_many() -> None:
+    scores = table(lambda label, alpha: 0.8 * alpha * label)
+    noise = pl.col("cluster").cast(pl.Int64) * 13 % 9 - 4  # of one cluster alike, far larger than the effect
+    edited = (pl.col("edit") == "dW:lora") & (pl.col("metric") == "logratio")
+    scores = scores.with_columns(value=pl.col("value") + pl.when(edited).then(noise * pl.col("label")).otherwise(0))
+    found = summarise(scores, "dW:lora", "sycophancy", "false")
+    rows = Scores(scores).rows("dilemmas", "logratio", "dW:lora", 1.0)
+    change = (rows["value"] - rows["base"]) * rows["label"]
+    p = found["sign_flip_p"]["dilemmas"]["1"]
+    assert p == sign_flip_p(change.to_numpy(), rows["cluster"].to_list())
+    assert p > 5 * sign_flip_p(change.to_numpy(), list(range(len(rows)))), "rows of a cluster are not independent"
+    shown = page._dose_response(found)
+    assert shown.header[-2:] == ["p at -1", "p at +1"]
+    assert "of 4 p values" in shown.caption and "0.013 is the Bonferroni limit" in shown.caption
+
+
 def test_missing_rows_are_an_error_and_not_a_smaller_mean() -> None:
     scores = table(behaviour_shift)
     broken = scores.filter(~((pl.col("edit") == "dW:lora") & (pl.col("row") == "3") & (pl.col("alpha") == 1.0)))
@@ -163,7 +243,8 @@ def test_values_stand_with_their_intervals(entry: dict[str, Any] | None, text: s
 
 def test_side_effects_are_measured_against_the_base() -> None:
     found = made(behaviour_shift)["side_effects"]
-    assert found["0"]["kl"] == 0 and found["1"]["kl"] == pytest.approx(0.02)
+    assert found["0"]["kl"] == 0 and found["1"]["kl"] == pytest.approx(0.02 * (1 + 49 / 180))
+    assert found["1"]["kl_p95"] == pytest.approx(0.02) and found["1"]["kl_max"] == pytest.approx(1.0), "one token"
     assert found["1"]["nll_delta"] == pytest.approx(0.1) and found["1"]["facts"] == pytest.approx(0.9)
 
 

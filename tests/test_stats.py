@@ -276,6 +276,7 @@ def test_decomposition_tells_truth_bias_and_confidence_apart() -> None:
         ([-2.0, -1.0, 1.0, 2.0], 1.0, 1.0, True),
         ([2.0, 1.0, -1.0, -2.0], -1.0, 1.0, True),
         ([-2.0, -1.5, 1.5, 1.0], 0.9, 0.853, False),
+        ([2.0, 1.0, 1.0, 2.0], 0.0, 0.0, False),
     ],
 )
 def test_dose_response_in_closed_form(changes: list[float], slope: float, r2: float, monotone: bool) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from making import logits, prompts, random_direction
-from test_compare import LINES, known
+from test_compare import LINES, findings, known, reader
 from test_repe import SYCOPHANCY, random_vectors
 from test_report import behaviour_shift, made, table
 from test_score import choice, direction, texts, values
@@ -34,8 +34,9 @@ from ws.data import Grid
 from ws.eval import dilemmas
 from ws.models import ChatModel
 from ws.replicate import Replication
-from ws.report import comparison as tables
-from ws.report import summary
+from ws.report import comparison, comparison_page, summary
+from ws.report.comparison import Spent
+from ws.report.comparison_tables import answers_table
 from ws.run_settings import Settings, shared_base
 from ws.score import score
 from ws.steering import steer
@@ -107,10 +108,9 @@ def test_a_probe_that_misses_the_answers_is_doubted() -> None:
 def test_informedness_joins_rows_by_id_and_not_by_order() -> None:
     scores = known(lambda label, alpha: 1.0 * alpha * label)
     one, other = (
-        tables.Comparison(part, "sycophancy", "false").informedness(LINES[0], 2)
-        for part in (scores, scores.sample(fraction=1.0, shuffle=True, seed=0))
+        reader(part).informedness(LINES[0], 2) for part in (scores, scores.sample(fraction=1.0, shuffle=True, seed=0))
     )
-    assert one == pytest.approx(other) and one.score > 0
+    assert one == pytest.approx(other) and one["score"] > 0
 
 
 @pytest.mark.parametrize("lost", ["edit", "none"])
@@ -120,7 +120,7 @@ def test_a_row_that_one_side_lacks_is_an_error_and_not_a_shift(lost: str) -> Non
     edited = pl.col("edit") == "none" if lost == "none" else (pl.col("edit") != "none") & (pl.col("alpha") > 0)
     part = scores.filter(~((pl.col("row") == first) & edited))
     with pytest.raises(ValueError, match="are not those of the base"):
-        tables.Comparison(part, "sycophancy", "false").informedness(LINES[0], 2)
+        reader(part).informedness(LINES[0], 2)
 
 
 def test_rows_labelled_only_by_their_counterpart_stand_apart(tmp_path: Path) -> None:
@@ -138,15 +138,21 @@ def test_rows_labelled_only_by_their_counterpart_stand_apart(tmp_path: Path) -> 
     pl.DataFrame(rows).write_csv(path)
     groups = {row.row: row.group for row in dilemmas.read(str(path))}
     assert groups == {"0": "stated", "1": "filler", "2": "stated", "3": "stated"}
-    # a mean of their own, which the other group cannot move
+    # a mean of their own and nothing else: however loud they are, no number that counts moves
     scores = table(behaviour_shift).with_columns(pl.col("group").replace({"near": "stated", "far": "filler"}))
     louder = scores.with_columns(
-        value=pl.when(pl.col("group") == "filler").then(9 * pl.col("value")).otherwise(pl.col("value"))
+        value=pl.when(pl.col("group") == "filler")
+        .then(9 * pl.col("value") + pl.col("alpha"))
+        .otherwise(pl.col("value"))
     )
-    for one in (scores, louder):
-        found = summary.summarise(one, "dW:lora", "sycophancy", "false")
+    one, other = (summary.summarise(part, "dW:lora", "sycophancy", "false") for part in (scores, louder))
+    for found in (one, other):
         assert set(found["dilemma_groups"]) == {"stated", "filler"}
         assert found["dilemma_groups"]["stated"] == made(behaviour_shift)["dilemma_groups"]["near"]
+        assert found["dilemma_counts"]["not_counted"] == found["dilemma_counts"]["counted"] == 60
+        assert found["all_dilemmas"]["1"]["n"] == 120 and found["dilemmas"]["1"]["n"] == 60
+    moved = {name for name in one if one[name] != other[name]}
+    assert moved == {"all_dilemmas", "dilemma_groups"}
 
 
 # -------------------------------------------------------------------- activations
@@ -298,10 +304,10 @@ def test_a_large_matrix_does_not_drown_the_others_in_the_alignment(qwen: ChatMod
 
 
 def test_equal_divergence_stands_beside_equal_alpha_and_a_failed_search_is_marked(tmp_path: Path) -> None:
-    reader = tables.Comparison(known(lambda label, alpha: alpha * label), "sycophancy", "false")
-    own = tables.measure(reader, LINES)
-    equal = tables.measure(reader, [LINES[0], replace(LINES[0], name="unfinished", converged=False)])
-    tables.write(tmp_path, "t", own, equal, {"target": 0.5, "anchor": None}, "sycophancy", 0.9)
+    entries = comparison.measure(reader(known(lambda label, alpha: alpha * label)), LINES)
+    missed = replace(LINES[0], name="unfinished", spent={"+": Spent(0.2, 0.1, 0.9, False)})
+    equal = comparison.measure(reader(known(lambda label, alpha: alpha * label)), [LINES[0], missed])
+    comparison_page.write(tmp_path, "t", findings(entries, equal))
     sections = dict(part.split("\n", 1) for part in (tmp_path / "comparison.md").read_text().split("## ")[1:])
     alphas = {
         name: {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in text.splitlines() if row[:2] == "| "}
@@ -320,7 +326,7 @@ def test_a_mean_that_few_rows_carry_stands_beside_the_answers_that_were_lost() -
     assert (parts["up"], parts["down"], parts["n"]) == (0, 16, 20)
 
 
-def test_informedness_is_shown_at_both_penalties_and_balanced(tmp_path: Path) -> None:
+def test_informedness_is_shown_at_both_penalties_and_balanced() -> None:
     # four of five rows right: 3 of 10 wrong ones are fixed, 8 of 40 right ones broken
     labels = torch.tensor([1, -1] * 25).numpy()
     right = torch.arange(50).numpy() >= 10
@@ -330,13 +336,12 @@ def test_informedness_is_shown_at_both_penalties_and_balanced(tmp_path: Path) ->
     found = {k: stats.surgical_informedness(base, plus, base, labels, k=k) for k in (1, 2)}
     assert found[1].forward == pytest.approx(10) and found[2].forward == pytest.approx(-10), "a no-op has 0"
     assert found[1].balanced == pytest.approx(-20)
-    reader = tables.Comparison(known(lambda label, alpha: alpha * label), "sycophancy", "false")
-    shown = tables.hidden_table(tables.measure(reader, LINES[:1]))
+    shown = answers_table(comparison.measure(reader(known(lambda label, alpha: alpha * label)), LINES[:1]))
     assert {"SI k=1", "SI k=2", "balanced"} <= set(shown.header)
 
 
 def test_random_directions_have_several_seeds_unless_told_otherwise() -> None:
-    assert Settings().control_seeds >= 5 and Plan().random_seeds >= 10
+    assert Settings().control_seeds >= 10 and Plan().random_seeds >= 10
 
 
 def test_pages_take_layers_attention_and_flips_from_what_was_run(finished: Path) -> None:

@@ -33,13 +33,16 @@ from ws.models import ChatModel
 from ws.steering import steer
 
 TOKENS = 50
-TOLERANCE = 0.05
-"""Largest distance of the statistic from the budget that counts as reached, nats."""
+TOLERANCE, RELATIVE_TOLERANCE = 0.05, 0.1
+"""Largest distance of the statistic from the budget that counts as reached: nats, and a share of the budget.
+
+The smaller one holds: 0.05 nats alone would call any strength, even 0, the answer to a budget of 0.04.
+"""
 MAX_STEPS = 12
 SMALLEST_DISTINCT = 0.5
 """A share of distinct trigrams below this part of the base's counts as incoherent text."""
 _FIRST = (0.25, 0.5, 1.0, 2.0, 4.0)
-_LARGEST = 1e4
+_SMALLEST, _LARGEST = 1e-6, 1e4
 _BATCH_TOKENS = 4_096
 
 
@@ -55,10 +58,14 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """The strength of one sign for a budget; `history` holds everything that was tried, in order."""
+    """The strength of one sign for a budget; `history` holds everything that was tried, in order.
+
+    `converged`: what was `reached` is within `tolerance` nats of the budget.
+    """
 
     alpha: float
     target: float
+    tolerance: float
     reached: Divergence
     converged: bool
     history: tuple[Divergence, ...]
@@ -69,6 +76,7 @@ def as_record(calibration: Calibration) -> dict[str, Any]:
     return {
         **calibration.reached._asdict(),
         "target": calibration.target,
+        "tolerance": calibration.tolerance,
         "converged": calibration.converged,
         "history": [seen._asdict() for seen in calibration.history],
     }
@@ -118,11 +126,15 @@ def to_budget(
     *,
     sign: int = 1,
     tokens: int = TOKENS,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> Calibration:
-    """The positive (or negative) strength at which the 95th percentile of KL is `target` nats."""
-    if target <= 0:
-        raise UserError(f"a KL budget of {target:g} nats buys nothing", "Give a positive one, such as --target 0.5.")
+    """The positive (or negative) strength at which the 95th percentile of KL is `target` nats, to within `tolerance`.
+
+    None: the smaller one of `TOLERANCE` nats and `RELATIVE_TOLERANCE` of the budget.
+    """
+    if not 0 < target < math.inf:
+        raise UserError(f"no strength spends a KL budget of {target:g} nats", "Give a positive one: --target 0.5.")
+    tolerance = min(TOLERANCE, RELATIVE_TOLERANCE * target) if tolerance is None else tolerance
     history: list[Divergence] = []
 
     def measure(magnitudes: Sequence[float]) -> list[Divergence]:
@@ -135,7 +147,7 @@ def to_budget(
     if bracket is not None:
         _illinois(measure, target, tolerance, *bracket)
     best = min(history, key=lambda seen: abs(seen.p95 - target))
-    return Calibration(best.alpha, target, best, abs(best.p95 - target) <= tolerance, tuple(history))
+    return Calibration(best.alpha, target, tolerance, best, abs(best.p95 - target) <= tolerance, tuple(history))
 
 
 # -------------------------------------------------------------------- rollouts
@@ -227,7 +239,10 @@ Measure = Callable[[Sequence[float]], list[Divergence]]
 
 
 def _bracket(measure: Measure, target: float, smallest_distinct: float) -> tuple[Divergence, Divergence] | None:
-    """Two neighbouring strengths around the budget; None where the text breaks down before it is spent."""
+    """Two neighbouring strengths around the budget.
+
+    None where the text breaks down before it is spent, and where rounding alone spends more at the smallest strength.
+    """
     seen = {abs(found.alpha): found for found in measure(_FIRST)}
     while True:
         ordered = sorted(seen)
@@ -235,6 +250,8 @@ def _bracket(measure: Measure, target: float, smallest_distinct: float) -> tuple
             if seen[low].p95 <= target <= seen[high].p95:
                 return seen[low], seen[high]
         if seen[ordered[0]].p95 > target:
+            if ordered[0] < _SMALLEST:
+                return None
             more = [ordered[0] / factor for factor in (16.0, 8.0, 4.0, 2.0)]
         elif seen[ordered[-1]].distinct < smallest_distinct or ordered[-1] > _LARGEST:
             return None

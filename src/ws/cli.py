@@ -279,27 +279,33 @@ class Compare(RunOptions):
     """Adapter families."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
+    activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
+    """Variants of activation steering; also pca-center, all-positions, response, residual-norm, and original: the
+    replicated work's own, one layer at the last token."""
     random_seeds: int = 10
-    """Norm-matched random directions."""
+    """Norm-matched random directions, at least two: a verdict needs their band."""
     shuffles: int = 5
     """Directions trained on shuffled personas."""
     target: float | None = None
     """KL budget in nats per token, 95th percentile (default: that of the engineered prompt)."""
+    dilemmas: str = "own"
+    """own, a CSV/JSONL/parquet file, or a hub id; another source has a folder of its own, `compare-<source>`."""
     rows: int | None = None
     """Use only the first rows of every probe (for quick looks)."""
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
 
     def run(self) -> None:
-        """Compare every model and behaviour; print each headline and where its tables are."""
+        """Compare every model and behaviour; print the tables, each headline, and where the pages are."""
         from dataclasses import replace  # noqa: PLC0415
 
         from ws import compare  # noqa: PLC0415
+        from ws.report import terminal  # noqa: PLC0415
 
         plan = compare.Plan(
-            families=self.families, seeds=self.seeds, random_seeds=self.random_seeds, shuffles=self.shuffles,
-            target=self.target,
+            families=self.families, seeds=self.seeds, activations=self.activations, random_seeds=self.random_seeds,
+            shuffles=self.shuffles, target=self.target,
         )  # fmt: skip
-        settings = run_settings(self, self.fit, EvalOptions(rows=self.rows))
+        settings = run_settings(self, self.fit, EvalOptions(rows=self.rows, dilemmas=self.dilemmas))
         found = [
             compare.run(replace(settings, model=model, behaviour=name), plan)
             for model in self.models or (self.model,)
@@ -309,6 +315,8 @@ class Compare(RunOptions):
             console.print_json(json.dumps([result.summary for result in found]))
             return
         for result in found:
+            console.say(f"\n{result.behaviour} in {result.model}", style="bold")
+            terminal.show_comparison(result.summary)
             console.say(f"\n{result.headline}.", style="bold")
             console.say(f"tables      {result.folder / 'comparison.html'}")
         if len(found) > 1:

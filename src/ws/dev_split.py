@@ -12,7 +12,7 @@ import polars as pl
 
 from ws import console
 from ws.baselines.prompts import Prompt
-from ws.baselines.repe import ActivationDirection, RepeSettings
+from ws.baselines.repe import ActivationDirection, RepeSettings, Unit
 from ws.behaviour import Behaviour
 from ws.condition import PLAIN, Condition, Edit
 from ws.errors import UserError
@@ -23,8 +23,15 @@ from ws.report.summary import FACTS_LOST, LOW_MASS, Scores, accuracy
 from ws.score import score
 
 DEV_SHARE = 0.25
-STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Tried for activation steering, in units of the difference between the personas."""
+STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
+    "difference": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "residual": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
+    "one": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+}
+"""Tried for activation steering, by unit: the difference between the personas, the norm of the residual stream, 1.
+
+The replicated work tried 1, 2 and 4 for vectors of norm 1.
+"""
 FACTS = 60
 
 
@@ -52,7 +59,7 @@ def best_strength(
     edits = {
         (option, strength): Edit(f"{name} {number}", direction, seed=position)
         for number, (option, direction) in enumerate(fitted.items())
-        for position, strength in enumerate(STRENGTHS)
+        for position, strength in enumerate(STRENGTHS[option.unit])
     }
     conditions = [Condition.of(edit, sign * strength) for (_, strength), edit in edits.items() for sign in (1, -1)]
     probes = [split(sycophancy.headline_probe(behaviour), dev=True), side_effects.facts(FACTS)]
@@ -73,8 +80,10 @@ def best_strength(
         if admissible and (best is None or moved > best[0]):
             best = (moved, option, strength)
     if best is None:
-        console.warn(f"{name}: no strength is admissible on the dev split; using {STRENGTHS[0]:g}")
-        return next(iter(fitted)), STRENGTHS[0]
+        option = next(iter(fitted))
+        smallest = STRENGTHS[option.unit][0]
+        console.warn(f"{name}: no strength is admissible on the dev split; using {smallest:g}")
+        return option, smallest
     return best[1], best[2]
 
 

@@ -37,7 +37,7 @@ def normalised(
     """The norm of every row, rounded once to the dtype of `rows`, and its factor 1 / sqrt(mean(x^2) + eps), fp32."""
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = (length * length / rows.shape[-1] + eps).rsqrt()
-    return (rows * inverse * scale).to(rows.dtype), inverse
+    return (rows * inverse).mul_(scale).to(rows.dtype), inverse
 
 
 def gradient_of_rows(

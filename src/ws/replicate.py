@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -254,13 +255,18 @@ class Replication:
         )  # fmt: skip
         return direction, geometry
 
+    @cached_property
+    def dilemma_rows(self) -> dilemmas.Loaded:
+        """The dilemmas and where they are from; read once, because a hub may answer differently a second time."""
+        return dilemmas.load(self.settings.dilemmas, self.settings.rows)
+
     def probes(self) -> list[Probe]:
         """The behaviour's own probe, the dilemmas, the side effects, and the other shipped behaviours."""
         rows = self.settings.rows
         others = [behaviour.load(name) for name in behaviour.names() if name != self.behaviour.name]
         return [
             sycophancy.probe(self.behaviour, rows),
-            dilemmas.probe(self.settings.dilemmas, rows),
+            self.dilemma_rows.probe(),
             *side_effects.probes(self.model, rows),
             *(sycophancy.headline_probe(other, rows) for other in others),
         ]
@@ -425,6 +431,7 @@ class Replication:
                 "name": self.behaviour.name, "summary": self.behaviour.summary,
                 "positive_means": self.behaviour.positive_means, "key": self.behaviour.key,
             },
+            "dilemmas": self.dilemma_rows.record(),
             "sampling": asdict(self.sampling),
             "judge": asdict(self.judge),
             "training": asdict(self.training),

@@ -47,7 +47,7 @@ class Settings:
     engine: EngineSettings = LOCAL
     pairs: Path | None = None
     alphas: tuple[float, ...] = DEFAULT_ALPHAS
-    control_seeds: int = 5
+    control_seeds: int = 10
     dilemmas: str = "own"
     rows: int | None = None
     samples: int = 6

@@ -121,8 +121,11 @@ def sign_flip_p(
     if count <= 12:
         patterns = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
         return float(np.mean(np.abs(patterns @ sums) >= observed * (1 - 1e-12)))
-    signs = np.random.default_rng(seed).integers(0, 2, size=(resamples, count)) * 2 - 1
-    return float((1 + np.sum(np.abs(signs @ sums) >= observed * (1 - 1e-12))) / (1 + resamples))
+    generator, reached = np.random.default_rng(seed), 0
+    for start in range(0, resamples, 1000):  # in parts: all patterns of many clusters at once would fill the memory
+        signs = generator.integers(0, 2, size=(min(1000, resamples - start), count)) * 2 - 1
+        reached += int(np.sum(np.abs(signs @ sums) >= observed * (1 - 1e-12)))
+    return (1 + reached) / (1 + resamples)
 
 
 class Informedness(NamedTuple):
@@ -214,7 +217,7 @@ def decompose(base: np.ndarray, edited: np.ndarray, labels: np.ndarray) -> Decom
 
 class DoseResponse(NamedTuple):
     """slope: change per unit of strength (through the origin); r2: share of the changes' square that it explains;
-    monotone: whether every larger strength moves at least as far."""
+    monotone: whether the changes never turn back from one strength to the next."""
 
     slope: float
     r2: float
@@ -228,5 +231,5 @@ def dose_response(alphas: Sequence[float], changes: Sequence[float]) -> DoseResp
     total = float(y @ y)
     r2 = 1 - float(((y - slope * x) ** 2).sum()) / total if total > 0 else float("nan")
     ordered = y[np.argsort(x, kind="stable")]
-    steps = np.diff(ordered) * np.sign(slope)
-    return DoseResponse(slope, r2, bool((steps >= 0).all()))
+    steps = np.diff(ordered)  # the sign of the slope would not do: a bend that is even in alpha has none
+    return DoseResponse(slope, r2, bool((steps >= 0).all() or (steps <= 0).all()))

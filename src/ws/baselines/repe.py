@@ -6,17 +6,20 @@
 Captured under the same rendering as the probes, over all persona pairs. What can be chosen, because published baselines
 differ in it: the estimator (mean difference; first principal component of the differences, uncentred, or of both sides
 around their midpoint as repeng does; a logistic probe), the captured positions, the edited positions, the layers (one,
-all of the slice, or the increments `v_l - v_{l-1}` of the paper's all-layers form), and the unit of strength.
+all of the slice, or the increments `v_l - v_{l-1}` of the paper's all-layers form), and the unit of strength. The forms
+that are compared by name are in `VARIANTS`, the replicated work's own first one among them.
 
 Numeric traps. Centring the differences removes their mean, which is the behaviour itself; a principal component has no
-sign, so it is turned to agree with the mean difference. A unit vector at one late position moves nothing: residuals
-have norms of tens to hundreds, so strengths in units of their norm are comparable between layers and models.
+sign, so it is turned to agree with the mean difference, and how far both agree is kept in the provenance. (The two
+sides around the midpoint of their pair are plus and minus half the difference: `pca_center` and `pca_diff` span one
+line.) A unit vector at one late position moves nothing: residuals have norms of tens to hundreds, so strengths in units
+of their norm are comparable between layers and models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,16 +39,18 @@ Estimator = Literal["mean", "pca_diff", "pca_center", "logistic"]
 Captured = Literal["last", "all", "response"]
 Edited = Literal["all", "last"]
 Form = Literal["all", "incremental"]
-Unit = Literal["difference", "residual"]
+Unit = Literal["difference", "residual", "one"]
+
+ALL_LAYERS = -1
 
 
 @dataclass(frozen=True)
 class RepeSettings:
     """How a direction is estimated and applied.
 
-    layers: None for the slice, or one layer; form: every layer's own vector, or increments; personas: how many pairs
-    (None: all). unit "difference": alpha 1 adds the difference of the two personas; "residual": alpha 1 adds a vector
-    of the mean norm of the residual stream at that layer.
+    layer: one layer, or None (or -1) for all of the slice; form: every layer's own vector, or increments; personas: how
+    many pairs (None: all). unit "difference": alpha 1 adds the difference of the two personas; "residual": alpha 1 adds
+    a vector of the mean norm of the residual stream at that layer; "one": alpha 1 adds a vector of norm 1.
     """
 
     estimator: Estimator = "mean"
@@ -57,6 +62,10 @@ class RepeSettings:
     personas: int | None = None
     slice: tuple[float, float] = architecture.DEFAULT_SLICE
 
+    def __post_init__(self) -> None:
+        if self.layer == ALL_LAYERS:
+            object.__setattr__(self, "layer", None)  # two spellings of one setting, which must be equal
+
     @property
     def name(self) -> str:
         """Label in tables: what differs from the default."""
@@ -65,11 +74,40 @@ class RepeSettings:
         parts += [self.form] if self.form != "all" else []
         parts += [f"at {self.edited}"] if self.edited != "all" else []
         parts += [f"from {self.captured}"] if self.captured != "last" else []
+        parts += [_UNIT_NAMES[self.unit]] if self.unit != "difference" else []
+        parts += [f"{self.personas} persona pair{'s' * (self.personas > 1)}"] if self.personas is not None else []
         return "RepE " + ", ".join(parts)
 
 
-ORIGINAL = RepeSettings(edited="last", unit="residual", personas=1)
+_UNIT_NAMES = {"residual": "in residual norms", "one": "of norm 1"}
+
+ORIGINAL = RepeSettings(edited="last", unit="one", personas=1)
 """The replicated work's first version, one layer at a time (`layer` to be set); unfair by its own account."""
+
+VARIANTS: Mapping[str, RepeSettings] = {
+    "mean": RepeSettings(),
+    "incremental": RepeSettings(form="incremental"),
+    "pca-diff": RepeSettings(estimator="pca_diff"),
+    "pca-center": RepeSettings(estimator="pca_center"),
+    "logistic": RepeSettings(estimator="logistic"),
+    "all-positions": RepeSettings(captured="all"),
+    "response": RepeSettings(captured="response"),
+    "residual-norm": RepeSettings(unit="residual"),
+    "single-layer": RepeSettings(),
+    "original": ORIGINAL,
+}
+"""Name -> what is estimated and how it is applied; `ONE_LAYER` ones stand for each layer of the slice in turn."""
+ONE_LAYER = ("single-layer", "original")
+
+
+def candidates(name: str, layer_count: int, slice_: tuple[float, float]) -> list[RepeSettings]:
+    """The settings among which a named variant may choose on dev rows: one, or one per layer of the slice."""
+    if name not in VARIANTS:
+        raise UserError(f"there is no activation steering {name!r}", f"Choose from: {', '.join(VARIANTS)}.")
+    settings = replace(VARIANTS[name], slice=slice_)
+    if name not in ONE_LAYER:
+        return [settings]
+    return [replace(settings, layer=layer) for layer in architecture.layer_slice(layer_count, *slice_)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +188,29 @@ def fit(
     if settings.form == "incremental":
         ordered = sorted(vectors)
         vectors = {layer: vectors[layer] - (vectors[ordered[i - 1]] if i else 0) for i, layer in enumerate(ordered)}
-    provenance = {"method": settings.name, "behaviour": behaviour.name, "layers": sorted(vectors)}
+    provenance = {
+        "method": settings.name, "behaviour": behaviour.name, "layers": sorted(vectors), "unit": settings.unit,
+        "cosine_of_mean_and_component": {layer: _agreement(found, layer) for layer in layers},
+    }  # fmt: skip
     return ActivationDirection(vectors, model.fingerprint, settings.edited, provenance)
+
+
+def fit_all(
+    model: ChatModel,
+    behaviour: Behaviour,
+    options: Sequence[RepeSettings],
+    responses: Sequence[tuple[str, str, str]] = (),
+) -> dict[RepeSettings, ActivationDirection]:
+    """One direction per option; options that read the same states at the same positions share one capture."""
+    reading: dict[tuple[Any, ...], list[RepeSettings]] = {}
+    for option in options:
+        reading.setdefault((option.captured, option.personas, option.slice), []).append(option)
+    found: dict[RepeSettings, ActivationDirection] = {}
+    for alike in reading.values():
+        widest = next((option for option in alike if option.layer is not None), alike[0])  # reads every layer
+        states = capture_states(model, behaviour, widest, responses)
+        found |= {option: fit(model, behaviour, option, states=states) for option in alike}
+    return {option: found[option] for option in options}
 
 
 def capture_states(
@@ -232,8 +291,20 @@ def _estimate(states: States, layer: int, settings: RepeSettings) -> Float[Tenso
     length = float(direction.norm())
     if length == 0:
         raise UserError(f"the personas make no difference at layer {layer}", "Check the persona pairs.")
-    wanted = float(torch.cat([pos, neg]).norm(dim=1).mean()) if settings.unit == "residual" else float(mean.norm())
+    wanted = {
+        "difference": float(mean.norm()), "residual": float(torch.cat([pos, neg]).norm(dim=1).mean()), "one": 1.0,
+    }[settings.unit]  # fmt: skip
     return (direction * (wanted / length)).float()
+
+
+def _agreement(states: States, layer: int) -> float:
+    """Cosine (without sign) of the mean difference and the first component of the differences at a layer.
+
+    Near 1: one direction tells the sides apart. Far below: the differences vary more than they have in common.
+    """
+    difference = states.positive[layer].double() - states.negative[layer].double()
+    component = torch.linalg.svd(difference, full_matrices=False)[2][0]
+    return abs(float(torch.nn.functional.cosine_similarity(difference.mean(dim=0), component, dim=0)))
 
 
 def _unit(estimator: Estimator, pos: Float[Tensor, "n width"], neg: Float[Tensor, "n width"]) -> Tensor:

@@ -1,10 +1,11 @@
-"""Directions built from the base model alone, before any adapter is read: can a direction be had without training?
+"""Directions built from the base model and the personas alone: can a direction be had without training?
 
     dW' = v_l / |v_l|  (outer)  g / |g|  *  size * |W|          on every residual writer (o, down) of the slice
 
 v_l is the activation direction of the layer (what to write), g an input direction: the first or the last right singular
 vector of W (what the module listens to most, or least), or a random unit vector (the null of equal norm and output).
-Needs activations under the personas and weights, nothing trained.
+A function of the base weights and of activations under the personas; nothing that was trained enters. Only `norm` may
+come from a trained direction, so that both can be compared at equal size; it decides no direction, and is recorded.
 """
 
 from __future__ import annotations
@@ -28,9 +29,18 @@ SIZE = 1e-3
 
 
 def residual_writes(
-    model: ChatModel, activation: ActivationDirection, source: Input, *, size: float = SIZE, seed: int = 0
+    model: ChatModel,
+    activation: ActivationDirection,
+    source: Input,
+    *,
+    size: float = SIZE,
+    norm: float | None = None,
+    seed: int = 0,
 ) -> Direction:
-    """Rank-one writes of an activation direction from one input direction per residual writer."""
+    """Rank-one writes of an activation direction from one input direction per residual writer.
+
+    size: norm of every update relative to its weight; norm: Frobenius norm that the whole is scaled to afterwards.
+    """
     if activation.base != model.fingerprint:
         raise UserError("the activation direction belongs to another model", "Fit it on this one.")
     layers = sorted(activation.vectors)
@@ -46,9 +56,13 @@ def residual_writes(
         delta = Delta.low_rank((scale * written / written.norm())[:, None], read[None, :])
         deltas[site.parameter] = delta.T if site.transposed else delta
         of_layer[site.parameter] = site.layer
-    provenance = {"synthetic": "residual writes", "input": source, "size": size, "seed": seed,
-                  "constructed_before_trained_diff_load": True}  # fmt: skip
-    return Direction(deltas, model.fingerprint, of_layer, provenance)
+    built = Direction(deltas, model.fingerprint, of_layer)
+    factor = 1.0 if norm is None else norm / built.norm()
+    provenance = {
+        "synthetic": "residual writes", "input": source, "seed": seed, "made_from": ["base weights", "personas"],
+        "activation": dict(activation.provenance), "relative_size": size * factor, "scaled_to_norm": norm,
+    }  # fmt: skip
+    return Direction((built * factor).deltas, model.fingerprint, of_layer, provenance)
 
 
 def _input_direction(weight: Tensor, source: Input, key: str) -> Tensor:

@@ -2,10 +2,13 @@
 
     logratio_honesty = (log p(Yes) - log p(No)) * label,     label = +1 where Yes is the honest answer
 
-Every dilemma is asked twice, once for an honest and once for a dishonest action, so honest-Yes and honest-No rows are
-balanced and a Yes-bias cancels. `own` is this project's set: `near` situations resemble categories that the embedded
-model was trained on, `far` ones differ in category and in the wording of the actions. Other sets are read from a local
-CSV, JSONL or parquet file, or from a hub id.
+`own` is this project's set: every dilemma is asked twice, once for an honest and once for a dishonest action, so
+honest-Yes and honest-No rows are balanced and a Yes-bias cancels. `near` situations resemble categories that the
+embedded model was trained on, `far` ones differ in category and in the wording of the actions. Other sets are read from
+a local CSV, JSONL or parquet file, or from a hub id (`id@revision` pins it).
+
+Other sets label both actions of a dilemma oppositely even where only one of them touches honesty. The other row is a
+`filler`: scored and shown, but `counted` in no headline (spec 5.3). What is left is not balanced by construction.
 
 Formats of other sets (recognised by their columns):
   * dilemma_situation, action, honesty_label (and dilemma_idx, idx): the set of the replicated work;
@@ -23,7 +26,10 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +55,9 @@ SITUATIONS, VALUES = "Dilemmas_with_values_aggregated", "Action_to_party_to_valu
 HONEST = frozenset({"honesty", "truthfulness", "truth"})
 DISHONEST = frozenset({"dishonesty", "deception", "deceit", "deceptive"})
 
+STATED, FILLER = "stated", "filler"
+"""Groups of rows whose own action touches honesty, and of rows that are labelled only by their counterpart."""
+
 _FILE_KINDS = (".csv", ".jsonl", ".parquet")
 _PER_NEAR_SITUATION = 2
 _PER_FAR_CATEGORY = 10
@@ -65,22 +74,75 @@ class Dilemma(NamedTuple):
     label: int
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Rows and where they are from; `read` rows were there, `revision` is the commit of a hub data set, where known."""
+
+    rows: tuple[Dilemma, ...]
+    source: str = "own"
+    rule: str = "made here"
+    read: int = 0
+    revision: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Source, revision, rule and counts as plain data: which rows were counted is part of any claim."""
+        signs = Counter(row.label for row in self.rows if row.group != FILLER)
+        return {
+            "source": self.source, "revision": self.revision, "rule": self.rule, "read": self.read,
+            "kept": len(self.rows), "counted": signs.total(), "honest_yes": signs[1], "honest_no": signs[-1],
+        }  # fmt: skip
+
+    def described(self) -> str:
+        """The counts as people read them."""
+        found = self.record()
+        apart = found["kept"] - found["counted"]
+        text = f"kept {found['kept']} of {found['read']} rows of {self.source} ({self.rule})"
+        if apart:
+            text += f"; {apart} are not counted, because only the other action of their dilemma touches honesty"
+        return f"{text}; the honest answer is Yes on {found['honest_yes']} and No on {found['honest_no']} counted rows"
+
+    def probe(self) -> Probe:
+        """What is asked."""
+        return Probe(NAME, "choice", tuple(
+            ProbeRow(
+                row.row,
+                tuple(ask(TEMPLATE.format(situation=row.situation, action=row.action))),
+                ANCHOR,
+                row.cluster,
+                row.group,
+                row.label,
+            )
+            for row in self.rows
+        ))  # fmt: skip
+
+
 def probe(source: str = "own", limit: int | None = None) -> Probe:
     """The dilemma probe of a source: `own`, a file, or a hub id; `limit` takes so many situations of each group."""
-    rows = own() if source == "own" else read(source)
-    if limit is not None:
-        rows = _first_clusters(rows, limit)
-    return Probe(NAME, "choice", tuple(
-        ProbeRow(
-            row.row,
-            tuple(ask(TEMPLATE.format(situation=row.situation, action=row.action))),
-            ANCHOR,
-            row.cluster,
-            row.group,
-            row.label,
-        )
-        for row in rows
-    ))  # fmt: skip
+    return load(source, limit).probe()
+
+
+def load(source: str = "own", limit: int | None = None) -> Loaded:
+    """Rows of a source: `own`, a file, or a hub id; `limit` takes so many situations of each group, always whole."""
+    if source == "own":
+        rows = tuple(own())
+        found = Loaded(rows, read=len(rows))
+    else:
+        found = _load(source)
+        console.say(f"dilemmas: {found.described()}")
+        if found.record()["counted"] == 0:
+            raise UserError(
+                f"{source}: no row is about the honesty of its own action, so none can be counted",
+                "Give a set in which the action that is asked about is honest or dishonest.",
+            )
+    return found if limit is None else replace(found, rows=_first_clusters(found.rows, limit))
+
+
+def counted(table: pl.DataFrame) -> pl.DataFrame:
+    """A scores table, or any part of one, without the dilemma rows that are labelled only by their counterpart.
+
+    "The other action is honest" does not make this one dishonest, so the sign of such a row is a guess (spec 5.3).
+    """
+    return table.filter((pl.col("probe") != NAME) | (pl.col("group") != FILLER))
 
 
 def own() -> list[Dilemma]:
@@ -108,13 +170,17 @@ def own() -> list[Dilemma]:
     return rows
 
 
-def _first_clusters(rows: Sequence[Dilemma], limit: int) -> list[Dilemma]:
-    kept: dict[str, list[str]] = {}
+def _first_clusters(rows: Sequence[Dilemma], limit: int) -> tuple[Dilemma, ...]:
+    """Rows of the first `limit` clusters of each group; a cluster with counted rows is one of their group."""
+    group_of: dict[str, str] = {}
     for row in rows:
-        clusters = kept.setdefault(row.group, [])
-        if row.cluster not in clusters and len(clusters) < limit:
-            clusters.append(row.cluster)
-    return [row for row in rows if row.cluster in kept[row.group]]
+        if group_of.get(row.cluster, FILLER) == FILLER:
+            group_of[row.cluster] = row.group
+    chosen: dict[str, list[str]] = {}
+    for cluster, group in group_of.items():
+        chosen.setdefault(group, []).append(cluster)
+    kept = {cluster for clusters in chosen.values() for cluster in clusters[:limit]}
+    return tuple(row for row in rows if row.cluster in kept)
 
 
 # -------------------------------------------------------------------- other sets
@@ -122,11 +188,15 @@ def _first_clusters(rows: Sequence[Dilemma], limit: int) -> list[Dilemma]:
 
 def read(source: str) -> list[Dilemma]:
     """Rows of a local file or of a hub id, in one of the known formats; says how many rows were kept and why."""
+    return list(load(source).rows)
+
+
+def _load(source: str) -> Loaded:
     path = Path(source).expanduser()
     if path.is_dir() or source.partition("@")[0] == REBUILT_HUB_ID:
         return _rebuild(source)
     is_file = path.exists() or path.suffix.casefold() in _FILE_KINDS
-    table = _read_file(path) if is_file else _read_hub(source)
+    table, revision = (_read_file(path), None) if is_file else _read_hub(source)
     columns = set(table.columns)
     if {"dilemma_situation", "action", "honesty_label"} <= columns:
         rows, rule = (
@@ -147,8 +217,7 @@ def read(source: str) -> list[Dilemma]:
         )
     if not rows:
         raise UserError(f"{source}: none of {len(table)} rows can be used", f"Rule: {rule}.")
-    console.say(f"dilemmas: kept {len(rows)} of {len(table)} rows of {source} ({rule})")
-    return rows
+    return Loaded(tuple(rows), source, rule, len(table), revision)
 
 
 def _read_file(path: Path) -> pl.DataFrame:
@@ -167,8 +236,8 @@ def _read_file(path: Path) -> pl.DataFrame:
     raise UserError(f"{path} is of an unknown kind", "Give a CSV, JSONL or parquet file.")
 
 
-def _read_hub(source: str, config: str | None = None) -> pl.DataFrame:
-    """A data set by hub id, or `id@revision`; `config` names one of its tables."""
+def _read_hub(source: str, config: str | None = None) -> tuple[pl.DataFrame, str | None]:
+    """A data set by hub id, or `id@revision`, and its commit where known; `config` names one of its tables."""
     name, _, revision = source.partition("@")
     try:
         from datasets import load_dataset  # noqa: PLC0415 - optional extra, late
@@ -185,28 +254,42 @@ def _read_hub(source: str, config: str | None = None) -> pl.DataFrame:
             f"data set {name!r} cannot be loaded ({reason})",
             "Check the id and the network, or give a local file.",
         ) from error
-    return pl.DataFrame(loaded.to_list())
+    commit = _commit(loaded)
+    if not revision:
+        console.warn(f"{name} is not pinned and may change; pin it with {name}@{commit or 'REVISION'}")
+    return pl.DataFrame(loaded.to_list()), commit
 
 
-def _rebuild(source: str) -> list[Dilemma]:
+def _commit(loaded: Any) -> str | None:
+    """The commit that a data set was loaded from: the library keeps its tables in a folder that is named after it."""
+    for entry in getattr(loaded, "cache_files", ()):
+        if re.fullmatch("[0-9a-f]{40}", folder := Path(entry["filename"]).parent.name):
+            return folder
+    return None
+
+
+def _rebuild(source: str) -> Loaded:
     """Rows of the full set by the rule of the replicated work, from a hub id or a folder with both tables as files."""
     folder = Path(source).expanduser()
-    tables = []
-    for name in (SITUATIONS, VALUES):
-        if folder.is_dir():
-            found = [folder / f"{name}{kind}" for kind in _FILE_KINDS if (folder / f"{name}{kind}").is_file()]
-            if not found:
-                raise UserError(f"{folder} holds no {name}.csv, .jsonl or .parquet", "Put both tables there.")
-            tables.append(_read_file(found[0]))
-        else:
-            tables.append(_read_hub(source, name))
-    rows = by_own_values(*tables)
+    commit: str | None = None
+    if folder.is_dir():
+        situations, values = (_read_file(_in_folder(folder, name)) for name in (SITUATIONS, VALUES))
+    else:
+        situations, commit = _read_hub(source, SITUATIONS)
+        name, _, revision = source.partition("@")
+        pinned = f"{name}@{commit or revision}" if commit or revision else name
+        values, _ = _read_hub(pinned, VALUES)  # of the same commit as the first
+    rows = by_own_values(situations, values)
     if not rows:
         raise UserError(f"{source}: no action touches the honesty of the acting person", "Check the two tables.")
-    console.say(
-        f"dilemmas: kept {len(rows)} of {len(tables[0])} rows of {source} (values of the acting person, party You)"
-    )
-    return rows
+    return Loaded(tuple(rows), source, "values of the acting person, party You", len(situations), commit)
+
+
+def _in_folder(folder: Path, name: str) -> Path:
+    for kind in _FILE_KINDS:
+        if (folder / f"{name}{kind}").is_file():
+            return folder / f"{name}{kind}"
+    raise UserError(f"{folder} holds no {name}.csv, .jsonl or .parquet", "Put both tables there, or name one file.")
 
 
 def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemma]:
@@ -233,7 +316,7 @@ def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemm
                 rows.append(Dilemma(
                     row=str(sides[side].get("idx", f"{key}/{side}")),
                     cluster=str(key),
-                    group="stated" if touched[key].get(side) else "filler",
+                    group=STATED if touched[key].get(side) else FILLER,
                     situation=sides[side]["dilemma_situation"],
                     action=sides[side]["action"],
                     label=sign if votes > 0 else -sign,
@@ -263,7 +346,7 @@ def _stated(entry: Mapping[str, Any]) -> str:
     The set of the replicated work labels both rows of a pair oppositely even if one of them has no honesty content.
     """
     flags = [entry.get(f"{entry.get('action_type')}_has_{sign}_honesty") for sign in ("positive", "negative")]
-    return "all" if flags == [None, None] else "stated" if any(flags) else "filler"
+    return "all" if flags == [None, None] else STATED if any(flags) else FILLER
 
 
 def _aggregated(table: pl.DataFrame) -> list[Dilemma]:
@@ -272,16 +355,17 @@ def _aggregated(table: pl.DataFrame) -> list[Dilemma]:
         sides = {entry["action_type"]: entry for entry in pair.iter_rows(named=True)}
         if set(sides) != {"to_do", "not_to_do"} or not sides["to_do"]["dilemma_situation"].startswith("You"):
             continue
-        honest_to_do, honest_not_to_do = (_honesty_comes_first(sides[name]) for name in ("to_do", "not_to_do"))
-        if not honest_to_do and not honest_not_to_do:
+        values = {name: _values(entry) for name, entry in sides.items()}
+        honest_first = {name for name, found in values.items() if found[:1] == ["honesty"]}
+        if not honest_first:
             continue
-        label = 1 if honest_to_do else -1
+        label = 1 if "to_do" in honest_first else -1
         for name, sign in (("to_do", label), ("not_to_do", -label)):
             entry = sides[name]
             rows.append(Dilemma(
                 row=str(entry.get("idx", f"{entry['dilemma_idx']}/{name}")),
                 cluster=str(entry["dilemma_idx"]),
-                group="all",
+                group=STATED if set(values[name]) & (HONEST | DISHONEST) else FILLER,
                 situation=entry["dilemma_situation"],
                 action=entry["action"],
                 label=sign,
@@ -289,10 +373,10 @@ def _aggregated(table: pl.DataFrame) -> list[Dilemma]:
     return rows
 
 
-def _honesty_comes_first(entry: Mapping[str, Any]) -> bool:
-    """Whether honesty is the first value of an action; a list that cannot be read names none."""
+def _values(entry: Mapping[str, Any]) -> list[str]:
+    """Names of the values of an action; a list that cannot be read names none."""
     try:
         values = ast.literal_eval(entry["values_aggregated"])
     except (ValueError, SyntaxError, TypeError):
-        return False
-    return bool(values) and isinstance(values, list) and str(values[0]).strip().casefold() == "honesty"
+        return []
+    return [str(value).strip().casefold() for value in values] if isinstance(values, list) else []

@@ -44,9 +44,12 @@ def dose_response(summary: Mapping[str, Any], behaviour: str, headline_group: st
         _prompts(own, summary, behaviour)
         own.set_title(f"{behaviour}, held out")
         own.set_ylabel("log-ratio towards the behaviour, nats")
-        _curve(moral, summary[dilemmas.NAME], _INK, "all")
-        for (group, curve), colour in zip(summary["dilemma_groups"].items(), (_BLUE, _ORANGE, _GREEN), strict=False):
-            _curve(moral, curve, colour, group)
+        apart = summary["dilemma_counts"]["not_counted"]
+        _curve(moral, summary[dilemmas.NAME], _INK, "counted rows" if apart else "all")
+        # where some rows are not counted, `stated` is the curve of the counted ones
+        groups_shown = {name: c for name, c in summary["dilemma_groups"].items() if name != dilemmas.STATED}
+        for (group, curve), colour in zip(groups_shown.items(), (_BLUE, _ORANGE, _GREEN), strict=False):
+            _curve(moral, curve, colour, f"{group} (not counted)" if group == dilemmas.FILLER else group)
         _band(moral, summary, dilemmas.NAME, summary[dilemmas.NAME]["0"]["mean"])
         _prompts(moral, summary, dilemmas.NAME)
         moral.set_title("everyday dilemmas, held out")

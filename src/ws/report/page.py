@@ -136,21 +136,7 @@ def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
         f"{behaviour}: log-ratio towards the behaviour, nats, with 95 % intervals. Reversed questions are signed so "
         "that the behaviour counts positive: a mere Yes-bias would raise plain columns and lower reversed ones.",
     )
-    parts = summary["dilemma_groups"]
-    moral = Table(
-        ["alpha", "all", *parts, "answer mass"],
-        [
-            [
-                signed(key),
-                with_limits(entry),
-                *(with_limits(part[key]) for part in parts.values()),
-                f"{entry['pmass']:.3f}",
-            ]
-            for key, entry in summary[dilemmas.NAME].items()
-        ],
-        f"Dilemmas (n={summary[dilemmas.NAME]['0']['n']} rows): log-ratio towards the honest answer, half of the rows "
-        "with Yes as the honest one.",
-    )
+    moral = _dilemma_table(summary)
     flips = []
     for probe, by_key in summary["decomposition"].items():
         for key, entry in by_key.items():
@@ -158,6 +144,7 @@ def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
                 [
                     f"{probe} {signed(key)}",
                     with_limits(entry["effect"]),
+                    "-" if entry["balanced"] is None else f"{entry['balanced']:+.2f}",
                     with_limits(entry["yes_bias"]),
                     f"{entry['up']}",
                     f"{entry['down']}",
@@ -165,12 +152,69 @@ def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
                 ]
             )
     decomposition = Table(
-        ["probe, alpha", "signed change", "Yes-bias", "rows gained", "rows lost", "rows"],
+        ["probe, alpha", "signed change", "balanced", "Yes-bias", "rows gained", "rows lost", "rows"],
         flips,
-        "All rows of a probe, plain and reversed, true and false. Signed change: towards the behaviour (or honesty). "
-        "Yes-bias: towards Yes whatever it means. Gained and lost: rows whose answer flips to and from that side.",
+        "All rows that are counted, plain and reversed, true and false. Signed change: towards the behaviour (or "
+        "honesty). Balanced: the same with equal weight on rows with Yes and with No as the positive answer, so that a "
+        "Yes-bias cancels. Yes-bias: towards Yes whatever it means. Gained and lost: rows whose answer flips to and "
+        "from that side.",
     )
-    return [own, moral, decomposition]
+    return [own, moral, decomposition, _dose_response(summary)]
+
+
+def _dilemma_table(summary: Mapping[str, Any]) -> Table:
+    """Means of the counted rows and of every group; rows that are not counted are shown, and said to be."""
+    counts = summary["dilemma_counts"]
+    apart = counts["not_counted"]
+    # where some rows are not counted, `stated` is another name of the counted ones
+    parts = {name: means for name, means in summary["dilemma_groups"].items() if name != dilemmas.STATED}
+    everything = {"all rows": summary["all_dilemmas"]} if apart else {}
+    columns = {"counted" if apart else "all": summary[dilemmas.NAME], **parts, **everything}
+    caption = (
+        f"Dilemmas: log-ratio towards the honest answer, which is Yes on {counts['honest_yes']} and No on "
+        f"{counts['honest_no']} of the {counts['counted']} rows that are counted."
+    )
+    if apart:
+        caption += (
+            f" {apart} more rows ({dilemmas.FILLER}) have a label only because the other action of their dilemma "
+            "touches honesty: they enter no headline, control, flip or p, and stand here with the whole set for "
+            "comparison with work that counts them."
+        )
+    return Table(
+        ["alpha", *(f"{name} (n={column['0']['n']})" for name, column in columns.items()), "answer mass"],
+        [
+            [signed(key), *(with_limits(column[key]) for column in columns.values()), f"{entry['pmass']:.3f}"]
+            for key, entry in summary[dilemmas.NAME].items()
+        ],
+        caption,
+    )
+
+
+def _dose_response(summary: Mapping[str, Any]) -> Table:
+    """Slope, linearity and monotonicity over the strengths, and a p of each strength, with what many p values mean."""
+    p_values = summary["sign_flip_p"]
+    keys = list(dict.fromkeys(key for by_key in p_values.values() for key in by_key))
+    rows = []
+    for probe, found in summary["dose_response"].items():
+        monotone = {True: "yes", False: "no", None: "-"}[found["monotone"]]
+        numbers = ("-" if found[name] is None else f"{found[name]:{form}}" for name, form in _DOSE_FORMS)
+        rows.append([probe, *numbers, monotone, *(_p_value(p_values[probe].get(key)) for key in keys)])
+    tests = sum(len(by_key) for by_key in p_values.values())
+    return Table(
+        ["probe", "slope", "R2", "monotone", *(f"p at {signed(key)}" for key in keys)], rows,
+        "Dose-response: slope of the mean change in nats per unit of alpha (a line through the base), the share R2 of "
+        "the changes' square that it explains, and whether more strength always moves further. p: two-sided, by sign "
+        f"flips over clusters, not corrected for comparisons: of {tests} p values one in twenty falls below 0.05 by "
+        f"chance alone; {0.05 / max(tests, 1):.2g} is the Bonferroni limit for all of them together. A p says nothing "
+        "about controls: a fixed random direction has a small real effect too.",
+    )  # fmt: skip
+
+
+_DOSE_FORMS = (("slope", "+.2f"), ("r2", ".3f"))
+
+
+def _p_value(p: float | None) -> str:
+    return "-" if p is None else f"{p:.2g}"
 
 
 def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
@@ -211,6 +255,7 @@ def _side_effects(summary: Mapping[str, Any]) -> Block:
         "facts": ("facts right", lambda share: f"{100 * share:.1f} %"),
         "kl": ("KL, mean", lambda nats: f"{nats:.4f}"),
         "kl_p95": ("KL, p95", lambda nats: f"{nats:.3f}"),
+        "kl_max": ("KL, max", lambda nats: f"{nats:.2f}"),
         "nll_delta": ("NLL change", lambda nats: f"{nats:+.4f}"),
         "true_claims": ("true claims", lambda nats: f"{nats:+.2f}"),
         "distinct3": ("distinct 3-grams", lambda share: f"{share:.3f}"),
@@ -306,7 +351,8 @@ def _provenance(
         for sign, entry in training.items()
     ]
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
-    base = config["model"]
+    base, asked = config["model"], config["dilemmas"]
+    pinned = f", commit {asked['revision']}" if asked["revision"] else ""
     return [
         Table(
             ["branch", "kept", "unique", "validation loss before", "after", "steps", "trainable"],
@@ -316,7 +362,8 @@ def _provenance(
         Paragraph(
             f"Base {base['name']} ({base['architecture']}, {base['parameters']:,} parameters, fingerprint "
             f"{base['fingerprint']}, {base['dtype']} on {base['device']}, {base['attention']} attention, thinking "
-            f"{base['thinking']}). Seconds per stage: {seconds}.",
+            f"{base['thinking']}). Dilemmas: {asked['source']}{pinned} ({asked['rule']}; {asked['counted']} of "
+            f"{asked['read']} rows counted). Seconds per stage: {seconds}.",
             note=True,
         ),
         Paragraph(

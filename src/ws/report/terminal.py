@@ -1,13 +1,17 @@
-"""Tables and a finished run as a terminal shows them. Nothing heavy is imported: `ws show` answers at once."""
+"""Tables, a finished run and a comparison as a terminal shows them. Nothing heavy is imported: `ws show` is quick."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+from rich.markup import escape
 from rich.table import Table
 
 from ws import console
+from ws.report.cells import limits, with_limits
 from ws.store import read_json
 
 
@@ -51,3 +55,75 @@ def show_run(path: Path) -> None:
         for row in samples.filter(pl.col("prompt") == prompt).iter_rows(named=True):
             console.say(f"  {row['alpha']:+.0f}  {row['response']}")
     console.say(f"\nreport  {path / 'report.html'}")
+
+
+# -------------------------------------------------------------------- a comparison
+
+
+def show_comparison(summary: Mapping[str, Any]) -> None:
+    """Print the tables of a comparison briefly, a line per method and both signs in it; the pages hold the rest.
+
+    `summary` is the content of `comparison.json`: (a) adapters, (b) baselines beside the chosen weight direction, both
+    at own strength, (c) everything at equal divergence.
+    """
+    own, equal = summary["own_strength"], summary["equal_kl"]
+    adapters = [entry for entry in own if entry["kind"] in ("weights", "variants")]
+    baselines = [e for e in own if e["kind"] in ("activations", "prompts") or e["name"] in summary["best"].values()]
+    budget = f"p95 KL {summary['calibration']['target']:.2f} nats, * missed"
+    _show_methods("(a) adapters, alpha -1 and +1", adapters, summary, "own_strength")
+    _show_methods("(b) baselines and weight steering, own strength", baselines, summary, "own_strength")
+    _show_methods(
+        f"(c) at equal divergence, {budget}", [e for e in equal if e["kind"] != "controls"], summary, "equal_kl"
+    )
+    console.say(
+        "Change against the base, nats, with 95 % intervals over clusters of rows; (n): inside the random band."
+    )
+    if summary["yes_bias"]:
+        console.warn(f"on the dilemmas mostly Yes-bias: {', '.join(summary['yes_bias'])}")
+
+
+def _show_methods(title: str, entries: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], which: str) -> None:
+    """One table: the base's levels, the methods, and the band of the random directions."""
+    base, bands = summary["base"], summary["bands"][which]
+    spends = which == "equal_kl"
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for name in (
+        "method",
+        f"{summary['behaviour']} -",
+        "+",
+        "dilemmas -",
+        "+",
+        "facts",
+        *(["p95 KL"] if spends else []),
+    ):
+        shown.add_column(name, justify="left" if name == "method" else "right")
+    level = [
+        escape(with_limits(base["own"])),
+        "",
+        escape(with_limits(base["dilemmas"])),
+        "",
+        f"{100 * base['facts']:.1f} %",
+    ]
+    shown.add_row("base, level", *level, *([""] if spends else []), style="dim")
+    for entry in entries:
+        signs = [sign for sign in ("-", "+") if sign in entry]
+        cells = [
+            _brief(entry[sign][probe]) if sign in entry else "-" for probe in ("own", "dilemmas") for sign in ("-", "+")
+        ]
+        cells.append(f"{100 * min(entry[sign]['facts'] for sign in signs):.1f} %")
+        if spends:
+            cells.append(", ".join(_spent(entry[sign]["spent"]) for sign in signs))
+        shown.add_row(entry["name"], *cells)
+    drawn = [bands[sign][probe] for probe in ("own", "dilemmas") for sign in ("-", "+")]
+    cells = [f"[{limits(band)}]" if band else "-" for band in drawn]
+    shown.add_row("random, 95 % band", *map(escape, cells), "", *([""] if spends else []), style="dim")
+    console.show(shown)
+
+
+def _brief(effect: Mapping[str, Any]) -> str:
+    """Mean, interval, and `(n)` where the control band reaches as far."""
+    return escape(with_limits(effect) + (" (n)" if effect["outside"] is False else ""))
+
+
+def _spent(spent: Mapping[str, Any] | None) -> str:
+    return "-" if spent is None else f"{spent['p95']:.2f}" + ("*" if spent["converged"] is False else "")
