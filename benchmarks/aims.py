@@ -90,6 +90,8 @@ def misses(rows: Sequence[Mapping[str, Any]], profiles: Sequence[Mapping[str, An
                 against = f" against {line['peer']}" if aim["quantity"].startswith((RATIO, PEAK)) else ""
                 said = f"{_bound(aim)} is missed, it is {_number(aim['found'])}.{_reason(aim, line, shares)}"
                 found[f"- {line['work']}, {line['size']}{against}: {said}"] = None
+    if not any(line.get("aims") for line in rows):
+        return "Nothing here has an aim."
     return "\n".join(found) or "Every aim in the table is reached."
 
 

@@ -154,6 +154,7 @@ def test_a_miss_is_said_with_its_profile() -> None:
     assert "matrix products 75 %, outside of operations 25 %" in line
     assert "No profile" in aims.misses(rows, [])
     assert "missed" not in aims.misses([record("scoring", "pocket", 1.0, kept)], [profile])
+    assert aims.misses([record()], [profile]) == "Nothing here has an aim."
     assert aims.verdicts(rows[0]["aims"]) == "ratio >= 3 **missed**; share of the GEMM peak >= 0.1 reached"
 
 

@@ -328,12 +328,12 @@ def strengths(method: Method, calibration: Mapping[str, Any]) -> dict[str, Place
     }
 
 
-def _mean_spent(seen: Sequence[Mapping[str, float]], converged: bool | None) -> Spent:
+def _mean_spent(seen: Sequence[Mapping[str, Any]], converged: bool | None) -> Spent:
     p95, mean, maximum = (sum(column) / len(seen) for column in zip(*(_kl(one) for one in seen), strict=True))
     return Spent(p95, mean, maximum, converged)
 
 
-def _kl(known: Mapping[str, float]) -> tuple[float, float, float]:
+def _kl(known: Mapping[str, Any]) -> tuple[float, float, float]:
     return known["p95"], known["mean"], known["maximum"]
 
 

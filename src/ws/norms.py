@@ -73,7 +73,8 @@ def norm(
 ) -> Float[Tensor, "*rows width"]:
     """The norm over the last dimension; with `compiled`, one kernel each way."""
     rows = x.reshape(-1, x.shape[-1])
-    forward, backward = _kernels() if compiled else (normalised, gradient_of_rows)
+    # a single row would have kernels of its own
+    forward, backward = _kernels() if compiled and len(rows) > 1 else (normalised, gradient_of_rows)
     if torch.is_grad_enabled() and (rows.requires_grad or scale.requires_grad):
         return _Normalise.apply(rows, scale, eps, forward, backward).view(x.shape)
     return forward(rows, scale, eps)[0].view(x.shape)
@@ -84,9 +85,18 @@ def norm(
 
 @cache
 def _kernels() -> tuple[Kernel, Kernel]:
-    plain = (inspect.unwrap(one) for one in (normalised, gradient_of_rows))  # a compiler cannot read shape checks
-    forward, backward = (torch.compile(one, dynamic=True) for one in plain)
-    return forward, backward
+    return _compiled(normalised), _compiled(gradient_of_rows)
+
+
+def _compiled(function: Kernel) -> Kernel:
+    """One compiled kernel, whatever the state it is called in: each mode of gradient and autocast would get its own."""
+    kernel = torch.compile(inspect.unwrap(function), dynamic=True)  # a compiler cannot read shape checks
+
+    def call(*given: Tensor | float) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return kernel(*(one.detach() if isinstance(one, Tensor) else one for one in given))
+
+    return call
 
 
 @cache

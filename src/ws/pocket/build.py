@@ -53,10 +53,10 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
     """Settings that are written beside the weights: at this size the defaults for real models do almost nothing.
 
     Chosen for lora, seed 0, with an eye on each behaviour's own probe; the other families take over layers and epochs.
-    The Gemma-3 model follows personas less in its open answers, so its pairs are judged; layer 1 reads its traits.
+    Sampled answers follow a persona not always, so pairs are judged first: unjudged, honesty moved half as far.
     """
     gemma = architecture == "gemma3"
-    where: dict[str, Any] = {"layers": [0.15, 0.35], "epochs": 3} if gemma else {"layers": [0.15, 0.5]}
+    where: dict[str, Any] = {"layers": [0.15, 0.35 if gemma else 0.7], "epochs": 3}
     rates = _LEARNING_RATES | ({"lora": 1e-2} if gemma else {})
     families = {
         family: {
@@ -65,8 +65,11 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
         }
         for family, rate in rates.items()
     }  # fmt: skip
-    judge = {"judge": {"backend": "persona", "threshold": 0.7}} if gemma else {}
-    return {"train": families, "sampling": {"max_new_tokens": 48, "temperature": 0.8}, **judge}
+    return {
+        "train": families,
+        "sampling": {"max_new_tokens": 48, "temperature": 0.8},
+        "judge": {"backend": "persona", "threshold": 0.7},
+    }
 
 
 CHECKPOINT_EVERY = 500

@@ -24,6 +24,8 @@ _COLOURS = {
 }  # fmt: skip
 _LINEAR = 1.0
 """Points of facts lost up to which the axis is linear."""
+_OFFSETS = ((5, 3), (-13, 3), (5, -9), (-13, -9))
+"""Where a number stands beside its mark, in turn, so that neighbours of one height stay readable."""
 
 Entry = Mapping[str, Any]
 
@@ -38,7 +40,8 @@ def draw(
     from matplotlib import lines  # noqa: PLC0415
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    numbers = {entry["name"]: number for number, entry in enumerate(own_strength, 1)}
+    kinds = {entry["name"]: entry["kind"] for entry in (*own_strength, *equal_kl)}
+    numbers = {name: number for number, name in enumerate(kinds, 1)}
     style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, axes = plt.subplots(
@@ -57,10 +60,9 @@ def draw(
         axes[0][0].xaxis.set_major_formatter("{x:g}")
         axes[0][0].invert_xaxis()
         handles = [
-            lines.Line2D([], [], color=_COLOURS[entry["kind"]], marker="o", linestyle="",
-                       label=f"{numbers[entry['name']]}  {entry['name']}")
-            for entry in own_strength
-        ]  # fmt: skip
+            lines.Line2D([], [], color=_COLOURS[kind], marker="o", linestyle="", label=f"{numbers[name]}  {name}")
+            for name, kind in kinds.items()
+        ]
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
@@ -87,5 +89,6 @@ def _panel(axis: Any, entries: Sequence[Entry], sign: str, base_facts: float, nu
         if side["spent"] and side["spent"]["converged"] is False:
             axis.plot(lost, moved, "x", color="black", markersize=9, zorder=4)
         if entry["kind"] in METHODS or abs(lost) > _LINEAR:
-            axis.annotate(str(numbers.get(entry["name"], "")), (lost, moved), fontsize=7.5, color=colour,
-                          xytext=(5, 3), textcoords="offset points")  # fmt: skip
+            number = numbers[entry["name"]]
+            axis.annotate(str(number), (lost, moved), fontsize=7.5, color=colour, xytext=_OFFSETS[number % 4],
+                          textcoords="offset points")  # fmt: skip
