@@ -36,6 +36,9 @@ from ws.score import score
 from ws.settings import make as make_settings
 from ws.store import Shards, content_key, write_json
 
+AT_ONCE = 256
+"""Exchanges that are judged, and kept on disk, together."""
+
 Backend = Literal["auto", "none", "persona", "local-logit", "http"]
 
 
@@ -106,8 +109,8 @@ def judged(
         exchanges = [Exchange(*pair) for pair in pairs.select("prompt", f"response_{side}").iter_rows()]
         scores: list[float] = []
         with console.progress(f"judging {side}", total=len(exchanges)) as bar:
-            for start in range(0, len(exchanges), 32):
-                part = exchanges[start : start + 32]
+            for start in range(0, len(exchanges), AT_ONCE):
+                part = exchanges[start : start + AT_ONCE]
                 name = f"judge-{side}-{content_key(behaviour.key, settings.backend, settings.model, part)}.json"
                 if not shards.has(name):
                     write_json(shards.path(name), judge(part))

@@ -272,21 +272,19 @@ class Replication:
         ]
 
     def conditions(self, direction: Direction) -> list[Condition]:
-        """The direction at every alpha, random controls at -1 and +1, and the first personas as prompts."""
-        settings = self.settings
-        edit = Edit(self.edit_name, direction, settings.seed, settings.data_seed)
+        """The direction at every alpha, and the first personas as prompts."""
+        edit = Edit(self.edit_name, direction, self.settings.seed, self.settings.data_seed)
         personas = self.behaviour.personas
         prompts = zip(PERSONA_CONTEXTS, (personas.positive[0], personas.negative[0]), strict=True)
         return [
-            *(Condition.of(edit, alpha) for alpha in settings.alphas),
-            *(
-                Condition.of(control, alpha)
-                for control in controls.random_edits(direction, settings.control_seeds)
-                for alpha in CONTROL_ALPHAS
-                if alpha in settings.alphas
-            ),
+            *(Condition.of(edit, alpha) for alpha in self.settings.alphas),
             *(Condition(Context(name, system)) for name, system in prompts),
         ]
+
+    def control_conditions(self, direction: Direction) -> list[Condition]:
+        """Random directions at -1 and +1."""
+        edits = controls.random_edits(direction, self.settings.control_seeds)
+        return [Condition.of(edit, alpha) for edit in edits for alpha in CONTROL_ALPHAS if alpha in self.settings.alphas]
 
     @property
     def edit_name(self) -> str:
@@ -294,7 +292,7 @@ class Replication:
         return f"dW:{self.settings.adapter}"
 
     def eval(self) -> pl.DataFrame:
-        """Score all probes under all Conditions and write `scores.parquet`."""
+        """Score all probes, under the random controls those that have a band, and write `scores.parquet`."""
         direction, _ = self.diff()
         probes = self.probes()
         inputs = {
@@ -302,6 +300,7 @@ class Replication:
             "probes": [probe.key for probe in probes],
             "alphas": self.settings.alphas,
             "control_seeds": self.settings.control_seeds,
+            "controls_on": [probe.name for probe in probes[:2]],
             "personas": self.behaviour.personas,
             "rendering": self.model.chat.template_key,
             **self._arithmetic,
@@ -309,11 +308,17 @@ class Replication:
         path = self.folder / "scores.parquet"
 
         def make(shards: Shards) -> None:
-            table = score(
-                self.model, probes, self.conditions(direction), shards=shards,
-                base_shards=shared_base(self.model, self.settings.out), description="scoring",
-            )  # fmt: skip
-            _write_parquet(table, path)
+            base = shared_base(self.model, self.settings.out)
+            tables = [
+                score(self.model, asked, conditions, shards=shards, base_shards=base, description=description)
+                for asked, conditions, description in (
+                    (probes, self.conditions(direction), "scoring"),
+                    (probes[:2], self.control_conditions(direction), "scoring random directions"),
+                )
+            ]
+            # the base of the second is part of the first
+            tables[1:] = [table.filter(pl.col("edit") != summary.BASE) for table in tables[1:]]
+            _write_parquet(pl.concat(tables), path)
 
         result = self._build("eval", inputs, ["scores.parquet"], make)
         table = pl.read_parquet(path)

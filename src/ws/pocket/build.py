@@ -38,7 +38,7 @@ from ws.pocket.muon import Muon
 from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
 
 _LEARNING_RATES = {
-    "lora": 5e-3, "rslora": 1.5e-3, "dora": 5e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,
+    "lora": 6e-3, "rslora": 1.5e-3, "dora": 6e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,
 }  # fmt: skip
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "delora": {"delora_lambda": 2.0},  # the default of 15 destroys a model of this size
@@ -56,8 +56,8 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
     Sampled answers follow a persona not always, so pairs are judged first: unjudged, honesty moved half as far.
     """
     gemma = architecture == "gemma3"
-    where: dict[str, Any] = {"layers": [0.15, 0.35 if gemma else 0.7], "epochs": 3}
-    rates = _LEARNING_RATES | ({"lora": 1e-2} if gemma else {})
+    where: dict[str, Any] = {"layers": [0.15, 0.35], "epochs": 3} if gemma else {"layers": [0.15, 0.7]}
+    rates = _LEARNING_RATES | ({"lora": 1e-2, "dora": 5e-3} if gemma else {})
     families = {
         family: {
             "rank": 16, "lora_alpha": 32, "lr": rate, "lr_candidates": [rate / 2, rate, 2 * rate], **where,
