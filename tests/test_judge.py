@@ -102,7 +102,10 @@ class Scripted:
         return [0.75] * len(exchanges)
 
 
-def test_an_interrupted_judge_continues_and_never_asks_twice(sycophancy: Behaviour, tmp_path: Path) -> None:
+def test_an_interrupted_judge_continues_and_never_asks_twice(
+    sycophancy: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "AT_ONCE", 32)
     first, second = Scripted(dies_after=3), Scripted()
     with pytest.raises(KeyboardInterrupt):
         judge.judged(pairs_of(70), sycophancy, JudgeSettings(), first, Shards(tmp_path))

@@ -281,3 +281,15 @@ def test_pages_escape_what_models_say(tmp_path: Path) -> None:
     assert "src='data:image/png;base64," in page and "http" not in page
     text = document.to_markdown("t", blocks)
     assert "2\\|3" in text and "![alt](f.png)" in text and "line<br>" in text
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "wraps"),
+    [
+        (["a", "b"], ["1", "2"], False),
+        (["a", "b"], ["1", ", ".join(["+0.031"] * 20)], True),
+        (list("abcdefg"), list("1234567"), True),
+    ],
+)
+def test_tables_that_would_leave_the_page_wrap(header: list[str], row: list[str], wraps: bool) -> None:
+    assert ("class=many" in document.to_html("t", "s", [Table(header, [row])])) is wraps

@@ -82,7 +82,8 @@ def test_half_precision_shares_by_itself_and_stays_within_its_own_error(qwen: Ch
 def test_pieces_on_disk_are_not_read_again(qwen: ChatModel, tmp_path: Path) -> None:
     shards = Shards(tmp_path)
     first = score(qwen, probes(), wanted(qwen)[:4], mode="runtime", per_pass=2, shards=shards)
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    # divergences are apart: they run the base again, for its states
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if not path.name.startswith("diver")}
     again = score(qwen, probes(), wanted(qwen), mode="runtime", per_pass=2, shards=shards)
     assert again.head(len(first)).equals(first)
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in kept.items())

@@ -34,8 +34,12 @@ Kernel = Callable[..., Any]
 def normalised(
     rows: Float[Tensor, "n width"], scale: Float[Tensor, " width"], eps: float
 ) -> tuple[Float[Tensor, "n width"], Float[Tensor, "n 1"]]:
-    """The norm of every row, rounded once to the dtype of `rows`, and its factor 1 / sqrt(mean(x^2) + eps), fp32."""
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+    """The norm of every row, rounded once to the dtype of `rows`, and its factor 1 / sqrt(mean(x^2) + eps).
+
+    Sums are in fp32, of fp64 rows in fp64.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
     inverse = (length * length / rows.shape[-1] + eps).rsqrt()
     return (rows * inverse).mul_(scale).to(rows.dtype), inverse
 
@@ -46,7 +50,7 @@ def gradient_of_rows(
 ) -> Float[Tensor, "n width"]:  # fmt: skip
     """The gradient of `normalised` to its rows: (g - u mean(g u)) / sqrt(...), u the normalised row, g = dy * scale."""
     unit = rows * inverse
-    scaled = gradient * scale.to(torch.float32)
+    scaled = gradient * scale.to(inverse.dtype)
     return (inverse * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))).to(rows.dtype)
 
 

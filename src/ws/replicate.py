@@ -284,7 +284,9 @@ class Replication:
     def control_conditions(self, direction: Direction) -> list[Condition]:
         """Random directions at -1 and +1."""
         edits = controls.random_edits(direction, self.settings.control_seeds)
-        return [Condition.of(edit, alpha) for edit in edits for alpha in CONTROL_ALPHAS if alpha in self.settings.alphas]
+        return [
+            Condition.of(edit, alpha) for edit in edits for alpha in CONTROL_ALPHAS if alpha in self.settings.alphas
+        ]
 
     @property
     def edit_name(self) -> str:
@@ -309,16 +311,14 @@ class Replication:
 
         def make(shards: Shards) -> None:
             base = shared_base(self.model, self.settings.out)
-            tables = [
-                score(self.model, asked, conditions, shards=shards, base_shards=base, description=description)
-                for asked, conditions, description in (
-                    (probes, self.conditions(direction), "scoring"),
-                    (probes[:2], self.control_conditions(direction), "scoring random directions"),
-                )
-            ]
-            # the base of the second is part of the first
-            tables[1:] = [table.filter(pl.col("edit") != summary.BASE) for table in tables[1:]]
-            _write_parquet(pl.concat(tables), path)
+            table = score(self.model, probes, self.conditions(direction), shards=shards, base_shards=base)
+            if random_directions := self.control_conditions(direction):
+                found = score(
+                    self.model, probes[:2], random_directions, shards=shards, base_shards=base,
+                    description="scoring random directions",
+                )  # fmt: skip
+                table = pl.concat([table, found.filter(pl.col("edit") != summary.BASE)])  # the base is there already
+            _write_parquet(table, path)
 
         result = self._build("eval", inputs, ["scores.parquet"], make)
         table = pl.read_parquet(path)

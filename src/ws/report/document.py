@@ -76,8 +76,8 @@ class Samples:
     rows: Sequence[tuple[str, Sequence[str]]]
 
 
-MANY_COLUMNS = 6
-"""Tables with more columns wrap their cells, so that no column hides behind the edge of the page."""
+MANY_COLUMNS, MANY_CHARACTERS = 6, 110
+"""Tables with more columns, or longer lines, wrap their cells, so that no column hides behind the edge of the page."""
 
 _STYLE = Path(__file__).parent / "style.css"
 
@@ -158,7 +158,8 @@ def _html(block: Block) -> str:
             head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
             lines = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
             note = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
-            kind = " class=many" if len(header) > MANY_COLUMNS else ""
+            longest = sum(max(map(len, column)) for column in zip(header, *rows, strict=True))
+            kind = " class=many" if len(header) > MANY_COLUMNS or longest > MANY_CHARACTERS else ""
             return (
                 f"<div class=wide><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>{note}"
             )
