@@ -118,6 +118,12 @@ def prompt_divergence(
     return _statistics(math.nan, _kl(model, texts, prompted, plain, lambda _: nullcontext()), texts)
 
 
+def require_budget(target: float) -> None:
+    """Raise unless some strength can spend this KL budget (nats per token)."""
+    if not 0 < target < math.inf:
+        raise UserError(f"no strength spends a KL budget of {target:g} nats", "Give a positive one: --target 0.5.")
+
+
 def to_budget(
     model: ChatModel,
     edit: Direction | Effect,
@@ -132,8 +138,7 @@ def to_budget(
 
     None: the smaller one of `TOLERANCE` nats and `RELATIVE_TOLERANCE` of the budget.
     """
-    if not 0 < target < math.inf:
-        raise UserError(f"no strength spends a KL budget of {target:g} nats", "Give a positive one: --target 0.5.")
+    require_budget(target)
     tolerance = min(TOLERANCE, RELATIVE_TOLERANCE * target) if tolerance is None else tolerance
     history: list[Divergence] = []
 

@@ -72,6 +72,8 @@ class Plan:
                 f"{self.random_seeds} random directions make no control band",
                 f"Give --random-seeds {SMALLEST_BAND} or more; 10 is the default.",
             )
+        if self.target is not None:
+            calibrate.require_budget(self.target)
         for family in self.families:
             adapters.require_family(family)
         for name in self.activations:

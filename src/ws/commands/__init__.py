@@ -1,0 +1,1 @@
+"""The commands, one dataclass each; `cli` puts them together."""

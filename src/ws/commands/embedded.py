@@ -1,0 +1,86 @@
+"""The embedded model: pocket build, check, card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitSubcommandPrefixes, subcommand
+
+from ws import console
+
+
+@dataclass(frozen=True)
+class PocketBuild:
+    """Train the embedded model: one seeded run, resumable."""
+
+    architecture: Literal["qwen3", "gemma3"] = "qwen3"
+    """Architecture of the model: pocket is a qwen3, pocket-gemma a gemma3."""
+    seed: int = 0
+    """Seed of corpus, initialisation and order."""
+    steps: int | None = None
+    """Optimiser steps (default: the recipe's)."""
+    out: Path = Path("pocket-build")
+    """Model folder to write; the shipped weights are replaced by copying it there."""
+    compile: bool = True
+    """Fuse layers with torch.compile where a C++ compiler is installed."""
+
+    def run(self) -> None:
+        """Build, then check."""
+        from dataclasses import replace  # noqa: PLC0415
+
+        from ws.pocket import card  # noqa: PLC0415
+        from ws.pocket.build import build, recipe_of  # noqa: PLC0415
+
+        recipe = recipe_of(self.architecture, self.seed)
+        recipe = recipe if self.steps is None else replace(recipe, steps=self.steps)
+        build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
+              compiled=None if self.compile else False)  # fmt: skip
+        card.finish_build(self.out)
+        console.say(f"model       {self.out}\nnext        ws pocket check --model {self.out}")
+
+
+@dataclass(frozen=True)
+class PocketCheck:
+    """Measure the embedded model against its bars; exit code 2 if one is missed."""
+
+    model: str = "pocket"
+    """Embedded model or model folder."""
+    json: bool = False
+    """Print the metrics as JSON and nothing else."""
+
+    def run(self) -> None:
+        """Print the metrics."""
+        from ws.pocket import card  # noqa: PLC0415
+
+        card.report_check(self.model, self.json)
+
+
+@dataclass(frozen=True)
+class PocketCard:
+    """Print the model card: what is planted, how it was trained, what it reaches, what it is not for."""
+
+    model: str = "pocket"
+    """Embedded model or model folder."""
+
+    def run(self) -> None:
+        """Print the card as Markdown."""
+        from ws.pocket import card  # noqa: PLC0415
+
+        console.say(card.text(self.model))
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """The embedded model: build, check, card."""
+
+    action: OmitSubcommandPrefixes[
+        Annotated[PocketBuild, subcommand("build")]
+        | Annotated[PocketCheck, subcommand("check")]
+        | Annotated[PocketCard, subcommand("card")]
+    ]
+
+    def run(self) -> None:
+        """Run the action."""
+        self.action.run()

@@ -1,0 +1,250 @@
+"""The pipeline and its stages: replicate, data, train, diff, eval, subspace, smoke."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from ws import console
+from ws.cli_options import EvalOptions, FitOptions, RunOptions, Sign, StageOptions, run_settings
+from ws.errors import UserError
+
+if TYPE_CHECKING:
+    from ws.replicate import Replication
+
+
+@dataclass(frozen=True)
+class Replicate(RunOptions):
+    """The whole pipeline: data, train pos, train neg, diff, eval, alignment, samples, report."""
+
+    fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
+    evaluation: OmitArgPrefixes[EvalOptions] = field(default_factory=EvalOptions)
+
+    def run(self) -> None:
+        """Run it and print the headline."""
+        from ws.replicate import Replication  # noqa: PLC0415
+
+        with Replication(run_settings(self, self.fit, self.evaluation)) as replication:
+            finish(replication, replication.report(), self.json)
+
+
+def finish(replication: Replication, summary: dict[str, Any], as_json: bool) -> None:
+    """Print what a finished run found, and what to do next."""
+    if as_json:
+        console.print_json(json.dumps(summary))
+        return
+    folder = replication.folder.path
+    console.say()
+    console.say(summary["headline"][0].upper() + summary["headline"][1:] + ".", style="bold")
+    for warning in summary["warnings"]:
+        console.warn(warning)
+    console.say()
+    console.say(f"report      {folder / 'report.html'}")
+    if replication.behaviours_page is not None:
+        console.say(f"behaviours  {replication.behaviours_page}")
+    console.say(f"direction   {folder / 'direction.safetensors'}")
+    console.say(f"next        ws show {folder}   |   ws eval dilemmas --alphas -3 3 --out {replication.settings.out}")
+
+
+@dataclass(frozen=True)
+class Data(StageOptions):
+    """Sample responses under opposed personas: D+ and D-, in pairs."""
+
+    def run(self) -> None:
+        """Make the pairs and say what they are like."""
+        from ws import data  # noqa: PLC0415
+
+        with self.replication(self.fit) as run:
+            pairs = run.data()
+            if self.json:
+                console.print_json(json.dumps(data.describe(pairs)))
+                return
+            for by in ("persona", "topic"):
+                rates = data.keep_rates(pairs, by)
+                low = rates.filter((rates["keep_pos"] < 0.5) | (rates["keep_neg"] < 0.5))
+                for row in low.to_dicts():
+                    console.warn(f"{by} {row[by]}: kept {row['keep_pos']:.0%} + and {row['keep_neg']:.0%} -")
+            first = pairs.to_dicts()[0]
+            console.say(
+                f"\nprompt  {first['prompt']}\n  pos   {first['response_pos']}\n  neg   {first['response_neg']}"
+            )
+            console.say(f"\nnext    ws train --sign pos   ({run.folder / 'pairs.parquet'})")
+
+
+@dataclass(frozen=True)
+class Train(StageOptions):
+    """Fit the adapter of one sign on its responses, persona removed."""
+
+    sign: Sign = "pos"
+    """Which branch."""
+
+    def run(self) -> None:
+        """Fit it and say where it is."""
+        with self.replication(self.fit) as run:
+            record = run.train(self.sign)
+            if self.json:
+                console.print_json(json.dumps(record))
+                return
+            other = "ws train --sign neg" if self.sign == "pos" else "ws diff"
+            console.say(f"\nadapter {run.folder / self.sign}\nnext    {other}")
+
+
+@dataclass(frozen=True)
+class Diff(StageOptions):
+    """Subtract exactly: a run's two adapters, or any two PEFT adapter folders or checkpoints of one base."""
+
+    pos: Path | None = None
+    """PEFT folder or checkpoint of the positive side (with --neg; then --out is the file to write)."""
+    neg: Path | None = None
+    """PEFT folder or checkpoint of the negative side."""
+    numerics: bool = False
+    """Also tell what merging both adapters in bf16 and subtracting would have lost, by layer."""
+
+    def run(self) -> None:
+        """Write the direction and print its geometry."""
+        from dataclasses import asdict  # noqa: PLC0415
+
+        if (self.pos is None) != (self.neg is None):
+            raise UserError("--pos and --neg go together", "Give both folders, or neither for the run's own.")
+        from ws import diff  # noqa: PLC0415
+
+        if self.pos is None or self.neg is None:
+            with self.replication(self.fit) as run:
+                direction, geometry = run.diff()
+                target, model = run.folder / "direction.safetensors", run.model
+                sides = run.folder / "pos", run.folder / "neg"
+        else:
+            target = Path("direction.safetensors") if self.out == Path("out") else self.out
+            sides = self.pos, self.neg
+            if not diff.are_adapters(*sides):
+                self._checkpoints(target, *sides)
+                return
+            model = self.load()
+            direction, geometry = diff.direction(model, *sides)
+            direction.save(target)
+        if self.numerics:
+            self._numerics(diff.bf16_loss(model, *(diff.task_vector(model, side) for side in sides)))
+            return
+        if self.json:
+            console.print_json(json.dumps(asdict(geometry)))
+            return
+        console.say(f"{direction}")
+        console.say(
+            f"|tau pos| {geometry.norm_pos:.4g}   |tau neg| {geometry.norm_neg:.4g}   |dW| {geometry.norm_dw:.4g}   "
+            f"cos(tau pos, tau neg) {-geometry.cos_anti:+.3f}   drift ratio {geometry.drift_ratio:.2f}"
+        )
+        console.say(f"\ndirection   {target}\nnext        ws eval sycophancy   |   ws export {target}")
+
+    def _checkpoints(self, target: Path, pos: Path, neg: Path) -> None:
+        from ws import checkpoints, models  # noqa: PLC0415
+
+        if self.numerics:
+            raise UserError("--numerics compares adapters", "Give two adapter folders.")
+        changed = checkpoints.difference(models.folder_of(self.model), pos, neg, target)
+        if self.json:
+            console.print_json(json.dumps({"changed": changed}))
+            return
+        console.say(
+            f"{len(changed)} parameters differ\n\ndirection   {target}\nnext        ws export {target} --format merged"
+        )
+
+    def _numerics(self, rows: list[dict[str, Any]]) -> None:
+        import polars as pl  # noqa: PLC0415
+
+        from ws.report import terminal  # noqa: PLC0415
+
+        if self.json:
+            console.print_json(json.dumps(rows))
+            return
+        by_layer = (
+            pl.DataFrame(rows).group_by("layer", maintain_order=True)
+            .agg(pl.mean("relative_size", "cosine", "norm_ratio"), pl.min("cosine").alias("least cosine"))
+            .sort("layer")
+        )  # fmt: skip
+        terminal.show(by_layer, "what a bf16 merge and subtraction would have made of the direction, mean by layer")
+
+
+@dataclass(frozen=True)
+class Eval(RunOptions):
+    """Score one kind of probe on an existing run: a shipped one, a JSONL file of your own, or an lm-eval task."""
+
+    probe: Positional[str] = "sycophancy"
+    """sycophancy (the behaviour's own), dilemmas, side-effects, or FILE.jsonl with prompt and label per line."""
+    alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    """Strengths; 0 is always included."""
+    dilemmas: str = "own"
+    """own, a CSV/JSONL/parquet file, or a hub id."""
+    rows: int | None = None
+    """Use only the first rows."""
+    think: int = 0
+    """Let the steered model write a thought of so many tokens before each choice (guided chain of thought)."""
+    answers: tuple[str, str] = ("Yes", "No")
+    """The two answers of a probe of your own."""
+    task: str | None = None
+    """A task of lm-evaluation-harness instead of a probe: lm-eval:NAME."""
+    task_folder: Path | None = None
+    """Folder with task files of your own for --task."""
+
+    def run(self) -> None:
+        """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
+        from ws import evaluate  # noqa: PLC0415
+        from ws.report import terminal  # noqa: PLC0415
+
+        ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers)
+        with self.replication() as run:
+            if self.task is not None:
+                table = evaluate.harness_task(run, self.task, self.alphas, self.rows, self.task_folder)
+            else:
+                table = evaluate.existing_run(run, ask, self.alphas)
+            if self.json:
+                console.print_json(json.dumps(table.to_dicts()))
+            else:
+                terminal.show(table, f"{self.task or self.probe}, {run.folder.path}")
+
+
+@dataclass(frozen=True)
+class Subspace(StageOptions):
+    """Where a run's direction lies relative to the singular directions of the weights."""
+
+    def run(self) -> None:
+        """Print the alignment table."""
+        from ws.report import terminal  # noqa: PLC0415
+
+        with self.replication(self.fit) as run:
+            table = run.alignment()
+            if self.json:
+                console.print_json(json.dumps(table.to_dicts()))
+            else:
+                terminal.show(table, f"energy of dW over its null, {run.folder / 'subspace_per_layer.csv'}")
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """The whole pipeline on a random two-layer model that it makes, with run-time shape checks; under a minute."""
+
+    architecture: Literal["qwen3", "llama", "gemma3", "gpt2"] = "qwen3"
+    """Architecture of the random model."""
+    out: Path | None = None
+    """Keep the run here (default: a temporary folder that is removed)."""
+    json: bool = False
+    """Print the summary as JSON and nothing else."""
+
+    def run(self) -> None:
+        """Run it; the shape checks need their switch before anything is imported, hence the second process."""
+        if os.environ.get("BEARTYPE") != "1":
+            os.environ["BEARTYPE"] = "1"
+            os.execv(sys.executable, [sys.executable, "-m", "ws", *sys.argv[1:]])
+        from ws import smoke  # noqa: PLC0415
+
+        summary = smoke.run(self.architecture, self.out)
+        if self.json:
+            console.print_json(json.dumps(summary))
+        else:
+            console.say("\nsmoke run passed: the numbers above are of a random model and mean nothing", style="bold")
+            console.say("next        ws replicate")
