@@ -70,7 +70,9 @@ class Together:
             return layers[0](x)
         if not self._slices or len(x) != self._slices[-1].stop:
             raise NotByRowsError("an adapted map does not see the rows of the batch")
-        parts = [(layer, x[rows]) for layer, rows in zip(layers, self._slices, strict=True) if rows.stop > rows.start]
+        # split, not slices: the backward pass of a slice fills a tensor as large as the whole
+        blocks = x.split([rows.stop - rows.start for rows in self._slices])
+        parts = [(layer, rows) for layer, rows in zip(layers, blocks, strict=True) if len(rows)]
         if plain:
             whole = cast(Any, parts[0][0]).get_base_layer()(x)
             return whole + torch.cat([_low_rank(layer, rows) for layer, rows in parts]).to(whole.dtype)
@@ -92,10 +94,12 @@ def _is_plain_lora(layer: Any) -> bool:
 
 
 def _low_rank(layer: Any, x: Tensor) -> Tensor:
-    """`s B A x` of the only adapter of a layer, in the dtype of its factors."""
+    """`s B A x` of the only adapter of a layer, in the dtype of its factors or that of autocast."""
     (name,) = layer.active_adapters
     down, up = layer.lora_A[name], layer.lora_B[name]
-    return up(down(x.to(down.weight.dtype))) * layer.scaling[name]
+    # autocast would only turn a conversion back
+    inputs = x if torch.is_autocast_enabled(x.device.type) else x.to(down.weight.dtype)
+    return up(down(inputs)) * layer.scaling[name]
 
 
 class _Routed(nn.Module):
