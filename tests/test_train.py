@@ -262,6 +262,16 @@ def test_rows_of_a_batch_pass_through_their_own_adapter(qwen: ChatModel) -> None
     assert torch.equal(qwen.split.hidden(ids), base)
 
 
+def test_large_models_on_a_cpu_are_fitted_one_side_after_the_other(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "TOGETHER_UP_TO", 10)
+    sides = [train.Side(pairs(), sign, 0, 0, tmp_path / sign) for sign in ("pos", "neg")]
+    results = train.fit_together(qwen, sides, replace(SMALL, epochs=1))
+    assert [result["fitted_together"] for result in results] == [1, 1]
+    assert [(tmp_path / sign / "train_log.csv").is_file() for sign in ("pos", "neg")] == [True, True]
+
+
 def test_only_plain_lora_shares_the_product_of_the_base(qwen: ChatModel) -> None:
     """PiSSA has a hook beside it, DoRA another form: those keep their own layers, and all give the same numbers."""
     ids = torch.arange(24).reshape(2, 12)

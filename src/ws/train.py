@@ -158,13 +158,19 @@ def fit(
     return fit_together(model, [Side(pairs, sign, seed, data_seed, folder)], chosen)[0]
 
 
+TOGETHER_UP_TO = 50_000_000
+"""Parameters up to which a CPU fits several sides in one pass; larger models fill it with one, and need less memory."""
+
+
 def fit_together(model: ChatModel, sides: Sequence[Side], chosen: TrainSettings) -> list[dict[str, Any]]:
-    """Fit several adapters of one family in one pass over the frozen base; each as `fit` would alone.
+    """Fit several adapters of one family, in one pass over the frozen base where that pays; each as `fit` would alone.
 
     Every step is a step of every side on its own rows in its own order, with its own loss, clipping and optimiser;
-    results differ from separate fits by rounding only. Where rows cannot be told apart inside the network (mixtures of
-    experts) the sides are fitted one after the other.
+    results differ from separate fits by rounding only. Large models on a CPU (`TOGETHER_UP_TO`), and those in which
+    rows cannot be told apart (mixtures of experts), fit the sides one after the other.
     """
+    if model.device.type == "cpu" and model.parameter_count > TOGETHER_UP_TO:
+        return [result for side in sides for result in _fit_together(model, [side], chosen)]
     try:
         return _fit_together(model, sides, chosen)
     except adapters.NotByRowsError:
