@@ -12,13 +12,14 @@ is asked for (`materialise`, `apply`, norms); asked without it, that is an error
 in `left`, `right` and `dense`. A bias vector is a matrix of one column.
 
 Numeric traps. Two fine-tunes of one base share most of their movement, so `tau_pos - tau_neg` cancels: the
-difference of equal-rank products is stored as `[B_p - B_n, B_n] [A_p; A_p - A_n]` with the small differences formed
-in fp64, and never as a merge in half precision. Half-precision inputs of `apply` are multiplied in fp32 and
-rounded once.
+difference of equal-rank products is stored as `[B_p - B_n, B_n] [A_p; A_p - A_n]`, whose small differences of fp32
+numbers are rounded once, and never as a merge in half precision. Half-precision inputs of `apply` are multiplied in
+fp32 and rounded once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -204,7 +205,7 @@ class Delta:
 
     def is_finite(self) -> bool:
         """Whether no stored number is NaN or infinite."""
-        return all(bool(torch.isfinite(part).all()) for part in self._parts())
+        return all(all_finite(part) for part in self._parts())
 
     def _parts(self) -> list[Tensor]:
         terms = [part for term in self.base_terms for part in term.parts]
@@ -420,16 +421,19 @@ def _difference_of_products(
     differences are small and the identity loses nothing, while `[B, -C] [A; D]` subtracts large terms at every use.
     The form with the smaller sum of term norms is kept.
     """
-    plain = torch.cat([left, -other_left], dim=-1), torch.cat([right, other_right], dim=-2)
-    if left.shape[-1] != other_left.shape[-1]:
-        return plain
-    left_gap = (left.double() - other_left.double()).float()
-    right_gap = (right.double() - other_right.double()).float()
-    split = torch.cat([left_gap, other_left], dim=-1), torch.cat([right, right_gap], dim=-2)
-    return min(plain, split, key=_term_norms)
+    if left.shape[-1] == other_left.shape[-1]:
+        left_gap, right_gap = left - other_left, right - other_right
+        split = _term_norms(left_gap, right) + _term_norms(other_left, right_gap)
+        if split < _term_norms(left, right) + _term_norms(other_left, other_right):
+            return torch.cat([left_gap, other_left], dim=-1), torch.cat([right, right_gap], dim=-2)
+    return torch.cat([left, -other_left], dim=-1), torch.cat([right, other_right], dim=-2)
 
 
-def _term_norms(factors: tuple[Tensor, Tensor]) -> float:
+def _term_norms(left: Tensor, right: Tensor) -> float:
     """Sum over rank-one terms of their norms: the scale of the rounding error of the product."""
-    left, right = factors
-    return float((left.norm(dim=-2) * right.norm(dim=-1)).sum())
+    return float((left.square().sum(-2) * right.square().sum(-1)).sqrt().sum())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, in one pass and without a mask (several times faster than `isfinite`)."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))

@@ -97,8 +97,10 @@ class Direction:
             mine, theirs = self.deltas.get(name), other.deltas.get(name)
             present = mine if mine is not None else theirs
             assert present is not None
-            zero = Delta.zero(present.shape, present.device)
-            deltas[name] = operate(mine or zero, theirs or zero)
+            if mine is None or theirs is None:
+                zero = Delta.zero(present.shape, present.device)
+                mine, theirs = mine or zero, theirs or zero
+            deltas[name] = operate(mine, theirs)
         provenance = {"operation": sign, "left": dict(self.provenance), "right": dict(other.provenance)}
         layers, weights = {**self.layers, **other.layers}, {**self.weights, **other.weights}
         return Direction(deltas, self.base, layers, provenance, weights)

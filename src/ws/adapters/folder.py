@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ws import architecture
-from ws.delta import Delta
+from ws.delta import Delta, all_finite
 from ws.direction import as_matrix
 from ws.errors import UnsupportedFeatureError, UserError
 from ws.store import read_json
@@ -92,7 +92,7 @@ def read(path: str | Path) -> AdapterFolder:
         raise UserError(f"{path / _WEIGHTS} cannot be read ({error})", "Save the adapter again.") from error
     tensors = {name.removeprefix(PREFIX): tensor.to(torch.float32) for name, tensor in raw.items()}
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise UserError(f"{path / _WEIGHTS}: {name} holds NaN or infinite values", "Train the adapter again.")
     return AdapterFolder(path, config, tensors)
 
