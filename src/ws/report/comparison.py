@@ -23,7 +23,16 @@ from ws.baselines.controls import RANDOM
 from ws.condition import PLAIN
 from ws.errors import UserError
 from ws.eval import dilemmas, side_effects
-from ws.report.summary import BASE, LOW_MASS, REPLY_METRICS, accuracy, as_dict, decomposition, signed_mean
+from ws.report.summary import (
+    BASE,
+    LOW_MASS,
+    REPLY_METRICS,
+    accuracy,
+    as_dict,
+    decomposition,
+    is_mostly_yes_bias,
+    signed_mean,
+)
 
 SIGNS = ("+", "-")
 PENALTIES = (1, 2)
@@ -335,17 +344,11 @@ def best_of_kinds(reader: Comparison, lines: Sequence[Line]) -> dict[str, str]:
 
 
 def mostly_yes_bias(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(method and sign, its decomposition) where the dilemmas' change towards Yes exceeds that towards honesty.
-
-    The rule of a run's summary, for changes towards Yes whose interval is clear of 0.
-    """
+    """(method and sign, its decomposition) where the dilemmas' change is one towards Yes rather than honesty."""
     found = []
     for entry in entries:
         for sign in SIGNS if entry["kind"] in METHODS else ():
             parts = entry[sign]["decomposition"] if sign in entry else None
-            if parts is None or parts["yes_bias"]["low"] is None:
-                continue
-            is_clear = parts["yes_bias"]["low"] > 0 or parts["yes_bias"]["high"] < 0
-            if is_clear and abs(parts["bias"]) > abs(parts["truth"]):
+            if parts is not None and is_mostly_yes_bias(parts["yes_bias"], parts["truth"]):
                 found.append((f"{entry['name']} at {sign}", parts))
     return found

@@ -365,7 +365,7 @@ def doubts(summary: Mapping[str, Any], behaviour: str) -> list[str]:
                 k for k, entry in means.items() if entry["pmass"] < LOW_MASS
             ],
             "the Yes-bias is larger than the signed change": [
-                k for k, entry in parts.items() if abs(entry["yes_bias"]["mean"]) > abs(entry["effect"]["mean"])
+                k for k, entry in parts.items() if is_mostly_yes_bias(entry["yes_bias"], entry["effect"]["mean"])
             ],
         }
         found += [f"{probe} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys]
@@ -380,6 +380,16 @@ def doubts(summary: Mapping[str, Any], behaviour: str) -> list[str]:
         if facts["0"] - share > FACTS_LOST:
             found.append(f"at alpha {signed(key)} {100 * (facts['0'] - share):.1f} points of factual accuracy are lost")
     return found
+
+
+def is_mostly_yes_bias(towards_yes: Mapping[str, Any], towards_right: float) -> bool:
+    """Whether a change is one towards Yes: larger than the mean change towards the right answers, and clear of 0.
+
+    `towards_yes` is a mean with its limits (None where there are too few clusters for an interval: never clear).
+    """
+    low, high = towards_yes["low"], towards_yes["high"]
+    is_clear = low is not None and (low > 0 or high < 0)
+    return bool(is_clear and abs(towards_yes["mean"]) > abs(towards_right))
 
 
 def _listed(keys: list[str]) -> str:
