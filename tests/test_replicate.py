@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ws
-from ws import models, replicate, train
+from ws import fitting, models, train
 from ws.data import Grid
 from ws.direction import Direction
 from ws.errors import BaseMismatchError, UserError
@@ -174,9 +174,9 @@ def test_a_run_killed_in_training_continues_there(
 ) -> None:
     chosen = settings(tiny_folders["qwen3"], tmp_path)
     with monkeypatch.context() as patch, Replication(chosen) as run, pytest.raises(KeyboardInterrupt):
-        original = replicate.move_folder
+        original = fitting.move_folder
         patch.setattr(
-            replicate,
+            fitting,
             "move_folder",
             lambda source, target: (
                 original(source, target) if target.name == "pos" else (_ for _ in ()).throw(KeyboardInterrupt)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ws.condition import Condition, Context, Edit
     from ws.direction import Direction
     from ws.errors import UserError
+    from ws.fitting import fit
     from ws.models import ChatModel, load
-    from ws.replicate import fit
     from ws.steering import bake, steer
 
 _HOMES = {
@@ -41,7 +41,7 @@ _HOMES = {
     "Edit": "ws.condition",
     "UserError": "ws.errors",
     "bake": "ws.steering",
-    "fit": "ws.replicate",
+    "fit": "ws.fitting",
     "load": "ws.models",
     "steer": "ws.steering",
 }

@@ -28,16 +28,17 @@ from ws.dev_split import split
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.eval import dilemmas, side_effects, sycophancy
+from ws.fitting import train_together
 from ws.methods import FittedRun, Method, Sources
 from ws.models import ChatModel
 from ws.probe import Probe
-from ws.replicate import Replication, train_together
+from ws.replicate import Replication
 from ws.report import comparison as numbers
 from ws.report import comparison_page as page
 from ws.report.comparison import Line, Place, Spent
 from ws.run_settings import Settings, shared_base
 from ws.score import score
-from ws.store import RunFolder, Shards, atomic_file, read_json, write_json
+from ws.store import RunFolder, Shards, read_json, write_json, write_table
 
 SIDES = {"+": "1", "-": "-1"}
 """Sign of a table -> its key in `calibration.json`."""
@@ -169,8 +170,7 @@ class Comparison:
         def make(shards: Shards) -> None:
             base = shared_base(self.model, self.settings.out)
             table = score(self.model, probes, conditions, shards=shards, base_shards=base, description="scoring")
-            with atomic_file(path) as temporary:
-                table.write_parquet(temporary)
+            write_table(path, table)
 
         self.has_measured |= self.folder.build(stage, inputs, [path.name], make).built
         return pl.read_parquet(path)

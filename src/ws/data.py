@@ -27,7 +27,7 @@ from ws.engine import Asked, EngineSettings
 from ws.errors import UserError
 from ws.generate import Sampling
 from ws.models import ChatModel
-from ws.store import Shards, atomic_file
+from ws.store import Shards, write_table
 
 SIDES = ("pos", "neg")
 _PIECE = 512
@@ -103,8 +103,7 @@ def make_pairs(
                 name = f"{side}-{number:04d}.parquet"
                 if not shards.has(name):
                     table = _sample_side(source, model, behaviour.name, part, side, personas, sampling, seed, bar)
-                    with atomic_file(shards.path(name)) as temporary:
-                        table.write_parquet(temporary)
+                    write_table(shards.path(name), table)
                 else:
                     bar.advance(len(part))
                 pieces.append(pl.read_parquet(shards.path(name)))

@@ -17,7 +17,7 @@ from ws.probe import Kind, Probe
 from ws.replicate import Replication
 from ws.report.summary import Scores, signed_mean
 from ws.score import score
-from ws.store import atomic_file, write_json
+from ws.store import write_json, write_table
 
 SHIPPED = ("sycophancy", "dilemmas", "side-effects")
 """Kinds of probe by name; `sycophancy` stands for the behaviour's own."""
@@ -68,8 +68,7 @@ def existing_run(run: Replication, ask: Ask, alphas: Sequence[float]) -> pl.Data
     probes = ask.probes(run)
     strengths = sorted({0.0, *alphas})
     table = score(run.model, probes, [Condition.of(edit, alpha) for alpha in strengths])
-    with atomic_file(run.folder / f"scores-{ask.name}.parquet") as temporary:
-        table.write_parquet(temporary)
+    write_table(run.folder / f"scores-{ask.name}.parquet", table)
     return pl.concat([_means(table, run.edit_name, one.name, metric) for one in probes for metric in METRICS[one.kind]])
 
 

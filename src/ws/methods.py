@@ -19,8 +19,8 @@ from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.behaviour import Behaviour
 from ws.condition import Condition, Context, Edit
 from ws.direction import Direction
+from ws.fitting import SIGNS
 from ws.models import ChatModel
-from ws.replicate import SIGNS
 from ws.store import RunFolder, Shards, digest
 
 

@@ -39,7 +39,7 @@ from ws.lower_layers import Memory, Recordings
 from ws.models import ChatModel
 from ws.probe import JSON, WRITTEN, Probe
 from ws.steering import Mode, can_share_a_pass, under, under_each
-from ws.store import Shards, atomic_file, content_key
+from ws.store import Shards, content_key, write_table
 
 SCHEMA: dict[str, Any] = {
     "probe": pl.String,
@@ -242,8 +242,7 @@ def _score_condition(
                     values = _RUNNERS[piece.probe.kind](model, piece, condition)
             table = _as_table(piece.probe, condition, values)
             if shards is not None:
-                with atomic_file(shards.path(name)) as temporary:
-                    table.write_parquet(temporary)
+                write_table(shards.path(name), table)
             yield table
 
 

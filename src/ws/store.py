@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ws.errors import BaseMismatchError, UserError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def content_key(*parts: Any) -> str:
@@ -126,6 +129,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically."""
     write_text(path, json.dumps(content, indent=1, default=_plain, allow_nan=False) + "\n")
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Write a parquet file atomically."""
+    with atomic_file(path) as temporary:
+        table.write_parquet(temporary)
 
 
 def read_json(path: Path) -> Any:

@@ -19,8 +19,9 @@ from rich.table import Table
 from ws import adapters, console, stats
 from ws.direction import Direction
 from ws.errors import UserError
+from ws.fitting import train_together
 from ws.models import ChatModel
-from ws.replicate import Replication, train_together
+from ws.replicate import Replication
 from ws.run_settings import Settings
 from ws.store import atomic_file, read_json, write_json, write_text
 
