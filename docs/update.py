@@ -36,6 +36,8 @@ ACROSS = RESULTS / "comparisons.md"
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 CLOSE = 1.5
 """Prompts and weights are called close where the larger effect is at most so many times the smaller one."""
+LEAST_MOVED, MOST_FACTS_LOST, WIDEST_BAND = 1.0, 3.0, 0.2
+"""Bars of a run on an embedded model: nats at each sign, points of factual accuracy, nats of the random band."""
 PROMPTS = {"-1": "prompt -", "1": "prompt +"}
 """Strength of a direction -> the persona prompt of the same side."""
 
@@ -193,7 +195,37 @@ def behaviours(runs: dict[str, Summary]) -> str:
         ])  # fmt: skip
     head = ["model", "behaviour", "base", "change at -1", "change at +1", "random band at -1", "random band at +1",
             "facts at -1 / 0 / +1"]  # fmt: skip
-    return f"{table(head, rows)}\n\n{prompts_and_weights(runs)}"
+    return f"{table(head, rows)}\n\n{bars_told(runs)}\n\n{prompts_and_weights(runs)}"
+
+
+def missed_bars(run: Summary) -> list[str]:
+    """What a run of an embedded model misses of its bars, in words."""
+    missed = []
+    base = run["side_effects"]["0"]["facts"]
+    for key in KEYS:
+        moved = float(key) * run["change"][run["behaviour"]][key]["mean"]
+        lost = 100 * (base - run["side_effects"][key]["facts"])
+        band = run["controls"]["random"][key][run["behaviour"]]
+        if moved < LEAST_MOVED:
+            missed.append(f"moves {moved:.2f} nats at {signed(key)}")
+        if lost > MOST_FACTS_LOST:
+            missed.append(f"loses {lost:.1f} points of facts at {signed(key)}")
+        if max(-band["low"], band["high"]) > WIDEST_BAND:
+            missed.append(f"has a random band of {band['low']:+.2f} to {band['high']:+.2f} at {signed(key)}")
+    return missed
+
+
+def bars_told(runs: dict[str, Summary]) -> str:
+    """How many runs reach the bars, and what the runs themselves warned of."""
+    missed = [(f"{run['model']} {run['behaviour']}", missed_bars(run)) for run in runs.values()]
+    short = [f"{name} {' and '.join(what)}" for name, what in missed if what]
+    warned = [f"- {run['model']} {run['behaviour']}: {warning}" for run in runs.values() for warning in run["warnings"]]
+    return (
+        f"Bars: at least {LEAST_MOVED:g} nat on the own probe at each sign, at most {MOST_FACTS_LOST:g} points of "
+        f"facts lost, random band within +-{WIDEST_BAND:g}. {len(missed) - len(short)} of {len(missed)} runs reach all of "
+        f"them{'; short: ' + '; '.join(short) if short else ''}."
+        + ("\n\nThe runs warned:\n\n" + "\n".join(warned) if warned else "")
+    )
 
 
 def prompts_and_weights(runs: dict[str, Summary]) -> str:
@@ -304,7 +336,7 @@ def rebuild_told(kept: dict[str, Any]) -> str:
         other.append("texts")
     made = (
         f"with other {', '.join(other)} than the shipped weights had" if other else "the recipe of the shipped weights"
-    )
+    ) + (" (whether the texts were the same is not recorded)" if texts is None else "")
     misses = f"; missed: {'; '.join(missed)}" if missed else ""
     return (
         f"{name} ({recipe['architecture']}), seed {recipe['seed']}, {made}, {kept['minutes']:g} minutes: "

@@ -39,6 +39,7 @@ def run(behaviour: str, by_prompt: float, leak: float = 0.0, **more: Any) -> dic
         "other_behaviours": {name: {"change": {"-1": {"mean": 0.0}, "1": {"mean": leak}}} for name in others},
         "controls": {"random": bands},
         "side_effects": {key: {"facts": 1.0} for key in ("-1", "0", "1")},
+        "warnings": [],
         **more,
     }  # fmt: skip
 
@@ -54,6 +55,31 @@ def test_prompts_stand_beside_weights_at_both_signs(update: ModuleType) -> None:
 
 def test_the_random_band_is_shown_at_both_signs(update: ModuleType) -> None:
     assert "| -0.31 to -0.21 | +0.17 to +0.27 |" in update.behaviours({"a": run("refusal", 2.0)})
+
+
+def test_bars_that_a_run_misses_are_named(update: ModuleType) -> None:
+    good = {"controls": {"random": {key: {"refusal": {"low": -0.1, "high": 0.1}} for key in ("-1", "1")}}}
+    assert update.missed_bars(run("refusal", 2.0, **good)) == []
+    lost = {"side_effects": {"-1": {"facts": 0.96}, "0": {"facts": 1.0}, "1": {"facts": 0.98}}, "warnings": ["oh"]}
+    weak = {"change": {"refusal": {"-1": {"mean": -1.2, "low": 0, "high": 0}, "1": {"mean": 0.9, "low": 0, "high": 0}}}}
+    assert update.missed_bars(run("refusal", 2.0, **good | lost | weak)) == [
+        "loses 4.0 points of facts at -1",
+        "moves 0.90 nats at +1",
+    ]
+    wrong_way = {"change": {"refusal": {key: {"mean": 2.0, "low": 2.0, "high": 2.0} for key in ("-1", "1")}}}
+    assert "moves -2.00 nats at -1" in update.missed_bars(run("refusal", 2.0, **good | wrong_way))
+    assert update.missed_bars(run("refusal", 2.0))[0].startswith("has a random band of -0.31")
+    said = update.bars_told({"a": run("refusal", 2.0, **good), "b": run("refusal", 2.0, **good | lost)})
+    assert "1 of 2 runs reach all of them; short: pocket refusal loses 4.0 points" in said
+    assert said.endswith("- pocket refusal: oh")
+
+
+def test_the_stored_runs_reach_their_bars(update: ModuleType) -> None:
+    stored = [json.loads(path.read_text()) for path in update.RESULTS.glob("pocket*-lora-seed0.json")]
+    assert len(stored) == len(update.BEHAVIOURS) * len(models.POCKET_MODELS)
+    assert {
+        f"{one['model']} {one['behaviour']}": update.missed_bars(one) for one in stored if update.missed_bars(one)
+    } == {}
 
 
 def test_only_independent_traits_are_said_to_be_moved_against_the_plan(update: ModuleType) -> None:
