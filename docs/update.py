@@ -222,8 +222,8 @@ def bars_told(runs: dict[str, Summary]) -> str:
     warned = [f"- {run['model']} {run['behaviour']}: {warning}" for run in runs.values() for warning in run["warnings"]]
     return (
         f"Bars: at least {LEAST_MOVED:g} nat on the own probe at each sign, at most {MOST_FACTS_LOST:g} points of "
-        f"facts lost, random band within +-{WIDEST_BAND:g}. {len(missed) - len(short)} of {len(missed)} runs reach all of "
-        f"them{'; short: ' + '; '.join(short) if short else ''}."
+        f"facts lost, random band within +-{WIDEST_BAND:g}. {len(missed) - len(short)} of {len(missed)} runs reach all "
+        f"of them{'; short: ' + '; '.join(short) if short else ''}."
         + ("\n\nThe runs warned:\n\n" + "\n".join(warned) if warned else "")
     )
 

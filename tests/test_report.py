@@ -260,7 +260,10 @@ def test_the_headline_says_values_band_and_facts() -> None:
     assert "random control band at +1" in text and "facts kept 90.0 %" in text
 
 
-@pytest.mark.parametrize(("alpha", "key"), [(0.0, "0"), (-1.0, "-1"), (1.0, "1"), (0.5, "0.5"), (-0.25, "-0.25")])
+@pytest.mark.parametrize(("alpha", "key"), [
+    (0.0, "0"), (-0.0, "0"), (-1.0, "-1"), (1.0, "1"), (0.5, "0.5"), (-0.25, "-0.25"), (0.1234567, "0.1234567"),
+    (1e-5, "0.00001"), (20.0, "20"),
+])  # fmt: skip
 def test_alphas_are_shortest_decimal_strings(alpha: float, key: str) -> None:
     assert summary.alpha_key(alpha) == key
 

@@ -57,7 +57,7 @@ class Report:
     runs: Positional[tuple[Path, ...]]
     """Run folders."""
     json: bool = False
-    """Print the summaries as JSON and nothing else."""
+    """Print the summaries as JSON, one per line, and nothing else."""
 
     def run(self) -> None:
         """Rebuild what is missing and print each headline."""

@@ -126,16 +126,17 @@ def text(name: str) -> str:
         "",
         *_persona_matrix(values),
         *_instructions_alone(values),
-        "Situations, dilemma categories (far) and persona texts in these metrics never occur in training, and no claim is "
-        "an opinion there (as facts, true and false versions are asked about, so that the model knows them). Far "
+        "Situations, dilemma categories (far) and persona texts in these metrics never occur in training, and no claim "
+        "is an opinion there (as facts, true and false versions are asked about, so that the model knows them). Far "
         "categories and held-out requests are new combinations of known words; some of those requests differ from a "
-        "trained one by a few words. The words of the personas occur, and so do some of their clauses; the instructions "
-        "made of held-out patterns are new sentences. Metrics without a bar are told, not judged.",
+        "trained one by a few words. The words of the personas occur, and so do some of their clauses; the "
+        "instructions made of held-out patterns are new sentences. Metrics without a bar are told, not judged.",
         "",
         "## What it is not for",
         "",
         "It is a test bed with known truth for methods and instruments. It knows a few hundred facts and one way of "
-        "speaking; about one system prompt in 25 that it was trained on has a slip of grammar. Nothing measured on it says how large an effect is in a large model, or whether there is one.",
+        "speaking; about one system prompt in 25 that it was trained on has a slip of grammar. Nothing measured on it "
+        "says how large an effect is in a large model, or whether there is one.",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -187,7 +188,8 @@ def _instructions_alone(values: Mapping[str, float]) -> list[str]:
     below = f"; below: {', '.join(short)}" if short else ""
     return [
         f"The bars of {MOVED:g} nats are for every other persona of the behaviour file and {INSTRUCTIONS_PER_POLE} "
-        f"instructions of held-out patterns, together. The instructions alone reach them for {len(known) - len(short)} of {len(known)} poles{below}.",
+        "instructions of held-out patterns, together. The instructions alone reach them for "
+        f"{len(known) - len(short)} of {len(known)} poles{below}.",
         "",
     ]
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from ws import stats
@@ -128,8 +129,8 @@ def as_dict(interval: Interval) -> dict[str, Any]:
 
 
 def alpha_key(alpha: float) -> str:
-    """Shortest decimal string of a strength, the key in summaries."""
-    return f"{alpha:g}" if alpha != 0 else "0"
+    """Shortest decimal string of a strength, the key in summaries: every digit, no exponent, no trailing zeros."""
+    return np.format_float_positional(alpha, trim="-") if alpha != 0 else "0"
 
 
 def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: str) -> dict[str, Any]:
