@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from making import hook_count, random_direction, weights_digest
-from ws import calibrate
+from ws import calibrate, world
 from ws.calibrate import Divergence, distinct_trigrams, divergences, greedy, prompt_divergence, to_budget
 from ws.chat import ask
 from ws.condition import Context
@@ -182,4 +182,9 @@ def test_distinct_trigrams(texts: list[list[int]], share: float) -> None:
 
 
 def test_neutral_prompts_are_held_out() -> None:
-    assert 10 <= len(calibrate.neutral_prompts()) <= 50
+    every = calibrate.neutral_prompts()
+    assert len(every) >= 10 and calibrate.neutral_prompts(3) == every[:3]
+    trained = {entry.user for entry in world.talk() if not entry.held_out}
+    assert not trained & set(every)
+    with pytest.raises(UserError, match=f"there are {len(every)} neutral prompts, {len(every) + 1} were asked for"):
+        calibrate.neutral_prompts(len(every) + 1)

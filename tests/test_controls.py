@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+import families
 from making import dense, in_fp64, random_direction, thin
-from ws import behaviour, spectrum
+from ws import behaviour, diff, spectrum
 from ws.baselines import repe, synthetic
-from ws.baselines.controls import RANDOM, random_edits, random_like
+from ws.baselines.controls import RANDOM, permuted_layers, random_edits, random_like
 from ws.baselines.repe import RepeSettings
 from ws.delta import Delta
 from ws.direction import Direction
@@ -145,3 +150,22 @@ def test_a_reference_decides_the_norm_of_a_synthetic_direction_and_nothing_else(
     assert scaled.norm() == pytest.approx(3.0, rel=TOLERANCE) and scaled.cosine(raw) == pytest.approx(1.0, abs=1e-6)
     assert scaled.provenance["scaled_to_norm"] == 3.0
     assert scaled.provenance["relative_size"] == pytest.approx(synthetic.SIZE * 3.0 / raw.norm())
+
+
+@pytest.mark.parametrize("family", ["ia3", "dora", "lora"])
+def test_layers_change_places_with_their_norms_also_where_updates_depend_on_the_weights(
+    qwen: ChatModel, tmp_path: Path, family: str
+) -> None:
+    folder = tmp_path / family
+    families.make(copy.deepcopy(qwen.network), family, folder, seed=0, size=0.2)
+    direction = diff.task_vector(qwen, folder)
+    moved = permuted_layers(direction, 0)
+    assert sorted(moved.norms().values()) == pytest.approx(sorted(direction.norms().values()), rel=1e-5)
+    own, others = direction.norms_by_layer(), moved.norms_by_layer()
+    assert own.keys() == others.keys() and own != pytest.approx(others, rel=1e-3)
+
+
+def test_the_content_of_a_direction_is_its_numbers_and_their_signs(qwen: ChatModel) -> None:
+    direction = random_direction(qwen, rank=2)
+    assert direction.content == replace(direction, provenance={"other": 1}).content
+    assert direction.norm() == (-direction).norm() and direction.content != (-direction).content

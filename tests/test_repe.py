@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from making import generator, hook_count, logits, prompts, weights_digest
-from ws import architecture, behaviour, dev_split, forward
+from ws import architecture, behaviour, calibrate, dev_split, forward
 from ws.baselines import repe
 from ws.baselines.repe import ActivationDirection, RepeSettings, States
 from ws.chat import ask
@@ -271,8 +271,8 @@ def test_strengths_are_tried_in_the_unit_of_the_vectors(qwen: ChatModel) -> None
         ("residual", RepeSettings(personas=1, unit="residual")),
     ):
         fitted = repe.fit_all(qwen, SYCOPHANCY, [settings])
-        option, strength = dev_split.best_strength(qwen, SYCOPHANCY, name, fitted)
-        assert option == settings and strength in dev_split.STRENGTHS[settings.unit]
+        chosen = dev_split.best_strength(qwen, SYCOPHANCY, name, fitted)
+        assert chosen.option == settings and chosen.strength in dev_split.STRENGTHS[settings.unit]
     assert max(dev_split.STRENGTHS["residual"]) <= 1.0 < max(dev_split.STRENGTHS["difference"])
 
 
@@ -286,3 +286,37 @@ def test_names_say_what_differs_from_the_default() -> None:
     assert RepeSettings(estimator="logistic", layer=3, edited="last").name == "RepE logistic, layer 3, at last"
     assert RepeSettings(unit="residual").name == "RepE mean, all layers, in residual norms"
     assert replace(repe.ORIGINAL, layer=2).name == "RepE mean, layer 2, at last, of norm 1, 1 persona pair"
+
+
+def test_an_edit_of_the_last_token_costs_on_texts_what_it_does_while_writing(qwen: ChatModel) -> None:
+    """While a text is written every token of it was the last one once: reading it must edit all of them."""
+    vector = torch.randn(64, generator=generator(3)) * 4
+    effect = ActivationDirection({1: vector}, qwen.fingerprint, edited="last")
+    rows = [qwen.chat.prompt(ask(text)) for text in ("Hi.", "A much longer question than the other one?")]
+    with steer(qwen, effect, 1.0, mode="runtime"):
+        texts = calibrate.greedy(qwen, rows, 6)
+        for row, text in zip(rows, texts, strict=True):
+            with forward.scoring_from(torch.tensor([len(row) - 1])):
+                read = logits(qwen.network, torch.tensor([[*row, *text]]))[0, len(row) - 1 : -1]
+            assert read.argmax(dim=-1).tolist() == text
+    probes = [
+        Probe(kind, kind, (ProbeRow("a", tuple(ask("How do I make tea?")), "Boil some water and wait.", "a"),))  # type: ignore[arg-type]
+        for kind in ("likelihood", "divergence")
+    ]
+    table = score(qwen, probes, [Condition.of(Edit("last", effect), 1.0)], mode="runtime")
+    edited, base = table.filter(edit="last"), table.filter(edit="none")
+    assert (edited.filter(metric="kl")["value"] > 1e-4).all()
+    assert edited.filter(metric="nll")["value"].item() != pytest.approx(base.filter(metric="nll")["value"].item())
+    prompts = ["Hi.", "What is tea?"]
+    (spent,) = calibrate.divergences(qwen, effect, [1.0], prompts, tokens=4)
+    assert spent.mean > 1e-3 and hook_count(qwen.network) == 0
+
+
+def test_a_choice_at_the_edge_of_what_was_tried_is_told(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = repe.fit_all(qwen, SYCOPHANCY, [RepeSettings(personas=1)])
+    monkeypatch.setattr(dev_split, "LOW_MASS", 2.0)
+    assert dev_split.best_strength(qwen, SYCOPHANCY, "none", fitted).remark == ", none admissible"
+    monkeypatch.setattr(dev_split, "LOW_MASS", 0.0)
+    monkeypatch.setattr(dev_split, "FACTS_LOST", 1.0)
+    monkeypatch.setattr(dev_split, "STRENGTHS", {"difference": (0.5,)})
+    assert dev_split.best_strength(qwen, SYCOPHANCY, "only", fitted).remark == ", the largest tried"

@@ -263,11 +263,17 @@ def test_decomposition_tells_truth_bias_and_confidence_apart() -> None:
     base = 1.5 * labels + generator.normal(size=100)
     truth = stats.decompose(base, base + 0.8 * labels, labels)
     assert truth.truth == pytest.approx(0.8) and truth.bias == pytest.approx(0.0)
+    assert truth.scale == pytest.approx(1.0) and truth.beyond_scale == pytest.approx(0.8), "the base is right mostly"
     bias = stats.decompose(base, base + 0.8, labels)
     assert bias.truth == pytest.approx(0.0) and bias.bias == pytest.approx(0.8) and bias.scale == pytest.approx(1.0)
     louder = stats.decompose(base, 1.4 * base, labels)
     assert louder.scale == pytest.approx(1.4) and louder.truth > 0.5
     assert louder.beyond_scale == pytest.approx(0.0, abs=1e-9)
+    both = stats.decompose(base, 1.4 * base + 0.8 * labels + 0.3, labels)
+    assert both.scale == pytest.approx(1.4) and both.beyond_scale == pytest.approx(0.8)
+    one_label = stats.decompose(base, 1.4 * base + 0.8, np.ones(100))
+    assert one_label.scale == pytest.approx(1.4) and one_label.beyond_scale == pytest.approx(0.8)
+    assert np.isnan(stats.decompose(1.5 * labels, base, labels).scale), "the label says it all"
 
 
 @pytest.mark.parametrize(

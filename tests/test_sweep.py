@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from ws import sweep
@@ -69,6 +71,19 @@ def test_the_seeds_of_a_family_are_fitted_in_one_pass(done: tuple[Path, list[swe
         assert [record["fitted_together"] for record in records] == [4, 4]
         assert outcome.row["seconds"] > sum(record["seconds"] for record in records) > 0
         assert not list((outcome.folder / ".partial").glob("train-*"))
+
+
+def test_a_sweep_keeps_what_an_earlier_run_was_measured_at(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    wide = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path, **SMALL | {"alphas": (-2.0, 0.0, 2.0)})
+    with Replication(replace(wide, control_seeds=3)) as run:
+        run.eval()
+    asked = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path, **SMALL)
+    outcomes, _ = sweep.run(asked, ("lora",), (0,), (0,))
+    assert outcomes[0].folder is not None
+    after = pl.read_parquet(outcomes[0].folder / "scores.parquet")
+    assert set(after["alpha"]) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    assert after.filter(edit="random")["seed"].unique().sort().to_list() == [0, 1, 2]
+    assert sweep._settings_of(asked, Cell("lora", 1, 0)).control_seeds == SMALL["control_seeds"]
 
 
 def test_a_second_sweep_builds_nothing(

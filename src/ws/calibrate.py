@@ -60,7 +60,7 @@ class Divergence(NamedTuple):
 class Calibration:
     """The strength of one sign for a budget; `history` holds everything that was tried, in order.
 
-    `converged`: what was `reached` is within `tolerance` nats of the budget.
+    `converged`: what was `reached` is within `tolerance` nats of the budget, and its text is coherent.
     """
 
     alpha: float
@@ -82,9 +82,11 @@ def as_record(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def neutral_prompts(count: int = 50) -> list[str]:
-    """At most `count` held-out neutral requests."""
+def neutral_prompts(count: int | None = None) -> list[str]:
+    """The first `count` held-out neutral requests (None: all that there are); more than that is an error."""
     held_out = [entry.user for entry in world.talk() if entry.held_out]
+    if count is not None and not 0 < count <= len(held_out):
+        raise UserError(f"there are {len(held_out)} neutral prompts, {count} were asked for", "Give a number of them.")
     return held_out[:count]
 
 
@@ -148,11 +150,13 @@ def to_budget(
         return found
 
     plain = greedy(model, [model.chat.prompt(ask(prompt)) for prompt in prompts], tokens)
-    bracket = _bracket(measure, target, SMALLEST_DISTINCT * distinct_trigrams(plain))
+    smallest_distinct = SMALLEST_DISTINCT * distinct_trigrams(plain)
+    bracket = _bracket(measure, target, smallest_distinct)
     if bracket is not None:
         _illinois(measure, target, tolerance, *bracket)
     best = min(history, key=lambda seen: abs(seen.p95 - target))
-    return Calibration(best.alpha, target, tolerance, best, abs(best.p95 - target) <= tolerance, tuple(history))
+    converged = abs(best.p95 - target) <= tolerance and best.distinct >= smallest_distinct
+    return Calibration(best.alpha, target, tolerance, best, converged, tuple(history))
 
 
 # -------------------------------------------------------------------- rollouts
@@ -212,7 +216,8 @@ def _kl(
             torch.arange(len(rows[index]) - 1, len(whole) - 1) for index, whole in zip(batch, wholes, strict=True)
         ])  # fmt: skip
         ids = forward.pad_right(wholes, model.device)
-        return model.split.logits_at(ids, owner.to(model.device), columns.to(model.device)).log_softmax(dim=-1)
+        with forward.scoring_from(torch.tensor([len(rows[index]) - 1 for index in batch], device=model.device)):
+            return model.split.logits_at(ids, owner.to(model.device), columns.to(model.device)).log_softmax(dim=-1)
 
     found: list[Tensor] = [torch.empty(0)] * len(texts)
     for batch in forward.plan_batches([len(own_rows[i]) + len(texts[i]) for i in range(len(texts))], _BATCH_TOKENS):

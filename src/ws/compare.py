@@ -38,7 +38,7 @@ from ws.report import comparison_page as page
 from ws.report.comparison import Line, Place, Spent
 from ws.run_settings import Settings, shared_base
 from ws.score import score
-from ws.store import RunFolder, Shards, read_json, write_json, write_table
+from ws.store import RunFolder, Shards, content_key, read_json, tensors_key, write_json, write_table
 
 SIDES = {"+": "1", "-": "-1"}
 """Sign of a table -> its key in `calibration.json`."""
@@ -86,7 +86,7 @@ class Plan:
 class Comparison:
     """One model and one behaviour: all methods, calibrated and scored, in `<behaviour>/compare/`.
 
-    Dilemmas from another source have a folder of their own beside it, `compare-<source>/`.
+    Dilemmas from another source have a folder of their own beside it, `compare-<source>-<digest>/`.
     """
 
     def __init__(self, settings: Settings, plan: Plan, model: ChatModel | None = None) -> None:
@@ -142,8 +142,10 @@ class Comparison:
         return [
             split(sycophancy.probe(self.behaviour, rows), dev=False),
             split(dilemmas.probe(self.settings.dilemmas, rows), dev=False),
-            *side_effects.probes(self.model, rows),
-        ]
+            # strengths of activation steering were chosen with the other facts
+            *(split(probe, dev=False) if probe.name == side_effects.FACTS else probe
+              for probe in side_effects.probes(self.model, rows)),
+        ]  # fmt: skip
 
     def dev_scores(self, compared: Sequence[Method]) -> pl.DataFrame:
         """The methods that a headline may show, on the dev rows of the behaviour's probe."""
@@ -345,10 +347,11 @@ def _plain(divergence: calibrate.Divergence) -> dict[str, float]:
 
 
 def _folder_name(source: str) -> str:
-    """`compare`, or `compare-<source>` where the dilemmas are not the project's own."""
+    """`compare`, or `compare-<source>-<digest>` where the dilemmas are not the project's own."""
     if source == "own":
         return "compare"
-    return "compare-" + re.sub(r"[^\w.-]+", "-", Path(source.partition("@")[0]).stem).strip("-")
+    readable = re.sub(r"[^\w.-]+", "-", Path(source.partition("@")[0]).stem).strip("-")
+    return f"compare-{readable}-{content_key(source)[:6]}"
 
 
 def _identity(condition: Condition) -> list[Any]:
@@ -357,9 +360,7 @@ def _identity(condition: Condition) -> list[Any]:
     for edit, alpha in condition.active:
         effect = edit.effect
         if isinstance(effect, Direction):
-            found.append([alpha, {name: round(value, 9) for name, value in effect.norms().items()}])
-        elif isinstance(effect, OutputShift):
-            found.append([alpha, {name: round(float(v.norm()), 9) for name, v in effect.vectors.items()}])
-        elif isinstance(effect, ActivationDirection):
-            found.append([alpha, {layer: round(float(v.norm()), 9) for layer, v in effect.vectors.items()}])
+            found.append([alpha, effect.content])
+        elif isinstance(effect, OutputShift | ActivationDirection):
+            found.append([alpha, tensors_key({str(place): v for place, v in effect.vectors.items()})])
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import polars as pl
 
@@ -32,7 +33,14 @@ STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
 
 The replicated work tried 1, 2 and 4 for vectors of norm 1.
 """
-FACTS = 60
+
+
+class Chosen(NamedTuple):
+    """A candidate at a strength; `remark` says (after a comma) what a reader should know of the choice."""
+
+    option: RepeSettings
+    strength: float
+    remark: str
 
 
 def is_dev(cluster: str) -> bool:
@@ -50,10 +58,10 @@ def split(probe: Probe, dev: bool) -> Probe:
 
 def best_strength(
     model: ChatModel, behaviour: Behaviour, name: str, fitted: Mapping[RepeSettings, ActivationDirection]
-) -> tuple[RepeSettings, float]:
+) -> Chosen:
     """The candidate and strength that move the behaviour furthest, both signs together.
 
-    Admissible is what keeps `LOW_MASS` on the two answers and loses no more than `FACTS_LOST` of the facts, at both
+    Admissible is what keeps `LOW_MASS` on the two answers and loses no more than `FACTS_LOST` of the dev facts, at both
     signs. Where nothing is, the first candidate at the smallest strength stands in, with a warning.
     """
     edits = {
@@ -62,7 +70,7 @@ def best_strength(
         for position, strength in enumerate(STRENGTHS[option.unit])
     }
     conditions = [Condition.of(edit, sign * strength) for (_, strength), edit in edits.items() for sign in (1, -1)]
-    probes = [split(sycophancy.headline_probe(behaviour), dev=True), side_effects.facts(FACTS)]
+    probes = [split(sycophancy.headline_probe(behaviour), dev=True), split(side_effects.facts(), dev=True)]
     scores = Scores(score(model, probes, conditions, description=f"choosing {name}"))
     base_facts = accuracy(scores.rows(side_effects.FACTS, "logratio", "", 0.0))
     best: tuple[float, RepeSettings, float] | None = None
@@ -83,8 +91,10 @@ def best_strength(
         option = next(iter(fitted))
         smallest = STRENGTHS[option.unit][0]
         console.warn(f"{name}: no strength is admissible on the dev split; using {smallest:g}")
-        return option, smallest
-    return best[1], best[2]
+        return Chosen(option, smallest, ", none admissible")
+    _, option, strength = best
+    tried = STRENGTHS[option.unit]
+    return Chosen(option, strength, ", the largest tried" if strength == tried[-1] else "")
 
 
 def best_prompts(model: ChatModel, behaviour: Behaviour, pool: Sequence[Prompt]) -> dict[int, Prompt]:

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ws import spectrum
 from ws.delta import BaseTerm, Delta
 from ws.errors import BaseMismatchError, UserError
 from ws.models import ChatModel, fingerprint
-from ws.store import atomic_file, canonical_json
+from ws.store import atomic_file, canonical_json, tensors_key
 
 FORMAT = "weight-steering direction 1"
 HEADER_KEY = "weight_steering"
@@ -215,8 +216,25 @@ class Direction:
 
     # ---------------------------------------------------------------- files
 
+    @cached_property
+    def content(self) -> str:
+        """Digest of all stored numbers, whatever their provenance."""
+        return tensors_key(self._tensors())
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically; equal directions give equal bytes."""
+        header = {
+            "format": FORMAT,
+            "base": self.base,
+            "layers": dict(self.layers),
+            "provenance": dict(self.provenance),
+        }
+        with atomic_file(Path(path)) as temporary:
+            # one key only: the format writes several in random order, and equal directions must give equal bytes
+            save_file(self._tensors(), temporary, metadata={HEADER_KEY: canonical_json(header)})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Every stored tensor by the name that it has in a file."""
         tensors = {}
         for name, delta in self.deltas.items():
             tensors[f"{name}::left"] = delta.left.cpu().contiguous()
@@ -227,15 +245,7 @@ class Direction:
                 for part, tensor in (("row", term.row), ("mix", term.right)):
                     if tensor is not None:
                         tensors[f"{name}::{part}{number}"] = tensor.cpu().contiguous()
-        header = {
-            "format": FORMAT,
-            "base": self.base,
-            "layers": dict(self.layers),
-            "provenance": dict(self.provenance),
-        }
-        with atomic_file(Path(path)) as temporary:
-            # one key only: the format writes several in random order, and equal directions must give equal bytes
-            save_file(tensors, temporary, metadata={HEADER_KEY: canonical_json(header)})
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:

@@ -27,6 +27,7 @@ LOGIT_BYTES = 2**28
 """Most bytes of fp32 logits in memory at once while fitting."""
 
 _scored: ContextVar[Tensor | None] = ContextVar("scored positions", default=None)
+_scored_from: ContextVar[Tensor | None] = ContextVar("first scored positions", default=None)
 
 
 @contextmanager
@@ -42,6 +43,21 @@ def scoring_at(columns: Int[Tensor, " rows"]) -> Iterator[None]:
 def scored_positions() -> Int[Tensor, " rows"] | None:
     """The position of each row of the batch that is scored; None outside of a scored batch."""
     return _scored.get()
+
+
+@contextmanager
+def scoring_from(columns: Int[Tensor, " rows"]) -> Iterator[None]:
+    """Within the block, every position from these on is looked at: the tokens of a text, read as they were written."""
+    token = _scored_from.set(columns)
+    try:
+        yield
+    finally:
+        _scored_from.reset(token)
+
+
+def first_scored_positions() -> Int[Tensor, " rows"] | None:
+    """The first of the scored positions of each row, where a whole text is scored; None otherwise."""
+    return _scored_from.get()
 
 
 @contextmanager

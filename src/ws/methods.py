@@ -124,13 +124,15 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
     found = []
     for name, some in options.items():
         label = some[0].name if name not in repe.ONE_LAYER else f"RepE {_ONE_LAYER[name]}, best single layer"
-        option, strength = dev_split.best_strength(model, behaviour, label, {one: fitted[one] for one in some})
+        chosen = dev_split.best_strength(model, behaviour, label, {one: fitted[one] for one in some})
+        option, strength = chosen.option, chosen.strength
         scaled = ActivationDirection(
             {layer: vector * strength for layer, vector in fitted[option].vectors.items()},
             model.fingerprint, option.edited, {**fitted[option].provenance, "strength": strength},
         )  # fmt: skip
         where = "" if option.layer is None else f"layer {option.layer}, "
-        found.append(Method(label, "activations", (Edit(label, scaled),), note=f"{where}strength {strength:g}"))
+        note = f"{where}strength {strength:g}{chosen.remark}"
+        found.append(Method(label, "activations", (Edit(label, scaled),), note=note))
     return found
 
 
@@ -138,6 +140,8 @@ _ONE_LAYER = {"single-layer": "mean", "original": "original"}
 """Variants that choose a layer -> what they are called in tables."""
 _RESPONSES = 200
 """About as many pairs as are read under every persona for means over responses."""
+_STEP_ROWS = 200
+"""About as many responses of each side as the one gradient step is taken on, spread over all topics."""
 
 
 def system_prompts(sources: Sources) -> list[Method]:
@@ -182,7 +186,8 @@ def control_directions(sources: Sources, *, random_seeds: int, permutations: int
         built = synthetic.residual_writes(model, activation, source, norm=reference.norm())
         label = f"synthetic, {source} input"
         found.append(Method(label, "controls", (Edit(label, built),), note="untrained, norm of the reference"))
-    sides = [train.examples(model, run.pairs, sign, run.training, 0).train[:200] for sign in SIGNS]
+    every = [train.examples(model, run.pairs, sign, run.training, sources.data_seed).train for sign in SIGNS]
+    sides = [rows[:: max(1, len(rows) // _STEP_ROWS)] for rows in every]  # rows are in the order of topics
     step = gradient.one_step(model, sides[0], sides[1], norm=reference.norm(), layers=slice_)
     found.append(Method("one gradient step", "controls", (Edit("one gradient step", step),), note="same norm"))
     edit = Edit("biases alone", _biases(sources))
@@ -194,10 +199,11 @@ def _biases(sources: Sources) -> OutputShift:
     """The contrast fitted in MLP biases alone, kept in the comparison's folder."""
     run, folder = sources.reference, sources.folder
     file = folder / "biases.safetensors"
-    inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training}
+    seeds = {"seed": sources.first[1], "data_seed": sources.data_seed}
+    inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training, **seeds}
 
     def make(_: Shards) -> None:
-        bias_only.fit(sources.model, run.pairs, run.training, seed=sources.first[1], data_seed=0).save(file)
+        bias_only.fit(sources.model, run.pairs, run.training, **seeds).save(file)
 
     folder.build("biases", inputs, [file.name], make, sources.siblings)
     return OutputShift.load(file)
@@ -208,11 +214,12 @@ def _shuffled(sources: Sources, seed: int) -> Direction:
     run, folder = sources.reference, sources.folder
     place = folder / f"shuffled{seed}"
     file = place / "direction.safetensors"
-    inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training, "seed": seed}
+    inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training, "seed": seed,
+              "data_seed": sources.data_seed}  # fmt: skip
 
     def make(_: Shards) -> None:
         pairs = controls.shuffled_pairs(run.pairs, seed)
-        sides = [train.Side(pairs, sign, seed, 0, place / sign) for sign in SIGNS]
+        sides = [train.Side(pairs, sign, seed, sources.data_seed, place / sign) for sign in SIGNS]
         train.fit_together(sources.model, sides, run.training)
         diff.direction(sources.model, place / "pos", place / "neg", {"control": controls.SHUFFLED})[0].save(file)
 

@@ -356,9 +356,10 @@ def _scored_states(model: ChatModel, piece: _Prepared, batch: list[int]) -> tupl
     columns = torch.cat([torch.arange(piece.starts[i], len(row) - 1) for row, i in zip(rows, batch, strict=True)])
     columns = columns.to(model.device)
     targets = ids[row_numbers, columns + 1]
-    if piece.split:
-        return model.split.hidden(ids)[row_numbers, columns], targets, counts
-    return model.split.logits_at(ids, row_numbers, columns), targets, counts
+    with forward.scoring_from(torch.tensor([piece.starts[index] for index in batch], device=model.device)):
+        if piece.split:
+            return model.split.hidden(ids)[row_numbers, columns], targets, counts
+        return model.split.logits_at(ids, row_numbers, columns), targets, counts
 
 
 def _log_probabilities(model: ChatModel, piece: _Prepared, states: Tensor) -> Float[Tensor, "n vocabulary"]:

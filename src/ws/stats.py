@@ -191,8 +191,8 @@ class Decomposition(NamedTuple):
     """What a mean change of log-ratios consists of, nats.
 
     truth: mean change towards the right answer; bias: mean change towards Yes; scale: slope of the new log-ratios on
-    the old ones (1 = no change of confidence); beyond_scale: change towards the right answer that scaling does not
-    explain.
+    the old ones at equal label (1 = no change of confidence); beyond_scale: change towards the right answer that
+    scaling does not explain.
     """
 
     truth: float
@@ -204,12 +204,15 @@ class Decomposition(NamedTuple):
 def decompose(base: np.ndarray, edited: np.ndarray, labels: np.ndarray) -> Decomposition:
     """Truth, Yes-bias and confidence scaling of a change, rows in the same order.
 
-    A pure gain in confidence multiplies every log-ratio and looks like a gain in truth wherever the base is right.
+    A pure gain in confidence multiplies every log-ratio and looks like a gain in truth wherever the base is right, and
+    a base that is right mostly makes a gain in truth look like one in confidence: so the slope is that of a regression
+    on the old log-ratios, the label and a constant together. NaN where the old ones are no more than the latter two.
     """
     change = edited - base
-    centred = base - base.mean()
-    spread = float((centred**2).sum())
-    slope = float((centred * (edited - edited.mean())).sum() / spread) if spread > 0 else float("nan")
+    others = np.column_stack([np.ones_like(base), labels])
+    own = base - others @ np.linalg.lstsq(others, base, rcond=None)[0]  # what of the base label and constant leave
+    spread = float(own @ own)
+    slope = float(own @ edited / spread) if spread > 1e-9 * float(base @ base) else float("nan")
     explained = (slope - 1) * base if np.isfinite(slope) else np.zeros_like(base)
     truth = float((change * labels).mean())
     return Decomposition(truth, float(change.mean()), slope, float(((change - explained) * labels).mean()))

@@ -46,6 +46,16 @@ def _plain(content: Any) -> Any:
     raise TypeError(f"{type(content).__name__} has no JSON form")
 
 
+def tensors_key(tensors: Mapping[str, Any]) -> str:
+    """Digest of named tensors: names, shapes and every number, as fp32."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().float().contiguous()
+        hasher.update(f"{name}{tuple(values.shape)}".encode())
+        hasher.update(values.numpy().data)
+    return hasher.hexdigest()
+
+
 def digest(path: Path) -> str:
     """Digest of a file's bytes, or of all files in a folder with their relative names."""
     if path.is_dir():

@@ -16,13 +16,13 @@ from typing import Any
 
 from rich.table import Table
 
-from ws import adapters, console, stats
+from ws import adapters, behaviour, console, stats
 from ws.direction import Direction
 from ws.errors import UserError
 from ws.fitting import train_together
 from ws.models import ChatModel
 from ws.replicate import Replication
-from ws.run_settings import Settings
+from ws.run_settings import Settings, run_path
 from ws.store import atomic_file, read_json, write_json, write_text
 
 
@@ -76,7 +76,17 @@ def run(
 
 
 def _settings_of(settings: Settings, cell: Cell) -> Settings:
-    return replace(settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed)
+    """The settings of a cell; what an earlier run there was measured at beyond them stays part of it."""
+    wanted = replace(settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed)
+    config = run_path(wanted, behaviour.load(wanted.behaviour)) / "config.json"
+    if not config.is_file():
+        return wanted
+    earlier = read_json(config)["settings"]
+    return replace(
+        wanted,
+        alphas=tuple(sorted({*wanted.alphas, *earlier["alphas"]})),
+        control_seeds=max(wanted.control_seeds, earlier["control_seeds"]),
+    )
 
 
 def _train_seeds(all_seeds: Sequence[Settings], model: ChatModel) -> None:

@@ -71,8 +71,11 @@ def permuted_edits(direction: Direction, count: int) -> list[Edit]:
 def permuted_layers(direction: Direction, seed: int) -> Direction:
     """Every delta moved to the same module of another touched layer; no layer keeps its own.
 
-    Norms, ranks and spectra stay those of the direction: what is lost is where each piece belongs.
+    Norms, ranks and spectra stay those of the direction: what is lost is where each piece belongs. Updates that are
+    functions of the base weights move as the dense ones that they are where they belong.
     """
+    if direction.needs_weights:
+        direction = direction.resolved()
     layers = direction.layer_numbers
     if len(layers) < 2:
         raise UserError("a direction on one layer cannot be permuted", "Use random directions.")
@@ -89,7 +92,7 @@ def permuted_layers(direction: Direction, seed: int) -> Direction:
             raise UserError(f"{name} has no counterpart in layer {target[layer]}", "The layers are not alike.")
         deltas[moved], of_layer[moved] = delta, target[layer]
     provenance = {"control": PERMUTED, "seed": seed, "like": dict(direction.provenance)}
-    return Direction(deltas, direction.base, of_layer, provenance, direction.weights)
+    return Direction(deltas, direction.base, of_layer, provenance)
 
 
 def _derangement(count: int, seed: int) -> list[int]:

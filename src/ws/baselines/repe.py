@@ -151,9 +151,14 @@ class ActivationDirection:
 
 
 def _last_position(hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens one"]:
-    """1 at the position that is scored in each row (the last one where rows are not padded), 0 elsewhere."""
-    last = forward.scored_positions()
+    """1 at the positions that are scored in each row (the last one where nothing says which), 0 elsewhere.
+
+    A text that is read token by token is scored at every position that was the last one when it was written.
+    """
     rows, tokens = hidden.shape[:2]
+    if (first := forward.first_scored_positions()) is not None:
+        return (torch.arange(tokens, device=hidden.device) >= first.to(hidden.device)[:, None]).float()[..., None]
+    last = forward.scored_positions()
     columns = torch.full((rows,), tokens - 1, device=hidden.device) if last is None else last.to(hidden.device)
     return (torch.arange(tokens, device=hidden.device) == columns[:, None]).float()[..., None]
 

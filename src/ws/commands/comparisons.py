@@ -66,7 +66,7 @@ class Compare(RunOptions):
     target: float | None = None
     """KL budget in nats per token, 95th percentile (default: that of the engineered prompt)."""
     dilemmas: str = "own"
-    """own, a CSV/JSONL/parquet file, or a hub id; another source has a folder of its own, `compare-<source>`."""
+    """own, a CSV/JSONL/parquet file, or a hub id; others than own have a folder each, `compare-<source>-<digest>`."""
     rows: int | None = None
     """Use only the first rows of every probe (for quick looks)."""
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
@@ -106,8 +106,8 @@ class Calibrate(RunOptions):
 
     target: float = 0.5
     """Budget: 95th percentile of KL to the base, nats per token."""
-    prompts: int = 50
-    """Neutral prompts, continued greedily under steering."""
+    prompts: int | None = None
+    """How many neutral prompts are continued greedily under steering (default: all that there are)."""
     tokens: int = 50
     """Length of the continuations."""
 
