@@ -19,6 +19,7 @@ RATIOS = {
     ("sweeping", "all", POCKET): 1.8,
     ("generating", "generate", POCKET): 2.5, ("generating", "generate", SHAPE): 1.5,
     ("algebra", "factors", SHAPE): 50.0, ("algebra", "dense", SHAPE): 4.0,
+    ("algebra", "checkpoint", SHAPE): 4.0,
 }  # fmt: skip
 """Comparison, peer and size -> the ratio to reach."""
 GEMM_SHARES = {("scoring", SHAPE): 0.65, ("training", SHAPE): 0.5}

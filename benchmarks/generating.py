@@ -12,7 +12,7 @@ from limits import Need
 from peers import contiguous_head, library_forms
 from timing import Row, Way, in_turn
 
-from ws import behaviour
+from ws import attention, behaviour
 from ws.chat import ask
 from ws.generate import Request, Sample, Sampling, sample
 from ws.models import ChatModel
@@ -20,6 +20,9 @@ from ws.models import ChatModel
 TEMPERATURE = 0.8
 WHOLE_WORK = (200, 10, 48)
 """Prompts, samples and tokens that the aims speak of."""
+FORMS = (attention.EAGER, "sdpa")
+"""The library's forms of attention among which `generate` has the faster one."""
+FORM_TOKENS = 16
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 4
 LEAST_EQUAL = 0.75
 """Share of greedy tokens that two ways must have in common; near-ties fall either way by rounding."""
@@ -31,29 +34,33 @@ class Generating(Comparison):
     name = "generating"
 
     def ways(self) -> list[Way]:
-        """Ours, and `generate` in every size of batch."""
+        """Ours, and `generate` in every size of batch and form of attention."""
         return [
             Way("ours", self.ours),
             *(
-                Way(f"generate, {size}", partial(self.theirs, size), for_peak=partial(self.theirs, size, rows=size))
+                Way(f"generate, {size}, {form}", partial(self.theirs, size, form),
+                    for_peak=partial(self.theirs, size, form, rows=size))
                 for size in self.workload.generation.batches
+                for form in FORMS
             ),
-        ]
+        ]  # fmt: skip
 
     def rows(self) -> list[Row]:
         """One line."""
         self._require_agreement()
         given, prompts = self.workload.generation, self._prompts
         size = best_batch(self.model, prompts, given.batches, given.searched_tokens)
-        theirs = f"generate, {size}"
+        form = best_form(self.model, prompts, size)
+        theirs = f"generate, {size}, {form}"
         times = in_turn([self.way("ours"), self.way(theirs)], self.workload.repeats, warm_up=0)
         peaks = self.peaks_of(["ours", theirs] if self.workload.has_aims else [])
         work = f"{len(prompts)} prompts x {given.samples} samples of up to {given.new_tokens} tokens"
         is_whole = (len(prompts), given.samples, given.new_tokens) == WHOLE_WORK
         note = "" if is_whole else f"less than the {' x '.join(map(str, WHOLE_WORK))} aimed at, for time"
         return [
-            self.line(work, f"generate, batches of {size}", times["ours"], times[theirs], aim="generate",
-                      need=self._need(self._written), memory=(peaks.get("ours"), peaks.get(theirs)), note=note)
+            self.line(work, f"generate, batches of {size}, {form} attention", times["ours"], times[theirs],
+                      aim="generate", need=self._need(self._written),
+                      memory=(peaks.get("ours"), peaks.get(theirs)), note=note)
         ]  # fmt: skip
 
     def ours(self) -> None:
@@ -65,11 +72,11 @@ class Generating(Comparison):
         ]
         self._written = sample(self.model, requests, Sampling(given.new_tokens, TEMPERATURE), seed=0)
 
-    def theirs(self, batch: int, rows: int | None = None) -> object:
+    def theirs(self, batch: int, form: str, rows: int | None = None) -> object:
         """`generate` on every prompt as often as samples are wanted; on the first rows where so many are given."""
         given = self.workload.generation
         repeated = [ids for ids in self._prompts for _ in range(given.samples)]
-        return by_generate(self.model, repeated[:rows], batch, given.new_tokens)
+        return by_generate(self.model, repeated[:rows], batch, given.new_tokens, form=form)
 
     def _need(self, written: list[list[Sample]]) -> Need:
         """What samples of these lengths need; the token that ended a sample was drawn, too."""
@@ -101,8 +108,9 @@ class Generating(Comparison):
 
 
 def by_generate(
-    model: ChatModel, rows: list[list[int]], batch: int, new_tokens: int, *, greedy: bool = False
-) -> list[list[int]]:
+    model: ChatModel, rows: list[list[int]], batch: int, new_tokens: int, *, form: str | None = None,
+    greedy: bool = False,
+) -> list[list[int]]:  # fmt: skip
     """What `generate` writes after left-padded rows, in batches as they come; stop tokens are cut off.
 
     Its head is repaired: as it is, reading the prompts copies the head once per row.
@@ -110,7 +118,7 @@ def by_generate(
     stops = sorted(model.chat.stop_ids)
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
     written = []
-    with library_forms(model.network), contiguous_head(model.network):
+    with library_forms(model.network, form), contiguous_head(model.network):
         for at in range(0, len(rows), batch):
             part = rows[at : at + batch]
             width = max(map(len, part))
@@ -133,3 +141,11 @@ def best_batch(model: ChatModel, prompts: list[list[int]], batches: tuple[int, .
     ways = [Way(f"generate, {size}", partial(by_generate, model, rows, size, new_tokens)) for size in batches]
     times = in_turn(ways, 1, warm_up=0)
     return min(batches, key=lambda size: times[f"generate, {size}"][0])
+
+
+def best_form(model: ChatModel, prompts: list[list[int]], batch: int) -> str:
+    """The form of attention in which `generate` writes a batch of this size sooner."""
+    rows = [prompts[number % len(prompts)] for number in range(batch)]
+    ways = [Way(form, partial(by_generate, model, rows, batch, FORM_TOKENS, form=form)) for form in FORMS]
+    times = in_turn(ways, 1, warm_up=0)
+    return min(FORMS, key=lambda form: times[form][0])

@@ -25,16 +25,20 @@ from ws.train import TrainSettings
 
 
 @contextmanager
-def library_forms(network: Any) -> Iterator[None]:
-    """Within the block the network runs the library's own attention and norms instead of ours."""
-    own = network.config._attn_implementation
-    network.set_attn_implementation(attention.EAGER if own == attention.GROUPED else own)
+def library_forms(network: Any, attend: str | None = None) -> Iterator[None]:
+    """Within the block the network runs the library's own norms and attention instead of ours.
+
+    `attend`: which of its forms of attention (None: eager where ours runs otherwise, else the network's own).
+    """
+    own, classes = network.config._attn_implementation, {m: type(m) for m in network.modules() if norms.is_lean(m)}
+    network.set_attn_implementation(attend or (attention.EAGER if own == attention.GROUPED else own))
     norms.use_library(network)
     try:
         yield
     finally:
         network.set_attn_implementation(own)
-        norms.use_lean(network)
+        for module, kind in classes.items():
+            module.__class__ = kind
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aims
 import flops
@@ -32,7 +32,9 @@ from ws import architecture, data, lower_layers, shared_prefix, train
 from ws.behaviour import Behaviour
 from ws.chat import ask
 from ws.condition import Condition, Edit
+from ws.fitting import Fitting
 from ws.generate import Sampling
+from ws.judge import JudgeSettings
 from ws.probe import Probe
 from ws.replicate import Replication
 from ws.run_settings import DEFAULT_ALPHAS, Settings
@@ -101,9 +103,12 @@ class EndToEnd(Comparison):
             return run.report()
 
     def steps(self) -> Scores:
-        """The stages that the peer has, too."""
+        """The stages that the peer has, too; it has no judge."""
         lower_layers.forget(self.model)
-        with tempfile.TemporaryDirectory() as scratch, Replication(self._settings(scratch), self.model) as run:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            Fitting(self._settings(scratch, judge=JudgeSettings("none")), self.model) as run,
+        ):
             edit, self._pairs = Edit("d", run.diff()[0]), run.data()
         table = score(self.model, self._known.probes, [Condition.of(edit, alpha) for alpha in DEFAULT_ALPHAS])
         return {
@@ -132,12 +137,13 @@ class EndToEnd(Comparison):
 
     # ---------------------------------------------------------------- parts
 
-    def _settings(self, scratch: str) -> Settings:
+    def _settings(self, scratch: str, **more: Any) -> Settings:
         given = self.workload.pipeline
         assert given is not None
         return Settings(
-            model=self.inputs.model, out=Path(scratch), grid=given.grid, rows=given.rows, train={"validation": 0.0}
-        )
+            model=self.inputs.model, out=Path(scratch), grid=given.grid, rows=given.rows, train={"validation": 0.0},
+            **more,
+        )  # fmt: skip
 
     @cached_property
     def _chosen(self) -> train.TrainSettings:

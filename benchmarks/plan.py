@@ -126,7 +126,7 @@ def costs(saving: float, shape: Shape = LARGE, job: Job | None = None, machines:
     layers = architecture.layer_slice(shape.layers, *job.slice)
     adapter = shape.lora_parameters(job.rank, len(layers))
     reached = shape.layers - layers[0]
-    row = job.prompt + job.response
+    row, step = job.prompt + job.response, 16 * job.branches
     written, fitted, read = sampling_flops(shape, job), training_flops(shape, job), scoring_flops(shape, job, saving)
     hours = [
         sampling_seconds(shape, job, machines) / 3600, _compute_seconds(fitted, machines) / 3600,
@@ -139,11 +139,12 @@ def costs(saving: float, shape: Shape = LARGE, job: Job | None = None, machines:
         Cost("weights per GPU", f"{shape.weight_bytes} bytes a parameter, split over {machines.gpus}",
              f"{shape.parameters * shape.weight_bytes / machines.gpus / GIB:.1f} GiB"),
         Cost("adapter and optimiser", f"rank-{job.rank} LoRA on layers {layers[0]}-{layers[-1]}, {adapter / 1e6:.0f} "
-             "million parameters, fp32: weight, gradient, two moments", f"{16 * adapter / GIB:.2f} GiB"),
+             f"million parameters, fp32: weight, gradient, two moments; {job.branches} branches in one pass",
+             f"{16 * job.branches * adapter / GIB:.2f} GiB"),
         Cost("activations per token", f"layers {layers[0]}-{shape.layers - 1}, whole / layer inputs only",
              f"{whole / 2**20:.2f} / {kept / 2**20:.2f} MiB"),
-        Cost("activations of a step of 16 rows", f"{16 * row} tokens, whole / layer inputs only, over all GPUs",
-             f"{16 * row * whole / GIB:.1f} / {16 * row * kept / GIB:.1f} GiB"),
+        Cost(f"activations of a step of {step} rows", f"{step * row} tokens, whole / layer inputs only, over all GPUs",
+             f"{step * row * whole / GIB:.1f} / {step * row * kept / GIB:.1f} GiB"),
         Cost("attention cache per token", "2 x layers x kv heads x head width",
              f"{shape.kv_bytes_per_token / 2**10:.0f} KiB"),
         Cost("attention cache of all responses", f"{2 * job.pairs} of {row} tokens, over all GPUs",

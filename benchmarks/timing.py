@@ -14,7 +14,7 @@ import torch
 from aims import Aim
 from limits import Limits, Need
 
-SLOW, VERY_SLOW = 20.0, 45.0
+SLOW, VERY_SLOW = 20.0, 90.0
 """Seconds beyond which a way is timed twice at most, and once."""
 
 

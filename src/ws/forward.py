@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ws import console
 
 LOGIT_BYTES = 2**28
-"""Most bytes of fp32 logits in memory at once while fitting."""
+"""Most bytes of one set of fp32 logits in memory at once, where every token of a text meets the vocabulary."""
 
 _scored: ContextVar[Tensor | None] = ContextVar("scored positions", default=None)
 _scored_from: ContextVar[Tensor | None] = ContextVar("first scored positions", default=None)

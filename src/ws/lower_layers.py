@@ -205,7 +205,8 @@ def _recording(network: nn.Module, recording: Recording, copies: int = 1) -> Ite
     """Within the block, what enters `recording.layer` is appended to the recording, of several copies the first."""
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.states.append(_state_in(args, kwargs).detach().chunk(copies)[0])
+        first = _state_in(args, kwargs).detach().chunk(copies)[0]
+        recording.states.append(first.clone() if copies > 1 else first)  # a view would keep all copies in memory
 
     _, blocks = architecture.decoder_layers(network)
     handle = blocks[recording.layer].register_forward_pre_hook(keep, with_kwargs=True)

@@ -14,6 +14,7 @@ from ws.data import Grid
 from ws.engine import LOCAL, EngineSettings
 from ws.judge import JudgeSettings
 from ws.models import ChatModel, Dtype
+from ws.score import SCORES_VERSION
 from ws.settings import make as make_settings
 from ws.store import Shards, content_key
 
@@ -69,7 +70,7 @@ def run_path(settings: Settings, subject: Behaviour) -> Path:
 
 def shared_base(model: ChatModel, out: Path) -> Shards:
     """Scores of the unedited model that all its runs share, `out/<model>/base/<key of what decides them>/`."""
-    key = content_key(model.describe(), __version__)
+    key = content_key(model.describe(), __version__, SCORES_VERSION)
     return Shards(out / model.slug / "base" / key)
 
 

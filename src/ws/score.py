@@ -58,6 +58,8 @@ SCHEMA: dict[str, Any] = {
 """Columns of a scores table: one value of one metric of one row under one Condition."""
 
 
+SCORES_VERSION = 2
+"""Raised when what the engine makes of the same model and rows changes by more than rounding."""
 SHARED_PASS = 4_096
 """Padded tokens at which the matrix products of a pass are about as fast as they get."""
 
@@ -236,7 +238,7 @@ def _score_condition(
                 assert shards is not None
                 yield pl.read_parquet(shards.path(name))
                 continue
-            values = known.pop((piece.probe.name, id(condition)), None)
+            values = known.pop((piece.probe.key, id(condition)), None)
             if values is None:
                 with piece.recordings.used(begins):
                     values = _RUNNERS[piece.probe.kind](model, piece, condition)
@@ -261,7 +263,7 @@ def _read_together(
             continue
         wanted = [
             condition for condition in coming
-            if can_share_a_pass(model, condition) and (piece.probe.name, id(condition)) not in known
+            if can_share_a_pass(model, condition) and (piece.probe.key, id(condition)) not in known
             and not (shards is not None and shards.has(_shard_name(piece, condition)))
         ]  # fmt: skip
         if not wanted or wanted[0] is not coming[0]:
@@ -274,12 +276,12 @@ def _read_together(
         with torch.no_grad(), under_each(model, together), piece.recordings.used(begins, len(together)):
             found = choice.read_copies(model, piece.choices, len(together))
         for condition, readings in zip(together, found, strict=True):
-            known[piece.probe.name, id(condition)] = _by_row(piece.probe, readings)
+            known[piece.probe.key, id(condition)] = _by_row(piece.probe, readings)
 
 
 Values = dict[str, dict[str, float]]
 """row id -> metric -> value."""
-_Known = dict[tuple[str, int], Values]
+_Known = dict[tuple[str, int], Values]  # by the key of a probe: two may share a name
 """Probe and Condition (by identity) -> what has been read of it ahead."""
 
 
@@ -366,11 +368,21 @@ def _log_probabilities(model: ChatModel, piece: _Prepared, states: Tensor) -> Fl
     return (model.split.logits(states) if piece.split else states).log_softmax(dim=-1)
 
 
+def _in_blocks(model: ChatModel, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Positions in blocks whose logits stay within `forward.LOGIT_BYTES`."""
+    vocabulary = model.network.get_input_embeddings().weight.shape[0]
+    size = max(1, forward.LOGIT_BYTES // (4 * vocabulary))
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
 def _run_likelihood(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
     values: Values = {}
     for batch in piece.batches:
         states, targets, counts = _scored_states(model, piece, batch)
-        losses = -_log_probabilities(model, piece, states).gather(-1, targets[:, None]).flatten()
+        losses = torch.cat([
+            -_log_probabilities(model, piece, some).gather(-1, next_ids[:, None]).flatten()
+            for some, next_ids in _in_blocks(model, states, targets)
+        ])  # fmt: skip
         for index, part in zip(batch, losses.split(counts), strict=True):
             values[piece.probe.rows[index].row] = {"nll": float(part.mean()), "tokens": float(len(part))}
     return values
@@ -382,9 +394,11 @@ def _run_divergence(model: ChatModel, piece: _Prepared, condition: Condition) ->
         states, _, counts = _scored_states(model, piece, batch)
         if condition.is_base:
             piece.base_states[number] = states
-        edited = _log_probabilities(model, piece, states)
-        base = _log_probabilities(model, piece, piece.base_states[number])
-        divergences = (edited.exp() * (edited - base)).sum(dim=-1)
+        parts = []
+        for some, base_states in _in_blocks(model, states, piece.base_states[number]):
+            edited, base = _log_probabilities(model, piece, some), _log_probabilities(model, piece, base_states)
+            parts.append((edited.exp() * (edited - base)).sum(dim=-1))
+        divergences = torch.cat(parts)
         for index, part in zip(batch, divergences.split(counts), strict=True):
             for position, value in enumerate(part.tolist()):
                 values[f"{piece.probe.rows[index].row}@{position}"] = {"kl": value}

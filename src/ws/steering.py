@@ -14,7 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,9 @@ def can_share_a_pass(model: ChatModel, condition: Condition) -> bool:
     if len(condition.active) != 1 or not isinstance(direction := condition.active[0][0].effect, Direction):
         return False
     modules = dict(model.network.named_modules())
-    names = (name.rpartition(".") for name in direction.deltas)
-    return all(delta.is_thin for delta in direction.deltas.values()) and all(
-        leaf == "weight" and architecture.is_linear_map(modules[module]) and not architecture.is_conv1d(modules[module])
-        for module, _, leaf in names
-    )
+    maps = {f"{name}.weight" for name, module in modules.items()
+            if architecture.is_linear_map(module) and not architecture.is_conv1d(module)}  # fmt: skip
+    return direction.deltas.keys() <= maps and all(delta.is_thin for delta in direction.deltas.values())
 
 
 @contextmanager
@@ -332,19 +330,40 @@ def _thin_path(delta: Delta) -> Hook:
 
 
 def _block_path(by_block: Mapping[int, tuple[Delta, float]], blocks: int, weight: Tensor) -> Hook:
-    """`y_b + alpha_b left_b (right_b x_b)` for the blocks of rows that have an update; several may share factors."""
-    factors: dict[int, tuple[Tensor, Tensor]] = {}
-    placed = []
-    for block, (delta, alpha) in by_block.items():
-        if id(delta) not in factors:
-            factors[id(delta)] = delta.left.to(weight), delta.right.to(weight)
-        placed.append((block, alpha, *factors[id(delta)]))
+    """`y_b + left_b (alpha_b right_b x_b)` for the blocks of rows that have an update.
+
+    Neighbouring blocks with the same update, which differ in strength only, go through the products together.
+    """
+    runs: list[_Run] = []
+    for block, (delta, alpha) in sorted(by_block.items()):
+        if not runs or runs[-1].delta is not delta or runs[-1].stop != block:
+            runs.append(_Run(delta, block, []))
+        runs[-1].alphas.append(alpha)
+    placed = [
+        (run, run.delta.left.to(weight), run.delta.right.to(weight),
+         torch.tensor(run.alphas, device=weight.device)[:, None, None])
+        for run in runs
+    ]  # fmt: skip
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        rows_in, rows_out = inputs[0].chunk(blocks), output.chunk(blocks)
-        for block, alpha, left, right in placed:
-            thin = nn.functional.linear(rows_in[block], right).flatten(0, -2)
-            rows_out[block].flatten(0, -2).addmm_(thin, left.mT, alpha=alpha)
+        size = len(output) // blocks
+        for run, left, right, alphas in placed:
+            rows = slice(run.start * size, run.stop * size)
+            thin = nn.functional.linear(inputs[0][rows], right)
+            scaled = thin.view(len(alphas), -1, left.shape[-1]) * alphas  # in fp32: a strength is not to be rounded
+            output[rows].flatten(0, -2).addmm_(scaled.flatten(0, -2).to(thin), left.mT)
         return output
 
     return hook
+
+
+class _Run(NamedTuple):
+    """Neighbouring blocks of rows under one update, each at its own strength."""
+
+    delta: Delta
+    start: int
+    alphas: list[float]
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.alphas)

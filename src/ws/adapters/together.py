@@ -128,9 +128,9 @@ def attach_together(network: Any, settings: AdapterSettings, name: str, seeds: S
         branches[-1].suspend()
     together = Together(branches)
     places = branches[0].layers
-    for place in places:
-        architecture.replace_module(network, place, _Routed([one.layers[place] for one in branches], together))
     try:
+        for place in places:
+            architecture.replace_module(network, place, _Routed([one.layers[place] for one in branches], together))
         yield together
     finally:
         for place, layer in places.items():

@@ -127,6 +127,8 @@ class ActivationDirection:
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
         """Put the vectors on the network; the result takes them off. alpha: a number, or one per row."""
         _, blocks = architecture.decoder_layers(network)
+        if absent := sorted(layer for layer in self.vectors if not 0 <= layer < len(blocks)):
+            raise UserError(f"the model has no layer {absent[0]}, only 0 to {len(blocks) - 1}", "Load its own base.")
         handles = []
         for layer, vector in self.vectors.items():
             handles.append(blocks[layer].register_forward_hook(self._adding(vector, alpha)))
