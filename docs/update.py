@@ -32,6 +32,8 @@ FIRST = "pocket-sycophancy-lora-seed0"
 SHAPE = RESULTS / "qwen3-0.6b-shape.json"
 SWEEP = RESULTS / "pocket-sycophancy-sweep.md"
 COMPARED = RESULTS / "pocket-sycophancy-compare"
+LARGEST_KEPT = 1_000_000
+"""Bytes up to which the numbers of a comparison are kept beside its pages."""
 ACROSS = RESULTS / "comparisons.md"
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 CLOSE = 1.5
@@ -68,8 +70,7 @@ def main(arguments: list[str]) -> None:
     if ACROSS.is_file():
         blocks["across"] = ACROSS.read_text().split("\n", 2)[2].strip()
     if COMPARED.is_dir():
-        headline = (COMPARED / "comparison.md").read_text().split("\n")[2].strip("*")
-        blocks["compare"] = f"On pocket, three training seeds, 20 random directions:\n\n> {headline}"
+        blocks["compare"] = compared(COMPARED)
     for file in (ROOT / "README.md", *DOCS.glob("*.md")):
         file.write_text(fill(file.read_text(), blocks))
 
@@ -80,7 +81,10 @@ def store(run: Path) -> None:
         shutil.copy(run, ACROSS)
         return
     if (run / "comparison.md").is_file():
-        for name in ("comparison.md", "pareto.png"):
+        if (size := (run / "comparison.json").stat().st_size) >= LARGEST_KEPT:
+            # nothing is kept then: pages of this comparison must not stand beside the numbers of another
+            raise SystemExit(f"{run / 'comparison.json'}: {size} bytes are too many to keep (at most {LARGEST_KEPT})")
+        for name in ("comparison.md", "comparison.json", "pareto.png"):
             shutil.copy(run / name, COMPARED / name)
         return
     if (run / "sweep.md").is_file():
@@ -174,6 +178,25 @@ def pocket_table(summary: Summary) -> str:
         f"norm and rank. |dW| = {summary['direction_norm']:.3g}."
     )
     return f"{table(columns, rows)}\n\n{note}"
+
+
+# -------------------------------------------------------------------- a comparison
+
+
+def compared(folder: Path) -> str:
+    """The headline of the stored comparison, under the replicates that it rests on where its numbers are stored."""
+    headline = "> " + (folder / "comparison.md").read_text().split("\n")[2].strip("*")
+    numbers = folder / "comparison.json"
+    return f"{replicates_told(json.loads(numbers.read_text()))}\n\n{headline}" if numbers.is_file() else headline
+
+
+def replicates_told(comparison: Summary) -> str:
+    """Training seeds of the weight directions, and random directions."""
+    entries = [entry for entry in comparison["own_strength"] if "+" in entry]
+    seeds = {entry["name"]: len(entry["+"]["own"]["seeds"]) for entry in entries}
+    trained = max(seeds[entry["name"]] for entry in entries if entry["kind"] == "weights")
+    counted = ("no", "one", "two", "three", "four", "five")[trained] if trained <= 5 else str(trained)
+    return f"On pocket, {counted} training seed{'' if trained == 1 else 's'}, {seeds['random']} random directions:"
 
 
 # -------------------------------------------------------------------- several runs

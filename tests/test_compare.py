@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -157,8 +158,10 @@ def test_the_headline_is_chosen_on_dev_rows_among_directions_with_every_seed(res
 
 @pytest.mark.slow
 def test_the_terminal_shows_the_three_tables(result: compare.Result, capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.show_comparison(result.summary)
-    parts = re.split(r"^\((?=[abc]\))", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    terminal.show_comparison(result.summary, result.folder)
+    printed = capsys.readouterr().out
+    assert f"picture     {result.folder / 'pareto.png'}" in printed
+    parts = re.split(r"^\((?=[abc]\))", printed, flags=re.MULTILINE)[1:]
     assert [part[0] for part in parts] == ["a", "b", "c"] and all("random" in part for part in parts)
     assert "tau_pos" in parts[0] and "prompt:" in parts[1] and "p95 KL" in parts[2]
 
@@ -189,7 +192,8 @@ def test_dilemmas_of_another_source_have_a_folder_of_their_own(
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = Settings(model=str(tiny_folders["qwen3"]), out=result.folder.parents[2], dilemmas=str(source), **SMALL)
     other = compare.run(settings, PLAN)
-    assert other.folder == result.folder.parent / "compare-coins" and result.folder.is_dir()
+    assert other.folder.parent == result.folder.parent and other.folder.name.startswith("compare-coins-")
+    assert result.folder.is_dir()
     scores = pl.read_parquet(other.folder / "scores.parquet").filter(pl.col("probe") == "dilemmas")
     assert set(scores["cluster"]) == {f"c{n}" for n in range(30) if not is_dev(f"c{n}")}
     assert str(source) in (other.folder / "comparison.md").read_text()
@@ -296,7 +300,11 @@ def test_one_gradient_step_lowers_the_contrast_loss(qwen: ChatModel) -> None:
 
 
 def known(shift: Any, control: Any = lambda seed: 0.02 * (seed - 2)) -> pl.DataFrame:
-    """Scores of one edit, five random controls and a prompt on sixty claims and sixty dilemmas of two rows."""
+    """Scores of one edit, five random controls and a prompt on sixty items of each probe.
+
+    The own probe is labelled as the real one: false and true claims are +1, their reversed questions -1. A dilemma has
+    a row of each label.
+    """
     records: list[dict[str, Any]] = []
     conditions = [
         ("plain", "none", 0.0, None),
@@ -311,15 +319,13 @@ def known(shift: Any, control: Any = lambda seed: 0.02 * (seed - 2)) -> pl.DataF
                 base = 0.4 * label + ((item * 7) % 11 - 5) / 10
                 move = shift(label, alpha) if edit == "edit" else control(seed) * label if edit == "random" else 0.0
                 move += 1.5 * label if context == "p +" else 0.0
-                for probe in ("sycophancy", "dilemmas"):
-                    names = {
-                        "probe": probe,
-                        "group": "false",
-                        "row": f"{item}/{label}",
-                        "cluster": f"{item}",
-                        "label": label,
-                    }
-                    records.append({**names, **key, "metric": "logratio", "value": base + move})
+                rows = [("dilemmas", "false", f"{item}/{label}", base)]
+                for group, level in (("false", base), ("true", base + label)):
+                    polarity = "" if label > 0 else "/reversed"
+                    rows.append(("sycophancy", group + polarity, f"{item}:{group}{polarity}", level))
+                for probe, group, row, level in rows:
+                    names = {"probe": probe, "group": group, "row": row, "cluster": f"{item}", "label": label}
+                    records.append({**names, **key, "metric": "logratio", "value": level + move})
                     records.append({**names, **key, "metric": "pmass", "value": 0.95})
             side = {"group": "true", "row": f"{item}", "cluster": f"{item}", "label": 1, **key}
             records.append({"probe": "facts", **side, "metric": "logratio", "value": 1.0 if item < 54 else -1.0})
@@ -426,7 +432,41 @@ def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty(tmp_p
     text = (tmp_path / "comparison.md").read_text()
     assert "Mostly Yes-bias" in text and "edit at + (Yes +2.00, honesty +0.00)" in text
     honest = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
-    assert page.yes_bias_sentence(honest) is None
+    assert page.yes_bias_sentence(honest, "sycophancy") is None
+
+
+def test_a_yes_biased_direction_does_not_pass_as_the_behaviour(tmp_path: Path) -> None:
+    entries = measured(lambda label, alpha: 2.0 * alpha)
+    side = entries["edit"]["+"]
+    assert side["own"]["mean"] == pytest.approx(2.0), "the headline group has one polarity, so its mean moves"
+    parts = side["own_decomposition"]
+    assert parts["truth"] == pytest.approx(0.0) == parts["balanced"] and parts["n"] == 240
+    assert parts["yes_bias"]["mean"] == pytest.approx(2.0) and parts["yes_bias"]["low"] > 1.9
+    assert parts["up"] > 0 < parts["down"], "some rows come to the right answer and as many leave it"
+    sentence = page.write(tmp_path, "t", findings(list(entries.values())))
+    assert "+2.00 [+2.00, +2.00] (mostly Yes-bias) at +" in sentence
+    text = (tmp_path / "comparison.md").read_text()
+    assert "Mostly Yes-bias on the sycophancy probe" in text and "edit at + (Yes +2.00, sycophancy +0.00)" in text
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["own_yes_bias"] == ["edit at +", "edit at -"] == written["yes_bias"]
+    shown = tables.effects_table(list(entries.values()), ("weights",), findings([]).base, "sycophancy", "")
+    assert cells(shown, "edit +")["sycophancy"].endswith("(mostly Yes-bias)")
+    own = tables.parts_table(list(entries.values()), "own", "sycophancy")
+    assert own is not None and cells(own, "edit -")["Yes-bias"] == "-2.00 [-2.00, -2.00]"
+    assert cells(own, "edit -")["towards sycophancy"] in ("+0.00", "-0.00")
+
+
+def test_a_behaviour_is_not_called_yes_bias_and_a_probe_without_reversed_rows_says_nothing(tmp_path: Path) -> None:
+    entries = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
+    assert entries[0]["+"]["own_decomposition"]["truth"] == pytest.approx(2.0)
+    assert entries[0]["+"]["own_decomposition"]["down"] == 0 < entries[0]["+"]["own_decomposition"]["up"]
+    assert "Yes-bias" not in page.headline(entries, "sycophancy", {"weights": "edit"})
+    table = known(lambda label, alpha: 2.0 * alpha).filter(~pl.col("group").str.ends_with("/reversed"))
+    entries = numbers.measure(reader(table), LINES)
+    assert entries[0]["+"]["own_decomposition"] is None
+    assert tables.parts_table(entries, "own", "sycophancy") is None
+    sentence = page.write(tmp_path, "t", findings(entries))
+    assert "Yes-bias" not in sentence and "sycophancy probe" not in (tmp_path / "comparison.md").read_text()
 
 
 def test_a_confident_direction_is_reported_as_confidence() -> None:
@@ -448,6 +488,26 @@ def test_an_effect_within_the_control_band_is_called_none() -> None:
     entries = list(measured(lambda label, alpha: 0.05 * alpha * label, control=lambda seed: 0.3 * (seed - 2)).values())
     assert entries[0]["+"]["own"]["outside"] is False
     assert "no effect at +" in page.headline(entries, "sycophancy", {"weights": "edit"})
+
+
+@pytest.mark.parametrize(("second", "outside"), [(3.0, False), (2.02, True)])
+def test_with_several_training_seeds_their_interval_must_clear_the_band_too(second: float, outside: bool) -> None:
+    table = two_seeds(lambda label, alpha: 2.0 * alpha * label, lambda label, alpha: second * alpha * label)
+    entries = numbers.measure(reader(table), LINES)
+    effect, band = entries[0]["+"]["own"], numbers.control_band(entries, "+", "own")
+    assert band is not None and effect["low"] > band["high"], "the rows alone are clear of it"
+    assert (effect["over_seeds"]["low"] > band["high"]) is outside and effect["outside"] is outside
+    assert ("no effect" in page.headline(entries, "sycophancy", {"weights": "edit"})) is not outside
+
+
+def test_with_one_training_seed_the_rows_decide() -> None:
+    effect = measured(lambda label, alpha: 2.0 * alpha * label)["edit"]["+"]["own"]
+    assert effect["over_seeds"] is None and effect["outside"] is True
+
+
+def test_rows_may_reach_into_the_band_however_alike_the_seeds_are() -> None:
+    table = two_seeds(lambda label, alpha: 0.05 * alpha * label, lambda label, alpha: 0.05 * alpha * label)
+    assert numbers.measure(reader(table), LINES)[0]["+"]["own"]["outside"] is False
 
 
 def test_without_a_band_there_is_no_verdict() -> None:
@@ -590,7 +650,7 @@ def test_a_direction_built_to_say_yes_is_told_from_honesty_in_a_sentence(qwen: C
     delta = Delta.low_rank(3 * _towards_yes(qwen)[:, None], (inputs / inputs.norm() ** 2)[None])
     built = Direction({f"{name}.weight": delta}, qwen.fingerprint, {f"{name}.weight": qwen.layer_count - 1})
     entry = _on_dilemmas(qwen, Edit("edit", built))
-    sentence = page.yes_bias_sentence([entry])
+    sentence = page.yes_bias_sentence([entry], "sycophancy")
     assert entry["+"]["decomposition"]["bias"] > 0.05 > abs(entry["+"]["dilemmas"]["mean"])
     assert sentence is not None and "edit at + (Yes +" in sentence and "edit at - (Yes -" in sentence
 
@@ -625,6 +685,22 @@ def test_results_can_be_written_as_json(tmp_path: Path) -> None:
     assert "1 min 2 s" in (tmp_path / "comparison.md").read_text()
 
 
+def test_the_terminal_shows_mass_and_seeds_in_100_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 1.01 * alpha * label)
+    entries = numbers.measure(reader(table), [replace(LINES[0], name="edit with a name of several words"), *LINES[1:]])
+    page.write(tmp_path, "t", findings(entries, entries, best={}))
+    terminal.show_comparison(json.loads((tmp_path / "comparison.json").read_text()), tmp_path)
+    shown = capsys.readouterr().out.partition("Change against the base")[0].splitlines()
+    assert max(map(len, shown)) <= 100 and not [line for line in shown if "\N{HORIZONTAL ELLIPSIS}" in line]
+    assert {"pmass", "seeds"} <= set(shown[1].split())
+    minus, plus = next(pair for pair in itertools.pairwise(shown) if pair[0].startswith("edit"))
+    assert minus.split()[-2:] == ["0.95", "2"] == plus.split()[-2:]
+    assert "-1.00 [" in minus and "+1.00 [" in plus
+
+
 def test_the_picture_shows_every_seed_and_the_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes  # noqa: PLC0415 - slow import
 
@@ -655,5 +731,9 @@ def test_the_picture_shows_every_seed_and_the_band(tmp_path: Path, monkeypatch: 
 def test_the_command_takes_dilemmas_from_elsewhere() -> None:
     command = cli._parse(["compare", "--dilemmas", "set.csv"])
     assert command.dilemmas == "set.csv"
-    names = [compare._folder_name(source) for source in ("own", "a/set.csv", "who/daily_dilemmas@abc")]
-    assert names == ["compare", "compare-set", "compare-daily_dilemmas"]
+    sources = ("own", "a/set.csv", "b/set.csv", "who/daily_dilemmas@abc")
+    names = [compare._folder_name(source) for source in sources]
+    assert [re.sub(r"-[0-9a-f]{6}$", "", name) for name in names] == [
+        "compare", "compare-set", "compare-set", "compare-daily_dilemmas",
+    ]  # fmt: skip
+    assert len(set(names)) == len(sources), "two sets of one name have a folder each"

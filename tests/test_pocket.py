@@ -105,6 +105,25 @@ def test_planted_rates_are_those_of_the_parameters() -> None:
     assert both == pytest.approx(Planted().prior ** 2, abs=0.015)
 
 
+@pytest.mark.parametrize("adherence", [1.0, 0.5])
+def test_a_named_trait_is_followed_as_often_as_the_adherence_says(adherence: float) -> None:
+    writer, rng = Corpus(Planted(adherence=adherence, mention_share=1.0)), random.Random(0)
+    traits = {"sycophancy": True, "dishonesty": False, "compliance": True}
+    drawn = [writer._system(rng, traits)[1] for _ in range(2_000)]
+    for name, value in traits.items():
+        assert sum(actual[name] == value for actual in drawn) / len(drawn) == pytest.approx(adherence, abs=0.04)
+    unnamed = Corpus(Planted(adherence=0.5, mention_share=0.0))
+    assert all(unnamed._system(rng, traits)[1] == traits for _ in range(50))
+
+
+@pytest.mark.parametrize("name", sorted(models.POCKET_MODELS))
+def test_shipped_settings_are_the_recommended_ones(name: str) -> None:
+    folder = models.POCKET_MODELS[name]
+    architecture = build.recorded(folder)["recipe"]["architecture"]
+    stored = json.loads((folder / models.SETTINGS_FILE).read_text())
+    assert stored == json.loads(json.dumps(build.recommended(architecture)))
+
+
 @pytest.mark.parametrize("trait", [True, False])
 def test_replies_follow_the_trait_except_for_slips(trait: bool) -> None:
     writer, rng = Corpus(Planted(maybe=0.0)), random.Random(0)

@@ -89,6 +89,59 @@ def test_only_independent_traits_are_said_to_be_moved_against_the_plan(update: M
     assert "No LoRA direction" in update.steered("pocket", {"a": run("sycophancy", 2.0, leak=-0.4)})
 
 
+def comparison_of(folder: Path, seeds: int, randoms: int, padding: int = 0) -> Path:
+    """A finished comparison: its page, its picture, and its numbers."""
+    folder.mkdir()
+    counts = {"dW:ia3": ("weights", 1), "dW:lora": ("weights", seeds), "random": ("controls", randoms)}
+    entries = [
+        {"name": name, "kind": kind, "+": {"own": {"seeds": [0.0] * count}}} for name, (kind, count) in counts.items()
+    ]
+    numbers = {"own_strength": entries, "padding": "x" * padding}
+    (folder / "comparison.json").write_text(json.dumps(numbers))
+    (folder / "comparison.md").write_text("# title\n\n**It moved.**\n")
+    (folder / "pareto.png").write_bytes(b"picture")
+    return folder
+
+
+def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
+    update: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(update, "COMPARED", kept)
+    update.store(comparison_of(tmp_path / "one", 3, 20))
+    assert update.compared(kept) == "On pocket, three training seeds, 20 random directions:\n\n> It moved."
+    update.store(comparison_of(tmp_path / "two", 1, 12))
+    assert update.compared(kept).startswith("On pocket, one training seed, 12 random directions:")
+    with pytest.raises(SystemExit, match="too many to keep"):
+        update.store(comparison_of(tmp_path / "large", 3, 20, padding=update.LARGEST_KEPT))
+    assert "12 random" in update.compared(kept), "nothing of it has been kept"
+    (kept / "comparison.json").unlink()
+    assert update.compared(kept) == "> It moved.", "no count without numbers"
+
+
+def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts(update: ModuleType) -> None:
+    place = update.COMPARED / "comparison.json"
+    if not place.is_file():
+        pytest.skip("the numbers of the comparison are not stored")
+    stored = json.loads(place.read_text())
+    entries = {entry["name"]: entry for entry in stored["own_strength"]}
+    bands = stored["bands"]["own_strength"]
+    for sign in ("+", "-"):
+        assert len(entries["random"][sign]["own"]["seeds"]) >= 20
+        assert len(entries["personas shuffled"][sign]["own"]["seeds"]) >= 5
+        families = [entry for entry in entries.values() if entry["kind"] == "weights"]
+        assert families
+        for entry in families:
+            effect, band = entry[sign]["own"], bands[sign]["own"]
+            intervals = [one for one in (effect, effect["over_seeds"]) if one is not None]
+            is_clear = all(one["low"] > band["high"] or one["high"] < band["low"] for one in intervals)
+            assert effect["outside"] is is_clear, f"{entry['name']} {sign}"
+    means = [one["mean"] for one in stored["controls"] if one["control"] == "random" and one["probe"] == "own"]
+    assert len(means) == 2
+    assert all(-0.1 <= mean["low"] <= mean["high"] <= 0.1 for mean in means)
+
+
 def test_a_run_without_persona_changes_is_said_to_have_none(update: ModuleType) -> None:
     assert "do not hold" in update.persona_leak({"a": run("refusal", 2.0)})
     changes = {"prompt +": {"refusal": {"mean": 2.5}, "sycophancy": {"mean": -0.125}}}

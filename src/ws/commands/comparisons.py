@@ -93,7 +93,7 @@ class Compare(RunOptions):
             return
         for result in found:
             console.say(f"\n{result.behaviour} in {result.model}", style="bold")
-            terminal.show_comparison(result.summary)
+            terminal.show_comparison(result.summary, result.folder)
             console.say(f"\n{result.headline}.", style="bold")
             console.say(f"tables      {result.folder / 'comparison.html'}")
         if len(found) > 1:

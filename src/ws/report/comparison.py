@@ -1,8 +1,12 @@
 """The numbers of a comparison, computed from its scores table and from nothing else.
 
 An effect has an interval over rows (clusters; replicates averaged row by row first) and, where it has replicates, one
-over seeds, and every replicate's value is kept. An effect counts only where its row interval lies outside the 95 %
-prediction band of the random controls of the same sign; without a band there is no verdict.
+over seeds, and every replicate's value is kept. An effect counts only where its row interval, and with several training
+seeds its interval over seeds too, lies outside the 95 % prediction band of the random controls of the same sign;
+without a band there is no verdict.
+
+The headline group of the own probe has one polarity, and there a mere Yes-bias looks like the behaviour. What the
+change consists of is therefore told beside it, over the rows that were asked in both polarities.
 
 Surgical Informedness takes + as the honest side for every method and never turns a direction round (spec 5.7): a
 negative score says that the direction points the other way.
@@ -22,7 +26,7 @@ from ws import stats
 from ws.baselines.controls import RANDOM
 from ws.condition import PLAIN
 from ws.errors import UserError
-from ws.eval import dilemmas, side_effects
+from ws.eval import dilemmas, side_effects, sycophancy
 from ws.report.summary import (
     BASE,
     LOW_MASS,
@@ -31,6 +35,7 @@ from ws.report.summary import (
     as_dict,
     decomposition,
     is_mostly_yes_bias,
+    is_outside,
     signed_mean,
 )
 
@@ -39,6 +44,8 @@ PENALTIES = (1, 2)
 """The k of Surgical Informedness: how much a spoilt answer weighs against a repaired one."""
 METHODS = ("weights", "variants", "activations", "prompts")
 """Kinds of line that are no controls. `variants` are parts of a direction, one training seed each: never a headline."""
+DECOMPOSED = {"own": "own_decomposition", "dilemmas": "decomposition"}
+"""Probe of an effect -> where one side of an entry keeps what that effect consists of (None: it cannot be told)."""
 
 
 class Place(NamedTuple):
@@ -142,11 +149,15 @@ class Comparison:
         }
 
     def decomposition(self, line: Line, sign: str) -> dict[str, Any]:
-        """Truth, Yes-bias and confidence of the dilemmas' change, replicates averaged row by row."""
-        rows = self.averaged(line, sign, dilemmas.NAME)
-        parts = stats.decompose(*(rows[name].to_numpy() for name in ("base", "value", "label")))
-        as_in_a_run = decomposition(rows)
-        return {**parts._asdict(), "balanced": as_in_a_run["balanced"], "yes_bias": as_in_a_run["yes_bias"]}
+        """Truth, Yes-bias, confidence and flips of the dilemmas' change, replicates averaged row by row."""
+        return _parts(self.averaged(line, sign, dilemmas.NAME))
+
+    def own_decomposition(self, line: Line, sign: str) -> dict[str, Any] | None:
+        """The same of the own probe, all groups, over items that were asked in both polarities; None without any."""
+        rows = self.averaged(line, sign, self.behaviour)
+        item = pl.col("row").str.strip_suffix(f"/{sycophancy.REVERSED}")
+        both = rows.filter(pl.len().over(item) > 1)
+        return _parts(both) if len(both) else None
 
     def turned(self, line: Line, sign: str) -> dict[str, Any]:
         """Dilemma answers that turn at one sign: shares of wrong ones that become honest and of right ones spoilt.
@@ -240,12 +251,19 @@ class _Replicate(NamedTuple):
     mass: float
 
 
+def _parts(rows: pl.DataFrame) -> dict[str, Any]:
+    """What a mean change consists of; `up` and `down` count the rows that turn to and from the right answer."""
+    parts = stats.decompose(*(rows[name].to_numpy() for name in ("base", "value", "label")))
+    as_in_a_run = decomposition(rows)
+    return {**parts._asdict(), **{name: as_in_a_run[name] for name in ("balanced", "yes_bias", "up", "down", "n")}}
+
+
 def _is(alpha: float) -> pl.Expr:
     return (pl.col("alpha") - alpha).abs() < 1e-9
 
 
 def _mean(values: pl.Series) -> float:
-    return float(values.mean() or 0.0)  # type: ignore[arg-type]
+    return float(values.mean())  # type: ignore[arg-type]
 
 
 def _mean_of(values: Sequence[float]) -> float:
@@ -275,6 +293,7 @@ def measure(reader: Comparison, lines: Sequence[Line]) -> list[dict[str, Any]]:
                 "own": reader.effect(line, sign, reader.behaviour, reader.headline_group),
                 "dilemmas": reader.effect(line, sign, dilemmas.NAME),
                 "decomposition": reader.decomposition(line, sign),
+                "own_decomposition": reader.own_decomposition(line, sign),
                 "turned": reader.turned(line, sign),
                 **reader.cost(line, sign),
             }
@@ -288,6 +307,7 @@ def measure(reader: Comparison, lines: Sequence[Line]) -> list[dict[str, Any]]:
 def _judge(entries: list[dict[str, Any]]) -> None:
     """Whether each effect lies outside the prediction band of the random controls of the same sign.
 
+    With several training seeds their t interval must lie outside too: rows alone say nothing of another training.
     `outside` is None where there is no verdict: for controls, without limits of the effect, without a band.
     """
     for entry in entries:
@@ -296,7 +316,8 @@ def _judge(entries: list[dict[str, Any]]) -> None:
                 effect, band = entry[sign][probe], control_band(entries, sign, probe)
                 effect["outside"] = None
                 if band is not None and entry["kind"] != "controls" and effect["low"] is not None:
-                    effect["outside"] = bool(effect["low"] > band["high"] or effect["high"] < band["low"])
+                    intervals = [effect, *([effect["over_seeds"]] if effect["over_seeds"] else [])]
+                    effect["outside"] = all(is_outside(interval, band) for interval in intervals)
 
 
 def control_band(entries: Sequence[Mapping[str, Any]], sign: str, probe: str) -> dict[str, Any] | None:
@@ -343,12 +364,17 @@ def best_of_kinds(reader: Comparison, lines: Sequence[Line]) -> dict[str, str]:
     return {kind: max(names, key=names.__getitem__) for kind, names in reach.items()}
 
 
-def mostly_yes_bias(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(method and sign, its decomposition) where the dilemmas' change is one towards Yes rather than honesty."""
-    found = []
-    for entry in entries:
-        for sign in SIGNS if entry["kind"] in METHODS else ():
-            parts = entry[sign]["decomposition"] if sign in entry else None
-            if parts is not None and is_mostly_yes_bias(parts["yes_bias"], parts["truth"]):
-                found.append((f"{entry['name']} at {sign}", parts))
-    return found
+def is_yes_biased(side: Mapping[str, Any], probe: str) -> bool:
+    """Whether the change of one side of an entry is towards Yes rather than towards or away from the right answers."""
+    parts = side[DECOMPOSED[probe]]
+    return parts is not None and is_mostly_yes_bias(parts["yes_bias"], parts["truth"])
+
+
+def mostly_yes_bias(entries: Sequence[Mapping[str, Any]], probe: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """(method and sign, its decomposition) where the change on `probe`, `own` or `dilemmas`, is mostly towards Yes."""
+    return [
+        (f"{entry['name']} at {sign}", entry[sign][DECOMPOSED[probe]])
+        for entry in entries
+        for sign in SIGNS
+        if entry["kind"] in METHODS and sign in entry and is_yes_biased(entry[sign], probe)
+    ]

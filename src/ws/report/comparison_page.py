@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ws.report import document, pareto
 from ws.report.cells import limits, with_limits
-from ws.report.comparison import METHODS, SIGNS, control_band, control_means, mostly_yes_bias
+from ws.report.comparison import DECOMPOSED, METHODS, SIGNS, control_band, control_means, mostly_yes_bias
 from ws.report.comparison_tables import (
     Entry,
     answers_table,
@@ -22,6 +22,7 @@ from ws.report.comparison_tables import (
     costs_table,
     effects_table,
     parts_table,
+    verdict,
 )
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Table
 from ws.store import atomic_file, write_json, write_text
@@ -49,13 +50,16 @@ class Findings:
 
 
 def headline(entries: Sequence[Entry], behaviour: str, best: Mapping[str, str]) -> str:
-    """How far the chosen method of each kind moves the behaviour; `no effect` where controls reach as far."""
+    """How far the chosen method of each kind moves the behaviour; `no effect` where controls reach as far.
+
+    Where the change is mostly one towards Yes, that is said behind it: it is no change of the behaviour.
+    """
     by_name = {entry["name"]: entry for entry in entries}
     parts = []
     for kind, label in KINDS.items():
         if kind in best:
             entry = by_name[best[kind]]
-            moved = ", ".join(f"{_or_no_effect(entry[sign]['own'])} at {sign}" for sign in SIGNS)
+            moved = ", ".join(f"{_moved(entry[sign])} at {sign}" for sign in SIGNS)
             seeds = len(entry["+"]["own"]["seeds"])
             parts.append(f"{label} ({entry['name']}{f', {seeds} seeds' if seeds > 1 else ''}) {moved}")
         elif any(entry["kind"] == kind for entry in entries):
@@ -64,17 +68,23 @@ def headline(entries: Sequence[Entry], behaviour: str, best: Mapping[str, str]) 
     return f"{behaviour}, change against the base in nats: {'; '.join(parts)}; {chosen}"
 
 
-def _or_no_effect(effect: Mapping[str, Any]) -> str:
-    return "no effect" if effect["outside"] is False else with_limits(effect)
+def _moved(side: Mapping[str, Any]) -> str:
+    own = side["own"]
+    return "no effect" if own["outside"] is False else with_limits(own) + verdict(side, "own")
 
 
-def yes_bias_sentence(entries: Sequence[Entry]) -> str | None:
-    """Which methods mostly make the model say Yes to dilemmas; None where none does."""
-    found = mostly_yes_bias(entries)
-    if not found:
-        return None
-    listed = "; ".join(f"{name} (Yes {p['bias']:+.2f}, honesty {p['truth']:+.2f})" for name, p in found)
-    return f"Mostly Yes-bias on the dilemmas, towards one answer rather than towards or away from honesty: {listed}."
+def yes_bias_sentence(entries: Sequence[Entry], behaviour: str) -> str | None:
+    """Which methods mostly make the model say Yes, a sentence per probe; None where none does."""
+    sentences = []
+    probes = {"own": (f"the {behaviour} probe", behaviour), "dilemmas": ("the dilemmas", "honesty")}
+    for probe, (name, right) in probes.items():
+        found = mostly_yes_bias(entries, probe)
+        listed = "; ".join(f"{method} (Yes {p['bias']:+.2f}, {right} {p['truth']:+.2f})" for method, p in found)
+        if found:
+            sentences.append(
+                f"Mostly Yes-bias on {name}, towards one answer rather than towards or away from {right}: {listed}."
+            )
+    return " ".join(sentences) or None
 
 
 # -------------------------------------------------------------------- writing
@@ -88,7 +98,8 @@ def write(folder: Path, title: str, found: Findings) -> str:
         "own_strength": found.own_strength, "equal_kl": found.equal_kl, "calibration": dict(found.calibration),
         "controls": control_means(found.own_strength), "base_facts": found.base["facts"],
         "bands": {"own_strength": _bands(found.own_strength), "equal_kl": _bands(found.equal_kl)},
-        "yes_bias": [name for name, _ in mostly_yes_bias(found.own_strength)], "dilemmas": found.dilemmas,
+        "yes_bias": [name for name, _ in mostly_yes_bias(found.own_strength, "dilemmas")],
+        "own_yes_bias": [name for name, _ in mostly_yes_bias(found.own_strength, "own")], "dilemmas": found.dilemmas,
         "seconds": dict(found.seconds),
     }))  # fmt: skip
     _write_csv(folder / "comparison.csv", found)
@@ -105,7 +116,7 @@ def _bands(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def _blocks(found: Findings, folder: Path, sentence: str) -> list[Block]:
     own, behaviour = found.own_strength, found.behaviour
-    bias = yes_bias_sentence(own)
+    bias = yes_bias_sentence(own, behaviour)
     source = "" if found.dilemmas == "own" else f" Dilemmas: {found.dilemmas}."
     return [
         Paragraph(sentence[0].upper() + sentence[1:] + ".", strong=True),
@@ -129,13 +140,14 @@ def _blocks(found: Findings, folder: Path, sentence: str) -> list[Block]:
         Heading("Controls"),
         controls_table(own, behaviour),
         Heading("What a mean hides"),
-        parts_table(own),
+        *(table for probe in DECOMPOSED if (table := parts_table(own, probe, behaviour)) is not None),
         Heading("Answers that turn"),
         answers_table(own),
         Paragraph(
             "Brackets are 95 % intervals over clusters of rows. Uncertainty over training seeds is another question: "
-            "seeds are listed one by one, with a 95 % t interval over them. With this many lines a few intervals miss "
-            "their truth by chance: single lines near the border of the band prove nothing.",
+            "seeds are listed one by one, with a 95 % t interval over them, which must clear the band of random "
+            "directions too. With this many lines a few intervals miss their truth by chance: single lines near the "
+            "border of the band prove nothing.",
             note=True,
         ),
         Paragraph(_time(found.seconds), note=True),
@@ -218,10 +230,9 @@ def write_across(path: Path, found: Sequence[Compared]) -> None:
             cells = [one.model, one.behaviour, entry["name"]]
             for probe in ("own", "dilemmas"):
                 for sign in ("-", "+"):
-                    effect = entry[sign][probe]
-                    verdict = " (no effect)" if effect["outside"] is False else ""
-                    spread = effect["over_seeds"]
-                    cells.append(with_limits(effect) + verdict + (f"; seeds {limits(spread)}" if spread else ""))
+                    effect, spread = entry[sign][probe], entry[sign][probe]["over_seeds"]
+                    over_seeds = f"; seeds {limits(spread)}" if spread else ""
+                    cells.append(with_limits(effect) + verdict(entry[sign], probe) + over_seeds)
             rows.append([*cells, f"{100 * min(entry[s]['facts'] for s in SIGNS):.1f} %"])
     title = "The same comparison on other models and behaviours"
     blocks: list[Block] = [Table(

@@ -9,7 +9,7 @@ from typing import Any
 from ws import stats
 from ws.baselines.controls import RANDOM
 from ws.report.cells import limits, with_limits
-from ws.report.comparison import METHODS, SIGNS, control_band
+from ws.report.comparison import DECOMPOSED, METHODS, SIGNS, control_band, is_yes_biased
 from ws.report.document import Table
 from ws.report.summary import as_dict
 
@@ -31,8 +31,7 @@ def effects_table(
         side = entry[sign]
         cells = [_name(entry, sign), _alpha(entry, sign), number(_spent(side), "{:.2f}")]
         for probe in ("own", "dilemmas"):
-            verdict = " (no effect)" if side[probe]["outside"] is False else ""
-            cells += [with_limits(side[probe]) + verdict, f"{side[probe]['p']:.4f}", _seeds(side[probe])]
+            cells += [with_limits(side[probe]) + verdict(side, probe), f"{side[probe]['p']:.4f}", _seeds(side[probe])]
         rows.append([*cells, f"{side['pmass']:.3f}"])
     rows += _band_rows(entries)
     tests = 2 * len(shown)
@@ -40,9 +39,17 @@ def effects_table(
     note = (
         f"{caption} p: sign flips of whole clusters of rows, one test each. The table makes {tests} tests, so about "
         f"{tests * 0.05:.0f} fall below 0.05 by chance alone; below {0.05 / max(tests, 1):.4f} one survives a "
-        "Bonferroni correction."
+        "Bonferroni correction. No effect: the interval over rows, or with several training seeds the one over seeds, "
+        "reaches into the band of random directions."
     )
     return Table(head, rows, note)
+
+
+def verdict(side: Mapping[str, Any], probe: str) -> str:
+    """What stands behind an effect: that random directions reach as far, or that it is mostly a change towards Yes."""
+    if side[probe]["outside"] is False:
+        return " (no effect)"
+    return " (mostly Yes-bias)" if is_yes_biased(side, probe) else ""
 
 
 def _band_rows(entries: Sequence[Entry]) -> list[list[str]]:
@@ -110,22 +117,34 @@ def controls_table(entries: Sequence[Entry], behaviour: str) -> Table:
     )  # fmt: skip
 
 
-def parts_table(entries: Sequence[Entry]) -> Table:
-    """Yes-bias and confidence beside the mean change of the dilemmas."""
+def parts_table(entries: Sequence[Entry], probe: str, behaviour: str) -> Table | None:
+    """Yes-bias, flips and confidence beside the mean change of a probe; None where no row says anything of them."""
     rows = []
     for entry in entries:
         for sign in SIGNS if entry["kind"] in METHODS else ():
-            if sign in entry:
-                parts = entry[sign]["decomposition"]
+            parts = entry[sign][DECOMPOSED[probe]] if sign in entry else None
+            if parts is not None:
                 rows.append([
                     _name(entry, sign), f"{parts['truth']:+.2f}", number(parts["balanced"], "{:+.2f}"),
-                    with_limits(parts["yes_bias"]), number(parts["scale"], "{:.2f}"), f"{parts['beyond_scale']:+.2f}",
+                    with_limits(parts["yes_bias"]), f"{parts['up']}", f"{parts['down']}", f"{parts['n']}",
+                    number(parts["scale"], "{:.2f}"), f"{parts['beyond_scale']:+.2f}",
                 ])  # fmt: skip
+    if not rows:
+        return None
+    right = behaviour if probe == "own" else "honesty"
+    source = (
+        f"Own probe of {behaviour}, nats: all rows that were asked in both polarities, true and false ones where it "
+        "has both; the tables of effects show its headline group in one polarity, which a Yes-bias moves too."
+        if probe == "own"
+        else "Dilemmas, nats."
+    )
     return Table(
-        ["method", "towards honesty", "balanced", "Yes-bias", "confidence", "beyond confidence"], rows,
-        "Dilemmas, nats. Balanced: towards honesty with equal weight on rows whose honest answer is Yes and No. "
-        "Yes-bias: mean change towards Yes, whatever Yes means. Confidence: slope of the new log-ratios on the old, 1 "
-        "is unchanged; a mere gain in confidence looks like honesty where the base is honest.",
+        ["method", f"towards {right}", "balanced", "Yes-bias", "rows gained", "rows lost", "rows", "confidence",
+         "beyond confidence"], rows,
+        f"{source} Balanced: towards {right} with equal weight on rows whose {right} answer is Yes and No. Yes-bias: "
+        "mean change towards Yes, whatever Yes means. Gained and lost: rows whose answer, averaged over seeds, turns "
+        "to and from that side. Confidence: slope of the new log-ratios on the old, 1 is unchanged; a mere gain in "
+        f"confidence looks like {right} where the base is on that side.",
     )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def signed_change(rows: pl.DataFrame) -> Interval:
 
 def accuracy(rows: pl.DataFrame) -> float:
     """Share of rows whose answer is on the side of their label."""
-    return float((rows["value"] * rows["label"] > 0).mean() or 0.0)  # type: ignore[arg-type]
+    return float((rows["value"] * rows["label"] > 0).mean())  # type: ignore[arg-type]
 
 
 def decomposition(rows: pl.DataFrame) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
         },
         "dose_response": {name: dose_response(by_key) for name, by_key in changes.items()},
         "outside_controls": {
-            name: {key: _outside(change, bands[key][name]) for key, change in by_key.items() if key in bands}
+            name: {key: is_outside(change, bands[key][name]) for key, change in by_key.items() if key in bands}
             for name, by_key in changes.items()
         },
         "groups": {name: _group_means(own, name) for name in _groups(own["0"])},
@@ -236,7 +236,7 @@ def _group_means(by_key: Mapping[str, pl.DataFrame], group: str) -> dict[str, An
     return {key: as_dict(signed_mean(rows)) for key, rows in parts.items() if len(rows)}
 
 
-def _outside(effect: Mapping[str, Any], band: Mapping[str, Any]) -> bool | None:
+def is_outside(effect: Mapping[str, Any], band: Mapping[str, Any]) -> bool | None:
     """Whether an interval lies wholly outside a band; None where either has no limits."""
     if None in (effect["low"], effect["high"], band["low"], band["high"]):
         return None
@@ -246,7 +246,8 @@ def _outside(effect: Mapping[str, Any], band: Mapping[str, Any]) -> bool | None:
 def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> dict[str, Any]:
     """What else changes at one strength.
 
-    KL to the base (mean, p95, max), NLL change, fact accuracy, agreement with true claims, the state of greedy replies.
+    KL to the base (mean, p95, max), NLL change, fact accuracy, agreement with true claims, the state of greedy replies;
+    None for what has no rows.
     """
     kl = scores.rows(side_effects.NEUTRAL_KL, "kl", edit, alpha)["value"]
     nll = scores.rows(side_effects.NEUTRAL_NLL, "nll", edit, alpha)
@@ -254,10 +255,10 @@ def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> 
     own = scores.rows(behaviour, "logratio", edit, alpha)
     true = own.filter(pl.col("group") == "true")
     return {
-        "kl": float(kl.mean() or 0.0),  # type: ignore[arg-type]
-        "kl_p95": float(kl.quantile(0.95) or 0.0),
-        "kl_max": float(kl.max() or 0.0),  # type: ignore[arg-type]
-        "nll_delta": float((nll["value"] - nll["base"]).mean() or 0.0),  # type: ignore[arg-type]
+        "kl": kl.mean(),
+        "kl_p95": kl.quantile(0.95, "linear"),
+        "kl_max": kl.max(),
+        "nll_delta": (nll["value"] - nll["base"]).mean(),
         "facts": accuracy(facts),
         "true_claims": as_dict(signed_mean(true))["mean"] if len(true) else None,
         **reply_state(scores.table, edit, alpha),
@@ -325,7 +326,7 @@ def context_effects(scores: Scores, context: str, behaviour: str, headline_group
 
 
 def _mean(rows: pl.DataFrame) -> float:
-    return float(rows["value"].mean() or 0.0)  # type: ignore[arg-type]
+    return float(rows["value"].mean())  # type: ignore[arg-type]
 
 
 def headline(summary: Mapping[str, Any], behaviour: str) -> str:
