@@ -56,8 +56,8 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
     Sampled answers follow a persona not always, so pairs are judged first: unjudged, honesty moved half as far.
     """
     gemma = architecture == "gemma3"
-    where: dict[str, Any] = {"layers": [0.15, 0.35], "epochs": 3} if gemma else {"layers": [0.15, 0.7]}
-    rates = _LEARNING_RATES | ({"lora": 1e-2, "dora": 5e-3} if gemma else {})
+    where: dict[str, Any] = {"layers": [0.15, 0.35], "epochs": 4} if gemma else {"layers": [0.15, 0.7]}
+    rates = _LEARNING_RATES | ({"lora": 8e-3, "dora": 5e-3} if gemma else {})
     families = {
         family: {
             "rank": 16, "lora_alpha": 32, "lr": rate, "lr_candidates": [rate / 2, rate, 2 * rate], **where,
