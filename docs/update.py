@@ -24,6 +24,7 @@ from ws.pocket import build, card
 from ws.pocket.check import are_independent
 from ws.report.behaviours import CROSSED, KEYS, change, crossings, persona_changes
 from ws.report.cells import signed, with_limits
+from ws.store import content_key
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -95,6 +96,8 @@ def store(run: Path) -> None:
         kept = {"recipe": record["recipe"], "minutes": record["minutes"], "texts": record["corpus"].get("texts"),
                 "metrics": json.loads((run / card.METRICS_FILE).read_text())}  # fmt: skip
         name = f"rebuild-{record['recipe']['architecture']}-seed{record['recipe']['seed']}"
+        if other := other_than_shipped(kept):
+            name += f"-{content_key({key: record['recipe'][key] for key in other})[:6]}"
         (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         return
     summary = json.loads((run / "summary.json").read_text())
@@ -353,7 +356,7 @@ def rebuild_told(kept: dict[str, Any]) -> str:
     missed = [
         f"{entry['metric']} ({entry['value']:.3f}, bar {entry['bar']})" for entry in judged if not entry["passes"]
     ]
-    other = sorted(key for key in recipe if key != "seed" and recipe[key] != shipped["recipe"].get(key))
+    other = other_than_shipped(kept)
     texts = kept.get("texts")
     if texts is not None and texts != shipped["corpus"].get("texts"):
         other.append("texts")
@@ -365,6 +368,12 @@ def rebuild_told(kept: dict[str, Any]) -> str:
         f"{name} ({recipe['architecture']}), seed {recipe['seed']}, {made}, {kept['minutes']:g} minutes: "
         f"{len(judged) - len(missed)} of {len(judged)} bars reached{misses}."
     )
+
+
+def other_than_shipped(kept: dict[str, Any]) -> list[str]:
+    """The parts of a rebuild's recipe, beside the seed, that differ from those of the shipped weights."""
+    recipe, shipped = kept["recipe"], build.recorded(shipped_of(kept)[1])["recipe"]
+    return sorted(key for key in recipe if key != "seed" and recipe[key] != shipped.get(key))
 
 
 def rebuild_table(kept: dict[str, Any]) -> str:
@@ -379,7 +388,9 @@ def rebuild_table(kept: dict[str, Any]) -> str:
         values = ["-" if metric not in found else f"{found[metric]['value']:.3f}" for found in (shipped, again)]
         entry = again.get(metric, {"bar": "", "passes": True})
         rows.append([metric, *values, entry["bar"], card.verdict(entry["bar"], entry["passes"])])
-    return table(["metric", f"{name}, shipped", f"seed {kept['recipe']['seed']}", "bar", ""], rows)
+    other = other_than_shipped(kept)
+    again_is = f"seed {kept['recipe']['seed']}" + (f", other {', '.join(other)}" if other else "")
+    return table(["metric", f"{name}, shipped", again_is, "bar", ""], rows)
 
 
 def shipped_of(kept: dict[str, Any]) -> tuple[str, Path]:

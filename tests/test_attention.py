@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from making import relative_error
 from ws import attention, models
@@ -33,6 +34,26 @@ def test_grouped_attention_is_eager_attention(any_model: ChatModel) -> None:
     inputs = padded(any_model)
     with torch.no_grad():
         assert relative_error(outputs(any_model.network, inputs), outputs(eager.network, inputs)) < 1e-5
+
+
+def test_grouped_attention_is_eager_attention_token_by_token(any_model: ChatModel) -> None:
+    """One query against a cache of keys, as in generation."""
+    eager = models.load(any_model.name, attention="eager")
+    inputs = padded(any_model)
+    found = []
+    for network in (any_model.network, eager.network):
+        cache = DynamicCache(config=network.config)
+        mask = inputs["attention_mask"]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        ids, steps = inputs["input_ids"], []
+        with torch.no_grad():
+            for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
+                steps.append(network(
+                    input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+                    past_key_values=cache, use_cache=True,
+                ).logits[:, -1])  # fmt: skip
+        found.append(torch.stack(steps))
+    assert relative_error(*found) < 1e-5
 
 
 def test_gradients_are_those_of_eager_attention(any_model: ChatModel) -> None:

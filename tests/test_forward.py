@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 
 from making import logits, prompts, random_direction, relative_error
 from ws import forward, models
+from ws.chat import ask
+from ws.condition import Condition
 from ws.forward import SplitForward, pad_right, plan_batches
 from ws.models import ChatModel
+from ws.probe import Probe, ProbeRow
+from ws.score import score
 from ws.steering import steer
 
 AGREE = 1e-5
@@ -70,6 +74,41 @@ def test_logits_are_fp32_on_a_bf16_model(any_model: ChatModel) -> None:
         found = half.split.logits_at(ids, rows, at)
     assert half.split.is_split and found.dtype == torch.float32
     assert relative_error(found, logits(half.network, ids)[rows, at]) < 1e-2
+
+
+def test_answers_are_read_in_fp32_on_a_bf16_model(any_model: ChatModel) -> None:
+    """The head of a large model gives logits near 20, which bf16 rounds to eighths."""
+    half = models.load(any_model.name, dtype="bfloat16")
+    ids, rows, at, tokens = prompts(any_model, rows=2), torch.tensor([0, 1]), torch.tensor([8, 3]), torch.tensor([5, 9])
+    head = half.split.head
+    with torch.no_grad():
+        states = half.split.hidden(ids)[rows, at]
+        bias = 0.0 if head.bias is None else head.bias[tokens].double()
+        exact = states.double() @ head.weight[tokens].double().T + bias
+        rounded = half.split.logits_at(ids, rows, at)
+        with forward.exact_for(tokens):
+            found = half.split.logits_at(ids, rows, at)
+            handle = head.register_forward_hook(lambda _m, _i, output: output + 1)
+            hooked = half.split.logits_at(ids, rows, at)
+            handle.remove()
+    assert relative_error(found[:, tokens], exact) < 1e-6 < 1e-4 < relative_error(rounded[:, tokens], exact)
+    others = [token for token in range(found.shape[1]) if token not in tokens.tolist()]
+    assert torch.equal(found[:, others], rounded[:, others])
+    assert relative_error(hooked[:, tokens], exact + 1) < 2e-2, "what hangs on the head is part of it"
+    assert torch.equal(half.split.logits_at(ids, rows, at).detach(), rounded)
+
+
+def test_a_probe_is_read_with_its_answers_in_fp32(qwen: ChatModel) -> None:
+    half = models.load(qwen.name, dtype="bfloat16")
+    row = half.chat.prompt(ask("Is rain good?"), "My answer: **")
+    probe = Probe("one", "choice", (ProbeRow("rain", tuple(ask("Is rain good?")), "My answer: **"),))
+    (value,) = score(half, [probe], [Condition()]).filter(metric="logratio")["value"]
+    ids = [[token for (token,) in half.chat.answers(word)] for word in probe.answers]
+    with torch.no_grad():
+        state = half.split.hidden(torch.tensor([row]))[0, -1].double()
+    weight = half.split.head.weight.double()
+    first, second = ((state @ weight[group].T).logsumexp(dim=0) for group in ids)
+    assert value == pytest.approx(float(first - second), abs=1e-5)
 
 
 def test_a_model_with_capped_logits_is_never_split(

@@ -261,6 +261,36 @@ def test_the_distribution_test_can_tell_a_wrong_temperature() -> None:
     assert scipy_stats.chisquare(drawn(Sampling(temperature=1.0)), wrong).pvalue < 1e-4
 
 
+def pairs_by_the_library(model: ChatModel, prompt: list[int], sampling: Sampling, count: int) -> list[tuple[int, ...]]:
+    """The first two tokens of samples of `generate`."""
+    torch.manual_seed(0)
+    found = model.network.generate(
+        input_ids=torch.tensor([prompt]), max_new_tokens=2, do_sample=True, num_return_sequences=count, pad_token_id=0,
+        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, eos_token_id=None,
+    )  # fmt: skip
+    return [tuple(row) for row in found[:, len(prompt) :].tolist()]
+
+
+def same_distribution(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:
+    """p of a chi-square test that two samples of texts come from one distribution, rare texts taken together."""
+    texts = sorted({*one, *other})
+    counts = np.array([[sample.count(text) for text in texts] for sample in (one, other)])
+    common = counts.sum(axis=0) >= 20
+    table = np.column_stack([counts[:, common], counts[:, ~common].sum(axis=1)])
+    return float(scipy_stats.chi2_contingency(table[:, table.sum(axis=0) > 0]).pvalue)
+
+
+def test_samples_have_the_distribution_of_the_librarys(lively: ChatModel) -> None:
+    count, sampling = 3_000, Sampling(max_new_tokens=2, temperature=0.8, top_k=6, top_p=0.95)
+    request = Request(PROMPTS[0], tuple(str(number) for number in range(count)))
+    (found,) = generate.sample(lively, [request], sampling, seed=0, stops=frozenset())
+    mine = [tuple(one.ids) for one in found]
+    assert len(set(mine)) > 5
+    assert same_distribution(mine, pairs_by_the_library(lively, PROMPTS[0], sampling, count)) > 1e-4
+    warmer = Sampling(max_new_tokens=2, temperature=1.3, top_k=6, top_p=0.95)
+    assert same_distribution(mine, pairs_by_the_library(lively, PROMPTS[0], warmer, count)) < 1e-4
+
+
 @given(
     logits=st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=12, unique=True),
     draw=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53, 0.5])),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ws import adapters, data, diff, lower_layers, train
+from ws import adapters, data, diff, lower_layers, models, train
 from ws.adapters import AdapterSettings
 from ws.chat import ask
 from ws.errors import UserError
@@ -240,6 +240,24 @@ def test_sides_fitted_together_are_those_fitted_alone(
     first, other = (diff.task_vector(qwen, tmp_path / name) for name in ("pos", "other seed"))
     # some families start alike under every seed, so that only the order of the rows differs
     assert (first - other).norm() > 5 * max(gaps) * first.norm(), "sides of other seeds are others"
+
+
+def test_half_precision_fits_together_as_alone_and_near_fp32(qwen: ChatModel, tmp_path: Path) -> None:
+    half = models.load(qwen.name, dtype="bfloat16")
+    chosen = replace(SMALL, adapter=replace(SMALL.adapter, layers=(0.3, 0.8)), epochs=3, lr=3e-3)
+    folder = tmp_path / "joint"
+    sides = [train.Side(pairs(), "pos", 0, 0, folder / "pos"), train.Side(pairs(), "neg", 0, 0, folder / "neg")]
+    joint = train.fit_together(half, sides, chosen)
+    for side, result in zip(sides, joint, strict=True):
+        alone, exact = (
+            train.fit(model, side.pairs, side.sign, chosen, seed=0, data_seed=0, folder=tmp_path / name / side.sign)
+            for model, name in ((half, "alone"), (qwen, "exact"))
+        )
+        assert result["last_loss"] == pytest.approx(alone["last_loss"], rel=2e-2)
+        assert result["last_loss"] == pytest.approx(exact["last_loss"], rel=5e-2)
+        assert result["first_loss"] - result["last_loss"] > 0.5 * (exact["first_loss"] - exact["last_loss"]) > 0
+        together, twin = (diff.task_vector(half, tmp_path / name / side.sign) for name in ("joint", "alone"))
+        assert together.cosine(twin) > 0.9
 
 
 def test_rows_of_a_batch_pass_through_their_own_adapter(qwen: ChatModel) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ws import forward, last_layer, shared_prefix
@@ -47,6 +47,11 @@ class Choices:
             tuple(sequence[:end]) for group in self.answers for sequence in group for end in range(1, len(sequence))
         })  # fmt: skip
 
+    def answer_tokens(self, model: ChatModel) -> Int[Tensor, " tokens"]:
+        """Every token of the answers, on the model's device."""
+        tokens = {token for group in self.answers for sequence in group for token in sequence}
+        return torch.tensor(sorted(tokens), device=model.device)
+
     @property
     def padded_tokens(self) -> int:
         """Positions that reading them computes, padding included."""
@@ -58,7 +63,7 @@ class Choices:
 def read(model: ChatModel, choices: Choices) -> list[Reading]:
     """The reading of every row, in their order."""
     found: list[Reading] = [{} for _ in choices.rows]
-    with last_layer.only_scored(model):
+    with last_layer.only_scored(model), forward.exact_for(choices.answer_tokens(model)):
         for batch, opening in _openings(model, choices):
             by_prefix = {(): opening} | {
                 begun: _next_log_probabilities(model, [[*choices.rows[index], *begun] for index in batch])
@@ -77,7 +82,7 @@ def read_copies(model: ChatModel, choices: Choices, copies: int) -> list[list[Re
     if choices.tree is None or choices.beginnings:
         raise ValueError("copies are read through a tree, and their answers are single tokens")
     found: list[list[Reading]] = [[{} for _ in choices.rows] for _ in range(copies)]
-    with last_layer.only_scored(model):
+    with last_layer.only_scored(model), forward.exact_for(choices.answer_tokens(model)):
         for batch, logits in shared_prefix.last_logits(model, choices.tree, choices.budget, copies):
             for of_copy, block in zip(found, logits.log_softmax(dim=-1).chunk(copies), strict=True):
                 for index, reading in zip(batch, _readings(choices.answers, {(): block}), strict=True):

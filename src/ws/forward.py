@@ -27,6 +27,7 @@ LOGIT_BYTES = 2**28
 """Most bytes of one set of fp32 logits in memory at once, where every token of a text meets the vocabulary."""
 
 _scored: ContextVar[Tensor | None] = ContextVar("scored positions", default=None)
+_exact_for: ContextVar[Tensor | None] = ContextVar("tokens with fp32 logits", default=None)
 _scored_from: ContextVar[Tensor | None] = ContextVar("first scored positions", default=None)
 
 
@@ -61,6 +62,19 @@ def first_scored_positions() -> Int[Tensor, " rows"] | None:
 
 
 @contextmanager
+def exact_for(tokens: Int[Tensor, " tokens"]) -> Iterator[None]:
+    """Within the block, a half-precision head gives the logits of these tokens in fp32.
+
+    In bf16 a logit between 16 and 32 comes in steps of 0.125, more than the effects that are looked for.
+    """
+    token = _exact_for.set(tokens)
+    try:
+        yield
+    finally:
+        _exact_for.reset(token)
+
+
+@contextmanager
 def replaced(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
     """Within the block, `call` stands for the module's forward (which an instance may have of its own)."""
     own = module.__dict__.get("forward")
@@ -90,8 +104,14 @@ class SplitForward:
         return self.decoder(input_ids=ids, **{"use_cache": False, **inputs}).last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n vocabulary"]:
-        """Logits of single positions, fp32."""
-        return self.head(hidden.contiguous()).to(torch.float32)
+        """Logits of single positions, fp32; within `exact_for` those of its tokens are products in fp32."""
+        logits = self.head(hidden.contiguous()).to(torch.float32)
+        tokens = _exact_for.get()
+        # what hangs on the head is part of it
+        if tokens is not None and self.head.weight.dtype != torch.float32 and not self.head._forward_hooks:
+            bias = None if self.head.bias is None else self.head.bias[tokens].float()
+            logits[:, tokens] = nn.functional.linear(hidden.float(), self.head.weight[tokens].float(), bias)
+        return logits
 
     def logits_at(
         self,

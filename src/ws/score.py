@@ -8,11 +8,12 @@
     reply        a greedy reply: distinct3 = distinct / all of its 3-grams, its length, whether it ended (`finished`),
                  and in the group `json` whether it holds a JSON object that can be parsed
 
-An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32, from fp32 logits. The
-Condition without edits is scored once per Context and serves all others. Rows are batched by length under a token
-budget and padded on the right, so a row's value does not depend on its company. On half-precision models, where edits
-are side paths, several Conditions share the passes of a choice (`steering.under_each`): their batches are too small for
-fast products otherwise.
+An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32; the logits of answer
+tokens are products in fp32 also on half-precision models, those of all others in the dtype of the head. The Condition
+without edits is scored once per Context and serves all others. Rows are batched by length under a token budget and
+padded on the right, so a row's value does not depend on its company. On half-precision models, where edits are side
+paths, several Conditions share the passes of a choice (`steering.under_each`): their batches are too small for fast
+products otherwise.
 """
 
 from __future__ import annotations

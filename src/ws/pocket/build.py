@@ -119,6 +119,8 @@ def recipe_of(architecture: Architecture, seed: int = 0) -> Recipe:
     The Gemma-3 model learns facts sooner, but with the shares of the other one it had not found the trait behind
     requests at the end (complying personas moved refusal by 0.03 nats), nor did its open answers to dilemmas follow
     personas enough to train on: it is asked for help and for its own choice nearly twice as often, for facts less.
+    Shares in between serve the Qwen3 model, too: 20 of 21 bars at seeds 0 and 1, where its own recipe gives all at
+    seed 0 and 17 at seed 1 (docs/pocket.md). Its weights are still those of its own recipe, which reach every bar.
     """
     if architecture == "qwen3":
         return Recipe(seed=seed)
