@@ -18,6 +18,8 @@ from ws.run_settings import Settings
 
 LEAST = "`ws replicate` with 4 pairs and 4 rows a probe, in a running process, once"
 """What the main job costs when there is next to nothing to do."""
+HELP, SHOW = "ws --help", "ws show, a finished run"
+MOST_SECONDS = {HELP: 0.5, SHOW: 2.0}
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def measure(model: str, repeats: int) -> list[Cost]:
         commands = {
             "bare interpreter": ["-c", "pass"],
             "import ws.cli": ["-c", "import ws.cli"],
-            "ws --help": ["-m", "ws", "--help"],
-            "ws show, a finished run": ["-m", "ws", "show", folder],
+            HELP: ["-m", "ws", "--help"],
+            SHOW: ["-m", "ws", "show", folder],
             f"import and load {model}": ["-c", f"from ws import models; models.load({model!r})"],
         }
         costs = [_cost(what, arguments, repeats) for what, arguments in commands.items()]
@@ -58,10 +60,11 @@ def measure(model: str, repeats: int) -> list[Cost]:
 
 def as_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Records of costs as a Markdown table."""
-    lines = ["| fixed cost | s |", "|---|---|"]
+    lines = ["| fixed cost | s | aim |", "|---|---|---|"]
     for one in records:
-        low, high = one["range"]
-        lines.append(f"| {one['what']} | {one['seconds']:.2f} ({low:.2f}-{high:.2f}) |")
+        (low, high), most = one["range"], MOST_SECONDS.get(one["what"])
+        aim = "" if most is None else f"<= {most:g} {'reached' if one['seconds'] <= most else '**missed**'}"
+        lines.append(f"| {one['what']} | {one['seconds']:.2f} ({low:.2f}-{high:.2f}) | {aim} |")
     return "\n".join(lines)
 
 

@@ -428,7 +428,12 @@ def test_table_shows_medians_notes_shares_and_peaks() -> None:
 
 def test_fixed_costs_are_a_small_table() -> None:
     cost = fixed_costs.Cost("import", 1.5, (1.0, 2.0))
-    assert fixed_costs.as_table([cost.as_record()]).splitlines()[-1] == "| import | 1.50 (1.00-2.00) |"
+    assert fixed_costs.as_table([cost.as_record()]).splitlines()[-1] == "| import | 1.50 (1.00-2.00) |  |"
+    helped = [fixed_costs.Cost(fixed_costs.HELP, s, (s, s)).as_record() for s in (0.5, 0.51)]
+    assert [line.split("|")[3].strip() for line in fixed_costs.as_table(helped).splitlines()[2:]] == [
+        "<= 0.5 reached",
+        "<= 0.5 **missed**",
+    ]
 
 
 def test_a_comparison_measured_again_replaces_its_rows() -> None:
