@@ -77,8 +77,8 @@ def show_comparison(summary: Mapping[str, Any], folder: Path | None = None) -> N
         f"(c) at equal divergence, {budget}", [e for e in equal if e["kind"] != "controls"], summary, "equal_kl"
     )
     console.say(
-        "Change against the base, nats, with 95 % intervals over clusters of rows; n: no effect, the random band "
-        "reaches as far. pmass: least answer mass."
+        "Change against the base, nats, with 95 % intervals over clusters of rows; n: no effect, that interval or "
+        "the one over seeds reaches into the band of random directions. pmass: least answer mass."
     )
     for probe, methods in (
         (f"{summary['behaviour']} probe", summary["own_yes_bias"]),
