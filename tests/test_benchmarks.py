@@ -71,7 +71,7 @@ def test_a_warm_up_may_be_a_part_of_the_work() -> None:
 
 
 def test_what_takes_long_is_repeated_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [timing.repetitions(3, known) for known in ([], [19.0], [21.0], [5.0, 46.0])] == [3, 3, 2, 1]
+    assert [timing.repetitions(3, known) for known in ([], [19.0], [21.0], [5.0, 91.0])] == [3, 3, 2, 1]
     assert timing.repetitions(1, [21.0]) == 1
     spent = {"quick": 1.0, "slow": 30.0, "very slow": 120.0}
     monkeypatch.setattr(timing, "seconds", lambda work: spent[work()])
