@@ -86,6 +86,17 @@ def test_a_sweep_keeps_what_an_earlier_run_was_measured_at(tiny_folders: dict[st
     assert sweep._settings_of(asked, Cell("lora", 1, 0)).control_seeds == SMALL["control_seeds"]
 
 
+@pytest.mark.parametrize("command", ["replicate", "sweep", "compare"])
+def test_a_missing_file_of_dilemmas_is_told_before_anything_is_fitted(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    missing = str(tmp_path / "none.csv")
+    arguments = ["--model", str(tiny_folders["qwen3"]), "--out", str(tmp_path), "--dilemmas", missing]
+    assert _main([command, *arguments]) == 2
+    assert "none.csv" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("pairs.parquet")) and not list(tmp_path.rglob("direction.safetensors"))
+
+
 def test_a_second_sweep_builds_nothing(
     done: tuple[Path, list[sweep.Outcome]], tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

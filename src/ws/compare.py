@@ -92,6 +92,7 @@ class Comparison:
     def __init__(self, settings: Settings, plan: Plan, model: ChatModel | None = None) -> None:
         self.settings = replace(settings, alphas=(-1.0, 0.0, 1.0), control_seeds=0)
         self.plan = plan
+        self.dilemmas = dilemmas.load(settings.dilemmas, settings.rows)  # a wrong source is told before hours of fits
         self.model = model or settings.load()
         runs = {(family, seed): run for family in plan.families for seed, run in self._replicate(family).items()}
         reference = next(iter(runs.values()))
@@ -141,7 +142,7 @@ class Comparison:
         rows = self.settings.rows
         return [
             split(sycophancy.probe(self.behaviour, rows), dev=False),
-            split(dilemmas.probe(self.settings.dilemmas, rows), dev=False),
+            split(self.dilemmas.probe(), dev=False),
             # strengths of activation steering were chosen with the other facts
             *(split(probe, dev=False) if probe.name == side_effects.FACTS else probe
               for probe in side_effects.probes(self.model, rows)),

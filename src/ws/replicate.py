@@ -175,6 +175,7 @@ class Replication(Fitting):
 
     def report(self) -> dict[str, Any]:
         """Run whatever is missing and write `summary.json`, `config.json`, the figure and the two reports."""
+        _ = self.dilemma_rows  # a wrong source is told before anything is fitted
         direction, geometry = self.diff()
         scores, kinds, said = self.eval(), self.alignment(), self.samples()
         training: dict[str, Any] = {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in SIGNS}

@@ -19,6 +19,7 @@ from rich.table import Table
 from ws import adapters, behaviour, console, stats
 from ws.direction import Direction
 from ws.errors import UserError
+from ws.eval import dilemmas
 from ws.fitting import train_together
 from ws.models import ChatModel
 from ws.replicate import Replication
@@ -58,6 +59,7 @@ def run(
         adapters.require_family(family)
     if not (families and seeds and data_seeds):
         raise UserError("the sweep has no cells", "Give at least one of --families, --seeds and --data-seeds.")
+    dilemmas.load(settings.dilemmas, settings.rows)  # a wrong source is told before anything is fitted
     cells = [Cell(family, seed, data) for data in data_seeds for family in families for seed in seeds]
     model = settings.load()
     outcomes = []
