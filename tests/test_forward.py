@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from making import logits, prompts, random_direction, relative_error
 from ws import forward, models
 from ws.chat import ask
-from ws.condition import Condition
+from ws.condition import Condition, Edit
 from ws.forward import SplitForward, pad_right, plan_batches
 from ws.models import ChatModel
 from ws.probe import Probe, ProbeRow
@@ -235,3 +235,15 @@ def test_losses_by_blocks_are_those_of_all_logits_with_their_gradients(
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(split.losses(states * 1.5, targets), results[0][0])
+
+
+def test_texts_are_scored_alike_in_blocks_of_positions(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tuple(ProbeRow(text, tuple(ask(text)), "Boil some water and wait.", text) for text in ("Tea?", "And then?"))
+    probes = [Probe("nll", "likelihood", rows), Probe("kl", "divergence", rows)]
+    condition = Condition.of(Edit("d", random_direction(qwen, relative_norm=0.2)), 1.0)
+    whole = score(qwen, probes, [condition])
+    monkeypatch.setattr(forward, "LOGIT_BYTES", 4 * qwen.network.get_input_embeddings().weight.shape[0] * 3)
+    assert qwen.split.positions_at_once == 3
+    found = score(qwen, probes, [condition])
+    assert found.drop("value").equals(whole.drop("value"))
+    assert found["value"].to_list() == pytest.approx(whole["value"].to_list(), abs=1e-6)

@@ -44,8 +44,6 @@ SMALLEST_DISTINCT = 0.5
 _FIRST = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SMALLEST, _LARGEST = 1e-6, 1e4
 _BATCH_TOKENS = 4_096
-_LOGIT_BYTES = 2**30
-"""Most bytes of one side's logits (fp32) in memory at once."""
 
 
 class Divergence(NamedTuple):
@@ -222,8 +220,7 @@ def _kl(
             return model.split.logits_at(ids, owner.to(model.device), columns.to(model.device)).log_softmax(dim=-1)
 
     found: list[Tensor] = [torch.empty(0)] * len(texts)
-    vocabulary = model.network.get_input_embeddings().weight.shape[0]
-    budget = min(_BATCH_TOKENS, max(1, _LOGIT_BYTES // (4 * vocabulary)))
+    budget = min(_BATCH_TOKENS, model.split.positions_at_once)
     for batch in forward.plan_batches([len(own_rows[i]) + len(texts[i]) for i in range(len(texts))], budget):
         with edited(batch):
             steered = reading(own_rows, batch)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -32,13 +32,17 @@ _scored_from: ContextVar[Tensor | None] = ContextVar("first scored positions", d
 
 
 @contextmanager
-def scoring_at(columns: Int[Tensor, " rows"]) -> Iterator[None]:
-    """Within the block, `scored_positions` tells effects which position of each row is looked at."""
-    token = _scored.set(columns)
+def _holding(variable: ContextVar[Tensor | None], value: Tensor) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _scored.reset(token)
+        variable.reset(token)
+
+
+def scoring_at(columns: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
+    """Within the block, `scored_positions` tells effects which position of each row is looked at."""
+    return _holding(_scored, columns)
 
 
 def scored_positions() -> Int[Tensor, " rows"] | None:
@@ -46,14 +50,9 @@ def scored_positions() -> Int[Tensor, " rows"] | None:
     return _scored.get()
 
 
-@contextmanager
-def scoring_from(columns: Int[Tensor, " rows"]) -> Iterator[None]:
+def scoring_from(columns: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
     """Within the block, every position from these on is looked at: the tokens of a text, read as they were written."""
-    token = _scored_from.set(columns)
-    try:
-        yield
-    finally:
-        _scored_from.reset(token)
+    return _holding(_scored_from, columns)
 
 
 def first_scored_positions() -> Int[Tensor, " rows"] | None:
@@ -61,17 +60,12 @@ def first_scored_positions() -> Int[Tensor, " rows"] | None:
     return _scored_from.get()
 
 
-@contextmanager
-def exact_for(tokens: Int[Tensor, " tokens"]) -> Iterator[None]:
+def exact_for(tokens: Int[Tensor, " tokens"]) -> AbstractContextManager[None]:
     """Within the block, a half-precision head gives the logits of these tokens in fp32.
 
     In bf16 a logit between 16 and 32 comes in steps of 0.125, more than the effects that are looked for.
     """
-    token = _exact_for.set(tokens)
-    try:
-        yield
-    finally:
-        _exact_for.reset(token)
+    return _holding(_exact_for, tokens)
 
 
 @contextmanager
@@ -113,6 +107,11 @@ class SplitForward:
             logits[:, tokens] = nn.functional.linear(hidden.float(), self.head.weight[tokens].float(), bias)
         return logits
 
+    @property
+    def positions_at_once(self) -> int:
+        """Positions whose fp32 logits fill `LOGIT_BYTES`."""
+        return max(1, LOGIT_BYTES // (4 * self.network.get_input_embeddings().weight.shape[0]))
+
     def logits_at(
         self,
         ids: Int[Tensor, "rows tokens"],
@@ -132,7 +131,7 @@ class SplitForward:
         The logits are made a block at a time, at most `LOGIT_BYTES` of them, together with their gradient: neither all
         logits nor their gradients are ever in memory, and nothing is computed twice.
         """
-        block = max(1, LOGIT_BYTES // (4 * self.head.weight.shape[0]))
+        block = self.positions_at_once
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             parts = zip(hidden.split(block), targets.split(block), strict=True)
             return torch.cat([self._losses_of_block(states, wanted) for states, wanted in parts])

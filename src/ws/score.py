@@ -371,9 +371,7 @@ def _log_probabilities(model: ChatModel, piece: _Prepared, states: Tensor) -> Fl
 
 def _in_blocks(model: ChatModel, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Positions in blocks whose logits stay within `forward.LOGIT_BYTES`."""
-    vocabulary = model.network.get_input_embeddings().weight.shape[0]
-    size = max(1, forward.LOGIT_BYTES // (4 * vocabulary))
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return zip(*(tensor.split(model.split.positions_at_once) for tensor in tensors), strict=True)
 
 
 def _run_likelihood(model: ChatModel, piece: _Prepared, _condition: Condition) -> Values:
