@@ -198,8 +198,7 @@ def replicates_told(comparison: Summary) -> str:
     entries = [entry for entry in comparison["own_strength"] if "+" in entry]
     seeds = {entry["name"]: len(entry["+"]["own"]["seeds"]) for entry in entries}
     trained = max(seeds[entry["name"]] for entry in entries if entry["kind"] == "weights")
-    counted = ("no", "one", "two", "three", "four", "five")[trained] if trained <= 5 else str(trained)
-    return f"On pocket, {counted} training seed{'' if trained == 1 else 's'}, {seeds['random']} random directions:"
+    return f"On pocket, training seeds: {trained}, random directions: {seeds['random']}."
 
 
 # -------------------------------------------------------------------- several runs

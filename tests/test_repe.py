@@ -315,8 +315,8 @@ def test_an_edit_of_the_last_token_costs_on_texts_what_it_does_while_writing(qwe
 def test_a_choice_at_the_edge_of_what_was_tried_is_told(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = repe.fit_all(qwen, SYCOPHANCY, [RepeSettings(personas=1)])
     monkeypatch.setattr(dev_split, "LOW_MASS", 2.0)
-    assert dev_split.best_strength(qwen, SYCOPHANCY, "none", fitted).remark == ", none admissible"
+    assert dev_split.best_strength(qwen, SYCOPHANCY, "none", fitted).remark == "none admissible"
     monkeypatch.setattr(dev_split, "LOW_MASS", 0.0)
     monkeypatch.setattr(dev_split, "FACTS_LOST", 1.0)
     monkeypatch.setattr(dev_split, "STRENGTHS", {"difference": (0.5,)})
-    assert dev_split.best_strength(qwen, SYCOPHANCY, "only", fitted).remark == ", the largest tried"
+    assert dev_split.best_strength(qwen, SYCOPHANCY, "only", fitted).remark == "the largest tried"

@@ -110,12 +110,12 @@ def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
     kept.mkdir()
     monkeypatch.setattr(update, "COMPARED", kept)
     update.store(comparison_of(tmp_path / "one", 3, 20))
-    assert update.compared(kept) == "On pocket, three training seeds, 20 random directions:\n\n> It moved."
+    assert update.compared(kept) == "On pocket, training seeds: 3, random directions: 20.\n\n> It moved."
     update.store(comparison_of(tmp_path / "two", 1, 12))
-    assert update.compared(kept).startswith("On pocket, one training seed, 12 random directions:")
+    assert update.compared(kept).startswith("On pocket, training seeds: 1, random directions: 12.")
     with pytest.raises(SystemExit, match="too many to keep"):
         update.store(comparison_of(tmp_path / "large", 3, 20, padding=update.LARGEST_KEPT))
-    assert "12 random" in update.compared(kept), "nothing of it has been kept"
+    assert "random directions: 12" in update.compared(kept), "nothing of it has been kept"
     (kept / "comparison.json").unlink()
     assert update.compared(kept) == "> It moved.", "no count without numbers"
 

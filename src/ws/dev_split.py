@@ -36,7 +36,7 @@ The replicated work tried 1, 2 and 4 for vectors of norm 1.
 
 
 class Chosen(NamedTuple):
-    """A candidate at a strength; `remark` says (after a comma) what a reader should know of the choice."""
+    """A candidate at a strength; `remark` is what a reader should know of the choice, if anything."""
 
     option: RepeSettings
     strength: float
@@ -91,10 +91,10 @@ def best_strength(
         option = next(iter(fitted))
         smallest = STRENGTHS[option.unit][0]
         console.warn(f"{name}: no strength is admissible on the dev split; using {smallest:g}")
-        return Chosen(option, smallest, ", none admissible")
+        return Chosen(option, smallest, "none admissible")
     _, option, strength = best
     tried = STRENGTHS[option.unit]
-    return Chosen(option, strength, ", the largest tried" if strength == tried[-1] else "")
+    return Chosen(option, strength, "the largest tried" if strength == tried[-1] else "")
 
 
 def best_prompts(model: ChatModel, behaviour: Behaviour, pool: Sequence[Prompt]) -> dict[int, Prompt]:

@@ -130,8 +130,8 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
             {layer: vector * strength for layer, vector in fitted[option].vectors.items()},
             model.fingerprint, option.edited, {**fitted[option].provenance, "strength": strength},
         )  # fmt: skip
-        where = "" if option.layer is None else f"layer {option.layer}, "
-        note = f"{where}strength {strength:g}{chosen.remark}"
+        where = "" if option.layer is None else f"layer {option.layer}"
+        note = ", ".join(part for part in (where, f"strength {strength:g}", chosen.remark) if part)
         found.append(Method(label, "activations", (Edit(label, scaled),), note=note))
     return found
 
