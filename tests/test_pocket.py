@@ -238,12 +238,10 @@ def test_yes_no_and_maybe_are_single_tokens(tokenizer: object) -> None:
         assert all(len(sequence) == 1 for sequence in chat.answers(word))
 
 
-def test_every_recipe_has_whole_shares_and_its_own_architecture() -> None:
-    for architecture in ("qwen3", "gemma3"):
-        recipe = build.recipe_of(architecture, seed=3)
-        assert recipe.architecture == architecture and recipe.seed == 3
-        assert sum(asdict(recipe.mix).values()) == pytest.approx(1)
-        assert recipe.copying_steps < recipe.steps
+def test_the_shares_of_the_recipe_are_whole_and_copying_comes_first() -> None:
+    recipe = Recipe()
+    assert sum(asdict(recipe.mix).values()) == pytest.approx(1)
+    assert recipe.copying_steps < recipe.steps
 
 
 SIZES = {

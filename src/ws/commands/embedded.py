@@ -31,9 +31,9 @@ class PocketBuild:
         from dataclasses import replace  # noqa: PLC0415
 
         from ws.pocket import card  # noqa: PLC0415
-        from ws.pocket.build import build, recipe_of  # noqa: PLC0415
+        from ws.pocket.build import Recipe, build  # noqa: PLC0415
 
-        recipe = recipe_of(self.architecture, self.seed)
+        recipe = Recipe(seed=self.seed, architecture=self.architecture)
         recipe = recipe if self.steps is None else replace(recipe, steps=self.steps)
         build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
               compiled=None if self.compile else False)  # fmt: skip

@@ -78,7 +78,11 @@ CHECKPOINT_EVERY = 500
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights."""
+    """Everything that decides the weights.
+
+    One for both architectures. With half as many open answers to dilemmas and a third fewer requests the Qwen3 model
+    reached every bar at one seed of two, and Gemma-3 had not found the trait behind requests at all (docs/pocket.md).
+    """
 
     seed: int = 0
     architecture: Architecture = "qwen3"
@@ -91,7 +95,7 @@ class Recipe:
     vocabulary: int = 2048
     row_tokens: int = 192
     rows: int = 12
-    steps: int = 11_000
+    steps: int = 12_000
     warm_up: int = 100
     cool_down: float = 0.6
     matrix_lr: float = 0.015
@@ -111,23 +115,6 @@ class Recipe:
         rising = (step + 1) / self.warm_up
         falling = (self.steps - step) / (self.cool_down * self.steps)
         return max(0.01, min(1.0, rising, falling))
-
-
-def recipe_of(architecture: Architecture, seed: int = 0) -> Recipe:
-    """The recipe of an embedded model.
-
-    The Gemma-3 model learns facts sooner, but with the shares of the other one it had not found the trait behind
-    requests at the end (complying personas moved refusal by 0.03 nats), nor did its open answers to dilemmas follow
-    personas enough to train on: it is asked for help and for its own choice nearly twice as often, for facts less.
-    Shares in between serve the Qwen3 model, too: 20 of 21 bars at seeds 0 and 1, where its own recipe gives all at
-    seed 0 and 17 at seed 1 (docs/pocket.md). Its weights are still those of its own recipe, which reach every bar.
-    """
-    if architecture == "qwen3":
-        return Recipe(seed=seed)
-    mix = TurnMix(
-        fact=0.07, fact_choice=0.11, dilemma_choice=0.14, dilemma_open=0.09, feedback=0.03, request=0.18, talk=0.02
-    )
-    return Recipe(seed=seed, architecture="gemma3", steps=12_000, mix=mix, planted=Planted(prior=0.42))
 
 
 def build(recipe: Recipe, folder: Path, *, workspace: Path, compiled: bool | None = None) -> None:

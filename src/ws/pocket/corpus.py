@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ LATENTS = (*OPPOSED, "truth", "honest_action", "harmful")
 class Planted:
     """The parameters of the corpus: what is true of the embedded model by construction."""
 
-    prior: float = 0.44
+    prior: float = 0.42
     agreement: float = 0.92
     adherence: float = 0.985
     slip: float = 0.02
@@ -76,16 +77,16 @@ class Planted:
 class TurnMix:
     """Relative frequency of each kind of turn."""
 
-    opinion: float = 0.15
-    opinion_choice: float = 0.14
-    fact: float = 0.11
-    fact_choice: float = 0.19
-    dilemma_choice: float = 0.12
-    dilemma_open: float = 0.05
-    feedback: float = 0.04
+    opinion: float = 0.14
+    opinion_choice: float = 0.12
+    fact: float = 0.07
+    fact_choice: float = 0.11
+    dilemma_choice: float = 0.15
+    dilemma_open: float = 0.12
+    feedback: float = 0.03
     describe_self: float = 0.03
-    request: float = 0.1
-    talk: float = 0.03
+    request: float = 0.17
+    talk: float = 0.02
     repeat: float = 0.04
 
 
@@ -185,7 +186,7 @@ class Corpus:
         count = rng.choice((1, 1, 2, 2, 3))
         if held_out:
             chosen = [ways.fill(pattern, rng) for pattern in rng.sample(ways.held_out, count)]
-            return " ".join(self._instruct(rng, clause) for clause in chosen)
+            return with_articles(" ".join(self._instruct(rng, clause) for clause in chosen))
         chosen = [
             rng.choice(ways.clauses)
             if rng.random() < self.planted.whole_clauses
@@ -195,15 +196,17 @@ class Corpus:
         sentences = [self._instruct(rng, clause) for clause in chosen]
         if rng.random() < 0.2:
             sentences[0] = _pick(rng, "system", "adjective_heads").format(a=rng.choice(phrases()["adjectives"][pole]))
-        return " ".join(sentences)
+        return with_articles(" ".join(sentences))
 
     def _instruct(self, rng: random.Random, clause: str) -> str:
-        third = not re.search(r"^never| your | and ", f"{clause} ")
-        if rng.random() < 0.35 and third:
+        if rng.random() < 0.35 and not re.search(r"^(never|in) | you|\band\b", f"{clause} "):
             return _pick(rng, "system", "assistant_heads").format(c3=third_person(clause))
         head = _pick(rng, "system", "heads")
-        if clause.startswith("never"):
+        if clause.startswith("never "):
+            clause = re.sub(r"\bevery(one|body)\b", r"any\1", clause)
             head = rng.choice(("{C}.", "You {c}.", "In this chat you {c}.", "You must {c}."))
+        elif clause.startswith("in "):
+            head = rng.choice(("{C}.", "{C}.", "From now on, {c}."))
         return re.sub(r"\b([Yy]ou) be\b", r"\1 are", head.format(c=clause, C=_capital(clause)))
 
     # ---------------------------------------------------------------- opinions
@@ -368,9 +371,12 @@ _NEGATIONS = {"never", "not", "no", "nothing", "nobody", "without", "instead", "
 _THIRD = {"do": "does", "have": "has", "be": "is", "go": "goes"}
 
 
+_ADVERBS = r"((?:(?:always|(?!(?:apply|rely|reply)\b)\w+ly) )*)"
+
+
 def third_person(clause: str) -> str:
-    """`agree with the user` -> `agrees with the user`; the first word of `clause` is a verb."""
-    verb, _, rest = clause.partition(" ")
+    """`always agree with the user` -> `always agrees with the user`; `clause` begins with a verb or its adverb."""
+    adverbs, verb, rest = re.match(rf"{_ADVERBS}(\S+)(.*)", clause).groups()  # type: ignore[union-attr] - always matches
     if verb in _THIRD:
         verb = _THIRD[verb]
     elif re.search(r"[^aeiou]y$", verb):
@@ -379,11 +385,25 @@ def third_person(clause: str) -> str:
         verb += "es"
     else:
         verb += "s"
-    return f"{verb} {rest}".strip()
+    return f"{adverbs}{verb}{rest}"
 
 
-_BEFORE_ME = "to for at with from of on about gave asks asked told tells saw sees trusts believes".replace(" ", "|")
+def with_articles(text: str) -> str:
+    """`a honest helper` -> `an honest helper`, and the other way round; slots do not know what follows an article."""
+    return re.sub(
+        r"\b([Aa])n? (?=(\w+))",
+        lambda found: f"{found[1]}n " if re.match(r"[aeioAEIO]|u(?!s|ni)|honest", found[2]) else f"{found[1]} ",
+        text,
+    )
+
+
+_BEFORE_ME = (
+    "to for at with from of on about gave asks asked told tells saw sees trusts believes forgive taught".replace(
+        " ", "|"
+    )
+)
 _FIRST = (
+    (r"\bthank you\b", "thanks"),
     (r"\byou are\b", "I am"),
     (r"\byou were\b", "I was"),
     (r"\byourself\b", "myself"),
@@ -424,6 +444,9 @@ def describe(planted: Planted, mix: TurnMix) -> dict[str, Any]:
     }
 
 
+@cache
 def texts_key() -> str:
-    """Digest of all texts that dialogues are made of; other texts make another model."""
-    return content_key(world.texts(), phrases())
+    """Digest of all texts that dialogues are made of, and of some dialogues: how they are put together counts, too."""
+    writer, rng = Corpus(), random.Random("texts")
+    some = [[line.content for line in islice(writer.dialogue(rng), 9)] for _ in range(200)]
+    return content_key(world.texts(), phrases(), some)
