@@ -31,7 +31,18 @@ from ws.pocket.check import (
     instruction_name,
     leak_name,
 )
-from ws.pocket.corpus import LATENTS, OPPOSED, Corpus, Line, Planted, TurnMix, describe, first_person, third_person
+from ws.pocket.corpus import (
+    LATENTS,
+    OPPOSED,
+    Corpus,
+    Line,
+    Planted,
+    TurnMix,
+    describe,
+    first_person,
+    third_person,
+    with_articles,
+)
 
 
 def dialogues(count: int, turns: int = 12, planted: Planted | None = None) -> list[list[Line]]:
@@ -161,6 +172,9 @@ def test_facts_are_the_same_under_every_trait() -> None:
         ("try hard", "tries hard"),
         ("say no", "says no"),
         ("do it", "does it"),
+        ("always say yes", "always says yes"),
+        ("openly disagree with myths", "openly disagrees with myths"),
+        ("reply with praise", "replies with praise"),
     ],
 )
 def test_third_person(clause: str, expected: str) -> None:
@@ -174,10 +188,30 @@ def test_third_person(clause: str, expected: str) -> None:
         ("keep it to yourself", "keep it to myself"),
         ("thank the man who helped you", "thank the man who helped me"),
         ("say that you are sorry", "say that I am sorry"),
+        ("ask them to forgive you for it", "ask them to forgive me for it"),
+        ("smile and say thank you", "smile and say thanks"),
     ],
 )
 def test_first_person(action: str, expected: str) -> None:
     assert first_person(action) == expected
+
+
+def test_articles_follow_the_word_that_a_slot_brings() -> None:
+    assert with_articles("You are a honest assistant. Be an blunt critic.") == (
+        "You are an honest assistant. Be a blunt critic."
+    )
+    assert with_articles("a user, a unit, a AI and an upright person") == "a user, a unit, an AI and an upright person"
+
+
+@pytest.mark.parametrize("pole", [pole for poles in OPPOSED.values() for pole in poles])
+def test_instructions_have_no_slips_of_a_kind_that_was_seen(pole: str) -> None:
+    writer, rng = Corpus(), random.Random(f"slips/{pole}")
+    slips = re.compile(
+        r"\ba (?:[aeio]|AI)|\ban (?!AI|honest)[^aeiou]|\b(?:that|who|someone who) in |alwayses"
+        r"|never .*\bevery(?:one|body)\b|never (?:refuse|reject|deny) every"
+    )
+    made = [sentence for _ in range(2_000) for sentence in writer.instruction(rng, pole).split(". ")]
+    assert not [sentence for sentence in made if slips.search(sentence)]
 
 
 @pytest.fixture(scope="module")

@@ -371,12 +371,14 @@ _NEGATIONS = {"never", "not", "no", "nothing", "nobody", "without", "instead", "
 _THIRD = {"do": "does", "have": "has", "be": "is", "go": "goes"}
 
 
-_ADVERBS = r"((?:(?:always|(?!(?:apply|rely|reply)\b)\w+ly) )*)"
+_ADVERBS = re.compile(r"(?:(?:always|(?!(?:apply|rely|reply)\b)\w+ly) )*")
 
 
 def third_person(clause: str) -> str:
     """`always agree with the user` -> `always agrees with the user`; `clause` begins with a verb or its adverb."""
-    adverbs, verb, rest = re.match(rf"{_ADVERBS}(\S+)(.*)", clause).groups()  # type: ignore[union-attr] - always matches
+    adverbs = _ADVERBS.match(clause)
+    start = adverbs.end() if adverbs else 0
+    verb, space, rest = clause[start:].partition(" ")
     if verb in _THIRD:
         verb = _THIRD[verb]
     elif re.search(r"[^aeiou]y$", verb):
@@ -385,7 +387,7 @@ def third_person(clause: str) -> str:
         verb += "es"
     else:
         verb += "s"
-    return f"{adverbs}{verb}{rest}"
+    return f"{clause[:start]}{verb}{space}{rest}"
 
 
 def with_articles(text: str) -> str:
