@@ -135,7 +135,7 @@ def text(name: str) -> str:
         "## What it is not for",
         "",
         "It is a test bed with known truth for methods and instruments. It knows a few hundred facts and one way of "
-        "speaking; about one system prompt in 25 that it was trained on has a slip of grammar. Nothing measured on it "
+        "speaking; of 200 system prompts of its training that were read, 3 had a slip of grammar. Nothing measured on it "
         "says how large an effect is in a large model, or whether there is one.",
     ]  # fmt: skip
     return "\n".join(lines)
