@@ -180,11 +180,18 @@ def test_an_interrupted_fit_leaves_no_folder_and_a_clean_model(
     assert weights(qwen).keys() == before.keys()
 
 
-def test_settings_come_from_defaults_then_model_folder_then_user(qwen: ChatModel) -> None:
+def test_settings_come_from_defaults_then_model_folder_then_behaviour_then_user(qwen: ChatModel) -> None:
     assert resolve_settings(qwen, "lora", {}) == TrainSettings()
-    model = replace(qwen, settings={"train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 1e-3}}})
+    recommended = {
+        "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 1e-3}},
+        "train_for": {"honesty": {"lora": {"lr": 3e-3, "epochs": 2}}},
+    }
+    model = replace(qwen, settings=recommended)
     chosen = resolve_settings(model, "lora", {"lr": 5e-4, "epochs": None})
     assert (chosen.adapter.rank, chosen.adapter.lora_alpha, chosen.lr, chosen.epochs) == (16, 32.0, 5e-4, 1)
+    honesty = resolve_settings(model, "lora", {"epochs": 3}, "honesty")
+    assert (honesty.adapter.rank, honesty.lr, honesty.epochs) == (16, 3e-3, 3)
+    assert resolve_settings(model, "lora", {}, "refusal") == resolve_settings(model, "lora", {})
     with pytest.raises(UserError, match=r"unknown setting 'lrr'.*'lr'"):
         resolve_settings(qwen, "lora", {"lrr": 1.0})
     with pytest.raises(UserError, match="unknown adapter family 'lorra'"):

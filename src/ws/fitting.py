@@ -44,7 +44,7 @@ class Fitting:
         self.given_pairs = data.read_pairs(settings.pairs, self.behaviour) if settings.pairs else None
         self.model = model or settings.load()
         given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
-        self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, given)
+        self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, given, self.behaviour.name)
         self.lr_is_open = settings.train.get("lr") == "auto"
         self.sampling = _resolve_sampling(self.model, settings.sampling)
         # a recommendation is about responses that the model samples, not about given ones

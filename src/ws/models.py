@@ -1,7 +1,8 @@
 """Load a causal language model with its tokenizer, from the package, a hub or a folder, and know which one it is.
 
 `load("pocket")`, `load("Qwen/Qwen3-0.6B")` and `load("./folder")` go through the same `from_pretrained`. A folder may
-carry `weight_steering.json` with recommended settings (per adapter family and for sampling); the embedded model does.
+carry `weight_steering.json` with recommended settings (per adapter family and behaviour, for sampling); the embedded
+models do.
 
 The fingerprint is a digest of all parameters by name, rounded to bfloat16, so that one checkpoint has one fingerprint
 whether it is loaded in fp32 or bf16, and every other checkpoint another.

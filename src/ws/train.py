@@ -71,10 +71,15 @@ class TrainSettings:
             raise UserError(f"validation share {self.validation} is not in [0, 1)")
 
 
-def resolve_settings(model: ChatModel, family: str, given: Mapping[str, Any]) -> TrainSettings:
-    """Defaults, then the model folder's recommendation for the family, then what the user gave (None: not given)."""
+def resolve_settings(model: ChatModel, family: str, given: Mapping[str, Any], behaviour: str = "") -> TrainSettings:
+    """Defaults, the model folder's recommendation for the family, that for the behaviour, then what the user gave.
+
+    A folder recommends under `train`, family by family, and under `train_for`, behaviour by behaviour, what is other
+    there. None in `given`: not given.
+    """
     adapters.require_family(family)
-    recommended = dict(model.settings.get("train", {}).get(family, {}))
+    of_behaviour = model.settings.get("train_for", {}).get(behaviour, {})
+    recommended = model.settings.get("train", {}).get(family, {}) | of_behaviour.get(family, {})
     chosen = recommended | {name: value for name, value in given.items() if value is not None}
     adapter_names = {f.name for f in fields(AdapterSettings)}
     of_adapter = {"family": family} | {name: value for name, value in chosen.items() if name in adapter_names}

@@ -53,11 +53,13 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
     """Settings that are written beside the weights: at this size the defaults for real models do almost nothing.
 
     Chosen for lora, seed 0, with an eye on each behaviour's own probe; the other families take over layers and epochs.
-    Sampled answers follow a persona not always, so pairs are judged first: unjudged, honesty moved half as far.
+    On Gemma-3 sycophancy breaks facts at a rate at which honesty has moved half as far as under a prompt: the other
+    behaviours have rates of their own. Sampled answers follow a persona not always, so pairs are judged first:
+    unjudged, honesty moved half as far.
     """
     gemma = architecture == "gemma3"
-    where: dict[str, Any] = {"layers": [0.15, 0.35], "epochs": 4} if gemma else {"layers": [0.15, 0.7]}
-    rates = _LEARNING_RATES | ({"lora": 8e-3, "dora": 5e-3} if gemma else {})
+    where: dict[str, Any] = {"layers": [0.3, 0.7] if gemma else [0.15, 0.7]}
+    rates = _LEARNING_RATES | ({"lora": 4e-3, "dora": 4e-3} if gemma else {})
     families = {
         family: {
             "rank": 16, "lora_alpha": 32, "lr": rate, "lr_candidates": [rate / 2, rate, 2 * rate], **where,
@@ -65,8 +67,10 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
         }
         for family, rate in rates.items()
     }  # fmt: skip
+    further = {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}} if gemma else {}
     return {
         "train": families,
+        "train_for": {name: {family: other for family in ("lora", "dora")} for name, other in further.items()},
         "sampling": {"max_new_tokens": 48, "temperature": 0.8},
         "judge": {"backend": "persona", "threshold": 0.7},
     }

@@ -135,8 +135,8 @@ def text(name: str) -> str:
         "## What it is not for",
         "",
         "It is a test bed with known truth for methods and instruments. It knows a few hundred facts and one way of "
-        "speaking; of 200 system prompts of its training that were read, 3 had a slip of grammar. Nothing measured on it "
-        "says how large an effect is in a large model, or whether there is one.",
+        "speaking; of 200 system prompts of its training that were read, 3 had a slip of grammar. Nothing measured on "
+        "it says how large an effect is in a large model, or whether there is one.",
     ]  # fmt: skip
     return "\n".join(lines)
 
