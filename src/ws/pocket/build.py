@@ -70,7 +70,7 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
     further = {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}} if gemma else {}
     return {
         "train": families,
-        "train_for": {name: {family: other for family in ("lora", "dora")} for name, other in further.items()},
+        "train_for": {name: dict.fromkeys(("lora", "dora"), other) for name, other in further.items()},
         "sampling": {"max_new_tokens": 48, "temperature": 0.8},
         "judge": {"backend": "persona", "threshold": 0.7},
     }
