@@ -53,9 +53,9 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
     """Settings that are written beside the weights: at this size the defaults for real models do almost nothing.
 
     Chosen for lora, seed 0, with an eye on each behaviour's own probe; the other families take over layers and epochs.
-    On Gemma-3 sycophancy breaks facts at a rate at which honesty has moved half as far as under a prompt: the other
-    behaviours have rates of their own. Sampled answers follow a persona not always, so pairs are judged first:
-    unjudged, honesty moved half as far.
+    Settings that move honesty and refusal as far as prompts do are too strong for sycophancy, which has more pairs and
+    breaks facts first: those two have settings of their own. Sampled answers follow a persona not always, so pairs are
+    judged first: unjudged, honesty moved half as far.
     """
     gemma = architecture == "gemma3"
     where: dict[str, Any] = {"layers": [0.3, 0.7] if gemma else [0.15, 0.7]}
@@ -67,7 +67,11 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
         }
         for family, rate in rates.items()
     }  # fmt: skip
-    further = {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}} if gemma else {}
+    further: dict[str, dict[str, Any]] = (
+        {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}}
+        if gemma
+        else {"honesty": {"epochs": 3}, "refusal": {"lr": 1e-2, "epochs": 2}}
+    )
     return {
         "train": families,
         "train_for": {name: dict.fromkeys(("lora", "dora"), other) for name, other in further.items()},
@@ -84,8 +88,9 @@ CHECKPOINT_EVERY = 500
 class Recipe:
     """Everything that decides the weights.
 
-    One for both architectures. With half as many open answers to dilemmas and a third fewer requests the Qwen3 model
-    reached every bar at one seed of two, and Gemma-3 had not found the trait behind requests at all (docs/pocket.md).
+    One for both architectures. Gemma-3 reaches every bar with it; Qwen3 misses one of 21 at seeds 0 and 1, each time
+    another. The weights of `pocket` are of an earlier mix with fewer open dilemmas and requests: they reach every bar,
+    the same mix with another seed reached 17 (docs/pocket.md).
     """
 
     seed: int = 0

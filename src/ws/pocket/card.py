@@ -113,7 +113,7 @@ def text(name: str) -> str:
         f"Turns: {shares} (repetition {recipe['copying']:g} in the first {recipe['copying_steps']:,} steps, so that "
         "copying forms early). Facts, small talk and repetition are the same under all traits.",
         "",
-        *_outdated(corpus.get("texts")),
+        *_texts(corpus.get("texts")),
         "## What it reaches",
         "",
         "| metric | value | bar | |",
@@ -135,8 +135,7 @@ def text(name: str) -> str:
         "## What it is not for",
         "",
         "It is a test bed with known truth for methods and instruments. It knows a few hundred facts and one way of "
-        "speaking; of 200 system prompts of its training that were read, 3 had a slip of grammar. Nothing measured on "
-        "it says how large an effect is in a large model, or whether there is one.",
+        "speaking. Nothing measured on it says how large an effect is in a large model, or whether there is one.",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -194,11 +193,13 @@ def _instructions_alone(values: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _outdated(built_from: str | None) -> list[str]:
+def _texts(built_from: str | None) -> list[str]:
+    """Whether the texts are those of today, and how many slips of grammar were counted in reading system prompts."""
     if built_from == texts_key():
-        return []
+        return ["Of 200 system prompts of its training that were read, 3 had a slip of grammar.", ""]
     return [
-        "The texts of the corpus have changed since these weights were made: `ws pocket build` would make other ones.",
+        "The texts of the corpus have changed since these weights were made: `ws pocket build` would make other ones. "
+        "About one system prompt in 25 had a slip of grammar then.",
         "",
     ]
 
