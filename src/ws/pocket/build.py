@@ -53,10 +53,11 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
     """Settings that are written beside the weights: at this size the defaults for real models do almost nothing.
 
     Chosen for lora, seed 0, with an eye on each behaviour's own probe; the other families take over layers and epochs.
-    Settings that move honesty, and on Gemma-3 refusal, as far as prompts do are too strong for sycophancy, which has
-    more pairs and breaks facts first: so some behaviours have settings of their own. On Qwen3 refusal has none:
-    directions that reach the prompts there are so large that random ones of their norm move it by 0.3 nats. Sampled
-    answers follow a persona not always, so pairs are judged first: unjudged, honesty moved half as far.
+    Gemma-3's settings that move honesty and refusal as far as prompts do are too strong for sycophancy, which has more
+    pairs and breaks facts first: those two have settings of their own. Qwen3 has none: three epochs move honesty that
+    far at seed 0, and at seed 1 they break 15 points of facts; directions that reach the prompts of refusal are so
+    large that random ones of their norm move it by 0.3 nats. Sampled answers follow a persona not always, so pairs are
+    judged first: unjudged, honesty moved half as far.
     """
     gemma = architecture == "gemma3"
     where: dict[str, Any] = {"layers": [0.3, 0.7] if gemma else [0.15, 0.7]}
@@ -68,9 +69,7 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
         }
         for family, rate in rates.items()
     }  # fmt: skip
-    further: dict[str, dict[str, Any]] = (
-        {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}} if gemma else {"honesty": {"epochs": 3}}
-    )
+    further = {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}} if gemma else {}
     return {
         "train": families,
         "train_for": {name: dict.fromkeys(("lora", "dora"), other) for name, other in further.items()},
