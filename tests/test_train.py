@@ -90,7 +90,9 @@ def test_long_rows_are_cut_and_counted_but_never_without_response(qwen: ChatMode
 def test_fitting_learns_saves_and_restores(any_model: ChatModel, tmp_path: Path) -> None:
     before = weights(any_model)
     results = {
-        sign: train.fit(any_model, pairs(), sign, SMALL, seed=0, data_seed=0, folder=tmp_path / sign)
+        sign: train.fit(
+            any_model, pairs(), sign, replace(SMALL, epochs=20), seed=0, data_seed=0, folder=tmp_path / sign
+        )
         for sign in ("pos", "neg")
     }
     for sign, result in results.items():
