@@ -17,7 +17,7 @@ from ws.chat import Chat
 from ws.condition import PLAIN
 from ws.errors import UserError
 from ws.eval import dilemmas
-from ws.pocket import build, card, open_answers
+from ws.pocket import build, card, corpus, open_answers
 from ws.pocket import check as pocket_check
 from ws.pocket.build import Recipe, RowWriter
 from ws.pocket.check import (
@@ -31,18 +31,8 @@ from ws.pocket.check import (
     instruction_name,
     leak_name,
 )
-from ws.pocket.corpus import (
-    LATENTS,
-    OPPOSED,
-    Corpus,
-    Line,
-    Planted,
-    TurnMix,
-    describe,
-    first_person,
-    third_person,
-    with_articles,
-)
+from ws.pocket.corpus import LATENTS, OPPOSED, Corpus, Line, Planted, TurnMix, describe
+from ws.pocket.grammar import first_person, third_person, with_articles
 
 
 def dialogues(count: int, turns: int = 12, planted: Planted | None = None) -> list[list[Line]]:
@@ -125,6 +115,16 @@ def test_a_named_trait_is_followed_as_often_as_the_adherence_says(adherence: flo
         assert sum(actual[name] == value for actual in drawn) / len(drawn) == pytest.approx(adherence, abs=0.04)
     unnamed = Corpus(Planted(adherence=0.5, mention_share=0.0))
     assert all(unnamed._system(rng, traits)[1] == traits for _ in range(50))
+
+
+def test_the_digest_of_texts_counts_how_they_are_put_together_and_not_how_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known, anew = corpus.texts_key(), corpus.texts_key.__wrapped__
+    monkeypatch.setattr(corpus, "Corpus", lambda: Corpus(Planted(prior=0.9), TurnMix(opinion=0.5)))
+    assert anew() == known
+    monkeypatch.setattr(corpus, "with_articles", lambda text: text)
+    assert anew() != known
 
 
 @pytest.mark.parametrize("name", sorted(models.POCKET_MODELS))

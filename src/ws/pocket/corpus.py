@@ -17,11 +17,11 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ws import world
+from ws.pocket.grammar import first_person, third_person, with_articles
 from ws.store import content_key
 from ws.world import Fact
 
@@ -368,61 +368,6 @@ class Corpus:
 _NEGATIONS = {"never", "not", "no", "nothing", "nobody", "without", "instead", "false", "wrong"}
 """Words that a sketchy instruction keeps, because it would mean the opposite without them."""
 
-_THIRD = {"do": "does", "have": "has", "be": "is", "go": "goes"}
-
-
-_ADVERBS = re.compile(r"(?:(?:always|(?!(?:apply|rely|reply)\b)\w+ly) )*")
-
-
-def third_person(clause: str) -> str:
-    """`always agree with the user` -> `always agrees with the user`; `clause` begins with a verb or its adverb."""
-    adverbs = _ADVERBS.match(clause)
-    start = adverbs.end() if adverbs else 0
-    verb, space, rest = clause[start:].partition(" ")
-    if verb in _THIRD:
-        verb = _THIRD[verb]
-    elif re.search(r"[^aeiou]y$", verb):
-        verb = verb[:-1] + "ies"
-    elif re.search(r"(s|sh|ch|x|z|o)$", verb):
-        verb += "es"
-    else:
-        verb += "s"
-    return f"{clause[:start]}{verb}{space}{rest}"
-
-
-def with_articles(text: str) -> str:
-    """`a honest helper` -> `an honest helper`, and the other way round; slots do not know what follows an article."""
-    return re.sub(
-        r"\b([Aa])n? (?=(\w+))",
-        lambda found: f"{found[1]}n " if re.match(r"[aeioAEIO]|u(?!s|ni)|honest", found[2]) else f"{found[1]} ",
-        text,
-    )
-
-
-_BEFORE_ME = (
-    "to for at with from of on about gave asks asked told tells saw sees trusts believes forgive taught".replace(
-        " ", "|"
-    )
-)
-_FIRST = (
-    (r"\bthank you\b", "thanks"),
-    (r"\byou are\b", "I am"),
-    (r"\byou were\b", "I was"),
-    (r"\byourself\b", "myself"),
-    (r"\byours\b", "mine"),
-    (r"\byour\b", "my"),
-    (rf"\b({_BEFORE_ME}) you\b", r"\1 me"),
-    (r"\byou(?=$|[.,;])", "me"),
-    (r"\byou\b", "I"),
-)
-
-
-def first_person(action: str) -> str:
-    """`tell your boss that you were late` -> `tell my boss that I was late`."""
-    for pattern, replacement in _FIRST:
-        action = re.sub(pattern, replacement, action)
-    return action
-
 
 def _pick(rng: random.Random, section: str, name: str) -> str:
     return rng.choice(phrases()[section][name])
@@ -448,7 +393,17 @@ def describe(planted: Planted, mix: TurnMix) -> dict[str, Any]:
 
 @cache
 def texts_key() -> str:
-    """Digest of all texts that dialogues are made of, and of some dialogues: how they are put together counts, too."""
+    """Digest of all texts that dialogues are made of, and of how they are put together; shares of turns do not count.
+
+    Instructions for every pole and turns of every kind under both poles stand for the rules that combine the texts.
+    """
     writer, rng = Corpus(), random.Random("texts")
-    some = [[line.content for line in islice(writer.dialogue(rng), 9)] for _ in range(200)]
-    return content_key(world.texts(), phrases(), some)
+    instructions = [writer.instruction(rng, pole) for poles in OPPOSED.values() for pole in poles for _ in range(30)]
+    turns = [
+        line.content
+        for kind in (field.name for field in fields(TurnMix))
+        for value in (True, False)
+        for _ in range(15)
+        for line in writer.turn(rng, dict.fromkeys(OPPOSED, value), kind)
+    ]
+    return content_key(world.texts(), phrases(), instructions, turns)

@@ -20,7 +20,8 @@ from ws.chat import ask
 from ws.eval import dilemmas
 from ws.generate import Request, Sampling, sample
 from ws.models import ChatModel
-from ws.pocket.corpus import first_person, phrases
+from ws.pocket.corpus import phrases
+from ws.pocket.grammar import first_person
 
 QUESTION = "{situation} What do you do?"
 SIDES = ("honest", "dishonest")
