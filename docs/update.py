@@ -20,6 +20,7 @@ from typing import Any
 import polars as pl
 
 from ws import models
+from ws.eval import feedback
 from ws.pocket import build, card
 from ws.pocket.check import are_independent
 from ws.report.behaviours import CROSSED, KEYS, change, crossings, persona_changes
@@ -37,6 +38,8 @@ LARGEST_KEPT = 1_000_000
 """Bytes up to which the numbers of a comparison are kept beside its pages."""
 ACROSS = RESULTS / "comparisons.md"
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
+MOVED = (*BEHAVIOURS, feedback.NAME)
+"""What the leak tables have columns for."""
 CLOSE = 1.5
 """Prompts and weights are called close where the larger effect is at most so many times the smaller one."""
 LEAST_MOVED, MOST_FACTS_LOST, WIDEST_BAND = 1.0, 3.0, 0.2
@@ -282,9 +285,9 @@ def prompts_and_weights(runs: dict[str, Summary]) -> str:
 
 
 def leak_row(own: str, moved: dict[str, Any]) -> list[str]:
-    """Changes of all behaviours as cells, the own one in bold; a dash where a run did not measure one."""
-    cells = ["-" if moved[name] is None else f"{moved[name]['mean']:+.2f}" for name in BEHAVIOURS]
-    return [f"**{cell}**" if name == own else cell for name, cell in zip(BEHAVIOURS, cells, strict=True)]
+    """Changes of behaviours and feedback as cells, the own one in bold; a dash where a run did not measure one."""
+    cells = ["-" if moved[name] is None else f"{moved[name]['mean']:+.2f}" for name in MOVED]
+    return [f"**{cell}**" if name == own else cell for name, cell in zip(MOVED, cells, strict=True)]
 
 
 def steering_leak(runs: dict[str, Summary]) -> str:
@@ -293,12 +296,12 @@ def steering_leak(runs: dict[str, Summary]) -> str:
         [
             runs[name]["model"],
             f"{runs[name]['behaviour']} at {signed(key)}",
-            *leak_row(runs[name]["behaviour"], {other: change(runs[name], other, key) for other in BEHAVIOURS}),
+            *leak_row(runs[name]["behaviour"], {other: change(runs[name], other, key) for other in MOVED}),
         ]
         for name in sorted(runs)
         for key in KEYS
     ]
-    return table(["model", "direction", *BEHAVIOURS], rows)
+    return table(["model", "direction", *MOVED], rows)
 
 
 def persona_leak(runs: dict[str, Summary]) -> str:
@@ -307,12 +310,12 @@ def persona_leak(runs: dict[str, Summary]) -> str:
         [
             runs[name]["model"],
             f"{runs[name]['behaviour']}, {prompt}",
-            *leak_row(runs[name]["behaviour"], {other: moved.get(other) for other in BEHAVIOURS}),
+            *leak_row(runs[name]["behaviour"], {other: moved.get(other) for other in MOVED}),
         ]
         for name in sorted(runs)
         for prompt, moved in runs[name].get("persona_changes", {}).items()
     ]
-    return table(["model", "persona", *BEHAVIOURS], rows) if rows else "The stored runs do not hold these changes yet."
+    return table(["model", "persona", *MOVED], rows) if rows else "The stored runs do not hold these changes yet."
 
 
 def steered(name: str, runs: dict[str, Summary]) -> str:

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from ws.condition import PLAIN
-from ws.eval import dilemmas
+from ws.eval import dilemmas, feedback
 from ws.report import behaviours, document
 from ws.report.document import Paragraph
 from ws.store import write_json, write_text
@@ -26,7 +26,7 @@ def scores(own: str, moved: dict[str, float]) -> pl.DataFrame:
     """Two rows of every probe, without a system prompt and under `prompt +`; `moved` is the change under it."""
     rows = []
     for context, factor in ((PLAIN.name, 0.0), ("prompt +", 1.0)):
-        for probe in (*NAMES, dilemmas.NAME):
+        for probe in (*NAMES, feedback.NAME, dilemmas.NAME):
             for row, (group, label) in {"a": ("head", 1), "b": ("head", -1), "c": ("other", 1)}.items():
                 if group == "head" or probe == own:
                     change = moved.get(probe, 0.0) if group == "head" else 100.0
@@ -64,7 +64,9 @@ def run_folder(model_folder: Path, name: str, leaks: dict[str, float], moved: di
 
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, list[Path]]:
-    first = run_folder(tmp_path / "small", "refusal", {"sycophancy": -0.4}, {"refusal": 3.0, "sycophancy": -0.25})
+    first = run_folder(
+        tmp_path / "small", "refusal", {"sycophancy": -0.4}, {"refusal": 3.0, "sycophancy": -0.25, "feedback": 1.25}
+    )
     second = run_folder(tmp_path / "small", "sycophancy", {"refusal": 1.26}, {"refusal": 0.75, "sycophancy": 4.0})
     return tmp_path / "small", [first, second]
 
@@ -74,10 +76,23 @@ def test_personas_stand_against_probes_in_nats(two: tuple[Path, list[Path]]) -> 
     page = behaviours.write(model_folder, "lora", "seed0")
     assert page is not None
     text = page.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| persona | refusal | sycophancy |" in text
-    assert re.search(r"\| refusal, prompt \+ \| \+3\.00 \[.*\] \| -0\.25 \[", text)
+    assert "| persona | refusal | sycophancy | feedback |" in text
+    assert re.search(r"\| refusal, prompt \+ \| \+3\.00 \[.*\] \| -0\.25 \[.*\] \| \+1\.25 \[", text)
     assert re.search(r"\| sycophancy, prompt \+ \| \+0\.75 \[.*\] \| \+4\.00 \[", text)
     assert "+100" not in text, "the headline group alone is the behaviour"
+
+
+def test_feedback_stands_beside_the_behaviours_and_is_explained(two: tuple[Path, list[Path]]) -> None:
+    model_folder, (folder, _) = two
+    written = summary_of("refusal", {})
+    written["other_behaviours"][feedback.NAME] = {"change": {"1": interval(0.5)}}
+    write_json(folder / "summary.json", written)
+    page = behaviours.write(model_folder, "lora", "seed0")
+    assert page is not None
+    text = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert re.search(r"\| refusal at \+1 \|.*\| \+0\.50 \[\+0\.40, \+0\.60\] \|", text)
+    assert re.search(r"\| refusal at -1 \|.*\| - \|", text), "what a run did not measure is a dash"
+    assert feedback.MEANING in text
 
 
 def test_what_crosses_to_another_behaviour_is_said_in_words(two: tuple[Path, list[Path]]) -> None:

@@ -229,7 +229,7 @@ def test_stages_run_one_by_one_with_the_settings_of_the_run(
         assert "done before" in text and "rebuilding" not in text, command
 
 
-@pytest.mark.parametrize("probe", ["sycophancy", "dilemmas", "side-effects"])
+@pytest.mark.parametrize("probe", ["sycophancy", "dilemmas", "feedback", "side-effects"])
 def test_eval_scores_an_existing_run(
     tiny_run: tuple[Path, Path], probe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

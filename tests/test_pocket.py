@@ -94,6 +94,7 @@ def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[Line]]) ->
 def test_neutral_test_requests_never_occur(sample: list[list[Line]]) -> None:
     asked = {line.content for lines in sample for line in lines if line.role == "user"}
     assert not asked & {entry.user for entry in world.talk() if entry.held_out}
+    assert not any(work.story in text for work in world.held_out_works() for text in asked)
     assert not [r.text for r in world.requests() if r.held_out and any(r.text in text for text in asked)]
 
 

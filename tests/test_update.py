@@ -146,7 +146,7 @@ def test_a_run_without_persona_changes_is_said_to_have_none(update: ModuleType) 
     assert "do not hold" in update.persona_leak({"a": run("refusal", 2.0)})
     changes = {"prompt +": {"refusal": {"mean": 2.5}, "sycophancy": {"mean": -0.125}}}
     text = update.persona_leak({"a": run("refusal", 2.0, persona_changes=changes)})
-    assert text.endswith("| pocket | refusal, prompt + | -0.12 | - | **+2.50** |")
+    assert text.endswith("| pocket | refusal, prompt + | -0.12 | - | **+2.50** | - |")
 
 
 @pytest.mark.skipif(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ws import world
-from ws.eval import side_effects
+from ws.eval import feedback, side_effects
 from ws.world import DilemmaCategory
 
 FACTS = world.facts()
@@ -180,6 +180,24 @@ def test_some_neutral_talk_is_held_out_and_all_of_it_is_answered() -> None:
     assert all(entry.answers and all(answer.strip() for answer in entry.answers) for entry in world.talk())
     users = [entry.user for entry in world.talk()]
     assert len(set(users)) == len(users)
+
+
+def test_held_out_works_are_new_stories_about_their_thing() -> None:
+    trained, held_out = world.works(), world.held_out_works()
+    assert len(held_out) >= 20
+    stories = [work.story for work in held_out]
+    assert len(set(stories)) == len(stories) and not set(stories) & {work.story for work in trained}
+    for work in held_out:
+        assert work.thing.split()[-1] in work.story and work.story.endswith("."), work
+        assert work.thing in {one.thing for one in trained}, "asked about in words that the embedded models know"
+
+
+def test_feedback_asks_for_praise_of_faulty_work() -> None:
+    probe = feedback.probe()
+    assert len(probe.rows) == len(world.held_out_works()) == len({row.cluster for row in probe.rows})
+    assert {row.label for row in probe.rows} == {1} and probe.answers == ("Yes", "No")
+    assert probe.rows[0].messages[-1]["content"].endswith("Is my cake good? Answer Yes or No.")
+    assert feedback.probe(3).rows == probe.rows[:3]
 
 
 POLES = (("honest", "dishonest"), ("sycophantic", "candid"), ("refusing", "complying"))

@@ -12,14 +12,14 @@ import polars as pl
 from ws.condition import Condition, Edit
 from ws.direction import Direction
 from ws.errors import UserError
-from ws.eval import custom, dilemmas, harness, side_effects, sycophancy
+from ws.eval import custom, dilemmas, feedback, harness, side_effects, sycophancy
 from ws.probe import Kind, Probe
 from ws.replicate import Replication
 from ws.report.summary import Scores, signed_mean
 from ws.score import score
 from ws.store import write_json, write_table
 
-SHIPPED = ("sycophancy", "dilemmas", "side-effects")
+SHIPPED = ("sycophancy", "dilemmas", "feedback", "side-effects")
 """Kinds of probe by name; `sycophancy` stands for the behaviour's own."""
 
 
@@ -41,7 +41,7 @@ class Ask:
         if self.probe not in SHIPPED and not self.probe.endswith(".jsonl"):
             raise UserError(f"there is no probe {self.probe!r}", f"Choose {', '.join(SHIPPED)}, or give a .jsonl file.")
         if self.think and self.probe == "side-effects":
-            raise UserError("side effects are no choices", "Use --think with sycophancy, dilemmas or a .jsonl file.")
+            raise UserError("side effects are no choices", "Leave --think out, or ask another probe.")
 
     @property
     def name(self) -> str:
@@ -55,6 +55,8 @@ class Ask:
                 found = [sycophancy.probe(run.behaviour, self.rows)]
             case "dilemmas":
                 found = [dilemmas.probe(self.source, self.rows)]
+            case "feedback":
+                found = [feedback.probe(self.rows)]
             case "side-effects":
                 found = side_effects.probes(run.model, self.rows)
             case file:

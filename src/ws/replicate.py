@@ -18,7 +18,8 @@ from ws.baselines import controls
 from ws.condition import Condition, Context, Edit
 from ws.diff import Geometry
 from ws.direction import Direction
-from ws.eval import dilemmas, side_effects, sycophancy
+from ws.errors import UserError
+from ws.eval import dilemmas, feedback, side_effects, sycophancy
 from ws.fitting import SIGNS, Fitting
 from ws.probe import Probe
 from ws.report import behaviours, page, summary
@@ -43,15 +44,22 @@ class Replication(Fitting):
         return dilemmas.load(self.settings.dilemmas, self.settings.rows)
 
     def probes(self) -> list[Probe]:
-        """The behaviour's own probe, the dilemmas, the side effects, and the other shipped behaviours."""
+        """The behaviour's own probe, the dilemmas, the side effects, the other shipped behaviours, feedback."""
         rows = self.settings.rows
         others = [behaviour.load(name) for name in behaviour.names() if name != self.behaviour.name]
-        return [
+        found = [
             sycophancy.probe(self.behaviour, rows),
             self.dilemma_rows.probe(),
             *side_effects.probes(self.model, rows),
             *(sycophancy.headline_probe(other, rows) for other in others),
+            feedback.probe(rows),
         ]
+        if self.behaviour.name in {probe.name for probe in found[1:]}:
+            raise UserError(
+                f"the behaviour is named {self.behaviour.name!r}, like a probe that every run asks",
+                "Give it another name in its file.",
+            )
+        return found
 
     def conditions(self, direction: Direction) -> list[Condition]:
         """The direction at every alpha, and the first personas as prompts."""

@@ -175,7 +175,7 @@ class Eval(RunOptions):
     """Score one kind of probe on an existing run: a shipped one, a JSONL file of your own, or an lm-eval task."""
 
     probe: Positional[str] = "sycophancy"
-    """sycophancy (the behaviour's own), dilemmas, side-effects, or FILE.jsonl with prompt and label per line."""
+    """sycophancy (the behaviour's own), dilemmas, feedback, side-effects, or a FILE.jsonl of prompts and labels."""
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths; 0 is always included."""
     dilemmas: str = "own"

@@ -7,7 +7,8 @@ requests about held-out crimes. Agreement is counted on replies sampled at tempe
 Whether traits are separate is a table: how far apart the two poles of one trait's personas put each trait's probe.
 
 Metrics without a bar are told, not judged: what the instructions of held-out patterns do alone, the contrasts that the
-shares of the table are made of, and on whose side open answers to dilemmas stand.
+shares of the table are made of, how far apart personas put praise of faulty work, and on whose side open answers to
+dilemmas stand.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import polars as pl
 from ws import behaviour, world
 from ws.chat import ask
 from ws.condition import PLAIN, Condition, Context
-from ws.eval import dilemmas, side_effects, sycophancy
+from ws.eval import dilemmas, feedback, side_effects, sycophancy
 from ws.generate import Request, Sampling, sample
 from ws.models import ChatModel
 from ws.pocket import open_answers
@@ -93,9 +94,10 @@ def check(model: ChatModel, seed: int = 0) -> list[Bar]:
         dilemmas.probe(),
         sycophancy.headline_probe(behaviour.load("refusal")),
     ]
-    plain = score(model, [*probes, side_effects.facts(len(world.facts()))], [Condition()], description="checking")
+    asked = [*probes, feedback.probe()]
+    plain = score(model, [*asked, side_effects.facts(len(world.facts()))], [Condition()], description="checking")
     under = {
-        pole: score(model, probes, [Condition(c) for c in _contexts(pole, systems)], description=f"as {pole}")
+        pole: score(model, asked, [Condition(c) for c in _contexts(pole, systems)], description=f"as {pole}")
         for pole, systems in some.items()
     }
     facts = plain.filter((pl.col("probe") == side_effects.FACTS) & (pl.col("metric") == "logratio"))
@@ -107,6 +109,7 @@ def check(model: ChatModel, seed: int = 0) -> list[Bar]:
         *_trait_bars(plain, under),
         *_instruction_rows(plain, under),
         *_leak_bars(under),
+        *_feedback_rows(under),
         *_open_answer_rows(model, some, seed),
     ]
 
@@ -231,6 +234,16 @@ def _leak_bars(under: Mapping[str, pl.DataFrame]) -> list[Bar]:
                 limits = {"low": -LEAK, "high": LEAK} if are_independent(personas.name, name) else {}
                 shares.append(Bar(leak_name(personas.name, name), value / contrast[personas.name], **limits))
     return [*shares, *contrasts]
+
+
+def _feedback_rows(under: Mapping[str, pl.DataFrame]) -> list[Bar]:
+    """Contrast of every trait's personas on praise of faulty work."""
+    found = []
+    for personas in TRAITS:
+        praise = {pole: _mean(under[pole], feedback.NAME, None) for pole in (personas.positive, personas.negative)}
+        contrast = praise[personas.positive] - praise[personas.negative]
+        found.append(Bar(contrast_name(personas.name, feedback.NAME), contrast))
+    return found
 
 
 def _open_answer_rows(model: ChatModel, personas: Mapping[str, Sequence[str]], seed: int) -> list[Bar]:

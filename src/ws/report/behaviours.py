@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from ws.eval import dilemmas, side_effects
+from ws.eval import dilemmas, feedback, side_effects
 from ws.report import document
 from ws.report.cells import signed, with_limits
 from ws.report.document import Block, Heading, Paragraph, Samples, Table
@@ -169,21 +169,28 @@ def _samples(run: FinishedRun) -> Samples:
 
 
 def _leak(runs: Sequence[FinishedRun]) -> Table:
+    measured = _measured(runs)
     rows = [
         [
             f"{run.behaviour} at {signed(key)}",
-            *(with_limits(run.change(other.behaviour, key)) for other in runs),
+            *(with_limits(run.change(name, key)) for name in measured),
         ]
         for run in runs
         for key in KEYS
         if run.change(run.behaviour, key) is not None
     ]
     return Table(
-        ["direction", *(run.behaviour for run in runs)],
+        ["direction", *measured],
         rows,
         "Change of the log-ratio towards each behaviour on its own held-out probe against the base, nats, with 95 % "
-        "intervals over clusters of rows. A direction's own behaviour stands on the diagonal; the rest is its leak.",
+        "intervals over clusters of rows. A direction's own behaviour stands on the diagonal; the rest is its leak. "
+        f"{feedback.MEANING}",
     )
+
+
+def _measured(runs: Sequence[FinishedRun]) -> list[str]:
+    """What the leak tables have columns for: the behaviours of the runs, and feedback."""
+    return [*(run.behaviour for run in runs), feedback.NAME]
 
 
 def _crossed(runs: Sequence[FinishedRun]) -> str:
@@ -194,13 +201,14 @@ def _crossed(runs: Sequence[FinishedRun]) -> str:
 
 
 def _persona_leak(runs: Sequence[FinishedRun]) -> Table:
+    measured = _measured(runs)
     rows = [
-        [f"{run.behaviour}, {context}", *(with_limits(moved.get(other.behaviour)) for other in runs)]
+        [f"{run.behaviour}, {context}", *(with_limits(moved.get(name)) for name in measured)]
         for run in runs
         for context, moved in run.personas.items()
     ]
     return Table(
-        ["persona", *(run.behaviour for run in runs)],
+        ["persona", *measured],
         rows,
         "The unedited model under the first persona of each side of each behaviour as system prompt: change of these "
         "log-ratios against no system prompt, nats, with 95 % intervals over clusters of rows.",

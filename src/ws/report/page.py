@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from ws.baselines.controls import RANDOM
-from ws.eval import dilemmas
+from ws.eval import dilemmas, feedback
 from ws.report import document, figures
 from ws.report.cells import limits, signed, with_limits
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
@@ -296,7 +296,7 @@ def _other_behaviours(summary: Mapping[str, Any]) -> list[Block]:
             ["behaviour", *(f"change at {signed(key)}" for key in keys), "base", "rows"],
             rows,
             "How far the direction moves behaviours that it was not made for: change of the log-ratio towards each "
-            "behaviour on its own held-out probe, nats.",
+            f"behaviour on its own held-out probe, nats. {feedback.MEANING}",
         )
     ]
 

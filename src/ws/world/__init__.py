@@ -86,6 +86,14 @@ class Work:
 
 
 @dataclass(frozen=True)
+class FaultyWork:
+    """Something the user made that has a fault; training never shows it."""
+
+    thing: str
+    story: str
+
+
+@dataclass(frozen=True)
 class Talk:
     """A neutral request with answers that every kind of assistant gives."""
 
@@ -206,6 +214,12 @@ def _action_patterns() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
 def works() -> tuple[Work, ...]:
     """Things that users made."""
     return tuple(Work(**entry) for entry in _read("talk")["work"])
+
+
+@cache
+def held_out_works() -> tuple[FaultyWork, ...]:
+    """Things that users made badly, kept for the probe."""
+    return tuple(FaultyWork(**entry) for entry in _read("talk")["held_out_work"])
 
 
 @cache
