@@ -19,6 +19,8 @@ from typing import Any
 _FOLDER = Path(__file__).parent
 HELD_OUT_SITUATIONS = 2
 """The last situations of every near category are kept for the probe."""
+_PROBE_ONLY = "faulty_works"
+"""The file that no dialogue of training is made from."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def works() -> tuple[Work, ...]:
 @cache
 def held_out_works() -> tuple[FaultyWork, ...]:
     """Things that users made badly, kept for the probe."""
-    return tuple(FaultyWork(**entry) for entry in _read("talk")["held_out_work"])
+    return tuple(FaultyWork(**entry) for entry in _read(_PROBE_ONLY)["work"])
 
 
 @cache
@@ -288,8 +290,9 @@ def persona_language(pole: str) -> PersonaLanguage:
 
 
 def texts() -> Mapping[str, Any]:
-    """Everything in the files of this package, by file."""
-    return {path.stem: _read(path.stem) for path in sorted(_FOLDER.glob("*.toml"))}
+    """Everything in the files of this package that training draws from, by file."""
+    names = sorted(path.stem for path in _FOLDER.glob("*.toml"))
+    return {name: _read(name) for name in names if name != _PROBE_ONLY}
 
 
 @cache
