@@ -91,7 +91,7 @@ def test_fitting_learns_saves_and_restores(any_model: ChatModel, tmp_path: Path)
     before = weights(any_model)
     results = {
         sign: train.fit(
-            any_model, pairs(), sign, replace(SMALL, epochs=20), seed=0, data_seed=0, folder=tmp_path / sign
+            any_model, pairs(), sign, replace(SMALL, epochs=30), seed=0, data_seed=0, folder=tmp_path / sign
         )
         for sign in ("pos", "neg")
     }
