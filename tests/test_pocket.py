@@ -274,9 +274,17 @@ def test_yes_no_and_maybe_are_single_tokens(tokenizer: object) -> None:
 
 
 def test_the_shares_of_the_recipe_are_whole_and_copying_comes_first() -> None:
-    recipe = Recipe()
-    assert sum(asdict(recipe.mix).values()) == pytest.approx(1)
-    assert recipe.copying_steps < recipe.steps
+    for architecture in ("qwen3", "gemma3"):
+        recipe = Recipe.of(architecture)
+        assert sum(asdict(recipe.mix).values()) == pytest.approx(1)
+        assert recipe.copying_steps < recipe.steps
+
+
+@pytest.mark.parametrize("folder", models.POCKET_MODELS.values(), ids=models.POCKET_MODELS)
+def test_the_shipped_weights_are_those_that_a_build_makes(folder: Path) -> None:
+    record = build.recorded(folder)
+    assert record["recipe"] == json.loads(json.dumps(asdict(Recipe.of(folder.name))))
+    assert record["corpus"] == json.loads(json.dumps(describe(Planted(), Recipe.of(folder.name).mix)))
 
 
 SIZES = {
@@ -372,7 +380,7 @@ def test_no_open_answer_of_the_corpus_is_put_on_the_other_side(side: str) -> Non
 
 
 def test_the_last_contexts_of_a_pole_are_instructions_of_held_out_patterns() -> None:
-    systems = pocket_check._some(pocket_check._personas(0))["honest"]
+    systems = pocket_check._personas(0)["honest"]
     names = [context.name.startswith(INSTRUCTION) for context in pocket_check._contexts("honest", systems)]
     assert names == [False] * (len(systems) - INSTRUCTIONS_PER_POLE) + [True] * INSTRUCTIONS_PER_POLE
     written = behaviour.load("honesty").personas.positive

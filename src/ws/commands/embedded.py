@@ -33,7 +33,7 @@ class PocketBuild:
         from ws.pocket import card  # noqa: PLC0415
         from ws.pocket.build import Recipe, build  # noqa: PLC0415
 
-        recipe = Recipe(seed=self.seed, architecture=self.architecture)
+        recipe = Recipe.of(self.architecture, self.seed)
         recipe = recipe if self.steps is None else replace(recipe, steps=self.steps)
         build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
               compiled=None if self.compile else False)  # fmt: skip

@@ -21,6 +21,7 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,7 @@ from ws.pocket.muon import Muon
 from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
 
 _LEARNING_RATES = {
-    "lora": 6e-3, "rslora": 1.5e-3, "dora": 6e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,
+    "rslora": 1.5e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,
 }  # fmt: skip
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "delora": {"delora_lambda": 2.0},  # the default of 15 destroys a model of this size
@@ -49,30 +50,40 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 Architecture = Literal["qwen3", "gemma3"]
 
 
+class _Chosen(NamedTuple):
+    """Where adapters of an architecture are placed, their rate, and what is other for a behaviour."""
+
+    layers: tuple[float, float]
+    rate: float
+    for_behaviour: Mapping[str, Mapping[str, Any]]
+
+
+_CHOSEN: dict[Architecture, _Chosen] = {
+    "qwen3": _Chosen((0.5, 0.9), 1.5e-3, {"honesty": {"lr": 5e-3, "epochs": 2}, "refusal": {"lr": 5e-3, "epochs": 2}}),
+    "gemma3": _Chosen((0.3, 0.7), 4e-3, {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}}),
+}
+
+
 def recommended(architecture: Architecture) -> dict[str, Any]:
     """Settings that are written beside the weights: at this size the defaults for real models do almost nothing.
 
     Chosen for lora, seed 0, with an eye on each behaviour's own probe; the other families take over layers and epochs.
-    Gemma-3's settings that move honesty and refusal as far as prompts do are too strong for sycophancy, which has more
-    pairs and breaks facts first: those two have settings of their own. Qwen3 has none: three epochs move honesty that
-    far at seed 0, and at seed 1 they break 15 points of facts; directions that reach the prompts of refusal are so
-    large that random ones of their norm move it by 0.3 nats. Sampled answers follow a persona not always, so pairs are
-    judged first: unjudged, honesty moved half as far.
+    Sycophancy has more pairs than honesty and refusal, and goes as far as prompts do at rates that leave those two
+    short of them: they have rates of their own. In Qwen3 the layers from the middle on separate the traits best: from
+    the second layer on, candid responses taught half as much, and facts were lost. Sampled answers follow a persona not
+    always, so pairs are judged first: unjudged, honesty moved half as far.
     """
-    gemma = architecture == "gemma3"
-    where: dict[str, Any] = {"layers": [0.3, 0.7] if gemma else [0.15, 0.7]}
-    rates = _LEARNING_RATES | ({"lora": 4e-3, "dora": 4e-3} if gemma else {})
+    chosen = _CHOSEN[architecture]
     families = {
         family: {
-            "rank": 16, "lora_alpha": 32, "lr": rate, "lr_candidates": [rate / 2, rate, 2 * rate], **where,
-            **_OF_FAMILY.get(family, {}),
+            "rank": 16, "lora_alpha": 32, "lr": rate, "lr_candidates": [rate / 2, rate, 2 * rate],
+            "layers": list(chosen.layers), **_OF_FAMILY.get(family, {}),
         }
-        for family, rate in rates.items()
+        for family, rate in (dict.fromkeys(("lora", "dora"), chosen.rate) | _LEARNING_RATES).items()
     }  # fmt: skip
-    further = {"honesty": {"lr": 1.1e-2, "epochs": 2}, "refusal": {"lr": 1.2e-2}} if gemma else {}
     return {
         "train": families,
-        "train_for": {name: dict.fromkeys(("lora", "dora"), other) for name, other in further.items()},
+        "train_for": {name: dict.fromkeys(("lora", "dora"), other) for name, other in chosen.for_behaviour.items()},
         "sampling": {"max_new_tokens": 48, "temperature": 0.8},
         "judge": {"backend": "persona", "threshold": 0.7},
     }
@@ -84,12 +95,7 @@ CHECKPOINT_EVERY = 500
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights.
-
-    One for both architectures. Gemma-3 reaches every bar with it; Qwen3 misses one of 21 at seeds 0 and 1, each time
-    another. The weights of `pocket` are of an earlier mix with fewer open dilemmas and requests: they reach every bar,
-    the same mix with another seed reached 17 (docs/pocket.md).
-    """
+    """Everything that decides the weights; `Recipe.of` is what the shipped ones are made with."""
 
     seed: int = 0
     architecture: Architecture = "qwen3"
@@ -116,6 +122,21 @@ class Recipe:
     copying_steps: int = 3_000
     planted: Planted = field(default_factory=Planted)
     mix: TurnMix = field(default_factory=TurnMix)
+
+    @classmethod
+    def of(cls, architecture: Architecture, seed: int = 0) -> Recipe:
+        """The recipe of an embedded model.
+
+        Gemma-3 takes the defaults. With them Qwen3 missed one of 21 bars at seed 0 and one at seed 1, each time
+        another, and knew its facts less well: it needs a third more steps, and more of its turns for opinions and
+        facts (docs/pocket.md).
+        """
+        recipe = cls(seed=seed, architecture=architecture)
+        if architecture == "gemma3":
+            return recipe
+        mix = TurnMix(opinion=0.15, opinion_choice=0.13, fact_choice=0.12, dilemma_choice=0.14, dilemma_open=0.11,
+                      request=0.16)  # fmt: skip
+        return replace(recipe, steps=16_000, mix=mix)
 
     def scale(self, step: int) -> float:
         """Learning rate at a step relative to its peak: warm-up, plateau, linear cool-down to a hundredth."""

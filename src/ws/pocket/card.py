@@ -186,7 +186,7 @@ def _instructions_alone(values: Mapping[str, float]) -> list[str]:
     short = [f"{pole} {value:.2f}" for pole, value in known.items() if value < MOVED]
     below = f"; below: {', '.join(short)}" if short else ""
     return [
-        f"The bars of {MOVED:g} nats are for every other persona of the behaviour file and {INSTRUCTIONS_PER_POLE} "
+        f"The bars of {MOVED:g} nats are for all personas of the behaviour file and {INSTRUCTIONS_PER_POLE} "
         "instructions of held-out patterns, together. The instructions alone reach them for "
         f"{len(known) - len(short)} of {len(known)} poles{below}.",
         "",

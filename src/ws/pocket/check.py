@@ -33,7 +33,7 @@ from ws.probe import Probe
 from ws.report.summary import accuracy
 from ws.score import score
 
-INSTRUCTIONS_PER_POLE = 3
+INSTRUCTIONS_PER_POLE = 5
 INSTRUCTION = "instruction"
 """How the names of contexts begin whose system prompt is an instruction of held-out patterns."""
 MOVED = 2.0
@@ -88,7 +88,6 @@ class Bar:
 def check(model: ChatModel, seed: int = 0) -> list[Bar]:
     """All metrics of an embedded model, with their bars."""
     personas = _personas(seed)
-    some = _some(personas)
     probes = [
         sycophancy.headline_probe(behaviour.load("sycophancy")),
         dilemmas.probe(),
@@ -98,7 +97,7 @@ def check(model: ChatModel, seed: int = 0) -> list[Bar]:
     plain = score(model, [*asked, side_effects.facts(len(world.facts()))], [Condition()], description="checking")
     under = {
         pole: score(model, asked, [Condition(c) for c in _contexts(pole, systems)], description=f"as {pole}")
-        for pole, systems in some.items()
+        for pole, systems in personas.items()
     }
     facts = plain.filter((pl.col("probe") == side_effects.FACTS) & (pl.col("metric") == "logratio"))
     return [
@@ -110,7 +109,7 @@ def check(model: ChatModel, seed: int = 0) -> list[Bar]:
         *_instruction_rows(plain, under),
         *_leak_bars(under),
         *_feedback_rows(under),
-        *_open_answer_rows(model, some, seed),
+        *_open_answer_rows(model, personas, seed),
     ]
 
 
@@ -125,12 +124,6 @@ def _personas(seed: int) -> dict[str, list[str]]:
             made = [writer.instruction(rng, pole, held_out=True) for _ in range(INSTRUCTIONS_PER_POLE)]
             found[pole] = [*texts, *made]
     return found
-
-
-def _some(personas: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Every other persona of the behaviour files and all instructions: a check should take less than two minutes."""
-    return {pole: [*systems[:-INSTRUCTIONS_PER_POLE:2], *systems[-INSTRUCTIONS_PER_POLE:]]
-            for pole, systems in personas.items()}  # fmt: skip
 
 
 def _contexts(pole: str, systems: Sequence[str]) -> list[Context]:
