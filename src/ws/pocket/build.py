@@ -69,9 +69,9 @@ def recommended(architecture: Architecture) -> dict[str, Any]:
 
     Chosen for lora, seed 0, with an eye on each behaviour's own probe; the other families take over layers and epochs.
     Sycophancy has more pairs than honesty and refusal, and goes as far as prompts do at rates that leave those two
-    short of them: they have rates of their own. In Qwen3 the layers from the middle on separate the traits best: from
-    the second layer on, candid responses taught half as much, and facts were lost. Sampled answers follow a persona not
-    always, so pairs are judged first: unjudged, honesty moved half as far.
+    short of them: they have rates of their own. In Qwen3 layers 3 and 4 separate the traits best: on layers 1 to 3,
+    candid responses taught half as much or less, and facts were lost at high rates. Sampled answers follow a persona
+    not always, so pairs are judged first: unjudged, honesty moved half as far.
     """
     chosen = _CHOSEN[architecture]
     families = {
