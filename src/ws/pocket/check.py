@@ -33,7 +33,7 @@ from ws.probe import Probe
 from ws.report.summary import accuracy
 from ws.score import score
 
-INSTRUCTIONS_PER_POLE = 5
+INSTRUCTIONS_PER_POLE = 3
 INSTRUCTION = "instruction"
 """How the names of contexts begin whose system prompt is an instruction of held-out patterns."""
 MOVED = 2.0
