@@ -41,6 +41,7 @@ from ws.store import atomic_file, atomic_folder, content_key, read_json, write_j
 _LEARNING_RATES = {
     "rslora": 1.5e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,
 }  # fmt: skip
+"""Rates of the families that take one rate on both architectures; lora and dora have `_Chosen.rate`."""
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "delora": {"delora_lambda": 2.0},  # the default of 15 destroys a model of this size
     "oft": {"block_size": 8},
