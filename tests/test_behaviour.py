@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from making import assert_one_line
 from ws import behaviour, world
 from ws.behaviour import Behaviour, ProbeItem
 from ws.errors import UserError
-from ws.eval import sycophancy
+from ws.eval import dilemmas, feedback, side_effects, sycophancy
 
 GOOD = """\
 schema = 1
@@ -209,6 +210,14 @@ def test_a_broken_file_is_refused_in_one_line_with_file_and_key(
     assert message.startswith(f"{path}: key {key!r}: ")
     assert problem in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", sorted({dilemmas.NAME, feedback.NAME, *side_effects.NAMES}))
+def test_a_behaviour_cannot_be_named_like_a_probe_that_every_run_asks(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        behaviour.load(write(tmp_path, GOOD.replace('name = "tidy"', f'name = "{name}"')))
+    assert_one_line(caught.value, repr(name), "'name'")
+    assert {dilemmas.NAME, feedback.NAME, *side_effects.NAMES} == behaviour.TAKEN
 
 
 @pytest.mark.parametrize("template", ["Tell me about {thing", "Tell me about thing}", "{thing} {tone"])

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import ws
-from making import assert_one_line
-from ws import behaviour, fitting, models, train
+from ws import fitting, models, train
 from ws.data import Grid
 from ws.direction import Direction
 from ws.errors import BaseMismatchError, UserError
@@ -117,19 +116,6 @@ def test_every_run_measures_the_other_shipped_behaviours(finished: tuple[Path, d
     rows = scores.filter(pl.col("probe") == "refusal", pl.col("metric") == "logratio", pl.col("alpha") == 0.0)
     assert set(rows["group"]) == {"harmful"} and "reversed" not in "".join(rows["row"])
     assert "refusal" in (folder / "report.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["feedback", "facts", "dilemmas"])
-def test_a_behaviour_cannot_be_named_like_a_probe_that_every_run_asks(
-    name: str, tiny_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    file = tmp_path / "mine.toml"
-    shipped = Path(behaviour.__file__).parent / "behaviours" / "refusal.toml"
-    file.write_text(shipped.read_text().replace('name = "refusal"', f'name = "{name}"'))
-    with Replication(settings(tiny_folders["qwen3"], tmp_path, behaviour=str(file))) as run:
-        with pytest.raises(UserError) as caught:
-            run.probes()
-        assert_one_line(caught.value, repr(name))
 
 
 def test_two_behaviours_of_a_model_share_a_page(

@@ -19,6 +19,8 @@ from ws.store import content_key
 
 SHIPPED = Path(__file__).parent / "behaviours"
 SCHEMA = 1
+TAKEN = frozenset({"dilemmas", "feedback", "facts", "neutral_kl", "neutral_nll", "text"})
+"""Names of the probes that every run asks beside the behaviour's own, which is called like the behaviour."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class _Reader:
         name = self.text(content, "name")
         if not name.replace("-", "").replace("_", "").isalnum():
             self.fail("name", f"{name!r} cannot be a folder name", "Use letters, digits, - and _.")
+        if name in TAKEN:
+            self.fail("name", f"{name!r} is a probe that every run asks", "Choose another name.")
         return Behaviour(
             name=name,
             summary=self.text(content, "summary"),

@@ -18,7 +18,6 @@ from ws.baselines import controls
 from ws.condition import Condition, Context, Edit
 from ws.diff import Geometry
 from ws.direction import Direction
-from ws.errors import UserError
 from ws.eval import dilemmas, feedback, side_effects, sycophancy
 from ws.fitting import SIGNS, Fitting
 from ws.probe import Probe
@@ -47,19 +46,13 @@ class Replication(Fitting):
         """The behaviour's own probe, the dilemmas, the side effects, the other shipped behaviours, feedback."""
         rows = self.settings.rows
         others = [behaviour.load(name) for name in behaviour.names() if name != self.behaviour.name]
-        found = [
+        return [
             sycophancy.probe(self.behaviour, rows),
             self.dilemma_rows.probe(),
             *side_effects.probes(self.model, rows),
             *(sycophancy.headline_probe(other, rows) for other in others),
             feedback.probe(rows),
         ]
-        if self.behaviour.name in {probe.name for probe in found[1:]}:
-            raise UserError(
-                f"the behaviour is named {self.behaviour.name!r}, like a probe that every run asks",
-                "Give it another name in its file.",
-            )
-        return found
 
     def conditions(self, direction: Direction) -> list[Condition]:
         """The direction at every alpha, and the first personas as prompts."""
