@@ -216,11 +216,7 @@ def _leak_bars(under: Mapping[str, pl.DataFrame]) -> list[Bar]:
     """Contrast of every trait's personas on every trait's probe, in nats and as a share of that on their own."""
     contrasts, shares = [], []
     for personas in TRAITS:
-        contrast = {
-            probe.name: _mean(under[personas.positive], probe.probe, probe.group)
-            - _mean(under[personas.negative], probe.probe, probe.group)
-            for probe in TRAITS
-        }
+        contrast = {probe.name: _contrast(under, personas, probe.probe, probe.group) for probe in TRAITS}
         for name, value in contrast.items():
             contrasts.append(Bar(contrast_name(personas.name, name), value))
             if name != personas.name:
@@ -231,12 +227,15 @@ def _leak_bars(under: Mapping[str, pl.DataFrame]) -> list[Bar]:
 
 def _feedback_rows(under: Mapping[str, pl.DataFrame]) -> list[Bar]:
     """Contrast of every trait's personas on praise of faulty work."""
-    found = []
-    for personas in TRAITS:
-        praise = {pole: _mean(under[pole], feedback.NAME, None) for pole in (personas.positive, personas.negative)}
-        contrast = praise[personas.positive] - praise[personas.negative]
-        found.append(Bar(contrast_name(personas.name, feedback.NAME), contrast))
-    return found
+    return [
+        Bar(contrast_name(personas.name, feedback.NAME), _contrast(under, personas, feedback.NAME, None))
+        for personas in TRAITS
+    ]
+
+
+def _contrast(under: Mapping[str, pl.DataFrame], personas: Trait, probe: str, group: str | None) -> float:
+    """How far apart the two poles of a trait's personas put a probe or one of its groups, nats."""
+    return _mean(under[personas.positive], probe, group) - _mean(under[personas.negative], probe, group)
 
 
 def _open_answer_rows(model: ChatModel, personas: Mapping[str, Sequence[str]], seed: int) -> list[Bar]:
