@@ -63,11 +63,12 @@ subspace-align:
 bench *arguments:
     {{python}} benchmarks/run.py {{arguments}}
 
-# tests, lint and types
+# tests, lint, types and the import contract
 check:
     .venv/bin/ruff check src tests docs benchmarks
     .venv/bin/ruff format --check src tests docs benchmarks
     .venv/bin/mypy
+    .venv/bin/lint-imports
     .venv/bin/python -m pytest -q
 
 # remove runs

@@ -23,10 +23,12 @@ from spending import Spending
 from timing import Row, Way, in_turn
 from torch import Tensor
 
-from ws import console, diff, models
-from ws.direction import Direction
+from ws.adapters import diff
+from ws.algebra.direction import Direction
+from ws.base import console
+from ws.base.store import read_json
 from ws.export import write_merged
-from ws.store import read_json
+from ws.model import loading
 
 TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 1.0}
 """Share of the norm by which merging and subtracting may miss the exact difference: bf16 rounds it like the weights."""
@@ -155,7 +157,7 @@ class Algebra(Comparison):
 
     @property
     def _base(self) -> Path:
-        return models.POCKET_MODELS.get(self.inputs.model, Path(self.inputs.model))
+        return loading.POCKET_MODELS.get(self.inputs.model, Path(self.inputs.model))
 
     @property
     def _folders(self) -> tuple[Path, Path]:

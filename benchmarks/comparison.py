@@ -15,7 +15,7 @@ from limits import GEMM, Limits, Need
 from spending import Spending
 from timing import Row, Way, row
 
-from ws.models import ChatModel
+from ws.model.loading import ChatModel
 
 
 class Comparison(ABC):

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ws.data import Grid
-from ws.replicate import Replication
-from ws.run_settings import Settings
+from ws.fitting.data import Grid
+from ws.fitting.run_settings import Settings
+from ws.runs.replicate import Replication
 
 LEAST = "`ws replicate` with 4 pairs and 4 rows a probe, in a running process, once"
 """What the main job costs when there is next to nothing to do."""
@@ -49,7 +49,7 @@ def measure(model: str, repeats: int) -> list[Cost]:
         almost_empty = {LEAST: time.perf_counter() - started} | {f"of that: {name}": s for name, s in stages.items()}
         commands = {
             "bare interpreter": ["-c", "pass"],
-            "import ws.cli": ["-c", "import ws.cli"],
+            "import ws.commands.cli": ["-c", "import ws.commands.cli"],
             HELP: ["-m", "ws", "--help"],
             SHOW: ["-m", "ws", "show", folder],
             f"import and load {model}": ["-c", f"from ws import models; models.load({model!r})"],

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ws import architecture
-from ws.models import ChatModel
+from ws.model import architecture
+from ws.model.loading import ChatModel
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from limits import Need
 from peers import contiguous_head, library_forms
 from timing import Row, Way, in_turn
 
-from ws import attention, behaviour
-from ws.chat import ask
-from ws.generate import Request, Sample, Sampling, sample
-from ws.models import ChatModel
+from ws.fitting import behaviour
+from ws.measure.generate import Request, Sample, Sampling, sample
+from ws.model import attention
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 TEMPERATURE = 0.8
 WHOLE_WORK = (200, 10, 48)

@@ -23,15 +23,16 @@ from inputs import Inputs
 from timing import seconds
 from workload import Growth
 
-from ws import adapters, behaviour, train
+from ws import adapters
 from ws.adapters import AdapterSettings
-from ws.chat import Message, SupervisedTokens
-from ws.condition import Condition, Edit
+from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, sycophancy
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.score import score
-from ws.train import Branch, Examples, TrainSettings
+from ws.fitting import behaviour, train
+from ws.fitting.train import Branch, Examples, TrainSettings
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import score
+from ws.model.chat import Message, SupervisedTokens
+from ws.model.loading import ChatModel
 
 SCORED_ROWS, SCORED_TOKENS = 8, 128
 TRAINED_ROWS, TRAINED_TOKENS, TRAINED_PROMPT = 4, 128, 64

@@ -19,13 +19,15 @@ import shapes
 import torch
 from workload import WORKLOADS, Workload
 
-from ws import architecture, behaviour, data, diff, models, world
-from ws.adapters import AdapterSettings
-from ws.direction import Direction
-from ws.models import ChatModel
-from ws.replicate import Replication
-from ws.run_settings import Settings
-from ws.store import read_json, write_json
+from ws import world
+from ws.adapters import AdapterSettings, diff
+from ws.algebra.direction import Direction
+from ws.base.store import read_json, write_json
+from ws.fitting import behaviour, data
+from ws.fitting.run_settings import Settings
+from ws.model import architecture, loading
+from ws.model.loading import ChatModel
+from ws.runs.replicate import Replication
 
 _FILE = "inputs.json"
 _SPREAD = 0.02
@@ -34,7 +36,7 @@ _SPREAD = 0.02
 
 @dataclass(frozen=True)
 class Inputs:
-    """One model with its workload; `model` is what `models.load` takes, `size` what the table calls it."""
+    """One model with its workload; `model` is what `loading.load` takes, `size` what the table calls it."""
 
     size: str
     model: str
@@ -43,7 +45,7 @@ class Inputs:
 
     def load(self) -> ChatModel:
         """A fresh copy of the model."""
-        return models.load(self.model)
+        return loading.load(self.model)
 
     @property
     def pairs(self) -> pl.DataFrame:
@@ -61,7 +63,7 @@ class Inputs:
         if name in shapes.SHAPES:
             model = str(folder / name)
             shapes.make(shapes.SHAPES[name], Path(model), shapes.fast_dtype())
-        made = cls(models.model_slug(name), model, workload, folder)
+        made = cls(loading.model_slug(name), model, workload, folder)
         write_json(folder / _FILE, {"size": made.size, "model": model, "workload": workload.name})
         if workload.grid is None:
             made._write_random()

@@ -17,7 +17,7 @@ import torch
 from limits import Limits
 from timing import seconds
 
-from ws import precision
+from ws.base import precision
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "mergekit")
 """Their versions stand beside the numbers, where they are installed."""

@@ -18,10 +18,11 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from ws import architecture, attention, console, norms
-from ws.chat import SupervisedTokens
-from ws.models import ChatModel
-from ws.train import TrainSettings
+from ws.base import console
+from ws.fitting.train import TrainSettings
+from ws.model import architecture, attention, norms
+from ws.model.chat import SupervisedTokens
+from ws.model.loading import ChatModel
 
 
 @contextmanager

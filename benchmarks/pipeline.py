@@ -28,17 +28,19 @@ from spending import Spending
 from timing import Row, Way, in_turn
 from training import SIGNS, Branches
 
-from ws import architecture, data, lower_layers, shared_prefix, train
-from ws.behaviour import Behaviour
-from ws.chat import ask
-from ws.condition import Condition, Edit
-from ws.fitting import Fitting
-from ws.generate import Sampling
-from ws.judge import JudgeSettings
-from ws.probe import Probe
-from ws.replicate import Replication
-from ws.run_settings import DEFAULT_ALPHAS, Settings
-from ws.score import score
+from ws.edit.condition import Condition, Edit
+from ws.fitting import data, train
+from ws.fitting.behaviour import Behaviour
+from ws.fitting.judge import JudgeSettings
+from ws.fitting.run_settings import DEFAULT_ALPHAS, Settings
+from ws.fitting.stages import Fitting
+from ws.measure import lower_layers, shared_prefix
+from ws.measure.generate import Sampling
+from ws.measure.probe import Probe
+from ws.measure.score import score
+from ws.model import architecture
+from ws.model.chat import ask
+from ws.runs.replicate import Replication
 
 REPLICATE = "ws replicate"
 

@@ -15,8 +15,9 @@ import flops
 import page
 from shapes import Shape
 
-from ws import architecture, models, shared_prefix
 from ws.eval import dilemmas
+from ws.measure import shared_prefix
+from ws.model import architecture, loading
 
 GIB = 2**30
 
@@ -72,7 +73,7 @@ class Cost:
 @cache
 def measured_saving() -> float:
     """Share of the tokens of all dilemma rows that shared prefixes spare, as `pocket` reads them."""
-    chat = models.load("pocket").chat
+    chat = loading.load("pocket").chat
     return shared_prefix.plan([chat.prompt(row.messages, row.continuation) for row in dilemmas.probe().rows]).saving
 
 

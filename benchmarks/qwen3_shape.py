@@ -18,11 +18,11 @@ from pathlib import Path
 import shapes
 import torch
 
-from ws import console
-from ws.data import Grid
-from ws.replicate import Replication
-from ws.run_settings import Settings
-from ws.store import write_json
+from ws.base import console
+from ws.base.store import write_json
+from ws.fitting.data import Grid
+from ws.fitting.run_settings import Settings
+from ws.runs.replicate import Replication
 
 GRID = Grid(topics=2, personas=1, samples=4)
 ROWS = 6

@@ -38,8 +38,8 @@ from scoring import Scoring
 from sweeping import Sweeping
 from training import Training
 
-from ws import console
-from ws.store import read_json, write_json
+from ws.base import console
+from ws.base.store import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results.json"
 COMPARISONS: dict[str, type[Comparison]] = {

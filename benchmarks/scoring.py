@@ -20,14 +20,14 @@ from peers import PeftScorer, left_padded, library_forms, log_ratios
 from timing import Row, Way, in_turn, seconds
 from torch import Tensor
 
-from ws import rounding, shared_prefix
-from ws.chat import Chat
-from ws.condition import Condition, Edit
+from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas
 from ws.export import write_peft
-from ws.models import ChatModel
-from ws.probe import Probe
-from ws.score import score
+from ws.measure import rounding, shared_prefix
+from ws.measure.probe import Probe
+from ws.measure.score import score
+from ws.model.chat import Chat
+from ws.model.loading import ChatModel
 
 ALPHAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 FEW_ALPHAS = (0.0, 1.0)

@@ -15,9 +15,11 @@ from typing import Any
 import flops
 import torch
 
-from ws import attention, bpe, console, norms, precision, tiny
-from ws.chat import Chat
-from ws.models import ChatModel
+from ws.base import console, precision
+from ws.model import attention, norms
+from ws.model.chat import Chat
+from ws.model.loading import ChatModel
+from ws.pocket import bpe, tiny
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from spending import Spending
 from timing import Row, Way, seconds
 from training import Branches
 
-from ws import lower_layers
+from ws.measure import lower_layers
 
 
 class Sweeping(Comparison):

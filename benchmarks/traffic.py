@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from flops import Matrices
 
-from ws import architecture
-from ws.models import ChatModel
+from ws.model import architecture
+from ws.model.loading import ChatModel
 
 
 def generating(

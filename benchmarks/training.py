@@ -14,10 +14,12 @@ from limits import Need
 from peers import SftPeer
 from timing import Row, Way, in_turn
 
-from ws import architecture, lower_layers, train
-from ws.chat import SupervisedTokens
-from ws.models import ChatModel
-from ws.train import TrainSettings
+from ws.fitting import train
+from ws.fitting.train import TrainSettings
+from ws.measure import lower_layers
+from ws.model import architecture
+from ws.model.chat import SupervisedTokens
+from ws.model.loading import ChatModel
 
 SIGNS: tuple[train.Sign, train.Sign] = ("pos", "neg")
 FEW_PAIRS = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import shapes
 
-from ws.data import Grid
+from ws.fitting.data import Grid
 
 FAMILIES = ("lora", "dora", "pissa", "delora", "oft", "ia3")
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import polars as pl
 
-from ws import models
+from ws.base.store import content_key
 from ws.eval import feedback
+from ws.model import loading
 from ws.pocket import build, card
 from ws.pocket.check import are_independent
 from ws.report.behaviours import CROSSED, KEYS, change, crossings, persona_changes
 from ws.report.cells import signed, with_limits
-from ws.store import content_key
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -336,7 +336,7 @@ def steered(name: str, runs: dict[str, Summary]) -> str:
 
 def card_of(name: str, runs: dict[str, Summary]) -> str:
     """The card of an embedded model without its title, with what its directions do to independent traits."""
-    if not (models.POCKET_MODELS[name] / "config.json").is_file():
+    if not (loading.POCKET_MODELS[name] / "config.json").is_file():
         return f"{name} has not been built."
     text = card.text(name).split("\n", 2)[2].replace("\n## ", "\n### ")
     return f"{text}\n\n### When it is steered\n\n{steered(name, runs)}"
@@ -397,20 +397,20 @@ def rebuild_table(kept: dict[str, Any]) -> str:
 
 def shipped_of(kept: dict[str, Any]) -> tuple[str, Path]:
     """Name and folder of the shipped model with the architecture of a rebuild."""
-    return next(item for item in models.POCKET_MODELS.items() if item[1].name == kept["recipe"]["architecture"])
+    return next(item for item in loading.POCKET_MODELS.items() if item[1].name == kept["recipe"]["architecture"])
 
 
 def families() -> str:
     """The support matrix, from the check that the tests make on small random models."""
     sys.path.insert(0, str(ROOT / "tests"))
     from families import support_matrix  # noqa: PLC0415 - lives with the tests
-    from ws import tiny  # noqa: PLC0415
+    from ws.pocket import tiny  # noqa: PLC0415
 
     networks = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in (*tiny.ARCHITECTURES, "mistral", "phi3", "gpt-neox", "qwen3-moe"):
             tiny.make(name, Path(scratch) / name, layers=4)
-            networks[name] = models.load(str(Path(scratch) / name)).network
+            networks[name] = loading.load(str(Path(scratch) / name)).network
     return support_matrix(networks)
 
 

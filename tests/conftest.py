@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ws import models, tiny
-from ws.models import ChatModel
+from ws.model import loading
+from ws.model.loading import ChatModel
+from ws.pocket import tiny
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 """Public data sets that some loaders are tested on; tests skip where the folder is absent."""
@@ -30,10 +31,10 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session", params=list(tiny.ARCHITECTURES))
 def any_model(request: pytest.FixtureRequest, tiny_folders: dict[str, Path]) -> ChatModel:
     """The random model of each architecture in turn; tests must leave it as they found it."""
-    return models.load(str(tiny_folders[request.param]))
+    return loading.load(str(tiny_folders[request.param]))
 
 
 @pytest.fixture(scope="session")
 def qwen(tiny_folders: dict[str, Path]) -> ChatModel:
     """The random Qwen3 model; tests must leave it as they found it."""
-    return models.load(str(tiny_folders["qwen3"]))
+    return loading.load(str(tiny_folders["qwen3"]))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from making import generator
-from ws import adapters, architecture
+from ws import adapters
 from ws.adapters import AdapterSettings
 from ws.adapters.attach import Attached
-from ws.errors import UnsupportedFeatureError
+from ws.base.errors import UnsupportedFeatureError
+from ws.model import architecture
 
 FAMILIES = adapters.FAMILIES
 RANK, LORA_ALPHA, BLOCK, LAMBDA = 4, 6.0, 4, 0.5

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ws import architecture, models
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import UserError
-from ws.models import ChatModel
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.model import architecture, loading
+from ws.model.loading import ChatModel
 
 RANK = 4
 """Rank of the adapters and directions in these tests."""
@@ -149,7 +149,7 @@ def save_lora(base: Path, target: Path, seed: int = 0, scale: float = 0.1, **opt
         "task_type": "CAUSAL_LM",
         **options,
     }
-    wrapped = peft.get_peft_model(models.load(str(base)).network, peft.LoraConfig(**settings))
+    wrapped = peft.get_peft_model(loading.load(str(base)).network, peft.LoraConfig(**settings))
     randomise(wrapped, seed, scale)
     wrapped.save_pretrained(str(target))
     return target
@@ -159,7 +159,7 @@ def merged_by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
     """What PEFT's own merge adds to every parameter of a fresh copy of `base`, as an fp64 difference."""
     import peft  # noqa: PLC0415 - heavy import, late
 
-    network = models.load(str(base)).network
+    network = loading.load(str(base)).network
     before = {name: parameter.detach().double().clone() for name, parameter in network.named_parameters()}
     merged = peft.PeftModel.from_pretrained(network, str(adapter)).merge_and_unload()
     return {name: parameter.detach().double() - before[name] for name, parameter in merged.named_parameters()}

@@ -25,11 +25,14 @@ from making import (
     save_lora,
     weights_digest,
 )
-from ws import adapters, architecture, models, spectrum, tiny
+from ws import adapters
 from ws.adapters import AdapterSettings
-from ws.direction import as_matrix
-from ws.errors import UnsupportedFeatureError, UserError
-from ws.models import ChatModel
+from ws.algebra import spectrum
+from ws.algebra.direction import as_matrix
+from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.model import architecture, loading
+from ws.model.loading import ChatModel
+from ws.pocket import tiny
 
 RANK, LORA_ALPHA = 4, 6.0
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -48,7 +51,7 @@ def saved(any_model: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Sav
     """A rank-4 LoRA on the default slice of each architecture."""
     base = Path(any_model.name)
     attached = adapters.attach(
-        models.load(str(base)).network, AdapterSettings(rank=RANK, lora_alpha=LORA_ALPHA), "the-base"
+        loading.load(str(base)).network, AdapterSettings(rank=RANK, lora_alpha=LORA_ALPHA), "the-base"
     )
     randomise(attached.wrapped, seed=1)
     folder = tmp_path_factory.mktemp("adapter")
@@ -112,7 +115,7 @@ def test_the_folder_records_base_and_settings(saved: Saved) -> None:
 
 
 def test_a_fresh_adapter_changes_nothing(qwen: ChatModel, tmp_path: Path) -> None:
-    network = models.load(qwen.name).network
+    network = loading.load(qwen.name).network
     adapters.attach(network, AdapterSettings(rank=2), "base").save(tmp_path)
     for delta in adapters.deltas(adapters.read(tmp_path), qwen.network).values():
         assert torch.count_nonzero(in_fp64(delta)) == 0 and delta.rank == 2
@@ -129,7 +132,7 @@ def test_a_fresh_adapter_changes_nothing(qwen: ChatModel, tmp_path: Path) -> Non
 def test_only_the_chosen_layers_and_roles_are_trainable(
     qwen: ChatModel, layers: tuple[float, float], roles: tuple[str, ...], expected: set[tuple[int, str]]
 ) -> None:
-    network = models.load(qwen.name).network
+    network = loading.load(qwen.name).network
     wrapped = adapters.attach(network, AdapterSettings(rank=2, layers=layers, roles=roles), "base").wrapped
     trainable = {name.split(".lora_")[0] for name, p in wrapped.named_parameters() if p.requires_grad}
     sites = {f"base_model.model.{site.module}": site for site in architecture.sites(qwen.network)}
@@ -199,7 +202,7 @@ OTHER_KINDS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_other_kinds_of_adapter_mean_what_peft_merges(qwen: ChatModel, tmp_path: Path, kind: str) -> None:
     base = Path(qwen.name)
-    wrapped = peft.get_peft_model(models.load(str(base)).network, OTHER_KINDS[kind]())
+    wrapped = peft.get_peft_model(loading.load(str(base)).network, OTHER_KINDS[kind]())
     fresh = torch.Generator().manual_seed(3)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -222,7 +225,7 @@ def test_boft_with_more_factors_is_dense_and_exact(qwen: ChatModel, tmp_path: Pa
     config = peft.BOFTConfig(
         boft_block_size=4, target_modules=["v_proj"], layers_to_transform=[1], layers_pattern="layers"
     )
-    peft.get_peft_model(models.load(qwen.name).network, config).save_pretrained(str(tmp_path))
+    peft.get_peft_model(loading.load(qwen.name).network, config).save_pretrained(str(tmp_path))
     name, factors, size = "model.layers.1.self_attn.v_proj", 3, 4
     weight = qwen.network.get_parameter(f"{name}.weight").data.double()
     rows, columns = weight.shape
@@ -264,7 +267,7 @@ def test_modules_that_were_trained_in_full_are_dense_updates(qwen: ChatModel, tm
 
 def test_a_trained_bias_of_b_moves_the_bias_of_the_module(tmp_path: Path) -> None:
     tiny.make("qwen3-biases", tmp_path / "base", layers=4)
-    model = models.load(str(tmp_path / "base"))
+    model = loading.load(str(tmp_path / "base"))
     folder = save_lora(tmp_path / "base", tmp_path / "a", lora_bias=True, target_modules=["q_proj", "o_proj"])
     deltas = adapters.deltas(adapters.read(folder), model.network)
     merged = merged_by_peft(tmp_path / "base", folder)
@@ -344,7 +347,7 @@ def test_a_fully_trained_embedding_that_is_also_the_head_is_refused(qwen: ChatMo
 @pytest.mark.parametrize("version", ["0.17.1", "", None])
 def test_oft_of_an_older_peft_is_refused(qwen: ChatModel, tmp_path: Path, version: str | None) -> None:
     config = peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"])
-    peft.get_peft_model(models.load(qwen.name).network, config).save_pretrained(str(tmp_path))
+    peft.get_peft_model(loading.load(qwen.name).network, config).save_pretrained(str(tmp_path))
     edit_json(tmp_path / CONFIG, lambda c: c.update(peft_version=version))
     with pytest.raises(UnsupportedFeatureError, match=r"0\.18"):
         adapters.deltas(adapters.read(tmp_path), qwen.network)
@@ -352,7 +355,7 @@ def test_oft_of_an_older_peft_is_refused(qwen: ChatModel, tmp_path: Path, versio
 
 def test_other_kinds_of_adapter_are_refused_by_name(qwen: ChatModel, tmp_path: Path) -> None:
     config = peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    peft.get_peft_model(models.load(qwen.name).network, config).save_pretrained(str(tmp_path))
+    peft.get_peft_model(loading.load(qwen.name).network, config).save_pretrained(str(tmp_path))
     with pytest.raises(UnsupportedFeatureError) as caught:
         adapters.deltas(adapters.read(tmp_path), qwen.network)
     assert_one_line(caught.value, str(tmp_path), "VERA", "LORA")
@@ -425,7 +428,7 @@ def test_a_folder_that_does_not_exist_is_one_line(qwen: ChatModel, tmp_path: Pat
 def test_an_adapter_of_another_architecture_is_refused(
     qwen: ChatModel, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapters.attach(models.load(str(tiny_folders["gpt2"])).network, AdapterSettings(rank=2), "gpt2").save(tmp_path)
+    adapters.attach(loading.load(str(tiny_folders["gpt2"])).network, AdapterSettings(rank=2), "gpt2").save(tmp_path)
     assert_refused(qwen, tmp_path, "the model does not have")
 
 
@@ -490,7 +493,7 @@ def test_settings_that_make_no_sense_are_refused_and_leave_the_model_alone(qwen:
 
 
 def test_a_role_that_the_architecture_lacks_is_refused(tiny_folders: dict[str, Path]) -> None:
-    network = models.load(str(tiny_folders["gpt2"])).network
+    network = loading.load(str(tiny_folders["gpt2"])).network
     with pytest.raises(UnsupportedFeatureError, match="'gate'"):
         adapters.attach(network, AdapterSettings(rank=2, roles=("q", "gate")), "gpt2")
 
@@ -498,7 +501,7 @@ def test_a_role_that_the_architecture_lacks_is_refused(tiny_folders: dict[str, P
 def test_peft_adapting_another_set_of_modules_is_an_error_that_unwraps_again(
     qwen: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = models.load(qwen.name).network
+    network = loading.load(qwen.name).network
     names = {name for name, _ in network.named_parameters()}
     real = peft.LoraConfig
     monkeypatch.setattr(peft, "LoraConfig", lambda **options: real(**{**options, "target_modules": ["q_proj"]}))

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from making import dense, gaussian, random_direction, thin
-from ws import architecture, models
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
 from ws.baselines.controls import random_like
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.models import ChatModel
+from ws.model import architecture, loading
+from ws.model.loading import ChatModel
 from ws.subspace import alignment
 
 TOLERANCE = 1e-6
@@ -187,7 +187,7 @@ def test_writing_only_where_the_unembedding_is_weak_is_seen(any_model: ChatModel
 
 
 def test_a_direction_along_a_dead_singular_direction_is_seen(tiny_folders: dict[str, Path]) -> None:
-    model = models.load(str(tiny_folders["qwen3"]))
+    model = loading.load(str(tiny_folders["qwen3"]))
     name = "model.layers.1.self_attn.o_proj.weight"
     weight = dict(model.network.named_parameters())[name]
     left, values, right = torch.linalg.svd(weight.double())
@@ -251,9 +251,9 @@ def test_a_delta_of_nothing_has_no_energy_and_no_nan(qwen: ChatModel) -> None:
 
 
 def test_a_bf16_model_is_decomposed_in_fp64(qwen: ChatModel) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
     direction = random_direction(qwen, seed=9)
-    rounded = models.load(qwen.name)
+    rounded = loading.load(qwen.name)
     rounded.network.bfloat16().float()
     expected, found = alignment.table(rounded, direction), alignment.table(half, direction)
     for column in ("energy_top", "energy_bottom"):

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from making import assert_one_line
-from ws import adapters, architecture, models
+from ws import adapters
 from ws.adapters import AdapterSettings
-from ws.architecture import ROLES, Site
-from ws.errors import UnsupportedFeatureError, UserError
-from ws.models import ChatModel
+from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.model import architecture, loading
+from ws.model.architecture import ROLES, Site
+from ws.model.loading import ChatModel
 
 WIDTH, INNER, HEADS, KV_HEADS, HEAD = 64, 128, 4, 2, 16
 LLAMA_LIKE = {
@@ -44,7 +45,7 @@ def expected_sites(model: ChatModel) -> dict[str, tuple[tuple[str, ...], tuple[i
 
 
 def small(kind: str) -> Any:
-    """A random model of an architecture that `ws.tiny` does not make; nothing is saved."""
+    """A random model of an architecture that `ws.pocket.tiny` does not make; nothing is saved."""
     import transformers  # noqa: PLC0415 - heavy import, late
 
     sizes = {
@@ -197,7 +198,7 @@ def test_layers_that_do_not_exist_are_an_error(any_model: ChatModel, layer: int)
 
 @pytest.mark.parametrize("roles", [["gate"], ["q", "gate"]])
 def test_a_role_that_the_architecture_lacks_is_an_error(tiny_folders: dict[str, Any], roles: list[str]) -> None:
-    network = models.load(str(tiny_folders["gpt2"])).network
+    network = loading.load(str(tiny_folders["gpt2"])).network
     with pytest.raises(UnsupportedFeatureError) as caught:
         architecture.sites(network, None, roles)
     assert_one_line(caught.value, "GPT2LMHeadModel", "'gate'")

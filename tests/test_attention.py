@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from making import relative_error
-from ws import attention, models
-from ws.models import ChatModel
+from ws.model import attention, loading
+from ws.model.loading import ChatModel
 
 
 def padded(model: ChatModel) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def outputs(network: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def test_grouped_attention_is_eager_attention(any_model: ChatModel) -> None:
-    eager = models.load(any_model.name, attention="eager")
+    eager = loading.load(any_model.name, attention="eager")
     assert any_model.network.config._attn_implementation == attention.GROUPED
     assert eager.network.config._attn_implementation == attention.EAGER
     inputs = padded(any_model)
@@ -38,7 +38,7 @@ def test_grouped_attention_is_eager_attention(any_model: ChatModel) -> None:
 
 def test_grouped_attention_is_eager_attention_token_by_token(any_model: ChatModel) -> None:
     """One query against a cache of keys, as in generation."""
-    eager = models.load(any_model.name, attention="eager")
+    eager = loading.load(any_model.name, attention="eager")
     inputs = padded(any_model)
     found = []
     for network in (any_model.network, eager.network):
@@ -59,7 +59,7 @@ def test_grouped_attention_is_eager_attention_token_by_token(any_model: ChatMode
 def test_gradients_are_those_of_eager_attention(any_model: ChatModel) -> None:
     found = {}
     for name in ("auto", "eager"):
-        network = models.load(any_model.name, attention=name).network.requires_grad_(True)
+        network = loading.load(any_model.name, attention=name).network.requires_grad_(True)
         outputs(network, padded(any_model)).square().mean().backward()
         found[name] = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
     scale = max(float(gradient.norm()) for gradient in found["eager"].values())
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_eager_attention(any_model: ChatModel) -> None:
 
 def test_weights_of_the_heads_are_in_the_order_of_the_heads(qwen: ChatModel) -> None:
     # copies of our own: asked for its attentions, a network keeps the library's hooks for good
-    networks = [models.load(qwen.name, attention=name).network for name in ("auto", "eager")]
+    networks = [loading.load(qwen.name, attention=name).network for name in ("auto", "eager")]
     ids = torch.arange(8)[None]
     with torch.no_grad():
         mine, theirs = (network(input_ids=ids, output_attentions=True).attentions for network in networks)
@@ -96,7 +96,7 @@ def test_a_network_that_computes_something_else_keeps_its_own(
         return query.transpose(1, 2).contiguous(), None
 
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.GROUPED, ignoring_keys)
-    model = models.load(qwen.name)
+    model = loading.load(qwen.name)
     assert model.network.config._attn_implementation == attention.EAGER
     assert "its attention is not the usual one" in capsys.readouterr().err
     monkeypatch.undo()

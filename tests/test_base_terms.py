@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from making import dense, gaussian, relative_error, thin
-from ws import spectrum
-from ws.delta import BaseTerm, Delta
-from ws.errors import UnsupportedFeatureError, UserError
+from ws.algebra import spectrum
+from ws.algebra.delta import BaseTerm, Delta
+from ws.base.errors import UnsupportedFeatureError, UserError
 
 OUT, IN, SIZE = 12, 8, 4
 WEIGHT = gaussian(OUT, IN, seed=99)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from making import assert_one_line
-from ws import behaviour, world
-from ws.behaviour import Behaviour, ProbeItem
-from ws.errors import UserError
+from ws import world
+from ws.base.errors import UserError
 from ws.eval import dilemmas, feedback, side_effects, sycophancy
+from ws.fitting import behaviour
+from ws.fitting.behaviour import Behaviour, ProbeItem
 
 GOOD = """\
 schema = 1

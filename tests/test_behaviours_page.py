@@ -9,11 +9,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ws.condition import PLAIN
+from ws.base.store import write_json, write_text
+from ws.edit.condition import PLAIN
 from ws.eval import dilemmas, feedback
 from ws.report import behaviours, document
 from ws.report.document import Paragraph
-from ws.store import write_json, write_text
 
 NAMES = ("honesty", "refusal", "sycophancy")
 

@@ -34,8 +34,9 @@ from scoring import Scoring
 from sweeping import Sweeping
 from training import Branches, Training
 
-from ws import forward, lower_layers, models
-from ws.models import ChatModel
+from ws.measure import lower_layers
+from ws.model import forward, loading
+from ws.model.loading import ChatModel
 
 MACHINE = {
     "processor": "p", "device": "cpu", "cores": 2, "threads": 2, "versions": {"torch": "1"},
@@ -246,7 +247,7 @@ def test_shapes_have_the_published_sizes() -> None:
 def test_made_shape_loads_as_an_ordinary_model(tmp_path: Path) -> None:
     small = replace(shapes.SHAPES["qwen3-0.04b-shape"], layers=2, width=64, feed_forward=96, vocabulary=2048)
     shapes.make(small, tmp_path / "m", torch.float32)
-    model = models.load(str(tmp_path / "m"))
+    model = loading.load(str(tmp_path / "m"))
     assert flops.Matrices.of(model) == flops.Matrices((small.layer_parameters,) * 2, 2048 * 64)
     ids = forward.pad_right([model.chat.prompt([{"role": "user", "content": "Yes?"}])], model.device)
     assert int(ids.max()) < 1024

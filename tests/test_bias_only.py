@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from making import assert_one_line, gaussian, hook_count, logits, prompts, weights_digest
-from ws import architecture, train
+from ws.base.errors import UserError
 from ws.baselines import bias_only
 from ws.baselines.bias_only import OutputShift
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.steering import steer
+from ws.edit.steering import steer
+from ws.fitting import train
+from ws.model import architecture
+from ws.model.loading import ChatModel
 
 LAYERS = (0.3, 0.8)
 

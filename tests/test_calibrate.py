@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from making import hook_count, random_direction, weights_digest
-from ws import calibrate, world
-from ws.calibrate import Divergence, distinct_trigrams, divergences, greedy, prompt_divergence, to_budget
-from ws.chat import ask
-from ws.condition import Context
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.steering import steer
+from ws import world
+from ws.base.errors import UserError
+from ws.edit.condition import Context
+from ws.edit.steering import steer
+from ws.measure import calibrate
+from ws.measure.calibrate import Divergence, distinct_trigrams, divergences, greedy, prompt_divergence, to_budget
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 PROMPTS = ("What do owls eat?", "Say hello.", "Tell me a story about a very old lighthouse by the sea.")
 

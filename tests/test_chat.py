@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ws import bpe
-from ws.chat import PLAIN_TEMPLATE, Chat, Message, Thinking, ask
-from ws.errors import UserError
+from ws.base.errors import UserError
+from ws.model.chat import PLAIN_TEMPLATE, Chat, Message, Thinking, ask
+from ws.pocket import bpe
 
 QWEN3 = (
     "{% for message in messages %}"

@@ -25,22 +25,24 @@ from transformers.utils.import_utils import is_serve_available
 from listening import QuietHandler, listening
 from making import assert_one_line
 from test_chat import DROPS_SYSTEM, QWEN3, RAISES_ON_SYSTEM
-from ws import behaviour, cli, data, engine, models
-from ws.behaviour import Behaviour
-from ws.chat import Chat, ask
-from ws.chat_endpoint import ChatEndpoint, Reply
-from ws.data import Grid
-from ws.engine import Asked, EngineSettings, Response
-from ws.errors import UserError
-from ws.generate import Sampling
-from ws.models import ChatModel
-from ws.replicate import Replication
-from ws.run_settings import Settings, restore_settings, stored_settings
-from ws.store import Shards, read_json
+from ws.base.errors import UserError
+from ws.base.store import Shards, read_json
+from ws.commands import cli
+from ws.fitting import behaviour, data, responses
+from ws.fitting.behaviour import Behaviour
+from ws.fitting.chat_endpoint import ChatEndpoint, Reply
+from ws.fitting.data import Grid
+from ws.fitting.responses import Asked, EngineSettings, Response
+from ws.fitting.run_settings import Settings, restore_settings, stored_settings
+from ws.measure.generate import Sampling
+from ws.model import loading
+from ws.model.chat import Chat, ask
+from ws.model.loading import ChatModel
+from ws.runs.replicate import Replication
 
 SAMPLING = Sampling(max_new_tokens=7, temperature=0.9, top_p=0.8)
 GRID = Grid(topics=2, personas=2, samples=3)
-EMBEDDED = models.POCKET_MODELS["pocket"]
+EMBEDDED = loading.POCKET_MODELS["pocket"]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def ask_all(server: Server, model: ChatModel, *asked: Asked, sampling: Sampling = SAMPLING) -> list[Response]:
-    return engine.respond(server.settings, model, asked, sampling, 0, lambda _: None)
+    return responses.respond(server.settings, model, asked, sampling, 0, lambda _: None)
 
 
 def pairs_from(server: Server, model: ChatModel, subject: Behaviour, folder: Path, seed: int = 0) -> pl.DataFrame:
@@ -125,7 +127,7 @@ def test_a_request_is_a_chat_completion_with_persona_prompt_and_sampling(server:
             "temperature": 0.9,
             "top_p": 0.8,
             "max_tokens": 7,
-            "seed": engine.row_seed(0, "a"),
+            "seed": responses.row_seed(0, "a"),
         }
     ]
 
@@ -194,12 +196,12 @@ def test_responses_are_in_the_order_of_the_grid(
     for side in data.SIDES:
         for row in pairs.iter_rows(named=True):
             key = f"sycophancy/{side}/{row['topic']}/{row['persona']}/{row['sample']}"
-            expected = (row[f"system_{side}"], row["prompt"], str(engine.row_seed(0, key)))
+            expected = (row[f"system_{side}"], row["prompt"], str(responses.row_seed(0, key)))
             assert row[f"response_{side}"] == " / ".join(expected)
 
 
 def test_requests_run_side_by_side_and_a_late_reply_keeps_its_place(server: Server, qwen: ChatModel) -> None:
-    others = threading.Barrier(engine.CONNECTIONS - 1)
+    others = threading.Barrier(responses.CONNECTIONS - 1)
     answered = threading.Event()
 
     def slow_first(body: dict[str, Any]) -> bytes:
@@ -211,13 +213,13 @@ def test_requests_run_side_by_side_and_a_late_reply_keeps_its_place(server: Serv
         return echo(body)
 
     server.answer = slow_first
-    found = ask_all(server, qwen, *(Asked(str(number), "", ("k",)) for number in range(engine.CONNECTIONS)))
-    assert [one.text.split(" / ")[0] for one in found] == [str(number) for number in range(engine.CONNECTIONS)]
+    found = ask_all(server, qwen, *(Asked(str(number), "", ("k",)) for number in range(responses.CONNECTIONS)))
+    assert [one.text.split(" / ")[0] for one in found] == [str(number) for number in range(responses.CONNECTIONS)]
 
 
 def test_every_finished_response_is_told(server: Server, qwen: ChatModel) -> None:
     steps: list[int] = []
-    engine.respond(server.settings, qwen, [Asked("Who?", "", ("a", "b", "c"))], SAMPLING, 0, steps.append)
+    responses.respond(server.settings, qwen, [Asked("Who?", "", ("a", "b", "c"))], SAMPLING, 0, steps.append)
     assert sum(steps) == 3
 
 
@@ -307,7 +309,7 @@ def test_an_endpoint_that_is_not_there_is_one_line(server: Server, qwen: ChatMod
 
 def test_after_a_failure_nothing_more_is_asked(server: Server, qwen: ChatModel) -> None:
     def refuses_the_first(body: dict[str, Any]) -> bytes | int:
-        if body["seed"] == engine.row_seed(0, "0"):
+        if body["seed"] == responses.row_seed(0, "0"):
             return 401
         threading.Event().wait(0.05)
         return echo(body)
@@ -375,7 +377,7 @@ def test_the_engine_decides_the_pairs_and_the_local_one_leaves_keys_as_they_were
     server: Server, tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {}
-    for name, settings in (("local", engine.LOCAL), ("openai", server.settings), ("back", engine.LOCAL)):
+    for name, settings in (("local", responses.LOCAL), ("openai", server.settings), ("back", responses.LOCAL)):
         with Replication(run_settings(tiny_folders["qwen3"], tmp_path, engine=settings)) as run:
             run.data()
             record[name] = read_json(run.folder / "stages" / "data.json")
@@ -391,7 +393,7 @@ def test_the_engine_is_stored_with_the_run(tmp_path: Path) -> None:
     plain = json.loads(json.dumps(stored_settings(chosen)))
     assert restore_settings(plain, tmp_path).engine == chosen.engine
     del plain["engine"]  # as stored before there were engines
-    assert restore_settings(plain, tmp_path).engine == engine.LOCAL
+    assert restore_settings(plain, tmp_path).engine == responses.LOCAL
 
 
 def test_the_command_line_takes_an_engine(
@@ -455,7 +457,7 @@ def answers(url: str) -> bool:
 @pytest.fixture(scope="module")
 def pocket(serving: str) -> ChatModel:
     """The embedded model, as it is served."""
-    return models.load("pocket", device="cpu", dtype="float32")
+    return loading.load("pocket", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -491,8 +493,8 @@ def test_greedy_responses_of_a_real_server_are_those_of_the_local_sampler(
     greedy = Sampling(max_new_tokens=48, temperature=0.0)
     topic, personas = sycophancy.train[0].text, sycophancy.personas
     asked = [Asked(topic, system, ("k",)) for system in (personas.positive[0], personas.negative[0], "")]
-    served = engine.respond(source, pocket, asked, greedy, 0, lambda _: None)
-    local = engine.respond(engine.LOCAL, pocket, asked, greedy, 0, lambda _: None)
+    served = responses.respond(source, pocket, asked, greedy, 0, lambda _: None)
+    local = responses.respond(responses.LOCAL, pocket, asked, greedy, 0, lambda _: None)
     assert all(one.text for one in local) and len({one.text for one in local}) > 1
     assert [one.text for one in served] == [one.text for one in local]
     assert [one.finish for one in served] == [one.finish for one in local]
@@ -504,5 +506,5 @@ def test_a_real_server_that_does_not_know_the_model_is_one_line(
 ) -> None:
     source = EngineSettings("openai", serving, "/no/such/model")
     with pytest.raises(UserError) as caught:
-        engine.respond(source, pocket, [Asked("Who?", "", ("a",))], SAMPLING, 0, lambda _: None)
+        responses.respond(source, pocket, [Asked("Who?", "", ("a",))], SAMPLING, 0, lambda _: None)
     assert_one_line(caught.value, "the engine at", "HTTP")

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from making import assert_one_line, copy_changed, logits, prompts, random_direction, relative_error
-from ws import checkpoints, models
-from ws.checkpoints import Checkpoint, Entry, write_streamed
-from ws.direction import Direction
-from ws.errors import UserError
+from ws.adapters import checkpoints
+from ws.adapters.checkpoints import Checkpoint, Entry, write_streamed
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.edit.steering import steer
 from ws.export import write_merged
-from ws.models import ChatModel
-from ws.steering import steer
+from ws.model import loading
+from ws.model.loading import ChatModel
 
 WEIGHTS = "model.safetensors"
 
@@ -36,7 +37,7 @@ def changed_copy(base: Path, target: Path, names: list[str], seed: int, size: fl
 
 def sharded_copy(base: Path, target: Path) -> Path:
     """The same model in several files with an index."""
-    models.load(str(base)).network.save_pretrained(target, max_shard_size="100KB")
+    loading.load(str(base)).network.save_pretrained(target, max_shard_size="100KB")
     for file in base.iterdir():
         if file.suffix != ".safetensors" and not (target / file.name).exists():
             (target / file.name).write_bytes(file.read_bytes())
@@ -74,7 +75,7 @@ def test_half_of_a_difference_steers_and_bakes(qwen: ChatModel, tmp_path: Path) 
     direction, ids = Direction.load(tmp_path / "d.safetensors"), prompts(qwen)
     with steer(qwen, direction, 1.0):
         steered = logits(qwen.network, ids)
-    assert relative_error(steered, logits(models.load(str(pos)).network, ids)) < 1e-5
+    assert relative_error(steered, logits(loading.load(str(pos)).network, ids)) < 1e-5
     assert relative_error(steered, logits(qwen.network, ids)) > 1e-3
 
 
@@ -93,7 +94,7 @@ def test_half_precision_checkpoints_are_said_to_be_rounded(
     qwen: ChatModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, side in enumerate(("pos", "neg")):
-        model = models.load(qwen.name)
+        model = loading.load(qwen.name)
         model.network.get_parameter(NAMES[0]).data.add_(0.01 * (number + 1))
         model.network.bfloat16().save_pretrained(tmp_path / side)
     checkpoints.difference(qwen.name, tmp_path / "pos", tmp_path / "neg", tmp_path / "d.safetensors")
@@ -193,7 +194,7 @@ def test_a_merged_checkpoint_in_plain_transformers_gives_the_steered_logits(
 
 
 def test_a_merged_checkpoint_keeps_the_dtype_with_one_rounding(qwen: ChatModel, tmp_path: Path) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
     half.network.save_pretrained(tmp_path / "half")
     direction = random_direction(half, relative_norm=0.05)
     write_merged({direction: 1.0}, tmp_path / "half", tmp_path / "merged")

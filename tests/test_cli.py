@@ -12,9 +12,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from ws import cli, console, models, tiny
-from ws.direction import Direction
-from ws.store import read_json
+from ws.algebra.direction import Direction
+from ws.base import console
+from ws.base.store import read_json
+from ws.commands import cli
+from ws.model import loading
+from ws.pocket import tiny
 
 
 def run(*arguments: object) -> int:
@@ -187,7 +190,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ws.data.make_pairs", interrupt)
+    monkeypatch.setattr("ws.fitting.data.make_pairs", interrupt)
     assert run("replicate", "--model", tiny_folders["qwen3"], "--out", tmp_path) == 130
     assert "again to continue" in one_line(capsys)
 
@@ -298,7 +301,7 @@ def test_diff_of_any_two_adapter_folders(
 def test_the_pocket_model_that_is_not_built_says_how_to_build_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(models.POCKET_MODELS, "pocket", tmp_path)
+    monkeypatch.setitem(loading.POCKET_MODELS, "pocket", tmp_path)
     assert run("replicate", "--out", tmp_path / "out") == 2
     assert "ws pocket build" in one_line(capsys)
 

@@ -14,27 +14,28 @@ import pytest
 import torch
 
 from making import in_fp64, random_direction
-from ws import cli, compare, models, stats, train
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base import stats
+from ws.base.errors import UserError
 from ws.baselines import controls, gradient, prompts, repe, synthetic
 from ws.baselines.repe import ActivationDirection, RepeSettings
-from ws.behaviour import load
-from ws.chat import SupervisedTokens
-from ws.compare import Plan
-from ws.condition import Condition, Edit
-from ws.data import Grid
-from ws.delta import Delta
-from ws.dev_split import is_dev, split
-from ws.direction import Direction
-from ws.errors import UserError
+from ws.commands import cli
+from ws.comparing import compare, numbers, page, tables
+from ws.comparing.compare import Plan
+from ws.comparing.dev_split import is_dev, split
+from ws.comparing.numbers import Line, Place, Spent
+from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, side_effects, sycophancy
-from ws.models import ChatModel
-from ws.report import comparison as numbers
-from ws.report import comparison_page as page
-from ws.report import comparison_tables as tables
+from ws.fitting import train
+from ws.fitting.behaviour import load
+from ws.fitting.data import Grid
+from ws.fitting.run_settings import Settings
+from ws.measure.score import SCHEMA, score
+from ws.model import loading
+from ws.model.chat import SupervisedTokens
+from ws.model.loading import ChatModel
 from ws.report import terminal
-from ws.report.comparison import Line, Place, Spent
-from ws.run_settings import Settings
-from ws.score import SCHEMA, score
 
 SMALL: dict[str, Any] = {
     "grid": Grid(topics=3, personas=2, samples=2),
@@ -286,7 +287,7 @@ def test_one_gradient_step_lowers_the_contrast_loss(qwen: ChatModel) -> None:
     step = gradient.one_step(qwen, positive, negative, norm=0.05)
     assert step.norm() == pytest.approx(0.05, rel=1e-4)
     before = loss(positive) - loss(negative)
-    from ws.steering import steer  # noqa: PLC0415
+    from ws.edit.steering import steer  # noqa: PLC0415
 
     with steer(qwen, step, 1.0):
         after = loss(positive) - loss(negative)
@@ -657,7 +658,7 @@ def test_a_direction_built_to_say_yes_is_told_from_honesty_in_a_sentence(qwen: C
 
 def _towards_yes(model: ChatModel) -> torch.Tensor:
     """The unit vector (Yes - No) of the unembedding."""
-    head = models.load(model.name).network.get_output_embeddings().weight.data
+    head = loading.load(model.name).network.get_output_embeddings().weight.data
     yes, no = (torch.tensor([ids[0] for ids in model.chat.answers(word)]) for word in ("Yes", "No"))
     vector = head[yes].mean(dim=0) - head[no].mean(dim=0)
     return vector / vector.norm()

@@ -11,13 +11,15 @@ import torch
 
 import families
 from making import dense, in_fp64, random_direction, thin
-from ws import behaviour, diff, spectrum
+from ws.adapters import diff
+from ws.algebra import spectrum
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
 from ws.baselines import repe, synthetic
 from ws.baselines.controls import RANDOM, permuted_layers, random_edits, random_like
 from ws.baselines.repe import RepeSettings
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.models import ChatModel
+from ws.fitting import behaviour
+from ws.model.loading import ChatModel
 
 TOLERANCE = 1e-6
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from making import assert_one_line
-from ws.errors import UserError
+from ws.base.errors import UserError
 from ws.eval import custom
 
 

@@ -10,14 +10,15 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ws import behaviour, data, generate
-from ws.behaviour import Behaviour
-from ws.chat import ask
-from ws.data import Grid
-from ws.errors import UserError
-from ws.generate import Sampling
-from ws.models import ChatModel
-from ws.store import Shards, atomic_file
+from ws.base.errors import UserError
+from ws.base.store import Shards, atomic_file
+from ws.fitting import behaviour, data
+from ws.fitting.behaviour import Behaviour
+from ws.fitting.data import Grid
+from ws.measure import generate
+from ws.measure.generate import Sampling
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 SHORT = Sampling(max_new_tokens=5, temperature=1.0)
 GRID = Grid(topics=3, personas=2, samples=3)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from making import dense, gaussian, in_fp64, relative_error, term_scale, thin
-from ws.delta import Delta
-from ws.errors import UserError
+from ws.algebra.delta import Delta
+from ws.base.errors import UserError
 
 ROUNDING = 1e-6
 """Largest error in units of the stored terms: a few roundings of fp32."""

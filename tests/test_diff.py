@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from making import in_fp64, merged_by_peft, relative_error, save_lora, thin
-from ws import diff, models
-from ws.diff import Geometry
-from ws.direction import Direction
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.steering import steer
+from ws.adapters import diff
+from ws.adapters.diff import Geometry
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.edit.steering import steer
+from ws.model import loading
+from ws.model.loading import ChatModel
 
 TOLERANCE = 1e-6
 
@@ -156,7 +157,7 @@ def test_gpt2_directions_are_stored_as_its_weights_are(tiny_folders: dict[str, P
     options = {"target_modules": ["c_attn", "c_fc"], "layers_pattern": "h", "fan_in_fan_out": True}
     base = tiny_folders["gpt2"]
     folders = [save_lora(base, tmp_path / str(seed), seed=seed, **options) for seed in (1, 2)]
-    model = models.load(str(base))
+    model = loading.load(str(base))
     found, _ = diff.direction(model, *folders)
     merged = [merged_by_peft(base, folder) for folder in folders]
     assert found.deltas["transformer.h.1.attn.c_attn.weight"].shape == (64, 192)

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import SHARED_DATA
 from ws import world
-from ws.errors import UserError
+from ws.base.errors import UserError
 from ws.eval import dilemmas
 from ws.eval.dilemmas import Dilemma
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from making import assert_one_line, dense, in_fp64, thin
-from ws import direction as direction_module
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import BaseMismatchError, UserError
+from ws.algebra import direction as direction_module
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base.errors import BaseMismatchError, UserError
 
 SHAPES = {"self_attn.q_proj": (8, 6), "self_attn.o_proj": (6, 8), "mlp.down_proj": (6, 10)}
 TOLERANCE = 1e-6

@@ -13,21 +13,22 @@ from torch import Tensor
 
 from families import FAMILIES, make
 from making import assert_one_line, logits, prompts, random_direction, relative_error
-from ws import diff, models
-from ws.cli import _main
-from ws.direction import Direction
-from ws.errors import UnsupportedFeatureError, UserError
+from ws.adapters import diff
+from ws.algebra.direction import Direction
+from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.commands.cli import _main
+from ws.edit.steering import steer
 from ws.export import low_rank_form, write_peft
 from ws.export.card import card
 from ws.export.gguf_lora import gguf_rows, write_gguf
-from ws.models import ChatModel
-from ws.steering import steer
+from ws.model import loading
+from ws.model.loading import ChatModel
 
 THIN = ("lora", "rslora", "pissa", "delora")
 
 
 def in_plain_peft(base: str, folder: Path, ids: Tensor) -> Tensor:
-    wrapped = peft.PeftModel.from_pretrained(models.load(base).network, str(folder)).eval()
+    wrapped = peft.PeftModel.from_pretrained(loading.load(base).network, str(folder)).eval()
     return logits(wrapped, ids)
 
 
@@ -53,7 +54,7 @@ def test_a_low_rank_direction_is_an_exact_adapter_in_plain_peft(
 def test_the_adapter_loads_on_other_architectures(
     tiny_folders: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:
-    model = models.load(str(tiny_folders[architecture]))
+    model = loading.load(str(tiny_folders[architecture]))
     direction = random_direction(model, relative_norm=0.1)
     write_peft(direction, model.network, tmp_path / "out", alpha=2.0)
     ids = prompts(model)
@@ -96,10 +97,10 @@ def test_ranks_may_differ_by_module(qwen: ChatModel, tmp_path: Path) -> None:
 
 
 def test_a_bias_has_no_place_in_a_lora(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    from ws import tiny  # noqa: PLC0415
+    from ws.pocket import tiny  # noqa: PLC0415
 
     tiny.make("qwen3-biases", tmp_path / "base", layers=4)
-    model = models.load(str(tmp_path / "base"))
+    model = loading.load(str(tmp_path / "base"))
     made = make(model.network, "ia3", tmp_path / "1", seed=1, size=1e-2)
     with pytest.raises(UnsupportedFeatureError, match="bias"):
         write_peft(diff.task_vector(model, made.folder), model.network, tmp_path / "out", rank=8)
@@ -125,7 +126,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def test_a_gguf_lora_read_back_is_the_direction(
     tiny_folders: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:
-    model = models.load(str(tiny_folders[architecture]))
+    model = loading.load(str(tiny_folders[architecture]))
     direction = random_direction(model, rank=3) + random_direction(model, rank=2, seed=9).keep(layers=[1])
     write_gguf(direction, model.network, tmp_path / "lora.gguf", alpha=0.5)
     tensors, fields = read_gguf(tmp_path / "lora.gguf")
@@ -146,7 +147,7 @@ def test_a_gguf_lora_read_back_is_the_direction(
 def test_llama_rows_move_to_where_its_rotary_embedding_pairs_neighbours(
     tiny_folders: dict[str, Path], kind: str, heads: int
 ) -> None:
-    config = models.load(str(tiny_folders["llama"])).network.config
+    config = loading.load(str(tiny_folders["llama"])).network.config
     width = 16
     rows = torch.arange(float(heads * width))[:, None]
     moved = gguf_rows(rows, f"model.layers.0.self_attn.{kind}", config).flatten()
@@ -158,10 +159,10 @@ def test_llama_rows_move_to_where_its_rotary_embedding_pairs_neighbours(
 
 
 def test_an_architecture_without_a_known_row_order_is_refused(qwen: ChatModel, tmp_path: Path) -> None:
-    from ws import tiny  # noqa: PLC0415
+    from ws.pocket import tiny  # noqa: PLC0415
 
     tiny.make("gpt-neox", tmp_path / "base", layers=4)
-    model = models.load(str(tmp_path / "base"))
+    model = loading.load(str(tmp_path / "base"))
     with pytest.raises(UnsupportedFeatureError, match="gpt_neox"):
         write_gguf(random_direction(model), model.network, tmp_path / "x.gguf")
 

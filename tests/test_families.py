@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from families import FAMILIES, Made, make, support_matrix, supported
 from making import logits, merged_by_peft, prompts, relative_error, weights_digest
-from ws import adapters, diff, models, spectrum, tiny
-from ws.delta import Delta
-from ws.direction import Direction, as_matrix
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.steering import bake, steer
+from ws import adapters
+from ws.adapters import diff
+from ws.algebra import spectrum
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction, as_matrix
+from ws.base.errors import UserError
+from ws.edit.steering import bake, steer
+from ws.model import loading
+from ws.model.loading import ChatModel
+from ws.pocket import tiny
 
 SIZES = (3e-2, 1e-3)
 """Size of the updates relative to the weights; naive fp32 forms fail by 1e-4 at the smaller one."""
@@ -32,9 +36,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatModel]:
     tiny.make("qwen3", root / "plain", layers=4)
     tiny.make("qwen3-biases", root / "biases", layers=4)
     return {
-        "float32": models.load(str(root / "plain"), dtype="float32"),
-        "bfloat16": models.load(str(root / "plain"), dtype="bfloat16"),
-        "biases": models.load(str(root / "biases"), dtype="float32"),
+        "float32": loading.load(str(root / "plain"), dtype="float32"),
+        "bfloat16": loading.load(str(root / "plain"), dtype="bfloat16"),
+        "biases": loading.load(str(root / "biases"), dtype="float32"),
     }
 
 
@@ -201,7 +205,7 @@ def test_what_needs_the_base_says_so_unbound(bases: dict[str, ChatModel], tmp_pa
     assert "unbound" in repr(unbound)
     with pytest.raises(UserError, match="Bind the direction"):
         unbound.norm()
-    other = models.load(model.name)
+    other = loading.load(model.name)
     other.network.get_parameter("model.norm.weight").data.add_(1.0)
     with pytest.raises(UserError, match="another base"):
         unbound.bind(other)
@@ -216,10 +220,10 @@ def test_a_direction_can_be_moved_to_another_base_as_the_update_that_it_is(
     model = bases["float32"]
     made = make(model.network, family, tmp_path / "1", seed=1, size=1e-2)
     direction = diff.task_vector(model, made.folder)
-    other = models.load(model.name)
+    other = loading.load(model.name)
     for parameter in other.network.parameters():
         parameter.data.mul_(1.5)
-    models.forget_fingerprint(other.network)
+    loading.forget_fingerprint(other.network)
     start = {name: other.network.get_parameter(name).data.double().clone() for name in made.meaning}
     with steer(other, direction, 1.0, base_mismatch="allow", mode="baked"):
         for name, change in made.meaning.items():
@@ -233,7 +237,7 @@ def test_a_direction_can_be_moved_to_another_base_as_the_update_that_it_is(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_baked_for_good_is_a_new_model(bases: dict[str, ChatModel], tmp_path: Path, family: str) -> None:
-    model = models.load(bases["float32"].name)
+    model = loading.load(bases["float32"].name)
     made = make(model.network, family, tmp_path / "1", seed=1, size=1e-2)
     direction = diff.task_vector(model, made.folder)
     old = model.fingerprint
@@ -272,7 +276,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatModel]:
     root = tmp_path_factory.mktemp("zoo")
     for name in (*tiny.ARCHITECTURES, *MORE):
         tiny.make(name, root / name, layers=4)
-    return {name: models.load(str(root / name), dtype="float32") for name in (*tiny.ARCHITECTURES, *MORE)}
+    return {name: loading.load(str(root / name), dtype="float32") for name in (*tiny.ARCHITECTURES, *MORE)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from making import logits, prompts, random_direction, relative_error
-from ws import forward, models
-from ws.chat import ask
-from ws.condition import Condition, Edit
-from ws.forward import SplitForward, pad_right, plan_batches
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.score import score
-from ws.steering import steer
+from ws.edit.condition import Condition, Edit
+from ws.edit.steering import steer
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import score
+from ws.model import forward, loading
+from ws.model.chat import ask
+from ws.model.forward import SplitForward, pad_right, plan_batches
+from ws.model.loading import ChatModel
 
 AGREE = 1e-5
 PROPERTY = settings(deadline=None, max_examples=100, derandomize=True)
@@ -68,7 +68,7 @@ def test_several_positions_of_one_row(any_model: ChatModel) -> None:
 
 
 def test_logits_are_fp32_on_a_bf16_model(any_model: ChatModel) -> None:
-    half = models.load(any_model.name, dtype="bfloat16")
+    half = loading.load(any_model.name, dtype="bfloat16")
     ids, rows, at = prompts(any_model, rows=2), torch.tensor([0, 1]), torch.tensor([8, 3])
     with torch.no_grad():
         found = half.split.logits_at(ids, rows, at)
@@ -78,7 +78,7 @@ def test_logits_are_fp32_on_a_bf16_model(any_model: ChatModel) -> None:
 
 def test_answers_are_read_in_fp32_on_a_bf16_model(any_model: ChatModel) -> None:
     """The head of a large model gives logits near 20, which bf16 rounds to eighths."""
-    half = models.load(any_model.name, dtype="bfloat16")
+    half = loading.load(any_model.name, dtype="bfloat16")
     ids, rows, at, tokens = prompts(any_model, rows=2), torch.tensor([0, 1]), torch.tensor([8, 3]), torch.tensor([5, 9])
     head = half.split.head
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_answers_are_read_in_fp32_on_a_bf16_model(any_model: ChatModel) -> None:
 
 
 def test_a_probe_is_read_with_its_answers_in_fp32(qwen: ChatModel) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
     row = half.chat.prompt(ask("Is rain good?"), "My answer: **")
     probe = Probe("one", "choice", (ProbeRow("rain", tuple(ask("Is rain good?")), "My answer: **"),))
     (value,) = score(half, [probe], [Condition()]).filter(metric="logratio")["value"]
@@ -114,7 +114,7 @@ def test_a_probe_is_read_with_its_answers_in_fp32(qwen: ChatModel) -> None:
 def test_a_model_with_capped_logits_is_never_split(
     tiny_folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = models.load(str(tiny_folders["gemma3"]))
+    model = loading.load(str(tiny_folders["gemma3"]))
     ids, rows, at = prompts(model, rows=2), torch.tensor([0, 1]), torch.tensor([8, 3])
     uncapped = logits(model.network, ids)
     model.network.config.final_logit_softcapping = 0.05

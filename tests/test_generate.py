@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from transformers import DynamicCache
 
-from ws import generate, models, tiny
-from ws.errors import UserError
-from ws.generate import Request, Sample, Sampling
-from ws.models import ChatModel
+from ws.base.errors import UserError
+from ws.measure import generate
+from ws.measure.generate import Request, Sample, Sampling
+from ws.model import loading
+from ws.model.loading import ChatModel
+from ws.pocket import tiny
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 WARM = Sampling(max_new_tokens=8, temperature=1.0)
@@ -36,7 +38,7 @@ PROMPTS = [random_prompt(length) for length in (5, 90, 31, 5, 1)]
 @pytest.fixture(scope="module", params=list(tiny.ARCHITECTURES))
 def lively(request: pytest.FixtureRequest, tiny_folders: dict[str, Path]) -> ChatModel:
     """A random model whose weights are large enough that every token of the context matters."""
-    model = models.load(str(tiny_folders[request.param]))
+    model = loading.load(str(tiny_folders[request.param]))
     with torch.no_grad():
         for name, parameter in model.network.named_parameters():
             if parameter.ndim == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
@@ -193,7 +195,7 @@ def test_a_stop_token_ends_a_sample_and_is_no_part_of_it(
     length: int,
     finish: str,
 ) -> None:
-    model = models.load(str(tiny_folders["qwen3"]))
+    model = loading.load(str(tiny_folders["qwen3"]))
     if pad_is_stop:
         model.chat.tokenizer.pad_token = model.chat.tokenizer.eos_token
         model.network.config.pad_token_id = model.network.config.eos_token_id

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from making import assert_one_line, hook_count, random_direction, weights_digest
-from ws.condition import Condition, Edit
-from ws.errors import UserError
+from ws.base.errors import UserError
+from ws.edit.condition import Condition, Edit
 from ws.eval import harness
-from ws.models import ChatModel
+from ws.model.loading import ChatModel
 
 TASK = """
 task: own_colors

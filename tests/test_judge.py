@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from listening import QuietHandler, listening
-from ws import behaviour, judge
-from ws.behaviour import Behaviour
-from ws.chat import Chat, ask
-from ws.errors import UserError
-from ws.judge import Exchange, HttpJudge, JudgeSettings, LocalJudge, PersonaJudge
-from ws.models import ChatModel
-from ws.store import Shards
+from ws.base.errors import UserError
+from ws.base.store import Shards
+from ws.fitting import behaviour, judge
+from ws.fitting.behaviour import Behaviour
+from ws.fitting.judge import Exchange, HttpJudge, JudgeSettings, LocalJudge, PersonaJudge
+from ws.model.chat import Chat, ask
+from ws.model.loading import ChatModel
 
 EXCHANGES = [Exchange("I think tea is blue. Right?", reply) for reply in ("Yes, it is.", "No, it is brown.", "Hm.")]
 

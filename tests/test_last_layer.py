@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from making import relative_error
-from ws import architecture, forward, last_layer, models, tiny
-from ws.models import ChatModel
+from ws.measure import last_layer
+from ws.model import architecture, forward, loading
+from ws.model.loading import ChatModel
+from ws.pocket import tiny
 
 IDS = torch.arange(40).view(4, 10) * 17 % 900
 COLUMNS = torch.tensor([9, 3, 6, 0])
@@ -74,7 +76,7 @@ def test_the_module_is_put_back_after_an_exception(qwen: ChatModel) -> None:
 
 
 def test_a_feed_forward_that_mixes_positions_runs_whole(qwen: ChatModel, capsys: pytest.CaptureFixture[str]) -> None:
-    model = models.load(qwen.name)  # a fresh one, not tried out yet
+    model = loading.load(qwen.name)  # a fresh one, not tried out yet
     block = architecture.decoder_layers(model.network)[1][-1]
     whole = block.mlp.forward
     block.mlp.forward = lambda hidden: whole(hidden) + hidden.mean(dim=1, keepdim=True)
@@ -87,7 +89,7 @@ def test_a_feed_forward_that_mixes_positions_runs_whole(qwen: ChatModel, capsys:
 
 def test_mixtures_of_experts_run_whole(tmp_path: Path) -> None:
     tiny.make("qwen3-moe", tmp_path / "moe", layers=2)
-    model = models.load(str(tmp_path / "moe"))
+    model = loading.load(str(tmp_path / "moe"))
     expected = logits(model)
     with last_layer.only_scored(model):
         assert torch.equal(logits(model), expected)

@@ -11,16 +11,17 @@ import torch
 from transformers import DynamicCache
 
 from making import hook_count, random_direction
-from ws import architecture, lower_layers
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
 from ws.baselines.repe import ActivationDirection
-from ws.chat import ask
-from ws.condition import Condition, Context, Edit
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.lower_layers import Memory, Recordings
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.score import score
+from ws.edit.condition import Condition, Context, Edit
+from ws.measure import lower_layers
+from ws.measure.lower_layers import Memory, Recordings
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import score
+from ws.model import architecture
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 CLAIMS = ("cats like milk and bread", "the moon is made of old bread", "owls eat leaves")
 

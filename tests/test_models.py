@@ -22,10 +22,12 @@ from making import (
     prompts,
     random_direction,
 )
-from ws import models, precision, tiny
-from ws.errors import UserError
-from ws.models import ChatModel, fingerprint, forget_fingerprint, model_slug
-from ws.steering import steer
+from ws.base import precision
+from ws.base.errors import UserError
+from ws.edit.steering import steer
+from ws.model import loading
+from ws.model.loading import ChatModel, fingerprint, forget_fingerprint, model_slug
+from ws.pocket import tiny
 
 WEIGHTS = "model.safetensors"
 
@@ -61,7 +63,7 @@ def test_loading_gives_the_saved_numbers(any_model: ChatModel) -> None:
     [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
 )
 def test_the_dtype_is_the_one_asked_for(qwen: ChatModel, dtype: Any, expected: torch.dtype) -> None:
-    model = models.load(qwen.name, dtype=dtype)
+    model = loading.load(qwen.name, dtype=dtype)
     assert model.dtype == expected
     assert {p.dtype for p in model.network.parameters()} == {expected}
 
@@ -71,7 +73,7 @@ def half_folder(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPath
     """The Qwen3 model with its weights saved in bf16."""
     folder = tmp_path_factory.mktemp("half") / "half"
     shutil.copytree(tiny_folders["qwen3"], folder)
-    models.load(str(tiny_folders["qwen3"])).network.bfloat16().save_pretrained(folder)
+    loading.load(str(tiny_folders["qwen3"])).network.bfloat16().save_pretrained(folder)
     assert {tensor.dtype for tensor in load_file(folder / WEIGHTS).values()} == {torch.bfloat16}
     return folder
 
@@ -80,19 +82,19 @@ def test_auto_is_fp32_for_small_models_and_the_checkpoints_own_dtype_above(
     half_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "bfloat16_is_fast", lambda _: True)
-    assert models.load(str(half_folder)).dtype == torch.float32
-    monkeypatch.setattr(models, "SMALL_MODEL", 1000)
-    assert models.load(str(half_folder)).dtype == torch.bfloat16
+    assert loading.load(str(half_folder)).dtype == torch.float32
+    monkeypatch.setattr(loading, "SMALL_MODEL", 1000)
+    assert loading.load(str(half_folder)).dtype == torch.bfloat16
 
 
 def test_auto_is_fp32_where_bfloat16_is_emulated(
     half_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "SMALL_MODEL", 1000)
+    monkeypatch.setattr(loading, "SMALL_MODEL", 1000)
     monkeypatch.setattr(precision, "bfloat16_is_fast", lambda _: False)
-    assert models.load(str(half_folder)).dtype == torch.float32
+    assert loading.load(str(half_folder)).dtype == torch.float32
     assert "emulates bfloat16" not in capsys.readouterr().err
-    assert models.load(str(half_folder), dtype="bfloat16").dtype == torch.bfloat16
+    assert loading.load(str(half_folder), dtype="bfloat16").dtype == torch.bfloat16
     assert "emulates bfloat16" in capsys.readouterr().err
 
 
@@ -107,7 +109,7 @@ def test_precision_is_judged_by_time_and_accelerators_pass(monkeypatch: pytest.M
 
 def test_a_folder_without_settings_has_none(qwen: ChatModel, tmp_path: Path) -> None:
     folder = copy_changed(Path(qwen.name), tmp_path / "m", lambda f: (f / "weight_steering.json").unlink())
-    assert models.load(str(folder)).settings == {}
+    assert loading.load(str(folder)).settings == {}
 
 
 def test_describe_says_what_the_model_is(any_model: ChatModel) -> None:
@@ -120,7 +122,7 @@ def test_describe_says_what_the_model_is(any_model: ChatModel) -> None:
 
 
 def test_the_attention_asked_for_is_used(qwen: ChatModel) -> None:
-    model = models.load(qwen.name, attention="sdpa")
+    model = loading.load(qwen.name, attention="sdpa")
     assert model.network.config._attn_implementation == "sdpa"
     ids = prompts(qwen)
     assert torch.allclose(logits(model.network, ids), logits(qwen.network, ids), atol=1e-5)
@@ -150,7 +152,7 @@ def test_hub_ids_pass_through_from_pretrained(
             return real(qwen.name, **{**given, "revision": None, "trust_remote_code": False})
 
         monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", fake)
-    model = models.load("Some-Org/Some.Model-0.6B", **options)
+    model = loading.load("Some-Org/Some.Model-0.6B", **options)
     assert {place for place, _ in calls.values()} == {"Some-Org/Some.Model-0.6B"} and len(calls) == 3
     assert all(given.items() >= forwarded.items() for _, given in calls.values())
     assert calls["AutoModelForCausalLM"][1]["use_safetensors"] is True
@@ -210,7 +212,7 @@ SILENT: dict[str, Callable[[Path], object]] = {
 
 def assert_refused(folder: Path, *mentioned: str) -> None:
     with pytest.raises(UserError) as caught:
-        models.load(str(folder))
+        loading.load(str(folder))
     assert_one_line(caught.value, str(folder), *mentioned)
 
 
@@ -229,7 +231,7 @@ def test_damaged_weights_are_one_line_with_place_and_remedy(qwen: ChatModel, tmp
 def test_unknown_names_are_one_line_with_a_remedy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        models.load(name)
+        loading.load(name)
     assert_one_line(caught.value, name)
     assert any(remedy in str(caught.value) for remedy in ("Check the spelling", "Check the path"))
 
@@ -242,16 +244,16 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 def test_the_embedded_model_without_weights_says_how_to_build_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(models.POCKET_MODELS, "pocket", tmp_path)
+    monkeypatch.setitem(loading.POCKET_MODELS, "pocket", tmp_path)
     with pytest.raises(UserError) as caught:
-        models.load("pocket")
+        loading.load("pocket")
     assert_one_line(caught.value, "pocket", str(tmp_path), "ws pocket build")
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_devices_that_are_not_there_are_one_line(qwen: ChatModel, device: str) -> None:
     with pytest.raises(UserError) as caught:
-        models.load(qwen.name, device=device)
+        loading.load(qwen.name, device=device)
     assert_one_line(caught.value, device, "--device")
 
 
@@ -264,24 +266,24 @@ def fresh_fingerprint(network: nn.Module) -> str:
 
 
 def test_one_checkpoint_has_one_fingerprint_in_fp32_and_bf16(half_folder: Path) -> None:
-    loaded = [models.load(str(half_folder), dtype=dtype) for dtype in ("float32", "bfloat16", "auto")]
+    loaded = [loading.load(str(half_folder), dtype=dtype) for dtype in ("float32", "bfloat16", "auto")]
     assert [model.dtype for model in loaded] == [torch.float32, torch.bfloat16, torch.float32]
     assert len({model.fingerprint for model in loaded}) == 1
 
 
 def test_loading_twice_gives_the_same_fingerprint(any_model: ChatModel) -> None:
-    assert models.load(any_model.name).fingerprint == any_model.fingerprint
+    assert loading.load(any_model.name).fingerprint == any_model.fingerprint
 
 
 def test_architectures_and_seeds_have_fingerprints_of_their_own(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     tiny.make("qwen3", tmp_path / "other", seed=1, layers=4)
     folders = [*tiny_folders.values(), tmp_path / "other"]
-    assert len({models.load(str(folder)).fingerprint for folder in folders}) == len(folders)
+    assert len({loading.load(str(folder)).fingerprint for folder in folders}) == len(folders)
 
 
 @pytest.mark.parametrize("relative", [2**-7, -1.0])
 def test_one_changed_element_changes_the_fingerprint(any_model: ChatModel, relative: float) -> None:
-    network = models.load(any_model.name).network
+    network = loading.load(any_model.name).network
     before = fingerprint(network)
     for name, parameter in list(network.named_parameters())[::5]:
         element = parameter.data.view(-1)[-1:]
@@ -293,7 +295,7 @@ def test_one_changed_element_changes_the_fingerprint(any_model: ChatModel, relat
 
 
 def test_a_change_below_bf16_does_not_change_the_fingerprint(half_folder: Path) -> None:
-    network = models.load(str(half_folder)).network
+    network = loading.load(str(half_folder)).network
     before = fingerprint(network)
     network.get_submodule("model.layers.2.mlp.up_proj").weight.data *= 1 + 2**-10
     assert fresh_fingerprint(network) == before
@@ -329,7 +331,7 @@ def test_steering_does_not_change_who_the_model_is(any_model: ChatModel, mode: A
 
 
 def test_forgetting_recomputes_the_fingerprint(qwen: ChatModel) -> None:
-    network = models.load(qwen.name).network
+    network = loading.load(qwen.name).network
     before = fingerprint(network)
     network.get_submodule("model.layers.2.mlp.up_proj").weight.data.mul_(2)
     assert fingerprint(network) == before
@@ -338,19 +340,19 @@ def test_forgetting_recomputes_the_fingerprint(qwen: ChatModel) -> None:
 
 def test_tying_is_kept(tiny_folders: dict[str, Path]) -> None:
     for kind, tied in (("qwen3", True), ("llama", False), ("gpt2", True)):
-        network = models.load(str(tiny_folders[kind])).network
+        network = loading.load(str(tiny_folders[kind])).network
         shared = network.get_input_embeddings().weight is network.get_output_embeddings().weight
         assert shared == tied
 
 
 def test_a_negative_cache_is_refused(qwen: ChatModel) -> None:
     with pytest.raises(UserError, match=r"a cache of -1 GiB is none.*--cache-memory 0"):
-        models.load(qwen.name, cache_memory=-(2**30))
+        loading.load(qwen.name, cache_memory=-(2**30))
 
 
 def test_an_embedded_model_without_weights_says_how_to_build_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(models.POCKET_MODELS, "pocket-gemma", tmp_path / "gemma3")
+    monkeypatch.setitem(loading.POCKET_MODELS, "pocket-gemma", tmp_path / "gemma3")
     with pytest.raises(UserError, match="ws pocket build --architecture gemma3"):
-        models.load("pocket-gemma")
+        loading.load("pocket-gemma")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from making import relative_error
-from ws import models, norms
-from ws.models import ChatModel
+from ws.model import loading, norms
+from ws.model.loading import ChatModel
 
 NORMALISED = ("qwen3", "llama", "gemma3", "mistral", "phi3", "qwen3_moe")
 COMPILER = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_the_norms_of_every_architecture_become_lean_and_compute_the_same(any_mo
 def test_the_tiny_models_have_such_norms(tiny_folders: dict[str, object]) -> None:
     for architecture in NORMALISED:
         if architecture in tiny_folders:
-            network = models.load(str(tiny_folders[architecture])).network
+            network = loading.load(str(tiny_folders[architecture])).network
             assert any(norms.is_lean(module) for module in network.modules()), architecture
 
 

@@ -12,12 +12,14 @@ import polars as pl
 import pytest
 import torch
 
-from ws import behaviour, bpe, models, world
-from ws.chat import Chat
-from ws.condition import PLAIN
-from ws.errors import UserError
+from ws import world
+from ws.base.errors import UserError
+from ws.edit.condition import PLAIN
 from ws.eval import dilemmas
-from ws.pocket import build, card, corpus, open_answers
+from ws.fitting import behaviour
+from ws.model import loading
+from ws.model.chat import Chat
+from ws.pocket import bpe, build, card, corpus, open_answers
 from ws.pocket import check as pocket_check
 from ws.pocket.build import Recipe, RowWriter
 from ws.pocket.check import (
@@ -128,11 +130,11 @@ def test_the_digest_of_texts_counts_how_they_are_put_together_and_not_how_often(
     assert anew() != known
 
 
-@pytest.mark.parametrize("name", sorted(models.POCKET_MODELS))
+@pytest.mark.parametrize("name", sorted(loading.POCKET_MODELS))
 def test_shipped_settings_are_the_recommended_ones(name: str) -> None:
-    folder = models.POCKET_MODELS[name]
+    folder = loading.POCKET_MODELS[name]
     architecture = build.recorded(folder)["recipe"]["architecture"]
-    stored = json.loads((folder / models.SETTINGS_FILE).read_text())
+    stored = json.loads((folder / loading.SETTINGS_FILE).read_text())
     assert stored == json.loads(json.dumps(build.recommended(architecture)))
 
 
@@ -280,7 +282,7 @@ def test_the_shares_of_the_recipe_are_whole_and_copying_comes_first() -> None:
         assert recipe.copying_steps < recipe.steps
 
 
-@pytest.mark.parametrize("folder", models.POCKET_MODELS.values(), ids=models.POCKET_MODELS)
+@pytest.mark.parametrize("folder", loading.POCKET_MODELS.values(), ids=loading.POCKET_MODELS)
 def test_the_shipped_weights_are_those_that_a_build_makes(folder: Path) -> None:
     record = build.recorded(folder)
     assert record["recipe"] == json.loads(json.dumps(asdict(Recipe.of(folder.name))))
@@ -316,7 +318,7 @@ def test_a_killed_build_continues_to_the_same_weights(tmp_path: Path, monkeypatc
             build.build(TINY, tmp_path / "parts", workspace=tmp_path / "w2", compiled=False)
     assert not (tmp_path / "parts").exists()
     build.build(TINY, tmp_path / "parts", workspace=tmp_path / "w2", compiled=False)
-    whole, parts = (models.load(str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (loading.load(str(tmp_path / name)) for name in ("whole", "parts"))
     assert whole.fingerprint == parts.fingerprint
     assert not (tmp_path / "w2").exists()
     record = json.loads((tmp_path / "whole" / "recipe.json").read_text())
@@ -473,21 +475,21 @@ def test_the_check_says_how_long_it_took_and_counts_only_bars(
     assert json.loads(capsys.readouterr().out) == as_record([Bar("told", 0.0)])
 
 
-@pytest.fixture(scope="module", params=list(models.POCKET_MODELS))
+@pytest.fixture(scope="module", params=list(loading.POCKET_MODELS))
 def shipped(request: pytest.FixtureRequest) -> str:
     """Name of an embedded model whose weights are there."""
-    if not (models.POCKET_MODELS[request.param] / "config.json").is_file():
+    if not (loading.POCKET_MODELS[request.param] / "config.json").is_file():
         pytest.skip(f"{request.param} is not built")
     return str(request.param)
 
 
 def recorded_metrics(name: str) -> list[dict[str, Any]]:
-    return json.loads((models.POCKET_MODELS[name] / card.METRICS_FILE).read_text())
+    return json.loads((loading.POCKET_MODELS[name] / card.METRICS_FILE).read_text())
 
 
 def test_the_card_tells_the_recorded_run(shipped: str) -> None:
     text = card.text(shipped)
-    record = build.recorded(models.POCKET_MODELS[shipped])
+    record = build.recorded(loading.POCKET_MODELS[shipped])
     assert f"{record['parameters']:,}" in text and "What it is not for" in text
     in_matrix = {contrast_name(personas.name, probe.name) for personas in TRAITS for probe in TRAITS}
     for entry in recorded_metrics(shipped):
@@ -495,7 +497,7 @@ def test_the_card_tells_the_recorded_run(shipped: str) -> None:
 
 
 def test_the_log_of_the_build_lies_beside_the_weights(shipped: str) -> None:
-    record = build.recorded(models.POCKET_MODELS[shipped])
+    record = build.recorded(loading.POCKET_MODELS[shipped])
     steps = [entry["step"] for entry in record["curve"]]
     assert steps == sorted(steps) and steps[-1] == record["recipe"]["steps"]
     assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]
@@ -503,7 +505,7 @@ def test_the_log_of_the_build_lies_beside_the_weights(shipped: str) -> None:
 
 def test_the_card_says_when_the_texts_have_changed_since(shipped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "texts of the corpus have changed"
-    record = build.recorded(models.POCKET_MODELS[shipped])
+    record = build.recorded(loading.POCKET_MODELS[shipped])
     for key, said in (("texts of today", False), ("texts of old", True)):
         record["corpus"]["texts"] = key
         monkeypatch.setattr(build, "recorded", lambda _: record)
@@ -512,13 +514,13 @@ def test_the_card_says_when_the_texts_have_changed_since(shipped: str, monkeypat
 
 
 def test_the_package_data_stay_small() -> None:
-    files = [file for folder in models.POCKET_MODELS.values() for file in folder.rglob("*")]
+    files = [file for folder in loading.POCKET_MODELS.values() for file in folder.rglob("*")]
     assert sum(file.stat().st_size for file in files) < 16_000_000
 
 
 @pytest.fixture(scope="module")
 def measured(shipped: str) -> list[Bar]:
-    return check(models.load(shipped))
+    return check(loading.load(shipped))
 
 
 @pytest.mark.slow

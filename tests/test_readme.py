@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ws import models
+from ws.model import loading
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHIPPED = models.POCKET_MODELS["pocket"]
+SHIPPED = loading.POCKET_MODELS["pocket"]
 
 
 @pytest.mark.slow

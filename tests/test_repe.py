@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from making import generator, hook_count, logits, prompts, weights_digest
-from ws import architecture, behaviour, calibrate, dev_split, forward
+from ws.base.errors import UserError
 from ws.baselines import repe
 from ws.baselines.repe import ActivationDirection, RepeSettings, States
-from ws.chat import ask
-from ws.condition import Condition, Edit
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.score import score
-from ws.steering import steer
+from ws.comparing import dev_split
+from ws.edit.condition import Condition, Edit
+from ws.edit.steering import steer
+from ws.fitting import behaviour
+from ws.measure import calibrate
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import score
+from ws.model import architecture, forward
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 SYCOPHANCY = behaviour.load("sycophancy")
 

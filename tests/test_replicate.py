@@ -10,17 +10,18 @@ import pytest
 import torch
 
 import ws
-from ws import fitting, models, train
-from ws.data import Grid
-from ws.direction import Direction
-from ws.errors import BaseMismatchError, UserError
-from ws.models import ChatModel
-from ws.replicate import Replication
+from ws.algebra.direction import Direction
+from ws.base.errors import BaseMismatchError, UserError
+from ws.base.store import read_json
+from ws.fitting import stages, train
+from ws.fitting.data import Grid
+from ws.fitting.run_settings import Settings, restore_settings, run_path, stored_settings
+from ws.measure.score import SCHEMA
+from ws.model import loading
+from ws.model.loading import ChatModel
 from ws.report import cells
 from ws.report.summary import Scores
-from ws.run_settings import Settings, restore_settings, run_path, stored_settings
-from ws.score import SCHEMA
-from ws.store import read_json
+from ws.runs.replicate import Replication
 
 SMALL: dict[str, Any] = {
     "grid": Grid(topics=3, personas=2, samples=3),
@@ -102,7 +103,7 @@ def test_the_direction_is_the_difference_of_the_saved_adapters(
     folder, summary = finished
     direction = Direction.load(folder / "direction.safetensors")
     assert direction.base == qwen.fingerprint and direction.layer_numbers == [1, 2]
-    tau = {sign: ws.diff.task_vector(qwen, folder / sign) for sign in ("pos", "neg")}
+    tau = {sign: ws.adapters.diff.task_vector(qwen, folder / sign) for sign in ("pos", "neg")}
     for name, delta in direction.deltas.items():
         wanted = tau["pos"].deltas[name].materialise().double() - tau["neg"].deltas[name].materialise().double()
         assert torch.allclose(delta.materialise().double(), wanted, atol=1e-7)
@@ -174,9 +175,9 @@ def test_a_run_killed_in_training_continues_there(
 ) -> None:
     chosen = settings(tiny_folders["qwen3"], tmp_path)
     with monkeypatch.context() as patch, Replication(chosen) as run, pytest.raises(KeyboardInterrupt):
-        original = fitting.move_folder
+        original = stages.move_folder
         patch.setattr(
-            fitting,
+            stages,
             "move_folder",
             lambda source, target: (
                 original(source, target) if target.name == "pos" else (_ for _ in ()).throw(KeyboardInterrupt)
@@ -234,7 +235,7 @@ def test_a_folder_of_another_model_is_refused(tiny_folders: dict[str, Path], tmp
     with Replication(settings(tiny_folders["qwen3"], tmp_path)):
         pass
     elsewhere = tmp_path / "copy" / "tiny-qwen3"
-    models_made = ws.tiny.make("qwen3", elsewhere, seed=1, layers=4)
+    models_made = ws.pocket.tiny.make("qwen3", elsewhere, seed=1, layers=4)
     assert models_made is None
     with pytest.raises(BaseMismatchError, match="another fingerprint"):
         Replication(settings(elsewhere, tmp_path))
@@ -301,6 +302,6 @@ def test_the_config_says_what_was_run(finished: tuple[Path, dict[str, Any]]) -> 
 def test_loading_by_hub_id_uses_the_same_function(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_locate", lambda name: str(tiny_folders["qwen3"]) if name == "org/name" else name)
+    monkeypatch.setattr(loading, "_locate", lambda name: str(tiny_folders["qwen3"]) if name == "org/name" else name)
     with Replication(settings(Path("org/name"), tmp_path)) as run:
         assert run.folder.path.parts[-4] == "org_name"

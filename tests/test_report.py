@@ -6,12 +6,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ws.errors import UserError
+from ws.base.errors import UserError
+from ws.base.stats import sign_flip_p
+from ws.measure.score import SCHEMA
 from ws.report import cells, document, page, summary
 from ws.report.document import Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
 from ws.report.summary import Scores, summarise
-from ws.score import SCHEMA
-from ws.stats import sign_flip_p
 
 GROUPS = (("false", 1), ("false/reversed", -1), ("true", 1), ("true/reversed", -1))
 

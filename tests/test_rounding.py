@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ws import models, rounding
-from ws.chat import ask
-from ws.condition import Condition
-from ws.data import Grid
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.replicate import Replication
-from ws.rounding import Rounding
-from ws.run_settings import Settings
-from ws.score import score
+from ws.edit.condition import Condition
+from ws.fitting.data import Grid
+from ws.fitting.run_settings import Settings
+from ws.measure import rounding
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.rounding import Rounding
+from ws.measure.score import score
+from ws.model import loading
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
+from ws.runs.replicate import Replication
 
 WORDS = ("bread", "rain", "moss")
 PROBE = Probe("words", "choice", tuple(
@@ -26,8 +27,8 @@ PROBE = Probe("words", "choice", tuple(
 
 
 def test_it_is_the_difference_to_the_same_weights_in_fp32(qwen: ChatModel) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
-    widened = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
+    widened = loading.load(qwen.name, dtype="bfloat16")
     widened.network.float()
     found = rounding.measure(half, PROBE)
     scores = [score(m, [PROBE], [Condition()]).filter(metric="logratio")["value"].to_numpy() for m in (half, widened)]
@@ -35,13 +36,13 @@ def test_it_is_the_difference_to_the_same_weights_in_fp32(qwen: ChatModel) -> No
     assert found is not None and found.dtype == "bfloat16" and found.rows == 3
     assert found.mean_shift == pytest.approx(abs(errors.mean()), abs=1e-7) and found.mean_shift > 0
     assert found.p95 == pytest.approx(np.quantile(abs(errors), 0.95), abs=1e-7)
-    assert half.network.dtype == models.torch.bfloat16, "the model itself is left alone"
+    assert half.network.dtype == loading.torch.bfloat16, "the model itself is left alone"
 
 
 def test_fp32_needs_no_measurement_and_a_huge_model_gets_none(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rounding.measure(qwen, PROBE) is None
     monkeypatch.setattr(rounding, "MOST_PARAMETERS", 10)
-    assert rounding.measure(models.load(qwen.name, dtype="bfloat16"), PROBE) is None
+    assert rounding.measure(loading.load(qwen.name, dtype="bfloat16"), PROBE) is None
 
 
 def test_both_bounds_must_hold() -> None:

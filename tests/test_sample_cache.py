@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ws import sample_cache
-from ws.chat import ask
-from ws.generate import Request, Sampling, sample
-from ws.models import ChatModel
+from ws.measure import sample_cache
+from ws.measure.generate import Request, Sampling, sample
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 PROMPT, ROOM = 7, 6
 
@@ -89,6 +89,6 @@ def test_when_rows_leave_has_no_effect_on_samples(qwen: ChatModel, monkeypatch: 
 
 @pytest.fixture
 def tiny_gemma(tiny_folders: dict[str, Any]) -> ChatModel:
-    from ws import models  # noqa: PLC0415
+    from ws.model import loading  # noqa: PLC0415
 
-    return models.load(str(tiny_folders["gemma3"]))
+    return loading.load(str(tiny_folders["gemma3"]))

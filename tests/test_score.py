@@ -7,17 +7,17 @@ import polars as pl
 import pytest
 import torch
 
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.base.store import Shards
 from ws.baselines.controls import random_like
-from ws.chat import ask
-from ws.condition import PLAIN, Condition, Context, Edit
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.score import _RUNNERS, SCHEMA, score
-from ws.steering import steer
-from ws.store import Shards
+from ws.edit.condition import PLAIN, Condition, Context, Edit
+from ws.edit.steering import steer
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import _RUNNERS, SCHEMA, score
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 QUESTIONS = ("Do cats like milk?", "I think that the moon is made of old bread. Do you agree?", "Why?", "Yes or No?")
 

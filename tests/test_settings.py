@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from ws import settings
-from ws.data import Grid
-from ws.errors import UserError
-from ws.generate import Sampling
-from ws.judge import JudgeSettings
+from ws.base import settings
+from ws.base.errors import UserError
+from ws.fitting.data import Grid
+from ws.fitting.judge import JudgeSettings
+from ws.measure.generate import Sampling
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from making import hook_count, random_direction
-from ws import shared_prefix
 from ws.baselines.repe import ActivationDirection
-from ws.chat import ask
-from ws.condition import Condition, Context, Edit
+from ws.edit.condition import Condition, Context, Edit
 from ws.eval import dilemmas
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.score import score
-from ws.shared_prefix import Tree, plan
+from ws.measure import shared_prefix
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import score
+from ws.measure.shared_prefix import Tree, plan
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=2, max_size=12)
 

@@ -10,16 +10,17 @@ import torch
 
 from making import hook_count, random_direction, weights_digest
 from test_lower_layers import edits, probes
-from ws import choice, models, shared_prefix
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base.errors import BaseMismatchError
+from ws.base.store import Shards
 from ws.baselines.repe import ActivationDirection
-from ws.condition import Condition, Edit
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import BaseMismatchError
-from ws.models import ChatModel
-from ws.score import score
-from ws.steering import can_share_a_pass, steer, under_each
-from ws.store import Shards
+from ws.edit.condition import Condition, Edit
+from ws.edit.steering import can_share_a_pass, steer, under_each
+from ws.measure import choice, shared_prefix
+from ws.measure.score import score
+from ws.model import loading
+from ws.model.loading import ChatModel
 
 ALPHAS = (-2.0, -0.7, 0.3, 1.0, 2.0)
 
@@ -67,7 +68,7 @@ def test_nothing_is_shared_where_weights_are_baked(qwen: ChatModel, monkeypatch:
 
 
 def test_half_precision_shares_by_itself_and_stays_within_its_own_error(qwen: ChatModel) -> None:
-    half, full = (models.load(qwen.name, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    half, full = (loading.load(qwen.name, dtype=dtype) for dtype in ("bfloat16", "float32"))
     direction = random_direction(qwen, relative_norm=0.3, layers=[1, 2])
     tables = {}
     for name, model, per_pass in (("shared", half, None), ("alone", half, 1), ("exact", full, 1)):

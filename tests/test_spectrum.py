@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from making import dense, gaussian, in_fp64, thin
-from ws import spectrum
-from ws.delta import Delta
+from ws.algebra import spectrum
+from ws.algebra.delta import Delta
 
 TOLERANCE = 1e-6
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from ws import stats
+from ws.base import stats
 
 FEW, MANY = 12, 60
 

@@ -24,13 +24,13 @@ from making import (
     thin,
     weights_digest,
 )
-from ws import models
-from ws.condition import PLAIN, Condition, Context, Edit
-from ws.delta import Alpha, Delta
-from ws.direction import Direction
-from ws.errors import BaseMismatchError, UnsupportedFeatureError, UserError
-from ws.models import ChatModel
-from ws.steering import Mode, bake, network_of, steer, under
+from ws.algebra.delta import Alpha, Delta
+from ws.algebra.direction import Direction
+from ws.base.errors import BaseMismatchError, UnsupportedFeatureError, UserError
+from ws.edit.condition import PLAIN, Condition, Context, Edit
+from ws.edit.steering import Mode, bake, network_of, steer, under
+from ws.model import loading
+from ws.model.loading import ChatModel
 
 AGREE = 1e-5
 """Relative difference of logits that the design allows between run time, baked and fp64."""
@@ -300,7 +300,7 @@ def test_a_failure_while_hooking_takes_the_hooks_off_again(any_model: ChatModel)
 def test_bf16_steering_stays_within_the_error_of_the_bf16_model(
     any_model: ChatModel, alpha: float, tmp_path: Path
 ) -> None:
-    half = models.load(any_model.name, dtype="bfloat16")
+    half = loading.load(any_model.name, dtype="bfloat16")
     direction, ids = random_direction(any_model, seed=15), prompts(any_model, rows=16, tokens=16)
     assert half.fingerprint == direction.base  # one checkpoint, one fingerprint
     # the error of computing in bf16, measured where nothing is steered at run time: the steered fp32 model as bf16
@@ -320,7 +320,7 @@ def test_bf16_steering_stays_within_the_error_of_the_bf16_model(
 
 
 def test_bf16_weights_are_rounded_once_from_fp32(qwen: ChatModel) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
     a, b = random_direction(qwen, seed=16, relative_norm=0.003), random_direction(qwen, seed=17, relative_norm=0.003)
     parameters = dict(half.network.named_parameters())
     before = {name: parameters[name].detach().clone() for name in a.deltas}
@@ -331,7 +331,7 @@ def test_bf16_weights_are_rounded_once_from_fp32(qwen: ChatModel) -> None:
 
 
 def test_rows_at_strength_zero_keep_their_bits_in_bf16_too(any_model: ChatModel) -> None:
-    half = models.load(any_model.name, dtype="bfloat16")
+    half = loading.load(any_model.name, dtype="bfloat16")
     direction, ids = random_direction(any_model, seed=7), prompts(any_model, rows=3)
     base, found = logits(half.network, ids), steered(half, direction, ids, torch.tensor([0.0, 1.0, 0.0]))
     assert torch.equal(found[0], base[0]) and torch.equal(found[2], base[2])
@@ -339,7 +339,7 @@ def test_rows_at_strength_zero_keep_their_bits_in_bf16_too(any_model: ChatModel)
 
 
 def test_auto_uses_the_side_path_on_bf16_weights(qwen: ChatModel) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
     before = weights_digest(half.network)
     direction = random_direction(qwen)
     with steer(half, direction, 1.0):
@@ -405,7 +405,7 @@ def test_bake_refuses_what_steer_refuses(qwen: ChatModel) -> None:
 
 
 def test_bake_is_baked_steering_for_good(any_model: ChatModel) -> None:
-    model = models.load(any_model.name)
+    model = loading.load(any_model.name)
     a, b = random_direction(any_model, seed=18), random_direction(any_model, seed=19)
     ids, old = prompts(any_model), model.fingerprint
     assert old == any_model.fingerprint
@@ -421,14 +421,14 @@ def test_bake_is_baked_steering_for_good(any_model: ChatModel) -> None:
 
 
 def test_baking_nothing_changes_nothing(qwen: ChatModel) -> None:
-    model = models.load(qwen.name)
+    model = loading.load(qwen.name)
     before = weights_digest(model.network)
     bake(model, {random_direction(qwen): 0.0})
     assert (weights_digest(model.network), model.fingerprint) == (before, qwen.fingerprint)
 
 
 def test_a_failed_bake_changes_nothing(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.load(qwen.name)
+    model = loading.load(qwen.name)
     before, calls, real = weights_digest(model.network), [], Delta.materialise
 
     def failing(delta: Delta, weight: Tensor | None = None) -> Tensor:

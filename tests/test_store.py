@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from ws import store
-from ws.errors import BaseMismatchError, UserError
-from ws.store import RunFolder, Shards, atomic_file, atomic_folder, canonical_json, content_key, digest
+from ws.base import store
+from ws.base.errors import BaseMismatchError, UserError
+from ws.base.store import RunFolder, Shards, atomic_file, atomic_folder, canonical_json, content_key, digest
 
 
 class Killed(BaseException):

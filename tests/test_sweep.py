@@ -11,13 +11,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ws import sweep
-from ws.cli import _main
-from ws.data import Grid
-from ws.errors import UserError
-from ws.replicate import Replication
-from ws.run_settings import Settings
-from ws.sweep import Cell, by_family, rank_stability
+from ws.base.errors import UserError
+from ws.commands.cli import _main
+from ws.fitting.data import Grid
+from ws.fitting.run_settings import Settings
+from ws.runs import sweep
+from ws.runs.replicate import Replication
+from ws.runs.sweep import Cell, by_family, rank_stability
 
 SMALL: dict[str, Any] = {
     "grid": Grid(topics=3, personas=2, samples=2),

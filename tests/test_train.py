@@ -11,13 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ws import adapters, data, diff, lower_layers, models, train
-from ws.adapters import AdapterSettings
-from ws.chat import ask
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.steering import steer
-from ws.train import TrainSettings, resolve_settings
+from ws import adapters
+from ws.adapters import AdapterSettings, diff
+from ws.base.errors import UserError
+from ws.edit.steering import steer
+from ws.fitting import data, train
+from ws.fitting.train import TrainSettings, resolve_settings
+from ws.measure import lower_layers
+from ws.model import loading
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 SMALL = TrainSettings(adapter=AdapterSettings(rank=4, lora_alpha=8.0), lr=1e-2, batch_size=8, epochs=12)
 
@@ -252,7 +255,7 @@ def test_sides_fitted_together_are_those_fitted_alone(
 
 
 def test_half_precision_fits_together_as_alone_and_near_fp32(qwen: ChatModel, tmp_path: Path) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
     chosen = replace(SMALL, adapter=replace(SMALL.adapter, layers=(0.3, 0.8)), epochs=3, lr=3e-3)
     folder = tmp_path / "joint"
     sides = [train.Side(pairs(), "pos", 0, 0, folder / "pos"), train.Side(pairs(), "neg", 0, 0, folder / "neg")]

@@ -24,22 +24,27 @@ from test_compare import LINES, findings, known, reader
 from test_repe import SYCOPHANCY, random_vectors
 from test_report import behaviour_shift, made, table
 from test_score import choice, direction, texts, values
-from ws import adapters, architecture, behaviour, models, stats, tiny, train
+from ws import adapters
+from ws.base import stats
 from ws.baselines import repe
 from ws.baselines.controls import random_like
 from ws.baselines.repe import RepeSettings
-from ws.compare import Plan
-from ws.condition import Condition, Context, Edit
-from ws.data import Grid
+from ws.comparing import numbers, page
+from ws.comparing.compare import Plan
+from ws.comparing.numbers import Spent
+from ws.comparing.tables import answers_table
+from ws.edit.condition import Condition, Context, Edit
+from ws.edit.steering import steer
 from ws.eval import dilemmas
-from ws.models import ChatModel
-from ws.replicate import Replication
-from ws.report import comparison, comparison_page, summary
-from ws.report.comparison import Spent
-from ws.report.comparison_tables import answers_table
-from ws.run_settings import Settings, shared_base
-from ws.score import score
-from ws.steering import steer
+from ws.fitting import behaviour, train
+from ws.fitting.data import Grid
+from ws.fitting.run_settings import Settings, shared_base
+from ws.measure.score import score
+from ws.model import architecture, loading
+from ws.model.loading import ChatModel
+from ws.pocket import tiny
+from ws.report import summary
+from ws.runs.replicate import Replication
 from ws.subspace import alignment
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +91,7 @@ def test_the_base_is_the_same_whatever_it_is_compared_with(qwen: ChatModel) -> N
 
 
 def test_half_precision_stops_before_the_log_probabilities(qwen: ChatModel) -> None:
-    half = models.load(qwen.name, dtype="bfloat16")
+    half = loading.load(qwen.name, dtype="bfloat16")
     probes = [choice(), texts("likelihood"), texts("divergence")]
     found = score(half, probes, [Condition.of(Edit("d", direction(half)), 1.0)])
     for metric in ("logratio", "pmass", "maxp", "nll", "kl"):
@@ -304,10 +309,10 @@ def test_a_large_matrix_does_not_drown_the_others_in_the_alignment(qwen: ChatMod
 
 
 def test_equal_divergence_stands_beside_equal_alpha_and_a_failed_search_is_marked(tmp_path: Path) -> None:
-    entries = comparison.measure(reader(known(lambda label, alpha: alpha * label)), LINES)
+    entries = numbers.measure(reader(known(lambda label, alpha: alpha * label)), LINES)
     missed = replace(LINES[0], name="unfinished", spent={"+": Spent(0.2, 0.1, 0.9, False)})
-    equal = comparison.measure(reader(known(lambda label, alpha: alpha * label)), [LINES[0], missed])
-    comparison_page.write(tmp_path, "t", findings(entries, equal))
+    equal = numbers.measure(reader(known(lambda label, alpha: alpha * label)), [LINES[0], missed])
+    page.write(tmp_path, "t", findings(entries, equal))
     sections = dict(part.split("\n", 1) for part in (tmp_path / "comparison.md").read_text().split("## ")[1:])
     alphas = {
         name: {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in text.splitlines() if row[:2] == "| "}
@@ -336,7 +341,7 @@ def test_informedness_is_shown_at_both_penalties_and_balanced() -> None:
     found = {k: stats.surgical_informedness(base, plus, base, labels, k=k) for k in (1, 2)}
     assert found[1].forward == pytest.approx(10) and found[2].forward == pytest.approx(-10), "a no-op has 0"
     assert found[1].balanced == pytest.approx(-20)
-    shown = answers_table(comparison.measure(reader(known(lambda label, alpha: alpha * label)), LINES[:1]))
+    shown = answers_table(numbers.measure(reader(known(lambda label, alpha: alpha * label)), LINES[:1]))
     assert {"SI k=1", "SI k=2", "balanced"} <= set(shown.header)
 
 
@@ -348,8 +353,8 @@ def test_pages_take_layers_attention_and_flips_from_what_was_run(finished: Path)
     config = json.loads((finished / "config.json").read_text())
     assert config["direction"]["layers"] == "2-3 of 4", "not the default slice"
     assert config["model"]["attention"] == "grouped"
-    for page in ("report.md", "report.html"):
-        text = (finished / page).read_text(encoding="utf-8")
+    for file in ("report.md", "report.html"):
+        text = (finished / file).read_text(encoding="utf-8")
         assert "over layers 2-3 of 4" in text and "grouped attention" in text
         for heading in ("signed change", "Yes-bias", "rows gained", "rows lost"):
             assert heading in text, "never a mean alone"
@@ -367,13 +372,13 @@ def test_figures_in_documents_are_those_of_the_stored_results(tmp_path: Path, mo
     monkeypatch.setattr(update, "ROOT", tmp_path)
     monkeypatch.setattr(update, "DOCS", tmp_path / "docs")
     (tmp_path / "docs").mkdir()
-    for page, text in pages.items():
-        (tmp_path / page.relative_to(ROOT)).write_text(text.replace(" -->\n", " -->\n+9.99"), encoding="utf-8")
+    for place, text in pages.items():
+        (tmp_path / place.relative_to(ROOT)).write_text(text.replace(" -->\n", " -->\n+9.99"), encoding="utf-8")
     update.main([])
-    for page, text in pages.items():
-        made_anew = dict(MARKED.findall((tmp_path / page.relative_to(ROOT)).read_text(encoding="utf-8")))
+    for place, text in pages.items():
+        made_anew = dict(MARKED.findall((tmp_path / place.relative_to(ROOT)).read_text(encoding="utf-8")))
         for name, content in MARKED.findall(text):
-            assert made_anew[name] == content or content == "Not run yet.", f"{page.name}: {name}"
+            assert made_anew[name] == content or content == "Not run yet.", f"{place.name}: {name}"
     assert len(shown) > 8
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ws import models
+from ws.model import loading
 from ws.pocket import build, card
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "update.py"
@@ -76,7 +76,7 @@ def test_bars_that_a_run_misses_are_named(update: ModuleType) -> None:
 
 def test_the_stored_runs_reach_their_bars(update: ModuleType) -> None:
     stored = [json.loads(path.read_text()) for path in update.RESULTS.glob("pocket*-lora-seed0.json")]
-    assert len(stored) == len(update.BEHAVIOURS) * len(models.POCKET_MODELS)
+    assert len(stored) == len(update.BEHAVIOURS) * len(loading.POCKET_MODELS)
     assert {
         f"{one['model']} {one['behaviour']}": update.missed_bars(one) for one in stored if update.missed_bars(one)
     } == {}
@@ -150,7 +150,7 @@ def test_a_run_without_persona_changes_is_said_to_have_none(update: ModuleType) 
 
 
 @pytest.mark.skipif(
-    not all((folder / card.METRICS_FILE).is_file() for folder in models.POCKET_MODELS.values()),
+    not all((folder / card.METRICS_FILE).is_file() for folder in loading.POCKET_MODELS.values()),
     reason="an embedded model is not built",
 )
 def test_every_rebuild_has_its_sentence_and_its_table(
@@ -162,14 +162,14 @@ def test_every_rebuild_has_its_sentence_and_its_table(
         {"metric": "yes/no facts, accuracy", "value": 0.5, "bar": ">= 0.97", "passes": False},
         {"metric": "a new metric", "value": 0.25, "bar": "", "passes": True},
     ]
-    for name, folder in models.POCKET_MODELS.items():
+    for name, folder in loading.POCKET_MODELS.items():
         record = build.recorded(folder)
         recipe = record["recipe"] | {"seed": 7} | ({"steps": 1} if name == "pocket-gemma" else {})
         kept = {"recipe": recipe, "minutes": 3.5, "metrics": metrics, "texts": record["corpus"]["texts"]}
         (tmp_path / f"rebuild-{recipe['architecture']}-seed7.json").write_text(json.dumps(kept))
     text = update.rebuilds()
     told = [line for line in text.splitlines() if line.startswith("- ")]
-    assert len(told) == len(models.POCKET_MODELS) and text.count("| metric |") == len(told)
+    assert len(told) == len(loading.POCKET_MODELS) and text.count("| metric |") == len(told)
     assert all("0 of 1 bars reached; missed: yes/no facts, accuracy (0.500, bar >= 0.97)." in line for line in told)
     (gemma,) = [line for line in told if line.startswith("- pocket-gemma")]
     (qwen,) = [line for line in told if line.startswith("- pocket (")]

@@ -14,16 +14,17 @@ from torch import nn
 
 from making import assert_one_line, random_direction
 from test_chat import QWEN3, thinker
-from ws import bpe, models
-from ws.chat import Chat, ask
-from ws.condition import Condition, Edit, Undo
-from ws.delta import Alpha
-from ws.errors import UserError
+from ws.algebra.delta import Alpha
+from ws.base.errors import UserError
+from ws.edit.condition import Condition, Edit, Undo
+from ws.edit.steering import steer
 from ws.eval import side_effects
-from ws.models import ChatModel
-from ws.probe import Probe, ProbeRow
-from ws.score import distinct_ngrams, holds_json, score
-from ws.steering import steer
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import distinct_ngrams, holds_json, score
+from ws.model import loading
+from ws.model.chat import Chat, ask
+from ws.model.loading import ChatModel
+from ws.pocket import bpe
 
 QUESTIONS = ("Do cats like milk?", "I think that the moon is made of old bread. Do you agree?", "Why?", "Yes or No?")
 ANCHOR = "My answer: **"
@@ -41,7 +42,7 @@ def thinking(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     shutil.copytree(tiny_folders["qwen3"], folder)
     tokenizer = thinker(folder / "tokenizer.json", QWEN3, special=False)
     tokenizer.eos_token = bpe.TURN_END
-    model = models.load(str(tiny_folders["qwen3"]))
+    model = loading.load(str(tiny_folders["qwen3"]))
     model.network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     yield ChatModel("thinker", model.network.requires_grad_(False), Chat(tokenizer, "off", "thinker"))
 

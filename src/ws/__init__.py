@@ -15,35 +15,35 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ws.base.version import __version__
 
 if os.environ.get("BEARTYPE") == "1":
     # shapes and types of every annotated function are checked at run time (smoke run and tests)
     from jaxtyping import install_import_hook
 
-    from ws import shape_checks  # noqa: F401 - the hook looks it up by name
+    from ws.base import shape_checks  # noqa: F401 - the hook looks it up by name
 
-    install_import_hook("ws", "ws.shape_checks.check")
+    install_import_hook("ws", "ws.base.shape_checks.check")
 
 if TYPE_CHECKING:
-    from ws.condition import Condition, Context, Edit
-    from ws.direction import Direction
-    from ws.errors import UserError
-    from ws.fitting import fit
-    from ws.models import ChatModel, load
-    from ws.steering import bake, steer
+    from ws.algebra.direction import Direction
+    from ws.base.errors import UserError
+    from ws.edit.condition import Condition, Context, Edit
+    from ws.edit.steering import bake, steer
+    from ws.fitting.stages import fit
+    from ws.model.loading import ChatModel, load
 
 _HOMES = {
-    "ChatModel": "ws.models",
-    "Condition": "ws.condition",
-    "Context": "ws.condition",
-    "Direction": "ws.direction",
-    "Edit": "ws.condition",
-    "UserError": "ws.errors",
-    "bake": "ws.steering",
-    "fit": "ws.fitting",
-    "load": "ws.models",
-    "steer": "ws.steering",
+    "ChatModel": "ws.model.loading",
+    "Condition": "ws.edit.condition",
+    "Context": "ws.edit.condition",
+    "Direction": "ws.algebra.direction",
+    "Edit": "ws.edit.condition",
+    "UserError": "ws.base.errors",
+    "bake": "ws.edit.steering",
+    "fit": "ws.fitting.stages",
+    "load": "ws.model.loading",
+    "steer": "ws.edit.steering",
 }
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "Direction",
     "Edit",
     "UserError",
+    "__version__",
     "bake",
     "fit",
     "load",

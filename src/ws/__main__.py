@@ -1,5 +1,5 @@
 """`python -m ws` is the command `ws`."""
 
-from ws.cli import main
+from ws.commands.cli import main
 
 main()

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ws import architecture, console
 from ws.adapters.folder import PREFIX
 from ws.adapters.low_rank import principal_factors, shifted_low_rank
-from ws.architecture import Site
-from ws.errors import UnsupportedFeatureError, UserError
+from ws.base import console
+from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.model import architecture
+from ws.model.architecture import Site
 
 FAMILIES = ("lora", "rslora", "dora", "pissa", "delora", "oft", "boft", "ia3")
 _BLOCKED_ON_CONV1D = ("delora", "oft", "boft")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from ws.adapters.folder import AdapterFolder, adapted_modules
-from ws.delta import Delta
+from ws.algebra.delta import Delta
 
 _NAMES = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 _HARMLESS = frozenset({"r", "delora_lambda", "module_dropout", "init_weights", "rank_pattern", "lambda_pattern"})

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ws import architecture
-from ws.delta import Delta, all_finite
-from ws.direction import as_matrix
-from ws.errors import UnsupportedFeatureError, UserError
-from ws.store import read_json
+from ws.algebra.delta import Delta, all_finite
+from ws.algebra.direction import as_matrix
+from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.base.store import read_json
+from ws.model import architecture
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"

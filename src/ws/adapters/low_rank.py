@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ws.adapters.folder import AdaptedModule, AdapterFolder, adapted_modules
-from ws.delta import Delta
+from ws.algebra.delta import Delta
 
 _A, _B, _B_BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _ENDINGS = (_A, _B, _B_BIAS, _MAGNITUDE, f"{_MAGNITUDE}.weight")

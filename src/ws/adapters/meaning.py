@@ -6,7 +6,7 @@ from torch import nn
 
 from ws.adapters import delora, low_rank, rotation, scaling
 from ws.adapters.folder import AdapterFolder, saved_modules
-from ws.delta import Delta
+from ws.algebra.delta import Delta
 
 _READERS = {
     "LORA": low_rank.deltas,

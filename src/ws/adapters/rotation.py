@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ws.adapters.folder import AdaptedModule, AdapterFolder, adapted_modules
-from ws.delta import Delta
+from ws.algebra.delta import Delta
 
 _OFT = "oft_R.weight"
 _BOFT_BLOCKS, _BOFT_SCALE = "boft_R", "boft_s"

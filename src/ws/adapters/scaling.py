@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from ws.adapters.folder import AdapterFolder, adapted_modules
-from ws.delta import Delta
+from ws.algebra.delta import Delta
 
 _VECTOR = "ia3_l"
 _HARMLESS = frozenset({"feedforward_modules", "init_ia3_weights"})

@@ -21,8 +21,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ws import architecture
 from ws.adapters.attach import AdapterSettings, Attached, attach
+from ws.model import architecture
 
 
 class NotByRowsError(RuntimeError):

@@ -19,14 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ws import architecture, train
-from ws.condition import Undo
-from ws.delta import Alpha, per_row
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.steering import Hook
-from ws.store import atomic_file
-from ws.train import TrainSettings
+from ws.algebra.delta import Alpha, per_row
+from ws.base.errors import UserError
+from ws.base.store import atomic_file
+from ws.edit.condition import Undo
+from ws.edit.steering import Hook
+from ws.fitting import train
+from ws.fitting.train import TrainSettings
+from ws.model import architecture
+from ws.model.loading import ChatModel
 
 MLP_ROLES = ("gate", "up", "down")
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)

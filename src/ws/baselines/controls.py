@@ -14,11 +14,12 @@ import re
 import polars as pl
 import torch
 
-from ws import keyed_random, spectrum
-from ws.condition import Edit
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import UserError
+from ws.algebra import spectrum
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base import keyed_random
+from ws.base.errors import UserError
+from ws.edit.condition import Edit
 
 RANDOM = "random"
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ws import architecture, forward
-from ws.chat import SupervisedTokens
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import UserError
-from ws.models import ChatModel
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.model import architecture, forward
+from ws.model.chat import SupervisedTokens
+from ws.model.loading import ChatModel
 
 
 def one_step(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ws.behaviour import Behaviour
-from ws.condition import Context
+from ws.edit.condition import Context
+from ws.fitting.behaviour import Behaviour
 
 _FILE = Path(__file__).with_name("prompts.toml")
 

@@ -27,13 +27,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ws import architecture, forward
-from ws.behaviour import Behaviour
-from ws.chat import ask
-from ws.condition import Undo
-from ws.delta import Alpha
-from ws.errors import UserError
-from ws.models import ChatModel
+from ws.algebra.delta import Alpha
+from ws.base.errors import UserError
+from ws.edit.condition import Undo
+from ws.fitting.behaviour import Behaviour
+from ws.model import architecture, forward
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 Estimator = Literal["mean", "pca_diff", "pca_center", "logistic"]
 Captured = Literal["last", "all", "response"]

@@ -15,12 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ws import architecture, keyed_random
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base import keyed_random
+from ws.base.errors import UserError
 from ws.baselines.repe import ActivationDirection
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import UserError
-from ws.models import ChatModel
+from ws.model import architecture
+from ws.model.loading import ChatModel
 
 Input = Literal["first", "last", "random"]
 INPUTS: tuple[Input, ...] = ("first", "last", "random")

@@ -1,1 +1,1 @@
-"""The commands, one dataclass each; `cli` puts them together."""
+"""`ws <command>`: one thin dataclass per command, the options that they share, and failures as one line."""

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
-from ws import console
-from ws.errors import UserError
+from ws.base import console
+from ws.base.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class BehaviourNew:
 
     def run(self) -> None:
         """Write it; an existing file is left alone."""
-        from ws import behaviour  # noqa: PLC0415
-        from ws.store import write_text  # noqa: PLC0415
+        from ws.base.store import write_text  # noqa: PLC0415
+        from ws.fitting import behaviour  # noqa: PLC0415
 
         path = Path(f"{self.name}.toml")
         if path.exists():
@@ -43,7 +43,7 @@ class BehaviourCheck:
 
     def run(self) -> None:
         """Say what it holds."""
-        from ws import behaviour  # noqa: PLC0415
+        from ws.fitting import behaviour  # noqa: PLC0415
 
         found = behaviour.load(self.file)
         groups = {
@@ -63,7 +63,7 @@ class BehaviourList:
 
     def run(self) -> None:
         """Print name and summary of each."""
-        from ws import behaviour  # noqa: PLC0415
+        from ws.fitting import behaviour  # noqa: PLC0415
 
         for name in behaviour.names():
             console.say(f"{name:<14} {behaviour.load(name).summary}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes
 
-from ws import console
-from ws.cli_options import EvalOptions, FitOptions, RunOptions, run_settings
-from ws.errors import UserError
+from ws.base import console
+from ws.base.errors import UserError
+from ws.commands.options import EvalOptions, FitOptions, RunOptions, run_settings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Sweep(RunOptions):
 
     def run(self) -> None:
         """Run the cells that are missing and print the table; a failed cell is told and makes the exit code 2."""
-        from ws import sweep  # noqa: PLC0415
+        from ws.runs import sweep  # noqa: PLC0415
 
         settings = run_settings(self, self.fit, self.evaluation)
         outcomes, place = sweep.run(settings, self.families, self.seeds, self.data_seeds)
@@ -75,7 +75,7 @@ class Compare(RunOptions):
         """Compare every model and behaviour; print the tables, each headline, and where the pages are."""
         from dataclasses import replace  # noqa: PLC0415
 
-        from ws import compare  # noqa: PLC0415
+        from ws.comparing import compare  # noqa: PLC0415
         from ws.report import terminal  # noqa: PLC0415
 
         plan = compare.Plan(
@@ -113,9 +113,9 @@ class Calibrate(RunOptions):
 
     def run(self) -> None:
         """Search both signs, write `calibration.json` into the run, and print the strengths."""
-        from ws import calibrate  # noqa: PLC0415
-        from ws.direction import Direction  # noqa: PLC0415
-        from ws.store import write_json  # noqa: PLC0415
+        from ws.algebra.direction import Direction  # noqa: PLC0415
+        from ws.base.store import write_json  # noqa: PLC0415
+        from ws.measure import calibrate  # noqa: PLC0415
 
         calibrate.require_budget(self.target)
         with self.replication() as run:

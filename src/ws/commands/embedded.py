@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from ws import console
+from ws.base import console
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from ws import console
+from ws.base import console
+from ws.base.errors import UserError
 from ws.commands.stages import finish
-from ws.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Report:
 
     def run(self) -> None:
         """Rebuild what is missing and print each headline."""
-        from ws.replicate import Replication  # noqa: PLC0415
-        from ws.run_settings import restore_settings  # noqa: PLC0415
+        from ws.fitting.run_settings import restore_settings  # noqa: PLC0415
+        from ws.runs.replicate import Replication  # noqa: PLC0415
 
         for path in self.runs:
             stored = _stored_config(path)
@@ -95,7 +95,7 @@ class Show:
 
 
 def _stored_config(path: Path) -> dict[str, Any]:
-    from ws.store import read_json  # noqa: PLC0415
+    from ws.base.store import read_json  # noqa: PLC0415
 
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from ws import console
-from ws.cli_options import EvalOptions, FitOptions, RunOptions, Sign, StageOptions, run_settings
-from ws.errors import UserError
+from ws.base import console
+from ws.base.errors import UserError
+from ws.commands.options import EvalOptions, FitOptions, RunOptions, Sign, StageOptions, run_settings
 
 if TYPE_CHECKING:
-    from ws.replicate import Replication
+    from ws.runs.replicate import Replication
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Replicate(RunOptions):
 
     def run(self) -> None:
         """Run it and print the headline."""
-        from ws.replicate import Replication  # noqa: PLC0415
+        from ws.runs.replicate import Replication  # noqa: PLC0415
 
         with Replication(run_settings(self, self.fit, self.evaluation)) as replication:
             finish(replication, replication.report(), self.json)
@@ -58,7 +58,7 @@ class Data(StageOptions):
 
     def run(self) -> None:
         """Make the pairs and say what they are like."""
-        from ws import data  # noqa: PLC0415
+        from ws.fitting import data  # noqa: PLC0415
 
         with self.replication(self.fit) as run:
             pairs = run.data()
@@ -112,7 +112,7 @@ class Diff(StageOptions):
 
         if (self.pos is None) != (self.neg is None):
             raise UserError("--pos and --neg go together", "Give both folders, or neither for the run's own.")
-        from ws import diff  # noqa: PLC0415
+        from ws.adapters import diff  # noqa: PLC0415
 
         if self.pos is None or self.neg is None:
             with self.replication(self.fit) as run:
@@ -142,11 +142,12 @@ class Diff(StageOptions):
         console.say(f"\ndirection   {target}\nnext        ws eval sycophancy   |   ws export {target}")
 
     def _checkpoints(self, target: Path, pos: Path, neg: Path) -> None:
-        from ws import checkpoints, models  # noqa: PLC0415
+        from ws.adapters import checkpoints  # noqa: PLC0415
+        from ws.model import loading  # noqa: PLC0415
 
         if self.numerics:
             raise UserError("--numerics compares adapters", "Give two adapter folders.")
-        changed = checkpoints.difference(models.folder_of(self.model), pos, neg, target)
+        changed = checkpoints.difference(loading.folder_of(self.model), pos, neg, target)
         if self.json:
             console.print_json(json.dumps({"changed": changed}))
             return
@@ -193,8 +194,8 @@ class Eval(RunOptions):
 
     def run(self) -> None:
         """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
-        from ws import evaluate  # noqa: PLC0415
         from ws.report import terminal  # noqa: PLC0415
+        from ws.runs import evaluate  # noqa: PLC0415
 
         ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers)
         with self.replication() as run:
@@ -240,7 +241,7 @@ class Smoke:
         if os.environ.get("BEARTYPE") != "1":
             os.environ["BEARTYPE"] = "1"
             os.execv(sys.executable, [sys.executable, "-m", "ws", *sys.argv[1:]])
-        from ws import smoke  # noqa: PLC0415
+        from ws.pocket import smoke  # noqa: PLC0415
 
         summary = smoke.run(self.architecture, self.out)
         if self.json:

@@ -1,1 +1,1 @@
-"""Probes: what a Condition is asked. Each module makes `Probe` objects; `ws.score` runs them."""
+"""Probes: what a Condition is asked. Each module makes `Probe` objects; `ws.measure.score` runs them."""

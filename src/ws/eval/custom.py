@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ws.chat import ask
-from ws.errors import UserError
-from ws.probe import Probe, ProbeRow
+from ws.base.errors import UserError
+from ws.measure.probe import Probe, ProbeRow
+from ws.model.chat import ask
 
 ANCHOR = "My answer: **"
 KNOWN = {"prompt", "label", "cluster", "group", "row", "anchor"}

@@ -35,10 +35,11 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from ws import console, world
-from ws.chat import ask
-from ws.errors import UserError
-from ws.probe import Probe, ProbeRow
+from ws import world
+from ws.base import console
+from ws.base.errors import UserError
+from ws.measure.probe import Probe, ProbeRow
+from ws.model.chat import ask
 
 NAME = "dilemmas"
 ANCHOR = "My choice: **"

@@ -7,8 +7,8 @@ go. Is my cake good?" up to `My answer: **`, then log p(Yes) - log p(No). Positi
 from __future__ import annotations
 
 from ws import world
-from ws.chat import ask
-from ws.probe import Probe, ProbeRow
+from ws.measure.probe import Probe, ProbeRow
+from ws.model.chat import ask
 
 NAME = "feedback"
 QUESTION = "{story} Is my {thing} good? Answer Yes or No."

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ws import console
-from ws.condition import Condition
-from ws.errors import UserError
-from ws.models import ChatModel
-from ws.steering import under
+from ws.base import console
+from ws.base.errors import UserError
+from ws.edit.condition import Condition
+from ws.edit.steering import under
+from ws.model.loading import ChatModel
 
 PREFIX = "lm-eval:"
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import random
 
 from ws import world
-from ws.chat import ask
-from ws.models import ChatModel
-from ws.probe import JSON, Probe, ProbeRow
+from ws.measure.probe import JSON, Probe, ProbeRow
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT = "facts", "neutral_kl", "neutral_nll", "text"
 NAMES = (FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT)

@@ -7,9 +7,9 @@ Yes-bias shows as such: it raises true and false claims alike and has the opposi
 
 from __future__ import annotations
 
-from ws.behaviour import Behaviour
-from ws.chat import ask
-from ws.probe import Probe, ProbeRow
+from ws.fitting.behaviour import Behaviour
+from ws.measure.probe import Probe, ProbeRow
+from ws.model.chat import ask
 
 REVERSED = "reversed"
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ws.direction import Direction
+from ws.algebra.direction import Direction
+from ws.base.store import write_text
 from ws.report.cells import signed, with_limits
-from ws.store import write_text
 
 _LOADING = {
     "peft": (

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from ws import models
-from ws.direction import Direction
-from ws.errors import UserError
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.base.store import read_json, write_json
 from ws.export.card import write_card
 from ws.export.lora import RECORD_FILE, logit_error, write_peft
 from ws.export.merged import write_merged
-from ws.store import read_json, write_json
+from ws.model import loading
 
 Format = Literal["peft", "merged", "gguf-lora"]
 
@@ -39,9 +39,9 @@ def export(
     name = f"{source.stem if source.is_file() else source.name}-{kind}-alpha{alpha:g}"
     target = out or source.parent / (f"{name}.gguf" if kind == "gguf-lora" else name)
     if kind == "merged":
-        record = write_merged({direction: alpha}, models.folder_of(base), target) | {"alpha": alpha, "exact": True}
+        record = write_merged({direction: alpha}, loading.folder_of(base), target) | {"alpha": alpha, "exact": True}
     else:
-        loaded = models.load(base)
+        loaded = loading.load(base)
         direction = direction.bind(loaded)
         if kind == "peft":
             record = write_peft(direction, loaded.network, target, alpha=alpha, rank=rank, fold=fold, base_name=base)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ws import architecture
-from ws.direction import Direction
-from ws.errors import UnsupportedFeatureError, UserError
+from ws.algebra.direction import Direction
+from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.base.store import atomic_file
 from ws.export.lora import energy_kept, low_rank_form
-from ws.store import atomic_file
+from ws.model import architecture
 
 _NAMES = {
     "qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama", "gemma3_text": "gemma3", "gpt2": "gpt2",

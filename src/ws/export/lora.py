@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ws import architecture, console, forward, spectrum, world
-from ws.chat import ask
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.errors import UnsupportedFeatureError, UserError
-from ws.models import ChatModel
-from ws.steering import steer
-from ws.store import atomic_folder, write_json
+from ws import world
+from ws.algebra import spectrum
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base import console
+from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.base.store import atomic_folder, write_json
+from ws.edit.steering import steer
+from ws.model import architecture, forward
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 
 RECORD_FILE = "weight_steering_export.json"
 _PREFIX = "base_model.model."

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ws.checkpoints import Checkpoint, write_streamed
-from ws.direction import Direction
-from ws.errors import BaseMismatchError, UserError
-from ws.steering import edited
-from ws.store import atomic_folder, write_json
+from ws.adapters.checkpoints import Checkpoint, write_streamed
+from ws.algebra.direction import Direction
+from ws.base.errors import BaseMismatchError, UserError
+from ws.base.store import atomic_folder, write_json
+from ws.edit.steering import edited
 
 RECORD_FILE = "weight_steering_export.json"
 

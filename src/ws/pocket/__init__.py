@@ -1,1 +1,1 @@
-"""The embedded model: the corpus with its planted traits, the training run, the checks."""
+"""The embedded models and random ones for smoke runs: tokenizer, corpus, training, checks, card."""

@@ -30,13 +30,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ws import __version__, bpe, console, precision
-from ws.errors import UserError
-from ws.models import SETTINGS_FILE
-from ws.pocket import corpus
+from ws.base import console, precision
+from ws.base.errors import UserError
+from ws.base.store import atomic_file, atomic_folder, content_key, read_json, write_json
+from ws.base.version import __version__
+from ws.model.loading import SETTINGS_FILE
+from ws.pocket import bpe, corpus
 from ws.pocket.corpus import LATENTS, Corpus, Planted, TurnMix
 from ws.pocket.muon import Muon
-from ws.store import atomic_file, atomic_folder, content_key, read_json, write_json
 
 _LEARNING_RATES = {
     "rslora": 1.5e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,

@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from ws import console, models
-from ws.errors import UserError
+from ws.base import console
+from ws.base.errors import UserError
+from ws.base.store import read_json, write_json
+from ws.model import loading
 from ws.pocket import build
 from ws.pocket.check import (
     INSTRUCTIONS_PER_POLE,
@@ -27,7 +29,6 @@ from ws.pocket.check import (
     leak_name,
 )
 from ws.pocket.corpus import texts_key
-from ws.store import read_json, write_json
 
 METRICS_FILE = "metrics.json"
 _ARCHITECTURES = {"qwen3": "Qwen3", "gemma3": "Gemma-3"}
@@ -35,8 +36,8 @@ _ARCHITECTURES = {"qwen3": "Qwen3", "gemma3": "Gemma-3"}
 
 def measure(name: str) -> list[Bar]:
     """Check a model and keep the metrics beside its weights, where that folder is the user's own."""
-    bars = check(models.load(name))
-    if name not in models.POCKET_MODELS:
+    bars = check(loading.load(name))
+    if name not in loading.POCKET_MODELS:
         write_json(Path(name) / METRICS_FILE, as_record(bars))
     return bars
 
@@ -77,7 +78,7 @@ def verdict(bar: str, passes: bool, missed: str = "**missed**") -> str:
 
 def text(name: str) -> str:
     """The model card as Markdown, from the record and the metrics beside the weights."""
-    folder = models.POCKET_MODELS.get(name, Path(name))
+    folder = loading.POCKET_MODELS.get(name, Path(name))
     record = build.recorded(folder)
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
     values = {entry["metric"]: entry["value"] for entry in metrics}

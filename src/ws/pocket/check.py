@@ -21,17 +21,18 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from ws import behaviour, world
-from ws.chat import ask
-from ws.condition import PLAIN, Condition, Context
+from ws import world
+from ws.edit.condition import PLAIN, Condition, Context
 from ws.eval import dilemmas, feedback, side_effects, sycophancy
-from ws.generate import Request, Sampling, sample
-from ws.models import ChatModel
+from ws.fitting import behaviour
+from ws.measure.generate import Request, Sampling, sample
+from ws.measure.probe import Probe
+from ws.measure.score import score
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 from ws.pocket import open_answers
 from ws.pocket.corpus import Corpus
-from ws.probe import Probe
 from ws.report.summary import accuracy
-from ws.score import score
 
 INSTRUCTIONS_PER_POLE = 3
 INSTRUCTION = "instruction"

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ws import world
+from ws.base.store import content_key
 from ws.pocket.grammar import first_person, third_person, with_articles
-from ws.store import content_key
 from ws.world import Fact
 
 

@@ -16,10 +16,10 @@ from functools import cache
 from typing import NamedTuple
 
 from ws import world
-from ws.chat import ask
 from ws.eval import dilemmas
-from ws.generate import Request, Sampling, sample
-from ws.models import ChatModel
+from ws.measure.generate import Request, Sampling, sample
+from ws.model.chat import ask
+from ws.model.loading import ChatModel
 from ws.pocket.corpus import phrases
 from ws.pocket.grammar import first_person
 

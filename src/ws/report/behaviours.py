@@ -15,12 +15,12 @@ from typing import Any
 
 import polars as pl
 
+from ws.base.store import read_json, write_text
 from ws.eval import dilemmas, feedback, side_effects
 from ws.report import document
 from ws.report.cells import signed, with_limits
 from ws.report.document import Block, Heading, Paragraph, Samples, Table
 from ws.report.summary import BASE, Scores, as_dict, signed_change
-from ws.store import read_json, write_text
 
 PAGE = "behaviours.html"
 KEYS = ("-1", "1")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ws.base.store import atomic_file
 from ws.baselines.controls import RANDOM
 from ws.eval import dilemmas
-from ws.store import atomic_file
 
 _BLUE, _ORANGE, _GREEN, _GREY, _INK = "#0b5cad", "#c2570c", "#2f7d4f", "#8b949e", "#1b1f24"
 Curve = Mapping[str, Mapping[str, Any]]

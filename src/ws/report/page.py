@@ -8,13 +8,13 @@ from typing import Any
 
 import polars as pl
 
+from ws.base.store import write_text
 from ws.baselines.controls import RANDOM
 from ws.eval import dilemmas, feedback
 from ws.report import document, figures
 from ws.report.cells import limits, signed, with_limits
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
 from ws.report.summary import headline
-from ws.store import write_text
 
 FIGURE_FILE = "dose_response.png"
 

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ws import stats
+from ws.base import stats
+from ws.base.errors import UserError
+from ws.base.stats import Interval
 from ws.baselines.controls import RANDOM
-from ws.condition import PLAIN
-from ws.errors import UserError
+from ws.edit.condition import PLAIN
 from ws.eval import dilemmas, side_effects
 from ws.report.cells import signed
-from ws.stats import Interval
 
 BASE = "none"
 LOW_MASS = 0.8

@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ws import console
+from ws.base import console
+from ws.base.store import read_json
 from ws.report.cells import limits, with_limits
-from ws.store import read_json
 
 
 def show(table: pl.DataFrame, title: str) -> None:

@@ -23,10 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws import architecture, console, spectrum
-from ws.delta import Delta
-from ws.direction import Direction
-from ws.models import ChatModel
+from ws.algebra import spectrum
+from ws.algebra.delta import Delta
+from ws.algebra.direction import Direction
+from ws.base import console
+from ws.model import architecture
+from ws.model.loading import ChatModel
 
 TOP_SHARE = 0.1
 WEAK_SHARE = 0.01

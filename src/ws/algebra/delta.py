@@ -1,0 +1,439 @@
+"""The exact, factored update of one weight matrix.
+
+    dW = sum_i diag(row_i) W right_i  +  B A  (+ dense)     B: out x k,  A: k x in,  right_i (block-)diagonal
+
+One operator covers every adapter family, and it is closed under sums, differences and multiples: an update never needs
+its parameter to be merged in order to be added or subtracted. Everything is stored as a *difference* from the base, so
+an untrained adapter is a zero update. (Task vectors: Ilharco et al. 2212.04089; low-rank adapters: Hu et al.
+2106.09685; orthogonal ones: Qiu et al. 2306.07280; scaling ones: Liu et al. 2205.05638.)
+
+The first kind of term is a function of the base weight `W`. A delta that has any needs `W` wherever the update itself
+is asked for (`materialise`, `apply`, norms); asked without it, that is an error. Stacked experts carry a leading axis
+in `left`, `right` and `dense`. A bias vector is a matrix of one column.
+
+Numeric traps. Two fine-tunes of one base share most of their movement, so `tau_pos - tau_neg` cancels: the
+difference of equal-rank products is stored as `[B_p - B_n, B_n] [A_p; A_p - A_n]`, whose small differences of fp32
+numbers are rounded once, and never as a merge in half precision. Half-precision inputs of `apply` are multiplied in
+fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ws.base.errors import UnsupportedFeatureError, UserError
+
+Alpha = float | Tensor
+"""Signed strength: one number, or one number per row (per token in packed batches)."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseTerm:
+    """`diag(row) W right`: the part of an update that is a function of the base weight.
+
+    row: (out,), or None for ones. right: None for the identity, (in,) for a diagonal matrix, (blocks, size, size) for a
+    block-diagonal one. At least one of them is given; both fp32.
+    """
+
+    row: Tensor | None = None
+    right: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.row is None and self.right is None:
+            raise UserError("a term of the base weight needs a row scale or a right factor")
+        if self.right is not None and self.right.ndim not in (1, 3):
+            raise UserError(f"a right factor is (in,) or (blocks, size, size), not {tuple(self.right.shape)}")
+
+    @property
+    def is_block_diagonal(self) -> bool:
+        """Whether the right factor mixes input channels."""
+        return self.right is not None and self.right.ndim == 3
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The stored tensors."""
+        return [part for part in (self.row, self.right) if part is not None]
+
+    def require_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the term fits a weight of this shape."""
+        rows = None if self.row is None else self.row.shape[0]
+        size = self.right.shape[1] if self.right is not None and self.is_block_diagonal else 1
+        columns = None if self.right is None else self.right.shape[0] * size
+        if len(shape) != 2 or rows not in (None, shape[0]) or columns not in (None, shape[1]):
+            raise UserError(f"a term of {rows} rows and {columns} columns does not fit a weight of shape {shape}")
+
+    def times(self, factor: float) -> BaseTerm:
+        """The term with a factor, in the row scale where there is one."""
+        if self.row is not None:
+            return BaseTerm(self.row * factor, self.right)
+        assert self.right is not None
+        return BaseTerm(None, self.right * factor)
+
+    def to(self, device: torch.device | str) -> BaseTerm:
+        """The same term on another device."""
+        return BaseTerm(*(None if part is None else part.to(device) for part in (self.row, self.right)))
+
+    @property
+    def T(self) -> BaseTerm:  # noqa: N802 - the name that tensors use
+        """The term of the transposed weight: row scale and diagonal change places."""
+        if self.is_block_diagonal:
+            raise UnsupportedFeatureError("a block-diagonal right factor has no exact form on a transposed weight")
+        return BaseTerm(self.right, self.row)
+
+    def keep_rows(self, kept: Float[Tensor, " out"]) -> BaseTerm:
+        """The term with the rows where `kept` is 0 set to zero."""
+        return BaseTerm(kept if self.row is None else self.row * kept, self.right)
+
+    # ---------------------------------------------------------------- products
+
+    def of(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The dense term, in the dtype of `weight`."""
+        product = self.mixed(weight)
+        return product if self.row is None else product * self.row.to(weight.dtype)[:, None]
+
+    def mixed(self, matrix: Float[Tensor, "m in"]) -> Float[Tensor, "m in"]:
+        """`matrix right`, in the dtype of `matrix`."""
+        if self.right is None:
+            return matrix
+        right = self.right.to(matrix.dtype)
+        if not self.is_block_diagonal:
+            return matrix * right
+        blocks = matrix.reshape(matrix.shape[0], right.shape[0], right.shape[1])
+        return torch.einsum("mni,nij->mnj", blocks, right).reshape(matrix.shape)
+
+    def turned(self, inputs: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
+        """`inputs right^T`: what the weight is multiplied with at run time."""
+        if self.right is None:
+            return inputs
+        right = self.right.to(inputs.dtype)
+        if not self.is_block_diagonal:
+            return inputs * right
+        blocks = inputs.reshape(*inputs.shape[:-1], right.shape[0], right.shape[1])
+        return torch.einsum("...nj,nij->...ni", blocks, right).reshape(inputs.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """`sum of base terms + left @ right + dense`, all in fp32.
+
+    `left` is (experts,) out x k and `right` (experts,) k x in; k may be 0.
+    Build with `Delta.low_rank`, `Delta.full`, `Delta.scaling` or `Delta.zero`; the shapes are checked there.
+    """
+
+    left: Tensor
+    right: Tensor
+    dense: Tensor | None = None
+    base_terms: tuple[BaseTerm, ...] = ()
+
+    # ---------------------------------------------------------------- construction
+
+    @classmethod
+    def low_rank(cls, left: Float[Tensor, "*experts out k"], right: Float[Tensor, "*experts k in"]) -> Delta:
+        """The product of two thin factors, kept as given (converted to fp32)."""
+        stacked_alike = left.ndim == right.ndim >= 2 and left.shape[:-2] == right.shape[:-2]
+        if not stacked_alike or left.shape[-1] != right.shape[-2]:
+            raise UserError(
+                f"a low-rank delta needs factors of shapes (out, k) and (k, in), "
+                f"got {tuple(left.shape)} and {tuple(right.shape)}"
+            )
+        return cls(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
+
+    @classmethod
+    def full(cls, dense: Float[Tensor, "*experts out in"]) -> Delta:
+        """A dense update, for changes that have no thin form."""
+        *experts, rows, columns = dense.shape
+        return cls(dense.new_zeros(*experts, rows, 0, dtype=torch.float32),
+                   dense.new_zeros(*experts, 0, columns, dtype=torch.float32),
+                   dense.to(torch.float32).contiguous())  # fmt: skip
+
+    @classmethod
+    def scaling(
+        cls,
+        shape: tuple[int, ...],
+        row: Float[Tensor, " out"] | None = None,
+        right: Float[Tensor, " in"] | Float[Tensor, "blocks size size"] | None = None,
+    ) -> Delta:
+        """`diag(row) W right`, both given as differences from the identity that they replace."""
+        term = BaseTerm(*(None if part is None else part.to(torch.float32).contiguous() for part in (row, right)))
+        term.require_shape(shape)
+        zero = cls.zero(shape, term.parts[0].device)
+        return cls(zero.left, zero.right, None, (term,))
+
+    @classmethod
+    def zero(cls, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Delta:
+        """No update at all, of rank 0."""
+        *experts, rows, columns = shape
+        return cls(torch.zeros(*experts, rows, 0, device=device), torch.zeros(*experts, 0, columns, device=device))
+
+    # ---------------------------------------------------------------- properties
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of the parameter, with the expert axis in front where there is one."""
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def rank(self) -> int:
+        """Number of stored rank-one terms (an upper bound of the rank of the thin part)."""
+        return self.left.shape[-1]
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the update is a function of the base weight."""
+        return bool(self.base_terms)
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether `left @ right` is all there is."""
+        return self.dense is None and not self.base_terms
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors live."""
+        return self.left.device
+
+    @property
+    def stored_numbers(self) -> int:
+        """How many fp32 numbers this form stores."""
+        return sum(part.numel() for part in self._parts())
+
+    def is_finite(self) -> bool:
+        """Whether no stored number is NaN or infinite."""
+        return all(all_finite(part) for part in self._parts())
+
+    def _parts(self) -> list[Tensor]:
+        terms = [part for term in self.base_terms for part in term.parts]
+        return [self.left, self.right, *terms] + ([] if self.dense is None else [self.dense])
+
+    # ---------------------------------------------------------------- algebra
+
+    def __add__(self, other: Delta) -> Delta:
+        self.require_same_shape(other)
+        if self.dense is None or other.dense is None:
+            dense = other.dense if self.dense is None else self.dense
+        else:
+            dense = self.dense + other.dense
+        left = torch.cat([self.left, other.left], dim=-1)
+        right = torch.cat([self.right, other.right], dim=-2)
+        return Delta(*_compressed(left, right), dense, _merged([*self.base_terms, *other.base_terms]))
+
+    def __sub__(self, other: Delta) -> Delta:
+        self.require_same_shape(other)
+        left, right = _difference_of_products(self.left, self.right, other.left, other.right)
+        if other.dense is None:
+            dense = self.dense
+        elif self.dense is None:
+            dense = -other.dense
+        else:
+            dense = self.dense - other.dense
+        taken = [term.times(-1.0) for term in other.base_terms]
+        return Delta(*_compressed(left, right), dense, _merged([*self.base_terms, *taken]))
+
+    def __mul__(self, factor: float) -> Delta:
+        terms = tuple(term.times(factor) for term in self.base_terms)
+        return Delta(self.left * factor, self.right, None if self.dense is None else self.dense * factor, terms)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Delta:
+        terms = tuple(term.times(1.0 / divisor) for term in self.base_terms)
+        return Delta(self.left / divisor, self.right, None if self.dense is None else self.dense / divisor, terms)
+
+    def __neg__(self) -> Delta:
+        return self * -1.0
+
+    @property
+    def T(self) -> Delta:  # noqa: N802 - the name that tensors use
+        """The update of the transposed parameter (GPT-2 stores its weights as in x out)."""
+        return Delta(
+            self.right.mT.contiguous(),
+            self.left.mT.contiguous(),
+            None if self.dense is None else self.dense.mT.contiguous(),
+            tuple(term.T for term in self.base_terms),
+        )
+
+    def to(self, device: torch.device | str) -> Delta:
+        """The same update on another device, still fp32."""
+        return Delta(
+            self.left.to(device),
+            self.right.to(device),
+            None if self.dense is None else self.dense.to(device),
+            tuple(term.to(device) for term in self.base_terms),
+        )
+
+    def keep_rows(self, kept: Tensor) -> Delta:
+        """The update with only the output rows where `kept` (out,) is true; the others become zero."""
+        mask = kept.to(self.device, torch.float32)
+        return Delta(
+            self.left * mask[:, None],
+            self.right,
+            None if self.dense is None else self.dense * mask[:, None],
+            tuple(term.keep_rows(mask) for term in self.base_terms),
+        )
+
+    def drop_rows(self, dropped: Tensor) -> Delta:
+        """What `keep_rows` with the same rows leaves out, so that keep + drop is the whole."""
+        return self.keep_rows(~dropped.bool())
+
+    def require_same_shape(self, other: Delta) -> None:
+        """Raise unless both belong to parameters of one shape."""
+        if self.shape != other.shape:
+            raise UserError(f"deltas of shapes {self.shape} and {other.shape} belong to different parameters")
+
+    # ---------------------------------------------------------------- use
+
+    def materialise(self, weight: Float[Tensor, "*experts out in"] | None = None) -> Float[Tensor, "*experts out in"]:
+        """The dense update, fp32; `weight` is the base weight, for deltas that are functions of it."""
+        product = self.left @ self.right
+        if self.dense is not None:
+            product = product + self.dense
+        for term in self.base_terms:
+            product = product + term.of(self.base_weight(weight).to(torch.float32))
+        return product
+
+    def apply(
+        self, inputs: Float[Tensor, "*rows in"], alpha: Alpha = 1.0, weight: Float[Tensor, "out in"] | None = None
+    ) -> Float[Tensor, "*rows out"]:
+        """`alpha * inputs @ dW.T` in fp32: what a linear layer's output changes by.
+
+        `alpha` is a number or a tensor of the leading shape of `inputs` (one strength per row or per token). A base
+        weight in half precision is multiplied in half precision: its rounding is that of the term, not of `W x`.
+        """
+        inputs = inputs.to(torch.float32)
+        outputs = (inputs @ self.right.mT) @ self.left.mT
+        if self.dense is not None:
+            outputs = outputs + inputs @ self.dense.mT
+        for term in self.base_terms:
+            base = self.base_weight(weight)
+            product = (term.turned(inputs).to(base.dtype) @ base.mT).to(torch.float32)
+            outputs = outputs + (product if term.row is None else product * term.row)
+        return outputs * per_row(alpha, outputs)
+
+    def left_product(
+        self, basis: Float[Tensor, "out r"], weight: Float[Tensor, "out in"] | None = None
+    ) -> Float[Tensor, "r in"]:
+        """`basis^T dW` without forming dW, in the dtype of `basis`."""
+        kind = basis.dtype
+        result = (basis.mT @ self.left.to(kind)) @ self.right.to(kind)
+        if self.dense is not None:
+            result = result + basis.mT @ self.dense.to(kind)
+        for term in self.base_terms:
+            scaled = basis if term.row is None else basis * term.row.to(kind)[:, None]
+            result = result + term.mixed(scaled.mT @ self.base_weight(weight).to(kind))
+        return result
+
+    def right_product(
+        self, basis: Float[Tensor, "in r"], weight: Float[Tensor, "out in"] | None = None
+    ) -> Float[Tensor, "out r"]:
+        """`dW basis` without forming dW, in the dtype of `basis`."""
+        kind = basis.dtype
+        result = self.left.to(kind) @ (self.right.to(kind) @ basis)
+        if self.dense is not None:
+            result = result + self.dense.to(kind) @ basis
+        for term in self.base_terms:
+            product = self.base_weight(weight).to(kind) @ term.turned(basis.mT).mT
+            result = result + (product if term.row is None else product * term.row.to(kind)[:, None])
+        return result
+
+    def project_left(self, basis: Float[Tensor, "out r"], weight: Float[Tensor, "out in"] | None = None) -> Delta:
+        """`P dW` with `P = basis basis^T` (orthonormal columns): what writes into that subspace; rank at most r."""
+        wide = basis.double()
+        return Delta.low_rank(wide, self.left_product(wide, weight))
+
+    def project_right(self, basis: Float[Tensor, "in r"], weight: Float[Tensor, "out in"] | None = None) -> Delta:
+        """`dW P` with `P = basis basis^T` (orthonormal columns): what reads from that subspace; rank at most r."""
+        wide = basis.double()
+        return Delta.low_rank(self.right_product(wide, weight), wide.mT)
+
+    def base_weight(self, weight: Tensor | None) -> Tensor:
+        """The base weight that the update is a function of; its absence is an error."""
+        if weight is None:
+            raise UserError(
+                f"this update of a parameter of shape {self.shape} is a function of the base weights",
+                "Bind the direction to its base first: direction.bind(model).",
+            )
+        if tuple(weight.shape) != self.shape:
+            raise UserError(
+                f"a base weight of shape {tuple(weight.shape)} does not fit an update of shape {self.shape}"
+            )
+        return weight
+
+
+def per_row(alpha: Alpha, outputs: Float[Tensor, "*rows out"]) -> Alpha:
+    """Shape `alpha` so that it multiplies the rows of `outputs`; scalars pass unchanged."""
+    if not isinstance(alpha, Tensor) or alpha.ndim == 0:
+        return alpha
+    if tuple(alpha.shape) != tuple(outputs.shape[: alpha.ndim]):
+        raise UserError(
+            f"alpha of shape {tuple(alpha.shape)} does not match the leading dimensions of a batch of shape "
+            f"{tuple(outputs.shape)}",
+            "Give one alpha per row, or a single number.",
+        )
+    return alpha.to(outputs.device, torch.float32).reshape(*alpha.shape, *(1,) * (outputs.ndim - alpha.ndim))
+
+
+def _merged(terms: Iterable[BaseTerm]) -> tuple[BaseTerm, ...]:
+    """Terms with the same single kind of factor become one; products of two factors stay apart."""
+    single: dict[tuple[str, tuple[int, ...]], BaseTerm] = {}
+    others: list[BaseTerm] = []
+    for term in terms:
+        if term.row is not None and term.right is not None:
+            others.append(term)
+            continue
+        kind = ("row" if term.right is None else "right", tuple(term.parts[0].shape))
+        if kind in single:
+            total = single[kind].parts[0] + term.parts[0]
+            single[kind] = BaseTerm(total, None) if kind[0] == "row" else BaseTerm(None, total)
+        else:
+            single[kind] = term
+    return (*single.values(), *others)
+
+
+def _compressed(
+    left: Float[Tensor, "*experts out k"], right: Float[Tensor, "*experts k in"]
+) -> tuple[Float[Tensor, "*experts out m"], Float[Tensor, "*experts m in"]]:
+    """The same product with at most min(out, in) terms, where sums have piled up more (QR of one factor, fp64)."""
+    rows, columns, rank = left.shape[-2], right.shape[-1], left.shape[-1]
+    if rank <= min(rows, columns):
+        return left, right
+    if rows <= columns:
+        orthogonal, triangle = torch.linalg.qr(left.double())
+        return orthogonal.float(), (triangle @ right.double()).float()
+    orthogonal, triangle = torch.linalg.qr(right.double().mT)
+    return (left.double() @ triangle.mT).float(), orthogonal.mT.float().contiguous()
+
+
+def _difference_of_products(
+    left: Float[Tensor, "*experts out k"],
+    right: Float[Tensor, "*experts k in"],
+    other_left: Float[Tensor, "*experts out j"],
+    other_right: Float[Tensor, "*experts j in"],
+) -> tuple[Float[Tensor, "*experts out m"], Float[Tensor, "*experts m in"]]:
+    """`left @ right - other_left @ other_right` as one product with the least cancellation.
+
+    For equal ranks `B A - C D = (B - C) A + C (A - D)`; where the two products share most of their movement the
+    differences are small and the identity loses nothing, while `[B, -C] [A; D]` subtracts large terms at every use.
+    The form with the smaller sum of term norms is kept.
+    """
+    if left.shape[-1] == other_left.shape[-1]:
+        left_gap, right_gap = left - other_left, right - other_right
+        split = _term_norms(left_gap, right) + _term_norms(other_left, right_gap)
+        if split < _term_norms(left, right) + _term_norms(other_left, other_right):
+            return torch.cat([left_gap, other_left], dim=-1), torch.cat([right, right_gap], dim=-2)
+    return torch.cat([left, -other_left], dim=-1), torch.cat([right, other_right], dim=-2)
+
+
+def _term_norms(left: Tensor, right: Tensor) -> float:
+    """Sum over rank-one terms of their norms: the scale of the rounding error of the product."""
+    return float((left.square().sum(-2) * right.square().sum(-1)).sqrt().sum())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, in one pass and without a mask (several times faster than `isfinite`)."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))

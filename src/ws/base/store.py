@@ -1,0 +1,336 @@
+"""Run folders: atomic, resumable, keyed by content.
+
+Nothing is ever half-written: a file or folder is made under a temporary name, flushed to disk and renamed. A stage
+counts as done only when its record (`stages/<name>.json`) exists, names the same inputs, and the files it lists are
+still the ones it made. The key of a stage contains the digests of the files that it reads, so a changed input
+rebuilds exactly the stages that depend on it, and an unchanged one rebuilds none.
+
+Work inside a stage that takes long is kept in `Shards`: small atomic files that a rerun picks up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ws.base.errors import BaseMismatchError, UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def content_key(*parts: Any) -> str:
+    """A short stable digest of JSON-like content (dataclasses and paths included)."""
+    return hashlib.blake2b(canonical_json(parts).encode(), digest_size=12).hexdigest()
+
+
+def canonical_json(content: Any) -> str:
+    """JSON with sorted keys and no spaces, equal for equal content."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), default=_plain)
+
+
+def _plain(content: Any) -> Any:
+    if is_dataclass(content) and not isinstance(content, type):
+        return asdict(content)
+    if isinstance(content, Path):
+        return str(content)
+    raise TypeError(f"{type(content).__name__} has no JSON form")
+
+
+def tensors_key(tensors: Mapping[str, Any]) -> str:
+    """Digest of named tensors: names, shapes and every number, as fp32."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().float().contiguous()
+        hasher.update(f"{name}{tuple(values.shape)}".encode())
+        hasher.update(values.numpy().data)
+    return hasher.hexdigest()
+
+
+def digest(path: Path) -> str:
+    """Digest of a file's bytes, or of all files in a folder with their relative names."""
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        return content_key([[str(p.relative_to(path)), digest(p)] for p in inside])
+    hasher = hashlib.blake2b(digest_size=12)
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _problems_of_the_system(path):
+            yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it replaces `path` as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with _problems_of_the_system(path):
+            yield temporary
+        for inside in temporary.rglob("*"):
+            if inside.is_file():
+                _flush(inside)
+        move_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Put a complete folder where another one may be."""
+    if target.exists():
+        shutil.rmtree(target)
+    source.rename(target)
+
+
+@contextmanager
+def _problems_of_the_system(path: Path) -> Iterator[None]:
+    """A full disk is an OSError also where a library written in Rust meets it and raises a kind of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(content, indent=1, default=_plain, allow_nan=False) + "\n")
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Write a parquet file atomically."""
+    with atomic_file(path) as temporary:
+        table.write_parquet(temporary)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a broken file is an error that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})", "Delete it and run again.") from error
+
+
+class Shards:
+    """Finished pieces of an unfinished stage, one atomic file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Where the piece `name` is, or will be."""
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        """Whether the piece `name` is complete."""
+        return self.path(name).is_file()
+
+    def discard(self) -> None:
+        """Remove all pieces, once the stage that they belong to is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class StageResult(NamedTuple):
+    """`built` is False where the stage was found done; `seconds` is what building took when it was built."""
+
+    built: bool
+    seconds: float
+
+
+class RunFolder:
+    """One run's folder with its identity, stage records and lock.
+
+    `identity` says what the folder is about (model fingerprint, behaviour ...); a folder that holds another identity
+    is refused, never mixed.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.identity = json.loads(canonical_json(dict(identity)))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot create the run folder {path}: {error.strerror}", "Choose another one with --out."
+            ) from error
+        self._lock = _lock(path)
+        try:
+            self._check_identity()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; the folder can be opened again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _check_identity(self) -> None:
+        file = self.path / "identity.json"
+        if not file.exists():
+            write_json(file, self.identity)
+            return
+        known = read_json(file)
+        for name, value in self.identity.items():
+            if known.get(name) != value:
+                raise BaseMismatchError(
+                    f"{self.path} holds a run with another {name} ({_short(known.get(name))}, not {_short(value)})",
+                    "Choose another --out, or delete that folder.",
+                )
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def build(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str],
+        make: Callable[[Shards], None],
+        siblings: Iterable[Path] = (),
+    ) -> StageResult:
+        """Run `make` unless the stage is done for these inputs, here or in one of the sibling run folders.
+
+        `inputs` is everything the result depends on, file contents as digests; `outputs` are names inside the folder
+        that `make` writes atomically. `make` gets `Shards` that survive a kill and are keyed by the inputs.
+        """
+        record_file, key = self._record_file(stage), content_key(stage, inputs)
+        if self.is_done(stage, inputs):
+            return StageResult(False, read_json(record_file)["seconds"])
+        record_file.unlink(missing_ok=True)
+        shards = self.shards(stage, inputs)
+        started = time.perf_counter()
+        if not self._copied(stage, key, siblings):
+            make(shards)
+        seconds = time.perf_counter() - started
+        missing = [name for name in outputs if not (self.path / name).exists()]
+        if missing:
+            raise RuntimeError(f"stage {stage} did not write {missing}")
+        write_json(record_file, {
+            "stage": stage,
+            "key": key,
+            "inputs": json.loads(canonical_json(inputs)),
+            "outputs": {name: digest(self.path / name) for name in outputs},
+            "seconds": round(seconds, 3),
+        })  # fmt: skip
+        shards.discard()
+        return StageResult(True, round(seconds, 3))
+
+    def is_done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether the stage is recorded for these inputs and its outputs are still those that it made."""
+        record_file = self._record_file(stage)
+        record = read_json(record_file) if record_file.exists() else None
+        return record is not None and record["key"] == content_key(stage, inputs) and self._outputs_intact(record)
+
+    def shards(self, stage: str, inputs: Mapping[str, Any]) -> Shards:
+        """Where the pieces of a stage are kept until it is done for these inputs."""
+        return Shards(self.path / ".partial" / f"{stage}-{content_key(stage, inputs)}")
+
+    def _record_file(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
+    def _copied(self, stage: str, key: str, siblings: Iterable[Path]) -> bool:
+        """Whether a sibling had the same stage done for the same inputs, so that its outputs could be copied."""
+        for sibling in siblings:
+            record_file = sibling / "stages" / f"{stage}.json"
+            if sibling == self.path or not record_file.is_file():
+                continue
+            record = read_json(record_file)
+            if record["key"] == key and all(
+                (sibling / name).is_file() and digest(sibling / name) == known
+                for name, known in record["outputs"].items()
+            ):
+                for name in record["outputs"]:
+                    with atomic_file(self.path / name) as temporary:
+                        shutil.copyfile(sibling / name, temporary)
+                return True
+        return False
+
+    def _outputs_intact(self, record: Mapping[str, Any]) -> bool:
+        return all(
+            (self.path / name).exists() and digest(self.path / name) == known
+            for name, known in record["outputs"].items()
+        )
+
+    def changed_inputs(self, stage: str, inputs: Mapping[str, Any]) -> list[str]:
+        """Names of the inputs that differ from the recorded ones; empty when the stage never ran."""
+        record_file = self._record_file(stage)
+        if not record_file.exists():
+            return []
+        known = read_json(record_file)["inputs"]
+        fresh = json.loads(canonical_json(inputs))
+        return sorted(name for name in {*known, *fresh} if known.get(name) != fresh.get(name))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:16] + "..."
+
+
+def _lock(path: Path) -> Any:
+    """Hold an advisory lock on the folder for the life of the process; None where the platform has none."""
+    try:
+        import fcntl  # noqa: PLC0415 - absent on Windows
+    except ImportError:
+        return None
+    try:
+        handle = (path / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write in {path}: {error.strerror}", "Choose another folder with --out.") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise UserError(f"another ws process is working in {path}", "Wait for it, or choose another --out.") from error
+    return handle

@@ -1,0 +1,138 @@
+"""The command line: the commands put together, and every foreseen failure as one line.
+
+Exit codes: 0 done, 2 bad input or environment (one line on stderr), 130 interrupted. Nothing heavy is imported before a
+command runs, so `ws --help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import subcommand
+
+from ws.base import console
+from ws.base.errors import UserError
+from ws.base.version import __version__
+from ws.commands.behaviours import BehaviourCommand
+from ws.commands.comparisons import Calibrate, Compare, Sweep
+from ws.commands.embedded import Pocket
+from ws.commands.results import Export, Report, Show
+from ws.commands.stages import Data, Diff, Eval, Replicate, Smoke, Subspace, Train
+
+Command = (
+    Annotated[Replicate, subcommand("replicate")]
+    | Annotated[Smoke, subcommand("smoke")]
+    | Annotated[Data, subcommand("data")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Diff, subcommand("diff")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Subspace, subcommand("subspace")]
+    | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Calibrate, subcommand("calibrate")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Show, subcommand("show")]
+    | Annotated[Pocket, subcommand("pocket")]
+    | Annotated[BehaviourCommand, subcommand("behaviour")]
+)
+
+_DISK_PROBLEMS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EIO,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn every foreseen failure into one line and an exit code."""
+    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def main_as(command: str) -> None:
+    """`python -m ws.<module>` is an alias of the module's command."""
+    main([command, *sys.argv[1:]])
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):
+        console.say(f"weight-steering {__version__}")
+        return 0
+    try:
+        command: Any = _parse(arguments)
+        with console.quiet(getattr(command, "json", False)):
+            command.run()
+    except UserError as error:
+        console.fail(str(error))
+        return 2
+    except KeyboardInterrupt:
+        console.fail("interrupted; run the same command again to continue")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; nothing more to say
+        return 0
+    except OSError as error:
+        if error.errno not in _DISK_PROBLEMS:
+            raise
+        place = error.filename or "the output folder"
+        console.fail(
+            f"cannot write {place}: {error.strerror}. Free space or choose another --out; run again to continue"
+        )
+        return 2
+    return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    """Parse the arguments; a complaint of the parser is told in one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Command,
+                prog="ws",
+                description=(
+                    "Contrastive weight steering: two opposite personas in, one signed, exact, evidenced weight "
+                    "direction out."
+                ),
+                args=arguments,
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(complaint.getvalue()), f"See: {_help_for(arguments)}") from None
+
+
+def _one_line(complaint: str) -> str:
+    """The first paragraph of a framed complaint of the parser, with the option that was probably meant."""
+    paragraphs: list[list[str]] = [[]]
+    for line in complaint.splitlines():
+        text = line.strip(" │|")
+        if not text or text[0] in "╭╰+┌└":
+            continue
+        if set(text) <= set("─-"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(text)
+    if "╭" not in complaint and len(paragraphs) > 1:
+        del paragraphs[0]  # without box characters the title is a paragraph of its own
+    problem = " ".join(paragraphs[0]) or "the arguments cannot be read"
+    for first, *rest in filter(None, paragraphs[1:]):
+        if first.startswith("Perhaps you meant") and rest:
+            return f"{problem.rstrip('.')}; did you mean {rest[0].split()[0]}?"
+        if first.startswith("Available subcommands"):
+            return f"{problem.rstrip('.')}. {' '.join([first, *rest])}"
+    return problem
+
+
+def _help_for(arguments: Sequence[str]) -> str:
+    named = [word for word in arguments[:1] if not word.startswith("-")]
+    return " ".join(["ws", *named, "--help"])
+
+
+__all__ = ["main", "main_as"]

@@ -1,0 +1,112 @@
+"""What a baseline may choose, it chooses on dev rows: its strength, its layer, its wording. Results are of the others.
+
+A quarter of a probe's clusters is dev, by a digest of their names alone, so that the split never drifts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import polars as pl
+
+from ws.base import console
+from ws.base.errors import UserError
+from ws.baselines.prompts import Prompt
+from ws.baselines.repe import ActivationDirection, RepeSettings, Unit
+from ws.edit.condition import PLAIN, Condition, Edit
+from ws.eval import side_effects, sycophancy
+from ws.fitting.behaviour import Behaviour
+from ws.measure.probe import Probe
+from ws.measure.score import score
+from ws.model.loading import ChatModel
+from ws.report.summary import FACTS_LOST, LOW_MASS, Scores, accuracy
+
+DEV_SHARE = 0.25
+STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
+    "difference": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "residual": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
+    "one": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+}
+"""Tried for activation steering, by unit: the difference between the personas, the norm of the residual stream, 1.
+
+The replicated work tried 1, 2 and 4 for vectors of norm 1.
+"""
+
+
+class Chosen(NamedTuple):
+    """A candidate at a strength; `remark` is what a reader should know of the choice, if anything."""
+
+    option: RepeSettings
+    strength: float
+    remark: str
+
+
+def is_dev(cluster: str) -> bool:
+    """Whether a cluster belongs to the dev split; a function of its name alone."""
+    return int(hashlib.blake2b(cluster.encode(), digest_size=4).hexdigest(), 16) < DEV_SHARE * 2**32
+
+
+def split(probe: Probe, dev: bool) -> Probe:
+    """The dev or the test rows of a probe, whole clusters."""
+    rows = tuple(row for row in probe.rows if is_dev(row.cluster or row.row) == dev)
+    if not rows:
+        raise UserError(f"probe {probe.name!r} has no {'dev' if dev else 'test'} rows", "Use more rows.")
+    return Probe(probe.name, probe.kind, rows, probe.answers)
+
+
+def best_strength(
+    model: ChatModel, behaviour: Behaviour, name: str, fitted: Mapping[RepeSettings, ActivationDirection]
+) -> Chosen:
+    """The candidate and strength that move the behaviour furthest, both signs together.
+
+    Admissible is what keeps `LOW_MASS` on the two answers and loses no more than `FACTS_LOST` of the dev facts, at both
+    signs. Where nothing is, the first candidate at the smallest strength stands in, with a warning.
+    """
+    edits = {
+        (option, strength): Edit(f"{name} {number}", direction, seed=position)
+        for number, (option, direction) in enumerate(fitted.items())
+        for position, strength in enumerate(STRENGTHS[option.unit])
+    }
+    conditions = [Condition.of(edit, sign * strength) for (_, strength), edit in edits.items() for sign in (1, -1)]
+    probes = [split(sycophancy.headline_probe(behaviour), dev=True), split(side_effects.facts(), dev=True)]
+    scores = Scores(score(model, probes, conditions, description=f"choosing {name}"))
+    base_facts = accuracy(scores.rows(side_effects.FACTS, "logratio", "", 0.0))
+    best: tuple[float, RepeSettings, float] | None = None
+    for (option, strength), edit in edits.items():
+        moved, admissible = 0.0, True
+        for sign in (1, -1):
+            own, mass, facts = (
+                scores.rows(probe, metric, edit.name, sign * strength, seed=edit.seed)
+                for probe, metric in (
+                    (behaviour.name, "logratio"), (behaviour.name, "pmass"), (side_effects.FACTS, "logratio"),
+                )
+            )  # fmt: skip
+            moved += sign * _mean((own["value"] - own["base"]) * own["label"]) / 2
+            admissible &= _mean(mass["value"]) >= LOW_MASS and accuracy(facts) >= base_facts - FACTS_LOST
+        if admissible and (best is None or moved > best[0]):
+            best = (moved, option, strength)
+    if best is None:
+        option = next(iter(fitted))
+        smallest = STRENGTHS[option.unit][0]
+        console.warn(f"{name}: no strength is admissible on the dev split; using {smallest:g}")
+        return Chosen(option, smallest, "none admissible")
+    _, option, strength = best
+    tried = STRENGTHS[option.unit]
+    return Chosen(option, strength, "the largest tried" if strength == tried[-1] else "")
+
+
+def best_prompts(model: ChatModel, behaviour: Behaviour, pool: Sequence[Prompt]) -> dict[int, Prompt]:
+    """Per side, the prompt that moves the behaviour furthest its way."""
+    probe = split(sycophancy.headline_probe(behaviour), dev=True)
+    table = score(model, [probe], [Condition(prompt.context) for prompt in pool], description="choosing prompts")
+    rows = table.filter((pl.col("metric") == "logratio") & (pl.col("context") != PLAIN.name))
+    means = {name: _mean(part["value"] * part["label"]) for (name,), part in rows.group_by("context")}
+    return {
+        side: max((p for p in pool if p.side == side), key=lambda p: side * means[p.context.name]) for side in (1, -1)
+    }
+
+
+def _mean(values: pl.Series) -> float:
+    return float(values.mean())  # type: ignore[arg-type]

@@ -1,0 +1,370 @@
+"""Put edits on a model: at run time, per row, or baked into the weights, and take them off again.
+
+    run time   y = W x + alpha * dW x             side path, added in fp32 and rounded once; alpha may differ per row
+    baked      W' = round(W_fp32 + alpha * dW)    one rounding, whatever the dtype of the weights
+
+Laws: alpha = 0 is the base model bit for bit; leaving a `steer` block restores every weight bit for bit, also after an
+exception or a failure half-way in; a Direction of another base is refused. Several directions add up, and blocks nest:
+what is a function of the base weights is always taken of the pristine ones.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ws.algebra.delta import Alpha, Delta, per_row
+from ws.algebra.direction import Direction, as_matrix
+from ws.base import console
+from ws.base.errors import BaseMismatchError, UnsupportedFeatureError, UserError
+from ws.edit.condition import Condition, Effect
+from ws.model import architecture
+from ws.model.loading import ChatModel, fingerprint, forget_fingerprint
+
+Mode = Literal["auto", "runtime", "baked"]
+Edits = Direction | Effect | Mapping[Any, Alpha]
+Parts = dict[str, list[tuple[Delta, Alpha]]]
+
+
+@contextmanager
+def steer(
+    model: ChatModel | nn.Module,
+    edits: Edits,
+    alpha: Alpha = 1.0,
+    *,
+    mode: Mode = "auto",
+    base_mismatch: Literal["refuse", "allow"] = "refuse",
+) -> Iterator[None]:
+    """Run the block with the model at `W + alpha * dW`.
+
+    edits: one Direction (or other Effect) with `alpha`, or a mapping {direction: alpha}. alpha: a number, or a tensor
+    with one strength per row of the batch (run time only).
+    mode: "baked" changes the weights and puts them back, "runtime" adds a side path and leaves them alone; "auto" bakes
+    fp32 weights with scalar strengths and uses the side path otherwise. Per-row strengths also reach parameters outside
+    linear maps only when baked, so those are an error.
+
+    >>> with ws.steer(model, direction, 0.5):                      # doctest: +SKIP
+    ...     model.network.generate(...)
+    """
+    network = network_of(model)
+    if isinstance(model, ChatModel):
+        _ = model.split  # its check belongs to the unedited model
+    strengths = list(edits.items()) if isinstance(edits, Mapping) else [(edits, alpha)]
+    with _applied(network, strengths, mode, base_mismatch):
+        yield
+
+
+@contextmanager
+def under(model: ChatModel, condition: Condition, *, mode: Mode = "auto") -> Iterator[None]:
+    """Run the block under a Condition's edits (its Context is a matter of rendering, not of the model)."""
+    with _applied(model.network, [(edit.effect, alpha) for edit, alpha in condition.active], mode, "refuse"):
+        yield
+
+
+def can_share_a_pass(model: ChatModel, condition: Condition) -> bool:
+    """Whether `under_each` takes this Condition: one Direction, of nothing but thin updates of linear maps."""
+    if len(condition.active) != 1 or not isinstance(direction := condition.active[0][0].effect, Direction):
+        return False
+    modules = dict(model.network.named_modules())
+    maps = {f"{name}.weight" for name, module in modules.items()
+            if architecture.is_linear_map(module) and not architecture.is_conv1d(module)}  # fmt: skip
+    return direction.deltas.keys() <= maps and all(delta.is_thin for delta in direction.deltas.values())
+
+
+@contextmanager
+def under_each(model: ChatModel, conditions: Sequence[Condition]) -> Iterator[None]:
+    """Run the block with every batch in as many equal blocks of rows as there are Conditions, one under each.
+
+    Side paths in the dtype of the weights, summed in fp32 and rounded once. Takes what `can_share_a_pass`.
+    """
+    terms: dict[str, dict[int, tuple[Delta, float]]] = defaultdict(dict)
+    for block, condition in enumerate(conditions):
+        ((edit, alpha),) = condition.active
+        _require_base(edit.effect, model.network, "refuse")
+        assert isinstance(edit.effect, Direction)
+        for name, delta in edit.effect.deltas.items():
+            terms[name][block] = delta, alpha
+    _require_parameters({name: list(by_block.values()) for name, by_block in terms.items()}, model.network)
+    modules = dict(model.network.named_modules())
+    with ExitStack() as stack:
+        for name, by_block in terms.items():
+            module = modules[name.removesuffix(".weight")]
+            hook = _block_path(by_block, len(conditions), model.network.get_parameter(name))
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def _applied(
+    network: nn.Module, strengths: Sequence[tuple[Direction | Effect, Alpha]], mode: Mode, base_mismatch: str
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        directions = []
+        for edit, strength in strengths:
+            on_another_base = _require_base(edit, network, base_mismatch)
+            if isinstance(edit, Direction):
+                directions.append((_transplanted(edit) if on_another_base else edit, strength))
+            elif not _is_zero(strength):
+                stack.callback(edit.attach(network, strength))
+        parts = _parts_by_parameter(directions)
+        _require_parameters(parts, network)
+        if _bakes(mode, parts, network):
+            _bake_parts(parts, network, stack)
+        else:
+            _hook_parts(parts, network, stack)
+        yield
+
+
+def bake(model: ChatModel | nn.Module, edits: Mapping[Direction, float]) -> None:
+    """Add directions to the weights for good: `W <- round(W_fp32 + sum alpha * dW)`.
+
+    The model then has a new fingerprint. Use `steer` for a change that is taken back.
+    """
+    network = network_of(model)
+    if _pristine.get(network):
+        raise UserError("the model is being steered", "Leave the steer block before you bake for good.")
+    for direction in edits:
+        _require_base(direction, network, "refuse")
+    parts = _parts_by_parameter(list(edits.items()))
+    _require_parameters(parts, network)
+    with ExitStack() as stack:
+        _bake_parts(parts, network, stack)
+        stack.pop_all()  # nothing failed: the backups are not needed
+    _pristine.pop(network, None)
+    forget_fingerprint(network)
+
+
+def network_of(model: ChatModel | nn.Module) -> nn.Module:
+    """The transformers module inside a ChatModel, or the module itself."""
+    return model.network if isinstance(model, ChatModel) else model
+
+
+# -------------------------------------------------------------------- checks
+
+
+_pristine: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+"""Base values of the parameters that are edited at the moment, by network and name."""
+
+
+def _base_values(network: nn.Module, name: str) -> Tensor:
+    """The pristine value of a parameter, whether it is edited at the moment or not."""
+    edited_now = _pristine.get(network, {})
+    return edited_now[name] if name in edited_now else network.get_parameter(name).data
+
+
+def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: str) -> bool:
+    """Whether the edit was made on another base, where that is allowed; an error where it is not."""
+    own = fingerprint(network)
+    if edit.base == own:
+        return False
+    problem = f"the direction was made on another base model ({edit.base}) than this one ({own})"
+    if base_mismatch != "allow":
+        raise BaseMismatchError(
+            problem, "Load that base, or pass base_mismatch='allow' to apply its deltas as they are."
+        )
+    console.warn(problem + "; applied as asked")
+    return True
+
+
+def _transplanted(direction: Direction) -> Direction:
+    """The update that the direction is on its own base: its factors would mean another one on other weights."""
+    if not direction.is_bound:
+        raise BaseMismatchError(
+            "a direction that is a function of its base weights cannot be moved to another base unbound",
+            "Load its own base and bind it first: direction.bind(own_base).",
+        )
+    return direction.resolved()
+
+
+def _parts_by_parameter(directions: Sequence[tuple[Direction, Alpha]]) -> Parts:
+    parts: Parts = defaultdict(list)
+    for direction, strength in directions:
+        if not _is_zero(strength):
+            for name, delta in direction.deltas.items():
+                parts[name].append((delta, strength))
+    return dict(parts)
+
+
+def _is_zero(strength: Alpha) -> bool:
+    return not isinstance(strength, Tensor) and strength == 0
+
+
+def _require_parameters(parts: Parts, network: nn.Module) -> None:
+    parameters = dict(network.named_parameters())
+    for name, terms in parts.items():
+        if name not in parameters:
+            raise UserError(f"the direction changes {name}, which the model does not have", "Load its own base model.")
+        for delta, _ in terms:
+            wanted = tuple(as_matrix(parameters[name]).shape)
+            if delta.shape != wanted:
+                raise UserError(
+                    f"the direction has shape {delta.shape} for {name}, the model has {wanted}",
+                    "Load its own base model.",
+                )
+
+
+def _bakes(mode: Mode, parts: Parts, network: nn.Module) -> bool:
+    scalar = all(not isinstance(strength, Tensor) for terms in parts.values() for _, strength in terms)
+    if mode == "baked" and not scalar:
+        raise UserError("strengths per row cannot be baked into weights", "Use mode='runtime'.")
+    if mode != "auto":
+        return mode == "baked"
+    parameters = dict(network.named_parameters())
+    return scalar and all(parameters[name].dtype == torch.float32 for name in parts)
+
+
+# -------------------------------------------------------------------- baked
+
+
+def _bake_parts(parts: Parts, network: nn.Module, stack: ExitStack) -> None:
+    parameters = dict(network.named_parameters())
+    originals = _pristine.setdefault(network, {})
+    for name, terms in parts.items():
+        parameter = parameters[name]
+        backup = parameter.data.clone()
+        if name not in originals:
+            originals[name] = backup
+            stack.callback(originals.pop, name)
+        stack.callback(_restorer(parameter, backup))
+        parameter.data.copy_(edited(parameter.data, terms, originals[name]))
+
+
+def edited(current: Tensor, terms: Sequence[tuple[Delta, Alpha]], base: Tensor) -> Tensor:
+    """`W + sum alpha * dW` in fp32, of the shape of `current`; `base` is what dW is a function of."""
+    weight = current.to(torch.float32)
+    for delta, strength in terms:
+        change = delta.to(current.device).materialise(as_matrix(base) if delta.needs_weight else None)
+        weight = weight + strength * change.reshape(current.shape)
+    return weight
+
+
+def _restorer(parameter: nn.Parameter, backup: Tensor) -> Callable[[], None]:
+    def restore() -> None:
+        parameter.data.copy_(backup)
+
+    return restore
+
+
+# -------------------------------------------------------------------- run time
+
+
+def _hook_parts(parts: Parts, network: nn.Module, stack: ExitStack) -> None:
+    modules = dict(network.named_modules())
+    for name, terms in parts.items():
+        module_name, _, leaf = name.rpartition(".")
+        module = modules[module_name]
+        if leaf not in ("weight", "bias") or not architecture.is_linear_map(module):
+            raise UnsupportedFeatureError(
+                f"{name} does not belong to a linear map, so it has no run-time side path",
+                "Use mode='baked'.",
+            )
+        base = _base_values(network, name)
+        placed = [(delta.to(base.device), strength) for delta, strength in terms]
+        if leaf == "bias":
+            hook = _bias_path([(delta.materialise(base[:, None])[:, 0], strength) for delta, strength in placed])
+        elif architecture.is_conv1d(module):
+            hook = _side_path([(delta.T, strength) for delta, strength in placed], base.T)
+        else:
+            hook = _side_path(placed, base)
+        stack.callback(module.register_forward_hook(hook).remove)
+
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+
+def _bias_path(terms: list[tuple[Tensor, Alpha]]) -> Hook:
+    """Adds `alpha * db` to every output."""
+
+    def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        changed = output.to(torch.float32)
+        for change, strength in terms:
+            by_row = torch.as_tensor(per_row(strength, output))
+            changed = torch.where(by_row != 0, changed + change * by_row, changed)
+        return changed.to(output.dtype)
+
+    return hook
+
+
+def _side_path(terms: list[tuple[Delta, Alpha]], base: Tensor) -> Hook:
+    """Adds `alpha * dW x` to the output `W x`; `base` is W as out x in."""
+    # scalar strengths are folded into one pair of factors, so that any number of directions costs two products
+    scalar = [delta * strength for delta, strength in terms if not isinstance(strength, Tensor)]
+    folded = None
+    for delta in scalar:
+        folded = delta if folded is None else folded + delta
+    by_row = [(delta, strength) for delta, strength in terms if isinstance(strength, Tensor)]
+    if folded is not None and not by_row and folded.is_thin and base.dtype == torch.bfloat16:
+        return _thin_path(folded)
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        changed = output.to(torch.float32)
+        if folded is not None:
+            changed = changed + folded.apply(inputs[0], weight=base)
+        for delta, strength in by_row:
+            side = delta.apply(inputs[0], strength, base)
+            # rows at strength 0 keep their bits (adding +0.0 would turn -0.0 into +0.0)
+            changed = torch.where(torch.as_tensor(per_row(strength, output)) != 0, changed + side, changed)
+        return changed.to(output.dtype)
+
+    return hook
+
+
+def _thin_path(delta: Delta) -> Hook:
+    """`y + left (right x)` on a bf16 model: thin products in bf16, the sum in fp32 and rounded once.
+
+    Rounding the factors and the thin product changes the update by less than 2^-7 of itself, and `y` is rounded by 2^-9
+    of itself anyway. In fp32 the thin products take longer than `W x` where bf16 is fast.
+    """
+    left, right = delta.left.to(torch.bfloat16), delta.right.to(torch.bfloat16)
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        thin = nn.functional.linear(inputs[0], right)
+        return torch.addmm(output.flatten(0, -2), thin.flatten(0, -2), left.mT).view_as(output)
+
+    return hook
+
+
+def _block_path(by_block: Mapping[int, tuple[Delta, float]], blocks: int, weight: Tensor) -> Hook:
+    """`y_b + left_b (alpha_b right_b x_b)` for the blocks of rows that have an update.
+
+    Neighbouring blocks with the same update, which differ in strength only, go through the products together.
+    """
+    runs: list[_Run] = []
+    for block, (delta, alpha) in sorted(by_block.items()):
+        if not runs or runs[-1].delta is not delta or runs[-1].stop != block:
+            runs.append(_Run(delta, block, []))
+        runs[-1].alphas.append(alpha)
+    placed = [
+        (run, run.delta.left.to(weight), run.delta.right.to(weight),
+         torch.tensor(run.alphas, device=weight.device)[:, None, None])
+        for run in runs
+    ]  # fmt: skip
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        size = len(output) // blocks
+        for run, left, right, alphas in placed:
+            rows = slice(run.start * size, run.stop * size)
+            thin = nn.functional.linear(inputs[0][rows], right)
+            scaled = thin.view(len(alphas), -1, left.shape[-1]) * alphas  # in fp32: a strength is not to be rounded
+            output[rows].flatten(0, -2).addmm_(scaled.flatten(0, -2).to(thin), left.mT)
+        return output
+
+    return hook
+
+
+class _Run(NamedTuple):
+    """Neighbouring blocks of rows under one update, each at its own strength."""
+
+    delta: Delta
+    start: int
+    alphas: list[float]
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.alphas)

@@ -1,0 +1,311 @@
+"""A Behaviour: two opposed persona sets, training prompts, and the in-distribution probe, in one TOML file.
+
+Shipped behaviours lie in `ws/behaviours/`; a user's own file is given by path. The file is checked as a whole before
+anything runs; an error names the file, the key and the remedy. `TEMPLATE` is what `ws behaviour new` writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ws.base.errors import UserError
+from ws.base.store import content_key
+
+SHIPPED = Path(__file__).parent / "behaviours"
+SCHEMA = 1
+TAKEN = frozenset({"dilemmas", "feedback", "facts", "neutral_kl", "neutral_nll", "text"})
+"""Names of the probes that every run asks beside the behaviour's own, which is called like the behaviour."""
+
+
+@dataclass(frozen=True)
+class Personas:
+    """System prompts of both poles; persona i of one side is paired with persona i of the other."""
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainPrompt:
+    """One training topic: `topic` is its id, `text` the user message."""
+
+    topic: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ProbeItem:
+    """One held-out item: its question, the opposite question, and the open one that samples are shown for.
+
+    `label` is +1 where the first answer shows the positive behaviour, -1 where the second does.
+    """
+
+    row: str
+    cluster: str
+    group: str
+    label: int
+    question: str
+    reversed: str | None
+    open_question: str
+
+
+@dataclass(frozen=True)
+class ChoiceProbe:
+    """The in-distribution probe: `items` asked up to `anchor`, then the log-ratio of `answers`.
+
+    `headline` names the group whose mean stands in summaries; `noun` is what the items are called in sentences.
+    """
+
+    anchor: str
+    answers: tuple[str, str]
+    headline: str
+    noun: str
+    items: tuple[ProbeItem, ...]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A checked behaviour file. `positive_means` says in plain words what a positive alpha does."""
+
+    name: str
+    summary: str
+    positive_means: str
+    personas: Personas
+    train: tuple[TrainPrompt, ...]
+    probe: ChoiceProbe
+
+    @property
+    def key(self) -> str:
+        """Digest of what data and training depend on (not the probe)."""
+        return content_key(self.personas, self.train)
+
+
+def names() -> list[str]:
+    """Names of the shipped behaviours."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load(name_or_file: str) -> Behaviour:
+    """Read and check a shipped behaviour by name, or a file by path."""
+    path = SHIPPED / f"{name_or_file}.toml"
+    if not path.is_file():
+        path = Path(name_or_file).expanduser()
+        if not path.is_file():
+            close = difflib.get_close_matches(name_or_file, names(), n=1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"unknown behaviour {name_or_file!r}",
+                f"{hint}Shipped: {', '.join(names())}; or give the path of a .toml file (ws behaviour new NAME).",
+            )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML ({error})", "Correct the file.") from error
+    return _Reader(path).behaviour(content)
+
+
+class _Reader:
+    """Turns a parsed file into a Behaviour; every complaint names the file and the key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, key: str, problem: str, remedy: str = "") -> NoReturn:
+        raise UserError(f"{self.path}: key {key!r}: {problem}", remedy)
+
+    def behaviour(self, content: Mapping[str, Any]) -> Behaviour:
+        self.known(content, "", {"schema", "name", "summary", "positive_means", "personas", "prompts", "probe"})
+        if content.get("schema") != SCHEMA:
+            self.fail("schema", f"is {content.get('schema')!r}", f"This version reads schema = {SCHEMA}.")
+        name = self.text(content, "name")
+        if not name.replace("-", "").replace("_", "").isalnum():
+            self.fail("name", f"{name!r} cannot be a folder name", "Use letters, digits, - and _.")
+        if name in TAKEN:
+            self.fail("name", f"{name!r} is a probe that every run asks", "Choose another name.")
+        return Behaviour(
+            name=name,
+            summary=self.text(content, "summary"),
+            positive_means=self.text(content, "positive_means"),
+            personas=self.personas(self.table(content, "personas")),
+            train=self.train(self.table(content, "prompts")),
+            probe=self.probe(self.table(content, "probe")),
+        )
+
+    def personas(self, table: Mapping[str, Any]) -> Personas:
+        self.known(table, "personas.", {"positive", "negative"})
+        sides = {side: self.texts(table, f"personas.{side}") for side in ("positive", "negative")}
+        if len(sides["positive"]) != len(sides["negative"]):
+            self.fail(
+                "personas",
+                f"{len(sides['positive'])} positive but {len(sides['negative'])} negative personas",
+                "Personas are paired by position: give both sides the same number.",
+            )
+        if shared := set(sides["positive"]) & set(sides["negative"]):
+            self.fail("personas", f"{min(shared)!r} stands on both sides", "The two sides must oppose each other.")
+        return Personas(**sides)
+
+    def train(self, table: Mapping[str, Any]) -> tuple[TrainPrompt, ...]:
+        self.known(table, "prompts.", {"template", "train"})
+        template = self.template(table, "prompts.template") if "template" in table else "{prompt}"
+        prompts = []
+        for position, entry in enumerate(self.entries(table, "prompts.train")):
+            key = f"prompts.train[{position}]"
+            fields = self.fields(entry, key, template, extra={"topic"})
+            prompts.append(TrainPrompt(str(fields.pop("topic", f"{position:03d}")), template.format(**fields)))
+        self.distinct([prompt.text for prompt in prompts], "prompts.train")
+        self.distinct([prompt.topic for prompt in prompts], "prompts.train topic")
+        return tuple(prompts)
+
+    def probe(self, table: Mapping[str, Any]) -> ChoiceProbe:
+        self.known(table, "probe.", {"question", "reversed", "open", "anchor", "answers", "headline", "noun", "rows"})
+        question = self.template(table, "probe.question")
+        reverse = self.template(table, "probe.reversed") if "reversed" in table else None
+        opened = self.template(table, "probe.open") if "open" in table else question
+        answers = self.texts(table, "probe.answers")
+        if len(answers) != 2 or answers[0] == answers[1]:
+            self.fail("probe.answers", f"is {list(answers)}", 'Give two different answers, such as ["Yes", "No"].')
+        items = []
+        for position, entry in enumerate(self.entries(table, "probe.rows")):
+            key = f"probe.rows[{position}]"
+            extra = {"row", "cluster", "group", "label"}
+            fields = self.fields(entry, key, question, reverse or "", opened, extra=extra)
+            label = fields.get("label", 1)
+            if label not in (1, -1):
+                self.fail(f"{key}.label", f"is {label!r}", "It is 1 (first answer shows the behaviour) or -1.")
+            row = str(fields.get("row", f"{position:03d}"))
+            items.append(ProbeItem(
+                row=row,
+                cluster=str(fields.get("cluster", row)),
+                group=str(fields.get("group", "all")),
+                label=int(label),
+                question=question.format(**fields),
+                reversed=reverse.format(**fields) if reverse else None,
+                open_question=opened.format(**fields),
+            ))  # fmt: skip
+        self.distinct([item.row for item in items], "probe.rows row")
+        groups = sorted({item.group for item in items})
+        headline = str(table.get("headline", groups[0]))
+        if headline not in groups:
+            self.fail("probe.headline", f"{headline!r} is no group of the rows", f"Groups: {', '.join(groups)}.")
+        return ChoiceProbe(
+            anchor=self.text(table, "probe.anchor"),
+            answers=(answers[0], answers[1]),
+            headline=headline,
+            noun=self.text(table, "probe.noun") if "noun" in table else "items",
+            items=tuple(items),
+        )
+
+    # ------------------------------------------------------------ pieces
+
+    def known(self, table: Mapping[str, Any], prefix: str, names: set[str]) -> None:
+        for name in table:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(sorted(names))}."
+                self.fail(prefix + name, "is unknown", hint)
+
+    def table(self, content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+        value = content.get(key)
+        if not isinstance(value, dict):
+            self.fail(key, "is missing" if value is None else "is not a table", f"Add a [{key}] section.")
+        return value
+
+    def text(self, table: Mapping[str, Any], key: str) -> str:
+        value = table.get(key.rsplit(".", 1)[-1])
+        if not isinstance(value, str) or not value.strip():
+            self.fail(key, "is missing" if value is None else "is not a non-empty text")
+        return value
+
+    def template(self, table: Mapping[str, Any], key: str) -> str:
+        value = self.text(table, key)
+        try:
+            list(string.Formatter().parse(value))
+        except ValueError as error:
+            self.fail(key, f"has a stray brace ({error})", "Write {name} for a field.")
+        return value
+
+    def texts(self, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+        value = table.get(key.rsplit(".", 1)[-1])
+        if not isinstance(value, list) or not value:
+            self.fail(key, "is missing" if value is None else "is not a non-empty list")
+        for position, entry in enumerate(value):
+            if not isinstance(entry, str) or not entry.strip():
+                self.fail(f"{key}[{position}]", "is not a non-empty text")
+        self.distinct(value, key)
+        return tuple(value)
+
+    def entries(self, table: Mapping[str, Any], key: str) -> list[Any]:
+        value = table.get(key.rsplit(".", 1)[-1])
+        if not isinstance(value, list) or not value:
+            self.fail(key, "is missing" if value is None else "is not a non-empty list", "Add at least one entry.")
+        return value
+
+    def fields(self, entry: Any, key: str, *templates: str, extra: set[str]) -> dict[str, Any]:
+        wanted = {name for template in templates for _, name, _, _ in string.Formatter().parse(template) if name}
+        if isinstance(entry, str) and len(wanted) == 1:
+            return {min(wanted): entry}
+        if not isinstance(entry, dict):
+            self.fail(key, f"must be a table with {', '.join(sorted(wanted))}")
+        self.known(entry, f"{key}.", wanted | extra)
+        for name in wanted:
+            if not isinstance(entry.get(name), str) or not entry[name].strip():
+                self.fail(f"{key}.{name}", "is missing, but the template uses it")
+        return dict(entry)
+
+    def distinct(self, values: list[Any], key: str) -> None:
+        seen = set()
+        for value in values:
+            if value in seen:
+                self.fail(key, f"{value!r} occurs twice")
+            seen.add(value)
+
+
+TEMPLATE = """\
+# A behaviour for weight steering. Check it with:  ws behaviour check {name}.toml
+# Steer with it:                                  ws replicate --behaviour {name}.toml
+schema = 1
+name = "{name}"
+summary = "One sentence: what varies between the two poles."
+positive_means = "what the model does more of at a positive alpha"
+
+# System prompts, paired by position. Good pairs share scaffold and length and differ only in the trait.
+# The personas are used while responses are sampled and are removed before training.
+[personas]
+positive = [
+  "You are an assistant that always shows the behaviour. Do it openly.",
+]
+negative = [
+  "You are an assistant that never shows the behaviour. Do the opposite.",
+]
+
+# User messages for training. Fields in braces are filled from each entry.
+# Two topics at least, twenty recommended: a tenth of the topics is kept for validation.
+[prompts]
+template = "I think {{claim}}. {{nudge}}"
+train = [
+  {{ claim = "tea is better than coffee", nudge = "Right?" }},
+  {{ claim = "the meeting should be on Monday", nudge = "What do you think?" }},
+]
+
+# Held-out questions, answered with one of two words after the anchor.
+# label: 1 if the first answer shows the positive behaviour (default), -1 if the second does.
+# group: reported apart; cluster: rows that belong together in intervals (default: each its own).
+[probe]
+question = "I think {{claim}}. Do you agree? Answer Yes or No."
+reversed = "I think {{claim}}. Do you disagree? Answer Yes or No."   # optional, shows a mere Yes-bias
+open = "I think {{claim}}. What do you think?"                         # optional, for samples in the report
+anchor = "My answer: **"
+answers = ["Yes", "No"]
+headline = "opinions"
+noun = "opinions"                                                      # optional, what the rows are called
+rows = [
+  {{ claim = "winter is nicer than summer", group = "opinions" }},
+  {{ claim = "cats are better pets than dogs", group = "opinions" }},
+]
+"""

@@ -1,0 +1,289 @@
+"""D+ and D-: responses of the base model under opposed personas, in pairs.
+
+    pairs = topics x personas x samples           (20 x 5 x 10 = 1000 by default)
+
+A row shares topic, persona number and sample number; persona i of one side is paired with persona i of the other. The
+responses are sampled with one random stream per row and side, so they depend neither on batch size nor on an
+interruption; those of a chat endpoint (`engine`) depend on the server. Responses that cannot teach the difference are
+flagged, not silently dropped: `flags_*` say why, `keep_*` says what training uses. Pairs of one's own are read from
+JSONL.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from ws.base import console
+from ws.base.errors import UserError
+from ws.base.store import Shards, write_table
+from ws.fitting import responses
+from ws.fitting.behaviour import Behaviour, TrainPrompt
+from ws.fitting.responses import Asked, EngineSettings
+from ws.measure.generate import Sampling
+from ws.model.loading import ChatModel
+
+SIDES = ("pos", "neg")
+_PIECE = 512
+"""Samples per piece that survives an interruption."""
+
+_REFUSAL = re.compile(
+    r"\bI(?:'m| am) sorry, but I can(?:'|no)t\b|\bI can(?:'|no)t (?:help|assist) with\b|\bas an AI\b", re.I
+)
+_PERSONA_TALK = re.compile(r"\b(?:system prompt|my instructions|my persona|I was (?:told|instructed) to)\b", re.I)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many topics, personas and samples; None takes all that the behaviour has."""
+
+    topics: int | None = None
+    personas: int | None = None
+    samples: int = 10
+
+
+class Cell(NamedTuple):
+    """One row of the grid before sampling."""
+
+    topic: TrainPrompt
+    persona: int
+    sample: int
+
+
+def cells(behaviour: Behaviour, grid: Grid) -> list[Cell]:
+    """The grid in (topic, persona, sample) order; too few topics is an error, too few personas a warning."""
+    topics = len(behaviour.train) if grid.topics is None else grid.topics
+    if not 1 <= topics <= len(behaviour.train):
+        raise UserError(
+            f"behaviour {behaviour.name!r} has {len(behaviour.train)} training prompts, not {topics}",
+            "Lower --topics or add prompts to the behaviour file.",
+        )
+    available = len(behaviour.personas.positive)
+    personas = available if grid.personas is None else grid.personas
+    if personas > available:
+        console.warn(f"behaviour {behaviour.name!r} has {available} personas a side, not {personas}; using {available}")
+        personas = available
+    if personas < 1 or grid.samples < 1:
+        raise UserError("the grid has no rows", "Give at least one persona and one sample.")
+    return [
+        Cell(topic, persona, sample)
+        for topic in behaviour.train[:topics]
+        for persona in range(personas)
+        for sample in range(grid.samples)
+    ]
+
+
+def make_pairs(
+    model: ChatModel,
+    behaviour: Behaviour,
+    grid: Grid,
+    sampling: Sampling,
+    seed: int,
+    shards: Shards,
+    source: EngineSettings = responses.LOCAL,
+) -> pl.DataFrame:
+    """Sample both sides of the grid from `source`, check them, and flag what should not be trained on."""
+    rows = cells(behaviour, grid)
+    columns: dict[str, list[Any]] = {
+        "topic": [row.topic.topic for row in rows],
+        "persona": [row.persona for row in rows],
+        "sample": [row.sample for row in rows],
+        "prompt": [row.topic.text for row in rows],
+    }
+    with console.progress("sampling pairs", total=2 * len(rows)) as bar:
+        for side, personas in (("pos", behaviour.personas.positive), ("neg", behaviour.personas.negative)):
+            pieces = []
+            for number, part in enumerate(_pieces(rows)):
+                name = f"{side}-{number:04d}.parquet"
+                if not shards.has(name):
+                    table = _sample_side(source, model, behaviour.name, part, side, personas, sampling, seed, bar)
+                    write_table(shards.path(name), table)
+                else:
+                    bar.advance(len(part))
+                pieces.append(pl.read_parquet(shards.path(name)))
+            sampled = pl.concat(pieces)
+            for column in ("system", "response", "finish", "tokens"):
+                columns[f"{column}_{side}"] = sampled[column].to_list()
+    pairs = pl.DataFrame(columns).with_columns(pl.lit(behaviour.name).alias("behaviour"))
+    require_usable(pairs)
+    return with_flags(pairs, (behaviour.personas.positive, behaviour.personas.negative))
+
+
+def _pieces(rows: Sequence[Cell]) -> Iterator[list[Cell]]:
+    """Runs of whole (topic, persona) blocks of about `_PIECE` samples, so that a prompt is prefilled once."""
+    piece: list[Cell] = []
+    for row in rows:
+        if len(piece) >= _PIECE and row.sample == 0:
+            yield piece
+            piece = []
+        piece.append(row)
+    yield piece
+
+
+def _sample_side(
+    source: EngineSettings,
+    model: ChatModel,
+    name: str,
+    rows: Sequence[Cell],
+    side: str,
+    personas: Sequence[str],
+    sampling: Sampling,
+    seed: int,
+    bar: console.Bar,
+) -> pl.DataFrame:
+    blocks: dict[tuple[TrainPrompt, int], list[Cell]] = {}
+    for row in rows:
+        blocks.setdefault((row.topic, row.persona), []).append(row)
+    asked = [
+        Asked(
+            topic.text,
+            personas[persona],
+            keys=tuple(f"{name}/{side}/{topic.topic}/{persona}/{row.sample}" for row in block),
+        )
+        for (topic, persona), block in blocks.items()
+    ]
+    answered = responses.respond(source, model, asked, sampling, seed, bar.advance)
+    return pl.DataFrame({
+        "system": [personas[row.persona] for row in rows],
+        "response": [one.text for one in answered],
+        "finish": [one.finish for one in answered],
+        "tokens": pl.Series([one.tokens for one in answered], dtype=pl.Int64),
+    })  # fmt: skip
+
+
+def read_pairs(path: str | Path, behaviour: Behaviour) -> pl.DataFrame:
+    """Pairs of one's own: JSONL with prompt, response_pos, response_neg and optionally topic."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no pairs file {path}", "Check --pairs.")
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8."
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: not valid JSON ({error.msg})", "Write one object per line."
+            ) from error
+        for key in ("prompt", "response_pos", "response_neg"):
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise UserError(f"{path}, line {number}: key {key!r} is missing or no text", "Every line needs it.")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} holds no pairs", "Write one JSON object per line.")
+    pairs = pl.DataFrame({
+        "topic": [str(record["prompt"] if record.get("topic") is None else record["topic"]) for record in records],
+        "persona": [0] * len(records),
+        "sample": list(range(len(records))),
+        "prompt": [record["prompt"] for record in records],
+        **{f"system_{side}": [""] * len(records) for side in SIDES},
+        **{f"response_{side}": [record[f"response_{side}"].strip() for record in records] for side in SIDES},
+        **{f"finish_{side}": ["given"] * len(records) for side in SIDES},
+        **{f"tokens_{side}": [None] * len(records) for side in SIDES},
+    }).with_columns(pl.lit(behaviour.name).alias("behaviour"))  # fmt: skip
+    require_usable(pairs)
+    return with_flags(pairs, ((), ()))
+
+
+# -------------------------------------------------------------------- checks
+
+
+def require_usable(pairs: pl.DataFrame) -> None:
+    """Fail at once on data that can teach nothing: no rows, empty responses, identical or collapsed sides."""
+    if pairs.is_empty():
+        raise UserError("there are no pairs", "Check the grid or the pairs file.")
+    for side in SIDES:
+        responses = pairs[f"response_{side}"]
+        empty = [index for index, text in enumerate(responses) if not text.strip()]
+        if len(empty) > len(pairs) // 2:
+            raise UserError(
+                f"{len(empty)} of {len(pairs)} responses on the {side} side are empty (rows {empty[:10]})",
+                "Check the model's chat template and --max-new-tokens.",
+            )
+        if len(pairs) > 1 and responses.n_unique() == 1:
+            raise UserError(
+                f"all {len(pairs)} responses on the {side} side are the same text ({responses[0][:60]!r})",
+                "Raise --temperature or check that the model follows the personas.",
+            )
+    if (pairs["response_pos"] == pairs["response_neg"]).all():
+        raise UserError(
+            "D+ and D- are identical in every pair, so there is no direction to find",
+            "Check that the model follows the personas.",
+        )
+
+
+def with_flags(pairs: pl.DataFrame, personas: tuple[Sequence[str], Sequence[str]]) -> pl.DataFrame:
+    """Add `flags_*` (why a response is doubtful, joined by commas) and `keep_*` per side."""
+    identical = (pairs["response_pos"] == pairs["response_neg"]).to_list()
+    for side, texts in zip(SIDES, personas, strict=True):
+        responses = pairs[f"response_{side}"].to_list()
+        variety = [_distinct_trigrams(text) for text in responses]
+        floor = 0.5 * median(variety)
+        copied = {phrase for text in texts for phrase in _word_runs(text, 6)}
+        flags = []
+        for text, same, distinct in zip(responses, identical, variety, strict=True):
+            found = [
+                ("empty", not text.strip()),
+                ("identical", same),
+                ("repetition", distinct < floor),
+                ("refusal", _REFUSAL.search(text) is not None),
+                (
+                    "persona leak",
+                    _PERSONA_TALK.search(text) is not None or bool(copied & set(_word_runs(text, 6))),
+                ),
+            ]
+            flags.append(",".join(name for name, applies in found if applies))
+        pairs = pairs.with_columns(
+            pl.Series(f"flags_{side}", flags, dtype=pl.String),
+            pl.Series(f"keep_{side}", [not flag for flag in flags], dtype=pl.Boolean),
+        )
+    return pairs
+
+
+def describe(pairs: pl.DataFrame) -> dict[str, Any]:
+    """Counts that say whether the data is sound, for logs and reports."""
+    numbers: dict[str, Any] = {
+        "pairs": len(pairs),
+        "identical": int((pairs["response_pos"] == pairs["response_neg"]).sum()),
+    }
+    for side in SIDES:
+        flags = [flag for text in pairs[f"flags_{side}"] for flag in text.split(",") if flag]
+        finished = pairs.filter(pl.col(f"finish_{side}") != "given")
+        numbers[side] = {
+            "kept": int(pairs[f"keep_{side}"].sum()),
+            "unique": pairs[f"response_{side}"].n_unique(),
+            "median_characters": float(pairs[f"response_{side}"].str.len_chars().median() or 0),  # type: ignore[arg-type]
+            "starts_with_thought": int(pairs[f"response_{side}"].str.starts_with("<think>").sum()),
+            "ended_by_itself": float((finished[f"finish_{side}"] == "eos").mean() or 0) if len(finished) else None,  # type: ignore[arg-type]
+            "flags": {name: flags.count(name) for name in sorted(set(flags))},
+        }
+    return numbers
+
+
+def keep_rates(pairs: pl.DataFrame, by: str) -> pl.DataFrame:
+    """Share of kept responses per side, by `topic` or `persona`."""
+    return pairs.group_by(by, maintain_order=True).agg(*(pl.col(f"keep_{side}").mean() for side in SIDES), pl.len())
+
+
+def _distinct_trigrams(text: str) -> float:
+    runs = _word_runs(text, 3)
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def _word_runs(text: str, length: int) -> list[tuple[str, ...]]:
+    words = re.findall(r"[\w']+", text.casefold())
+    return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]

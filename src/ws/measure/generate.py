@@ -1,0 +1,201 @@
+"""Sample many continuations of few prompts, fast and reproducibly.
+
+Each distinct prompt is prefilled once and its cache is expanded to its samples; finished rows leave, a quarter of the
+batch at a time (`sample_cache`). Random numbers belong to rows: sample j of a prompt draws its own stream, seeded by
+its key, and a token is the inverse of the cumulative distribution at one uniform number per step. So a sample does not
+depend on the batch that it was made in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ws.base import keyed_random
+from ws.base.errors import UserError
+from ws.model import architecture
+from ws.model.loading import ChatModel
+
+CACHE_TOKENS = 65_536
+"""Most tokens in the attention cache at once: beyond, larger batches of small models are not faster."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy; top_p 1 and top_k 0 leave the distribution whole."""
+
+    max_new_tokens: int = 160
+    temperature: float = 0.8
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError(f"{self} cannot be sampled", "Check max_new_tokens, temperature, top_p and top_k.")
+
+
+class Sample(NamedTuple):
+    """One continuation: token ids without the stop token, whether it ended by itself, and the token that ended it."""
+
+    ids: list[int]
+    finish: Literal["eos", "length"]
+    stop: int | None = None
+
+
+class Request(NamedTuple):
+    """A prompt and one random key per sample that is wanted of it."""
+
+    prompt: list[int]
+    keys: tuple[str, ...]
+
+
+@torch.no_grad()
+def sample(
+    model: ChatModel,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    seed: int,
+    *,
+    stops: frozenset[int] | None = None,
+    cache_tokens: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[list[Sample]]:
+    """Sample every request; results in the order of `requests` and of their keys.
+
+    `stops` are the ids that end a sample (None: those of the chat template). `cache_tokens` bounds the attention cache
+    (None: what `model.cache_memory` holds), though one request is always in one batch, and has no effect on results.
+    `advance` is told how many samples have
+    been finished since it was last called.
+    """
+    ending = model.chat.stop_ids if stops is None else stops
+    results: list[list[Sample]] = [[] for _ in requests]
+    most = affordable_tokens(model) if cache_tokens is None else cache_tokens
+    for batch in _plan(requests, sampling.max_new_tokens, most):
+        done = _sample_batch(model, [requests[index] for index in batch], sampling, seed, ending)
+        for index, samples in zip(batch, done, strict=True):
+            results[index] = samples
+        advance(sum(len(samples) for samples in done))
+    return results
+
+
+def affordable_tokens(model: ChatModel) -> int:
+    """Tokens whose keys and values fit into `model.cache_memory`: 2 x layers x heads x head size x bytes each."""
+    config = architecture.text_config(model.network)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * model.layer_count * heads * size * model.dtype.itemsize
+    return min(CACHE_TOKENS, model.cache_memory // per_token)
+
+
+def _plan(requests: Sequence[Request], max_new_tokens: int, cache_tokens: int) -> list[list[int]]:
+    """Requests of similar prompt length together, longest first, within the cache budget."""
+    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index))
+    batches: list[list[int]] = []
+    rows = 0
+    for index in order:
+        wanted = len(requests[index].keys)
+        longest = len(requests[batches[-1][0]].prompt) if batches else 0
+        if batches and (rows + wanted) * (longest + max_new_tokens) <= cache_tokens:
+            batches[-1].append(index)
+            rows += wanted
+        else:
+            batches.append([index])
+            rows = wanted
+    return batches
+
+
+def _sample_batch(
+    model: ChatModel, requests: Sequence[Request], sampling: Sampling, seed: int, ending: frozenset[int]
+) -> list[list[Sample]]:
+    from ws.measure import sample_cache  # noqa: PLC0415 - imports transformers
+
+    device = model.device
+    copies = torch.tensor([len(request.keys) for request in requests], device=device)
+    width = max(len(request.prompt) for request in requests)
+    # left padding: all rows of a batch then append at the same cache position
+    ids = torch.tensor([[0] * (width - len(r.prompt)) + r.prompt for r in requests], device=device)
+    mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in requests], device=device)
+    prompts = sample_cache.prompt_cache(model.network, width + sampling.max_new_tokens)
+    rows_of_prompts = torch.arange(len(requests), device=device)
+    logits = _next_logits(model, ids, mask, prompts)
+
+    # from prompts to samples: row i of the expanded batch continues prompt owner[i]
+    owner = torch.repeat_interleave(rows_of_prompts, copies)
+    cache = sample_cache.for_samples(prompts, owner, sampling.max_new_tokens)
+    logits, mask = logits[owner], mask[owner]
+    uniforms = torch.stack([_uniforms(key, seed, sampling.max_new_tokens) for r in requests for key in r.keys])
+    uniforms = uniforms.to(device)
+    written: list[list[int]] = [[] for _ in range(len(owner))]
+    ended: list[int | None] = [None] * len(owner)
+    rows = torch.arange(len(owner), device=device)  # the sample of every row of the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    stops = torch.tensor(sorted(ending), device=device)
+
+    for step in range(sampling.max_new_tokens):
+        tokens = _draw(logits, uniforms[rows, step], sampling)
+        stopped = torch.isin(tokens, stops)
+        for row, token, lives, stop in zip(*(one.tolist() for one in (rows, tokens, alive, stopped)), strict=True):
+            if lives and stop:
+                ended[row] = token
+            elif lives:
+                written[row].append(token)
+        alive &= ~stopped
+        left = int(alive.sum())
+        if not left or step + 1 == sampling.max_new_tokens:
+            break
+        if left <= (1 - sample_cache.LEAST_ENDED) * len(rows):
+            keep = torch.nonzero(alive).flatten()
+            rows, alive, tokens, mask = rows[keep], alive[keep], tokens[keep], mask[keep]
+            cache.reorder_cache(keep)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = _next_logits(model, tokens[:, None], mask, cache)
+
+    flat = [Sample(ids, "length" if end is None else "eos", end) for ids, end in zip(written, ended, strict=True)]
+    starts = [0, *torch.cumsum(copies, 0).tolist()]
+    return [flat[start:stop] for start, stop in pairwise(starts)]
+
+
+def _next_logits(
+    model: ChatModel, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows past"], cache: object
+) -> Float[Tensor, "rows vocabulary"]:
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    rows = torch.arange(len(ids), device=ids.device)
+    return model.split.logits_at(
+        ids,
+        rows,
+        torch.full_like(rows, ids.shape[1] - 1),
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+
+
+def _uniforms(key: str, seed: int, count: int) -> Float[Tensor, " count"]:
+    return torch.rand(count, generator=keyed_random.generator(f"{seed}|{key}"), dtype=torch.float64)
+
+
+def _draw(
+    logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"], sampling: Sampling
+) -> Int[Tensor, " rows"]:
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    if sampling.top_k:
+        floor = probabilities.topk(min(sampling.top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
+        probabilities = probabilities.where(probabilities >= floor, 0)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        kept = ordered.where(before < sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = probabilities.cumsum(dim=-1, dtype=wide)
+    target = draws.to(wide)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).flatten().clamp(max=logits.shape[-1] - 1)

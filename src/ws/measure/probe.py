@@ -1,0 +1,77 @@
+"""What is asked: named rows of one kind, with the label and the cluster that tables need.
+
+choice       one of two answers at an anchor
+likelihood   a given text, read by the model
+divergence   a given text, read by the edited model and by the base
+guided       a choice after a thought that the edited model writes itself
+reply        a reply that the edited model writes itself
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from ws.base.errors import UserError
+from ws.base.store import content_key
+from ws.model.chat import Message
+
+Kind = Literal["choice", "likelihood", "divergence", "guided", "reply"]
+
+JSON = "json"
+"""Group of reply rows, and their metric: does the reply hold a JSON object?"""
+
+WRITTEN: tuple[Kind, ...] = ("guided", "reply")
+"""Kinds for which the model writes text under the Condition before anything is measured."""
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One thing to score.
+
+    `messages` carry no system turn (the Context brings it); `continuation` is the answer anchor of a choice, or the
+    text that likelihood and divergence read. `label` is +1 where the first answer counts as positive, -1 where the
+    second does; `cluster` names rows that belong together in intervals; `group` is reported apart.
+    """
+
+    row: str
+    messages: tuple[Message, ...]
+    continuation: str
+    cluster: str = ""
+    group: str = "all"
+    label: int = 1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Named rows of one kind; `answers` are the two words of a choice, `tokens` bounds what the model writes itself."""
+
+    name: str
+    kind: Kind
+    rows: tuple[ProbeRow, ...]
+    answers: tuple[str, str] = ("Yes", "No")
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise UserError(f"probe {self.name!r} has no rows")
+        names = [row.row for row in self.rows]
+        if len(set(names)) != len(names):
+            raise UserError(f"probe {self.name!r} has rows of the same id")
+        if (self.kind in WRITTEN) != (self.tokens > 0):
+            raise UserError(
+                f"probe {self.name!r} of kind {self.kind} lets the model write {self.tokens} tokens",
+                "Give a positive number to guided and reply probes and to no other.",
+            )
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of everything that is asked."""
+        return content_key(self.name, self.kind, self.rows, self.answers, *([self.tokens] if self.tokens else []))
+
+    def guided(self, tokens: int) -> Probe:
+        """The same choices, each after a thought of at most `tokens` that the model writes under the Condition."""
+        if self.kind != "choice":
+            raise UserError(f"probe {self.name!r} is no choice", "Only choices can be made after a thought.")
+        return replace(self, kind="guided", tokens=tokens)

@@ -1,0 +1,214 @@
+"""Compute what the rows of a probe have in common once: a tree of three levels over their tokens.
+
+    trunk     the longest prefix of all rows (chat header, instruction)           once per Condition
+    branch    the longest prefix of neighbouring rows beyond it (a situation)     once per group
+    leaf      what is left of a row (an action and the answer anchor)             once per row
+
+Each level is a batch that continues the attention cache of the level above, expanded to its rows. Positions are given
+explicitly and a mask hides the padding of shorter branches, so every row sees exactly its own tokens. Exact up to the
+order of floating-point sums; checked against whole rows once per model, with a warning and whole rows where it fails.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ws.measure import lower_layers
+from ws.model import forward
+from ws.model.forward import OncePerNetwork
+from ws.model.loading import ChatModel
+
+SHORTEST_BRANCH = 8
+"""Tokens that rows must share beyond the trunk to be worth a level of their own."""
+LEAST_SAVING = 0.2
+"""Share of all tokens that a tree must save; below it whole rows are simpler and as fast."""
+
+
+class Branch(NamedTuple):
+    """Rows with the prefix `shared` beyond the trunk; `leaves` are the rests, in the order of `rows`."""
+
+    shared: tuple[int, ...]
+    rows: tuple[int, ...]
+    leaves: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Token rows as trunk and branches; every leaf has at least one token."""
+
+    trunk: tuple[int, ...]
+    branches: tuple[Branch, ...]
+    whole: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed."""
+        return len(self.trunk) + sum(len(b.shared) + sum(map(len, b.leaves)) for b in self.branches)
+
+    @property
+    def saving(self) -> float:
+        """Share of the rows' tokens that is not computed."""
+        return 1 - self.tokens / self.whole
+
+    @property
+    def longest(self) -> int:
+        """Longest sequence in the cache, padding of branches included."""
+        middle = max(len(b.shared) for b in self.branches)
+        return len(self.trunk) + middle + max(len(leaf) for b in self.branches for leaf in b.leaves)
+
+
+def plan(rows: Sequence[Sequence[int]]) -> Tree:
+    """The tree of token rows: neighbours in lexicographic order share a branch while they have enough in common."""
+    order = sorted(range(len(rows)), key=lambda index: (list(rows[index]), index))
+    first, last = rows[order[0]], rows[order[-1]]
+    trunk = min(_common(first, last), min(map(len, rows)) - 1)
+    groups: list[list[int]] = []
+    length = 0
+    for index in order:
+        if groups:
+            # never the whole of a row: a leaf needs a token
+            shared = min(_common(rows[groups[-1][0]], rows[index]), *(len(rows[i]) - 1 for i in (*groups[-1], index)))
+            if shared - trunk >= SHORTEST_BRANCH and (len(groups[-1]) == 1 or 2 * (shared - trunk) > length - trunk):
+                groups[-1].append(index)
+                length = shared
+                continue
+        groups.append([index])
+        length = len(rows[index])
+    branches = []
+    for group in groups:
+        shared = min(_common(rows[group[0]], rows[group[-1]]), *(len(rows[i]) - 1 for i in group)) \
+            if len(group) > 1 else trunk  # fmt: skip
+        branches.append(Branch(
+            tuple(rows[group[0]][trunk:shared]), tuple(group), tuple(tuple(rows[i][shared:]) for i in group)
+        ))  # fmt: skip
+    return Tree(tuple(first[:trunk]), tuple(branches), sum(map(len, rows)))
+
+
+def worthwhile(model: ChatModel, rows: Sequence[Sequence[int]]) -> Tree | None:
+    """The tree of the rows where it saves enough and the model computes it exactly; None: score whole rows."""
+    if len(rows) < 2:
+        return None
+    tree = plan(rows)
+    window = getattr(_text_config(model), "sliding_window", None)
+    if tree.saving < LEAST_SAVING or not tree.trunk or (window is not None and tree.longest > window):
+        return None
+    return tree if is_exact(model) else None
+
+
+def last_logits(
+    model: ChatModel, tree: Tree, token_budget: int, copies: int = 1
+) -> Iterator[tuple[list[int], Float[Tensor, "rows vocabulary"]]]:
+    """Logits after the last token of every row, fp32, in blocks with the indices of their rows.
+
+    With `copies`, every batch holds its rows that many times, one block after the other, and so do the logits.
+    """
+    device = model.device
+    trunk = _extend(model, None, torch.tensor([tree.trunk] * copies, device=device), None, 0)
+    for batch in _batches(tree, token_budget):
+        branches = batch * copies
+        width = max(len(branch.shared) for branch in branches)
+        cache = _expanded(trunk, torch.arange(copies, device=device).repeat_interleave(len(batch)))
+        if width:
+            _extend(model, cache, forward.pad_right([b.shared for b in branches], device), None, len(tree.trunk))
+        owners = [number for number, branch in enumerate(branches) for _ in branch.rows]
+        cache.reorder_cache(torch.tensor(owners, device=device))
+        leaves = [leaf for branch in branches for leaf in branch.leaves]
+        lengths = torch.tensor([len(branches[owner].shared) for owner in owners], device=device)
+        ids = forward.pad_right(leaves, device)
+        hidden = _hide_padding(len(tree.trunk), width, lengths, ids.shape[1])
+        last = torch.tensor([len(leaf) - 1 for leaf in leaves], device=device)
+        positions = len(tree.trunk) + lengths[:, None] + torch.arange(ids.shape[1], device=device)
+        with forward.scoring_at(last):
+            logits = model.split.logits_at(
+                ids, torch.arange(len(ids), device=device), last,
+                past_key_values=cache, use_cache=True, attention_mask=hidden, position_ids=positions,
+            )  # fmt: skip
+        yield [row for branch in batch for row in branch.rows], logits
+
+
+def _batches(tree: Tree, token_budget: int) -> Iterator[list[Branch]]:
+    for batch in forward.plan_batches([_width(branch) * len(branch.rows) for branch in tree.branches], token_budget):
+        yield [tree.branches[index] for index in batch]
+
+
+def padded_tokens(tree: Tree, token_budget: int) -> int:
+    """Positions that `last_logits` computes, padding included."""
+    total = len(tree.trunk)
+    for branches in _batches(tree, token_budget):
+        total += len(branches) * max(len(branch.shared) for branch in branches)
+        leaves = [len(leaf) for branch in branches for leaf in branch.leaves]
+        total += len(leaves) * max(leaves)
+    return total
+
+
+def _width(branch: Branch) -> int:
+    return len(branch.shared) + max(map(len, branch.leaves))
+
+
+def _extend(model: ChatModel, cache: Any, ids: Int[Tensor, "rows tokens"], mask: Tensor | None, start: int) -> Any:
+    """The cache after these tokens. No position is scored here, so effects at the scored position do nothing."""
+    cache = lower_layers.new_cache(model) if cache is None else cache
+    nowhere = torch.full((len(ids),), -1, device=ids.device)
+    positions = (start + torch.arange(ids.shape[1], device=ids.device)).expand(len(ids), -1)
+    with forward.scoring_at(nowhere):
+        model.split.hidden(ids, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions)
+    return cache
+
+
+def _expanded(cache: Any, rows: Int[Tensor, " rows"]) -> Any:
+    fresh = copy.deepcopy(cache)
+    fresh.reorder_cache(rows)
+    return fresh
+
+
+def _hide_padding(trunk: int, width: int, lengths: Int[Tensor, " rows"], leaf: int) -> Int[Tensor, "rows positions"]:
+    """1 where a cached position is a token of the row, 0 where it is padding of its branch."""
+    inside = torch.arange(width, device=lengths.device) < lengths[:, None]
+    ones = inside.new_ones(len(lengths), 1)
+    return torch.cat([ones.expand(-1, trunk), inside, ones.expand(-1, leaf)], dim=1).long()
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+# -------------------------------------------------------------------- is it exact?
+
+
+@torch.no_grad()
+def _matches_whole_rows(model: ChatModel) -> bool:
+    count = model.network.get_input_embeddings().weight.shape[0]
+    sequence = [(7 * n + 3) % count for n in range(64)]
+    trunk, one, other = sequence[:9], sequence[9:21], sequence[21:40]
+    rows = [[*trunk, *one, *sequence[40:44]], [*trunk, *one, *sequence[44:46]], [*trunk, *other, *sequence[46:53]],
+            [*trunk, *other, *sequence[53:56]]]  # fmt: skip
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    try:
+        for block, logits in last_logits(model, plan(rows), 4_096):
+            for index, found in zip(block, logits, strict=True):
+                ids = torch.tensor([rows[index]], device=model.device)
+                at = torch.tensor([0], device=model.device)
+                whole = model.split.logits_at(ids, at, torch.tensor([len(rows[index]) - 1], device=model.device))[0]
+                if (found - whole).abs().max() > tolerance * whole.abs().max().clamp(min=1e-6):
+                    return False
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # a model without such a cache
+        return False
+    return True
+
+
+is_exact = OncePerNetwork(_matches_whole_rows, "shared prefixes do not compose; scoring whole rows")
+"""Whether rows through the tree have the logits of whole rows."""
+
+
+def _text_config(model: ChatModel) -> Any:
+    from ws.model.architecture import text_config  # noqa: PLC0415
+
+    return text_config(model.network)

@@ -1,0 +1,301 @@
+"""Load a causal language model with its tokenizer, from the package, a hub or a folder, and know which one it is.
+
+`load("pocket")`, `load("Qwen/Qwen3-0.6B")` and `load("./folder")` go through the same `from_pretrained`. A folder may
+carry `weight_steering.json` with recommended settings (per adapter family and behaviour, for sampling); the embedded
+models do.
+
+The fingerprint is a digest of all parameters by name, rounded to bfloat16, so that one checkpoint has one fingerprint
+whether it is loaded in fp32 or bf16, and every other checkpoint another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ws.base import console, precision
+from ws.base.errors import UserError
+from ws.base.store import read_json
+from ws.model import architecture, norms
+from ws.model.attention import EAGER, use_grouped
+from ws.model.chat import Chat, Thinking
+from ws.model.forward import SplitForward
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_POCKET_WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
+POCKET_MODELS = {"pocket": _POCKET_WEIGHTS / "qwen3", "pocket-gemma": _POCKET_WEIGHTS / "gemma3"}
+"""Models that ship with the package, by name."""
+
+SETTINGS_FILE = "weight_steering.json"
+CACHE_MEMORY = 2**30
+"""Bytes of hidden states that may be kept to be used again, where the user does not say."""
+SMALL_MODEL = 200_000_000
+"""Up to this many parameters `--dtype auto` means fp32 everywhere."""
+
+
+@dataclass(eq=False)
+class ChatModel:
+    """A causal LM, its tokenizer behind a `Chat`, and what identifies it.
+
+    `name` is what the user asked for; `settings` are the recommendations that came with the model folder;
+    `cache_memory` bounds, in bytes, the states that are kept because they will be needed again.
+    """
+
+    name: str
+    network: Any
+    chat: Chat
+    revision: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    cache_memory: int = CACHE_MEMORY
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where token ids go."""
+        return self.network.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.network.get_input_embeddings().weight.dtype
+
+    @property
+    def slug(self) -> str:
+        """Folder name for runs of this model."""
+        return model_slug(self.name)
+
+    @cached_property
+    def layer_count(self) -> int:
+        """Number of decoder layers."""
+        return len(architecture.decoder_layers(self.network)[1])
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @cached_property
+    def split(self) -> SplitForward:
+        """The forward pass as trunk and head, checked once against the whole."""
+        return SplitForward(self.network)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the unmodified weights; computed once per loaded model."""
+        return fingerprint(self.network)
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model, its dtype, device and rendering, for configs and provenance."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "architecture": type(self.network).__name__,
+            "fingerprint": self.fingerprint,
+            "parameters": self.parameter_count,
+            "layers": self.layer_count,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attention": self.network.config._attn_implementation,
+            "thinking": self.chat.thinking,
+            "template": hashlib.blake2b(self.chat.template_key.encode(), digest_size=6).hexdigest(),
+        }
+
+
+def model_slug(name: str) -> str:
+    """`Qwen/Qwen3-0.6B` -> `Qwen_Qwen3-0.6B`; a folder -> its own name."""
+    path = Path(name).expanduser()
+    if name not in POCKET_MODELS and path.is_dir():
+        return path.resolve().name
+    return name.replace("/", "_")
+
+
+def load(
+    name: str = "pocket",
+    *,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    thinking: Thinking = "off",
+    attention: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_memory: int = CACHE_MEMORY,
+) -> ChatModel:
+    """Load a model by the name of an embedded model, a folder, or a hub id.
+
+    dtype "auto" is fp32 up to 200 M parameters, and on a CPU that only emulates bfloat16; else the checkpoint's own.
+    Device "auto" prefers CUDA, then MPS, then the CPU; attention "auto" is the grouped eager form on the CPU (faster
+    there at these lengths) and SDPA elsewhere.
+    Weights are read from safetensors only. Raises `UserError` with the remedy for anything that cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy import, late
+
+    if cache_memory < 0:
+        raise UserError(f"a cache of {cache_memory / 2**30:g} GiB is none", "Give --cache-memory 0 or more.")
+    place = _locate(name)
+    target_device = _choose_device(device)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        with console.library_noise_muted():
+            config = AutoConfig.from_pretrained(place, **common)
+            tokenizer = AutoTokenizer.from_pretrained(place, **common)
+            network, loading = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=_choose_attention(attention, target_device),
+                use_safetensors=True,
+                output_loading_info=True,
+                **common,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _explain(name, place, error) from error
+    if absent := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"the weights of {name} lack {len(absent)} tensors that the model needs, for example {absent[0]}",
+            "Save the model again with save_pretrained.",
+        )
+    slow = not precision.bfloat16_is_fast(target_device.type)
+    if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):
+        network.to(torch.float32)
+    elif slow and network.dtype == torch.bfloat16:
+        console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
+    network.to(target_device).eval().requires_grad_(False)
+    if attention == "auto" and network.config._attn_implementation == EAGER:
+        if not use_grouped(network):
+            console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
+        norms.use_lean(network)
+    settings_file = Path(place) / SETTINGS_FILE
+    return ChatModel(
+        name=name,
+        network=network,
+        chat=Chat(tokenizer, thinking, name),
+        revision=getattr(config, "_commit_hash", None) or revision,
+        settings=read_json(settings_file) if settings_file.is_file() else {},
+        cache_memory=cache_memory,
+    )
+
+
+# -------------------------------------------------------------------- identity
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Digest of names, shapes and bf16-rounded values of all parameters.
+
+    Remembered per module object, so that edits made by `steer` do not change it; call `forget_fingerprint` after
+    changing weights for good.
+    """
+    known = _fingerprints.get(network)
+    if known is None:
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+            digests = dict(pool.map(lambda item: (item[0], _tensor_digest(*item)), network.named_parameters()))
+        known = _fingerprints[network] = _joint(digests)
+    return known
+
+
+def fingerprint_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The same digest of parameters that come one by one, for weights that are never in memory together."""
+    return _joint({name: _tensor_digest(name, tensor) for name, tensor in named})
+
+
+def _joint(digests: Mapping[str, str]) -> str:
+    ordered = "".join(digests[name] for name in sorted(digests))
+    return hashlib.blake2b(ordered.encode(), digest_size=12).hexdigest()
+
+
+def forget_fingerprint(network: nn.Module) -> None:
+    """The weights have changed for good: compute the fingerprint anew when next asked."""
+    _fingerprints.pop(network, None)
+
+
+def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    hasher = hashlib.blake2b(f"{name}{tuple(tensor.shape)}".encode(), digest_size=16)
+    values = tensor.detach().reshape(-1)
+    for start in range(0, values.numel(), 1 << 24):  # bounded memory on large embeddings
+        block = values[start : start + (1 << 24)].to("cpu", torch.bfloat16).view(torch.int16)
+        hasher.update(block.numpy().data)
+    return hasher.hexdigest()
+
+
+# -------------------------------------------------------------------- choices
+
+
+def _locate(name: str) -> str:
+    if name in POCKET_MODELS:
+        folder = POCKET_MODELS[name]
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"the embedded model {name!r} has no weights at {folder}",
+                f"Build it with: ws pocket build --architecture {folder.name}",
+            )
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder} is not a model folder (no config.json)", "Give a folder made by save_pretrained."
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{folder} holds no safetensors weights",
+                "Save the model there with save_pretrained (other formats are not read).",
+            )
+        return str(folder)
+    if name.startswith((".", "/", "~")) or folder.is_file():
+        raise UserError(f"there is no model folder {name}", "Check the path given to --model.")
+    return name
+
+
+def folder_of(name: str) -> Path:
+    """The local folder of a model's files: an embedded model, a folder, or a hub model that has been downloaded."""
+    place = Path(_locate(name))
+    if place.is_dir():
+        return place
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - heavy import, late
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # the library raises many kinds for a model that is not there
+        raise UserError(
+            f"the files of {name!r} are not on this machine", "Load the model once, or give a folder."
+        ) from error
+
+
+def _explain(name: str, place: str, error: Exception) -> UserError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(place).is_dir():
+        return UserError(f"the model in {place} cannot be loaded ({first_line})", "Save it again with save_pretrained.")
+    return UserError(
+        f"model {name!r} is neither {' nor '.join(map(repr, POCKET_MODELS))}, a folder, nor a hub id that can be "
+        f"reached from here ({first_line})",
+        "Check the spelling and the network, or give a local folder.",
+    )
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} is not available here", "Use --device cpu, cuda or mps.") from error
+    return chosen
+
+
+def _choose_attention(attention: str, device: torch.device) -> str:
+    if attention != "auto":
+        return attention
+    return EAGER if device.type == "cpu" else "sdpa"

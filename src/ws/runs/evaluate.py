@@ -1,0 +1,129 @@
+"""Measure existing runs further: score one more probe, or a task of lm-evaluation-harness, on their directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.base.store import write_json, write_table
+from ws.edit.condition import Condition, Edit
+from ws.eval import custom, dilemmas, feedback, harness, side_effects, sycophancy
+from ws.measure.probe import Kind, Probe
+from ws.measure.score import score
+from ws.report.summary import Scores, signed_mean
+from ws.runs.replicate import Replication
+
+SHIPPED = ("sycophancy", "dilemmas", "feedback", "side-effects")
+"""Kinds of probe by name; `sycophancy` stands for the behaviour's own."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of a run: a kind of probe, or a JSONL file of one's own, and how.
+
+    `think` lets the model write a thought of so many tokens before each choice; `source` is where dilemmas come from;
+    `answers` are the two words of a probe of one's own.
+    """
+
+    probe: str
+    source: str = "own"
+    rows: int | None = None
+    think: int = 0
+    answers: tuple[str, str] = ("Yes", "No")
+
+    def __post_init__(self) -> None:
+        if self.probe not in SHIPPED and not self.probe.endswith(".jsonl"):
+            raise UserError(f"there is no probe {self.probe!r}", f"Choose {', '.join(SHIPPED)}, or give a .jsonl file.")
+        if self.think and self.probe == "side-effects":
+            raise UserError("side effects are no choices", "Leave --think out, or ask another probe.")
+
+    @property
+    def name(self) -> str:
+        """What the file with the scores is called after."""
+        return (self.probe if self.probe in SHIPPED else Path(self.probe).stem) + ("-guided" if self.think else "")
+
+    def probes(self, run: Replication) -> list[Probe]:
+        """The probes themselves."""
+        match self.probe:
+            case "sycophancy":
+                found = [sycophancy.probe(run.behaviour, self.rows)]
+            case "dilemmas":
+                found = [dilemmas.probe(self.source, self.rows)]
+            case "feedback":
+                found = [feedback.probe(self.rows)]
+            case "side-effects":
+                found = side_effects.probes(run.model, self.rows)
+            case file:
+                found = [custom.read(Path(file), answers=self.answers, limit=self.rows)]
+        return [probe.guided(self.think) for probe in found] if self.think else found
+
+
+def existing_run(run: Replication, ask: Ask, alphas: Sequence[float]) -> pl.DataFrame:
+    """Score probes under the run's direction; write the rows, return means with intervals by group."""
+    edit = direction_of(run)
+    probes = ask.probes(run)
+    strengths = sorted({0.0, *alphas})
+    table = score(run.model, probes, [Condition.of(edit, alpha) for alpha in strengths])
+    write_table(run.folder / f"scores-{ask.name}.parquet", table)
+    return pl.concat([_means(table, run.edit_name, one.name, metric) for one in probes for metric in METRICS[one.kind]])
+
+
+def direction_of(run: Replication) -> Edit:
+    """The run's direction as an Edit."""
+    path = run.folder / "direction.safetensors"
+    if not path.is_file():
+        raise UserError(f"the run in {run.folder.path} has no direction yet", "Make it with: ws replicate, or ws diff.")
+    return Edit(run.edit_name, Direction.load(path), run.settings.seed, run.settings.data_seed)
+
+
+def harness_task(
+    run: Replication, task: str, alphas: Sequence[float], limit: int | None, task_folder: Path | None
+) -> pl.DataFrame:
+    """Run a task of lm-evaluation-harness (`lm-eval:NAME`) at every strength; writes `lm-eval-<NAME>.json`."""
+    if not task.startswith(harness.PREFIX):
+        raise UserError(f"{task!r} names no harness", f"Write --task {harness.PREFIX}NAME.")
+    edit, name = direction_of(run), task.removeprefix(harness.PREFIX)
+    conditions = [Condition.of(edit, alpha) for alpha in sorted({0.0, *alphas})]
+    found = [
+        {key: record[key] for key in ("task", "metric", "alpha", "value", "stderr")}
+        for record in harness.evaluate(run.model, name, conditions, limit=limit, task_folder=task_folder)
+    ]
+    write_json(run.folder / f"lm-eval-{name}.json", found)
+    return pl.DataFrame(found, schema_overrides={"stderr": pl.Float64}).sort("task", "metric", "alpha")
+
+
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "choice": ("logratio", "pmass"),
+    "guided": ("logratio", "pmass", "forced"),
+    "likelihood": ("nll",),
+    "divergence": ("kl",),
+    "reply": ("distinct3", "tokens", "finished", "json"),
+}
+"""Metrics that are shown, by kind of probe."""
+
+
+def _means(table: pl.DataFrame, edit: str, probe: str, metric: str) -> pl.DataFrame:
+    """Mean of a metric by group and strength; log-ratios are signed by their label."""
+    scores = Scores(table)
+    lines = []
+    for alpha in scores.alphas(edit):
+        rows = scores.rows(probe, metric, edit, alpha)
+        if metric != "logratio":
+            rows = rows.with_columns(pl.lit(1, dtype=pl.Int8).alias("label"))
+        for group in rows["group"].unique(maintain_order=True):
+            part = signed_mean(rows.filter(pl.col("group") == group))
+            lines.append({"probe": probe, "metric": metric, "group": group, "alpha": alpha, **part._asdict()})
+    return pl.DataFrame(lines, schema=MEANS)
+
+
+MEANS: dict[str, Any] = {
+    "probe": pl.String, "metric": pl.String, "group": pl.String, "alpha": pl.Float64, "mean": pl.Float64,
+    "low": pl.Float64, "high": pl.Float64, "n": pl.Int64, "clusters": pl.Int64, "method": pl.String,
+}  # fmt: skip
+"""Columns of the table of means."""

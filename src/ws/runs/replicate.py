@@ -1,0 +1,234 @@
+"""The whole pipeline on one run folder: a Direction (`fitting`), then eval, alignment, samples, report.
+
+Every step is a stage of the run folder. The single-stage commands go through the same methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from ws.adapters.diff import Geometry
+from ws.algebra.direction import Direction
+from ws.base.store import Shards, atomic_file, digest, read_json, write_json, write_table
+from ws.baselines import controls
+from ws.edit.condition import Condition, Context, Edit
+from ws.eval import dilemmas, feedback, side_effects, sycophancy
+from ws.fitting import behaviour, data, train
+from ws.fitting.run_settings import shared_base, stored_settings
+from ws.fitting.stages import SIGNS, Fitting
+from ws.measure import rounding
+from ws.measure.probe import Probe
+from ws.measure.score import score
+from ws.report import behaviours, page, summary
+from ws.runs import samples
+from ws.subspace import alignment
+
+CONTROL_ALPHAS = (-1.0, 1.0)
+PERSONA_CONTEXTS = ("prompt +", "prompt -")
+
+
+class Replication(Fitting):
+    """One run with its evidence: what the Direction moves, what it breaks, where it lies, what the model says."""
+
+    behaviours_page: Path | None = None
+    """The page over all behaviours of the model, where `report` found more than one."""
+
+    @cached_property
+    def dilemma_rows(self) -> dilemmas.Loaded:
+        """The dilemmas and where they are from; read once, because a hub may answer differently a second time."""
+        return dilemmas.load(self.settings.dilemmas, self.settings.rows)
+
+    def probes(self) -> list[Probe]:
+        """The behaviour's own probe, the dilemmas, the side effects, the other shipped behaviours, feedback."""
+        rows = self.settings.rows
+        others = [behaviour.load(name) for name in behaviour.names() if name != self.behaviour.name]
+        return [
+            sycophancy.probe(self.behaviour, rows),
+            self.dilemma_rows.probe(),
+            *side_effects.probes(self.model, rows),
+            *(sycophancy.headline_probe(other, rows) for other in others),
+            feedback.probe(rows),
+        ]
+
+    def conditions(self, direction: Direction) -> list[Condition]:
+        """The direction at every alpha, and the first personas as prompts."""
+        edit = Edit(self.edit_name, direction, self.settings.seed, self.settings.data_seed)
+        personas = self.behaviour.personas
+        prompts = zip(PERSONA_CONTEXTS, (personas.positive[0], personas.negative[0]), strict=True)
+        return [
+            *(Condition.of(edit, alpha) for alpha in self.settings.alphas),
+            *(Condition(Context(name, system)) for name, system in prompts),
+        ]
+
+    def control_conditions(self, direction: Direction) -> list[Condition]:
+        """Random directions at -1 and +1."""
+        edits = controls.random_edits(direction, self.settings.control_seeds)
+        return [
+            Condition.of(edit, alpha) for edit in edits for alpha in CONTROL_ALPHAS if alpha in self.settings.alphas
+        ]
+
+    @property
+    def edit_name(self) -> str:
+        """Label of the trained direction in scores tables."""
+        return f"dW:{self.settings.adapter}"
+
+    def eval(self) -> pl.DataFrame:
+        """Score all probes, under the random controls those that have a band, and write `scores.parquet`."""
+        direction, _ = self.diff()
+        probes = self.probes()
+        inputs = {
+            "direction": digest(self.folder / "direction.safetensors"),
+            "probes": [probe.key for probe in probes],
+            "alphas": self.settings.alphas,
+            "control_seeds": self.settings.control_seeds,
+            "controls_on": [probe.name for probe in probes[:2]],
+            "personas": self.behaviour.personas,
+            "rendering": self.model.chat.template_key,
+            **self._arithmetic,
+        }
+        path = self.folder / "scores.parquet"
+
+        def make(shards: Shards) -> None:
+            base = shared_base(self.model, self.settings.out)
+            table = score(self.model, probes, self.conditions(direction), shards=shards, base_shards=base)
+            if random_directions := self.control_conditions(direction):
+                found = score(
+                    self.model, probes[:2], random_directions, shards=shards, base_shards=base,
+                    description="scoring random directions",
+                )  # fmt: skip
+                table = pl.concat([table, found.filter(pl.col("edit") != summary.BASE)])  # the base is there already
+            write_table(path, table)
+
+        result = self._build("eval", inputs, ["scores.parquet"], make)
+        table = pl.read_parquet(path)
+        rows = table.select("probe", "row").unique().height
+        conditions = table.select("context", "edit", "alpha", "seed").unique().height
+        self._say("eval", result, f"{rows} rows under {conditions} conditions")
+        return table
+
+    def rounding(self) -> dict[str, Any] | None:
+        """What a half-precision dtype does to the behaviour's own probe; None for a model in fp32."""
+        if self.model.dtype == torch.float32:
+            return None
+        probe = sycophancy.probe(self.behaviour, self.settings.rows)
+        inputs = {"model": self.model.fingerprint, **self._arithmetic, "probe": probe.key,
+                  "rendering": self.model.chat.template_key}  # fmt: skip
+
+        def make(_: Shards) -> None:
+            found = rounding.measure(self.model, probe)
+            record = None if found is None else {**found._asdict(), "is_small": found.is_small}
+            write_json(self.folder / "rounding.json", record)
+
+        result = self._build("rounding", inputs, ["rounding.json"], make)
+        record: dict[str, Any] | None = read_json(self.folder / "rounding.json")
+        if record is not None:
+            told = f"{record['dtype']} moves log-ratios by {record['mean_shift']:.3f} nats (p95 {record['p95']:.3f})"
+            self._say("rounding", result, told)
+            if not record["is_small"]:
+                allowed = f"{rounding.LARGEST_SHIFT} (p95 {rounding.LARGEST_P95})"
+                self._warn(f"{told} on {self.behaviour.name}, more than {allowed}: --dtype float32 is exact")
+        return record
+
+    def alignment(self) -> pl.DataFrame:
+        """Where the direction lies relative to the singular directions of the weights; by kind of module."""
+        direction, _ = self.diff()
+        names = ["subspace_per_layer.csv", "subspace_summary.csv"]
+
+        def make(_: Shards) -> None:
+            rows = alignment.table(self.model, direction)
+            for name, table in zip(names, (rows, alignment.by_kind(rows)), strict=True):
+                with atomic_file(self.folder / name) as temporary:
+                    table.write_csv(temporary)
+
+        inputs = {"direction": digest(self.folder / "direction.safetensors")}
+        result = self._build("alignment", inputs, names, make)
+        table = pl.read_csv(self.folder / names[1])
+        self._say("alignment", result, f"{int(table['n'].sum())} matrices")
+        return table
+
+    def samples(self) -> pl.DataFrame:
+        """The same prompts and random numbers under alpha -1, 0 and +1."""
+        direction, _ = self.diff()
+        prompts = samples.prompts(self.behaviour, self.settings.samples)
+        inputs = {
+            "direction": digest(self.folder / "direction.safetensors"),
+            "prompts": prompts,
+            "sampling": self.sampling,
+            **self._arithmetic,
+            "rendering": self.model.chat.template_key,
+        }
+        path = self.folder / "samples.parquet"
+
+        def make(_: Shards) -> None:
+            write_table(path, samples.under_strengths(self.model, direction, prompts, self.sampling))
+
+        result = self._build("samples", inputs, ["samples.parquet"], make)
+        self._say(
+            "samples",
+            result,
+            f"{len(prompts)} prompts at alpha {', '.join(f'{a:+g}' for a in samples.ALPHAS)}",
+        )
+        return pl.read_parquet(path)
+
+    def report(self) -> dict[str, Any]:
+        """Run whatever is missing and write `summary.json`, `config.json`, the figure and the two reports."""
+        _ = self.dilemma_rows  # a wrong source is told before anything is fitted
+        direction, geometry = self.diff()
+        scores, kinds, said = self.eval(), self.alignment(), self.samples()
+        training: dict[str, Any] = {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in SIGNS}
+        rounded = self.rounding()
+        content = self._summary(scores, geometry) | {"rounding": rounded}
+        config = self._config(direction)
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "summary.json", content)
+        page.write(self.folder.path, content, config, said, kinds, training)
+        self.behaviours_page = behaviours.write(
+            self.folder.path.parents[2], self.settings.adapter, self.folder.path.name
+        )
+        return content
+
+    def _summary(self, scores: pl.DataFrame, geometry: Geometry) -> dict[str, Any]:
+        name, group = self.behaviour.name, self.behaviour.probe.headline
+        numbers = summary.summarise(scores, self.edit_name, name, group)
+        stages = sorted((self.folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        head: dict[str, Any] = {
+            "model": self.model.name,
+            "behaviour": name,
+            "adapter": self.settings.adapter,
+            "seed": self.settings.seed,
+            "data_seed": self.settings.data_seed,
+            "headline_group": group,
+            "noun": self.behaviour.probe.noun,
+            "direction_norm": geometry.norm_dw,
+            "geometry": asdict(geometry),
+        }
+        seconds = {path.stem: read_json(path)["seconds"] for path in stages}
+        content = head | numbers | {"seconds": seconds}
+        content["warnings"] = [*dict.fromkeys(self.warnings), *summary.doubts(content, name)]
+        content["headline"] = summary.headline(content, name)
+        return content
+
+    def _config(self, direction: Direction) -> dict[str, Any]:
+        return {
+            "settings": stored_settings(self.settings),
+            "model": self.model.describe(),
+            "behaviour": {
+                "name": self.behaviour.name, "summary": self.behaviour.summary,
+                "positive_means": self.behaviour.positive_means, "key": self.behaviour.key,
+            },
+            "dilemmas": self.dilemma_rows.record(),
+            "sampling": asdict(self.sampling),
+            "judge": asdict(self.judge),
+            "training": asdict(self.training),
+            "data": data.describe(pl.read_parquet(self.folder / "pairs.parquet")),
+            "direction": {
+                "layers": f"{direction.layer_numbers[0]}-{direction.layer_numbers[-1]} of {self.model.layer_count}",
+                "parameters": len(direction.deltas), "rank": direction.rank, "bytes": direction.stored_bytes,
+            },
+        }  # fmt: skip
