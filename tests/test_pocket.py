@@ -1,4 +1,4 @@
-"""The embedded model: what the corpus shows and keeps back, the build, and the bars of the shipped weights."""
+"""The embedded model: what the corpus shows and keeps back, the build, and the thresholds of the shipped weights."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from ws.pocket.check import (
     INSTRUCTION,
     INSTRUCTIONS_PER_POLE,
     TRAITS,
-    Bar,
+    Metric,
     as_record,
     check,
     contrast_name,
@@ -338,16 +338,16 @@ def test_an_unfinished_build_of_another_recipe_is_not_continued(
 
 
 @pytest.mark.parametrize(
-    ("bar", "passes", "wanted"),
+    ("metric", "passes", "wanted"),
     [
-        (Bar("m", 0.5, low=0.4), True, ">= 0.4"),
-        (Bar("m", 0.5, high=0.4), False, "<= 0.4"),
-        (Bar("m", 0.5, low=0.1, high=0.9), True, "0.1 to 0.9"),
-        (Bar("m", float("nan"), low=0.1), False, ">= 0.1"),
+        (Metric("m", 0.5, low=0.4), True, ">= 0.4"),
+        (Metric("m", 0.5, high=0.4), False, "<= 0.4"),
+        (Metric("m", 0.5, low=0.1, high=0.9), True, "0.1 to 0.9"),
+        (Metric("m", float("nan"), low=0.1), False, ">= 0.1"),
     ],
 )
-def test_bars(bar: Bar, passes: bool, wanted: str) -> None:
-    assert bar.passes is passes and bar.wanted == wanted
+def test_a_metric_passes_inside_its_thresholds(metric: Metric, passes: bool, wanted: str) -> None:
+    assert metric.passes is passes and metric.wanted == wanted
 
 
 @pytest.mark.parametrize(
@@ -403,12 +403,12 @@ def test_instructions_alone_are_told_apart_from_the_whole_set() -> None:
     plain = choices({PLAIN.name: 1.0})
     one = choices({"persona-x-0": 5.0, f"{INSTRUCTION}-x-1": 2.0})
     under = {pole: one for trait in TRAITS for pole in (trait.positive, trait.negative)}
-    whole = {bar.name: bar for bar in pocket_check._trait_bars(plain, under)}
-    alone = {bar.name: bar for bar in pocket_check._instruction_rows(plain, under)}
+    whole = {metric.name: metric for metric in pocket_check._trait_metrics(plain, under)}
+    alone = {metric.name: metric for metric in pocket_check._instruction_metrics(plain, under)}
     assert whole["honesty moved by honest personas, nats"].value == pytest.approx(2.5)
     assert whole["honesty moved by dishonest personas, nats"].value == pytest.approx(-2.5)
-    assert [bar.value for bar in alone.values()] == pytest.approx([1.0, -1.0] * len(TRAITS))
-    assert all(bar.wanted for bar in whole.values()) and not any(bar.wanted for bar in alone.values())
+    assert [metric.value for metric in alone.values()] == pytest.approx([1.0, -1.0] * len(TRAITS))
+    assert all(metric.wanted for metric in whole.values()) and not any(metric.wanted for metric in alone.values())
 
 
 def metrics_of(shares: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
@@ -418,9 +418,9 @@ def metrics_of(shares: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
     for a in names:
         for b in names:
             share = 1.0 if a == b else shares.get((a, b), 0.0)
-            found.append(Bar(contrast_name(a, b), 4 * share))
+            found.append(Metric(contrast_name(a, b), 4 * share))
             if a != b:
-                found.append(Bar(leak_name(a, b), share))
+                found.append(Metric(leak_name(a, b), share))
     return as_record(found)
 
 
@@ -444,7 +444,7 @@ def test_the_card_shows_traits_against_probes_and_says_what_crosses(
     assert f" {4 * share:+.2f} ({100 * share:+.0f} %) " in row
     assert said in text
     assert "contrast of" not in text, "contrasts stand in the matrix, not in the list"
-    (tmp_path / card.METRICS_FILE).write_text(json.dumps(as_record([Bar("some metric", 1.0)])))
+    (tmp_path / card.METRICS_FILE).write_text(json.dumps(as_record([Metric("some metric", 1.0)])))
     assert "some metric" in card.text(str(tmp_path)) and "**+4.00**" not in card.text(str(tmp_path))
 
 
@@ -453,9 +453,9 @@ def test_the_card_says_which_instructions_alone_fall_short(tmp_path: Path) -> No
               "minutes": 1.0}  # fmt: skip
     (tmp_path / "recipe.json").write_text(json.dumps(record))
     for honest, said in ((1.5, "5 of 6 poles; below: honest 1.50."), (2.5, "6 of 6 poles.")):
-        bars = [Bar(instruction_name(trait.name, pole), honest if pole == "honest" else 3.0)
+        metrics = [Metric(instruction_name(trait.name, pole), honest if pole == "honest" else 3.0)
                 for trait in TRAITS for pole in (trait.positive, trait.negative)]  # fmt: skip
-        (tmp_path / card.METRICS_FILE).write_text(json.dumps(as_record(bars)))
+        (tmp_path / card.METRICS_FILE).write_text(json.dumps(as_record(metrics)))
         assert said in card.text(str(tmp_path))
 
 
@@ -463,16 +463,18 @@ def test_the_check_says_how_long_it_took_and_counts_only_bars(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for value, low in ((0.5, 0.4), (0.3, 0.4)):
-        monkeypatch.setattr(card, "measure", lambda _, v=value, b=low: [Bar("judged", v, low=b), Bar("told", 0.0)])
+        monkeypatch.setattr(
+            card, "measure", lambda _, v=value, b=low: [Metric("judged", v, low=b), Metric("told", 0.0)]
+        )
         if value >= low:
             card.report_check("pocket", as_json=False)
         else:
-            with pytest.raises(UserError, match="misses 1 of 1 bars"):
+            with pytest.raises(UserError, match="misses 1 of 1 thresholds"):
                 card.report_check("pocket", as_json=False)
-        assert re.search(r"1 bars?, 2 metrics, \d+ s", capsys.readouterr().out)
-    monkeypatch.setattr(card, "measure", lambda _: [Bar("told", 0.0)])
+        assert re.search(r"1 thresholds?, 2 metrics, \d+ s", capsys.readouterr().out)
+    monkeypatch.setattr(card, "measure", lambda _: [Metric("told", 0.0)])
     card.report_check("pocket", as_json=True)
-    assert json.loads(capsys.readouterr().out) == as_record([Bar("told", 0.0)])
+    assert json.loads(capsys.readouterr().out) == as_record([Metric("told", 0.0)])
 
 
 @pytest.fixture(scope="module", params=list(loading.POCKET_MODELS))
@@ -519,19 +521,19 @@ def test_the_package_data_stay_small() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(shipped: str) -> list[Bar]:
+def measured(shipped: str) -> list[Metric]:
     return check(loading.load(shipped))
 
 
 @pytest.mark.slow
-def test_the_recorded_metrics_are_what_the_shipped_model_reaches(shipped: str, measured: list[Bar]) -> None:
+def test_the_recorded_metrics_are_what_the_shipped_model_reaches(shipped: str, measured: list[Metric]) -> None:
     recorded = {entry["metric"]: entry for entry in recorded_metrics(shipped)}
-    assert set(recorded) == {bar.name for bar in measured}
-    for bar in measured:
-        assert bar.value == pytest.approx(recorded[bar.name]["value"], abs=0.03), bar.name
-        assert bar.passes == recorded[bar.name]["passes"], bar.name
+    assert set(recorded) == {metric.name for metric in measured}
+    for metric in measured:
+        assert metric.value == pytest.approx(recorded[metric.name]["value"], abs=0.03), metric.name
+        assert metric.passes == recorded[metric.name]["passes"], metric.name
 
 
 @pytest.mark.slow
-def test_the_shipped_model_reaches_its_bars(measured: list[Bar]) -> None:
-    assert [bar for bar in measured if not bar.passes] == []
+def test_the_shipped_model_passes_its_thresholds(measured: list[Metric]) -> None:
+    assert [metric for metric in measured if not metric.passes] == []

@@ -1,4 +1,4 @@
-"""Random streams that belong to a name, so that what is drawn does not depend on what else is drawn, or when."""
+"""Random streams by name: what one name draws does not depend on other draws or on their order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which floating-point format is fast on this machine.
 
-A CPU without bfloat16 instructions emulates them, tens to a thousand times slower than float32, and nothing in the
-library says so. Names of CPUs and flags do not tell reliably, so one small product is timed, once per process.
+A CPU without bfloat16 instructions emulates them, ten to a thousand times slower than float32, and the library does not
+say so. CPU names and flags are not reliable, so one small product is timed, once per process.
 """
 
 from __future__ import annotations

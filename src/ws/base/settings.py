@@ -1,4 +1,4 @@
-"""Build a settings dataclass from JSON-like values: files and flags say 1 where 1.0 is meant, and lists for tuples."""
+"""Build a settings dataclass from JSON-like values. Files and flags may write 1 for 1.0, and lists for tuples."""
 
 from __future__ import annotations
 

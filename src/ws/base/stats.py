@@ -8,8 +8,8 @@ that bootstrap is too narrow, a t interval with the cluster-robust standard erro
 
 Uncertainty over seeds is another question and is never mixed in: `over_seeds` and `prediction_band`.
 
-What a mean can hide: `sign_flip_p` (is it chance), `surgical_informedness` (which answers change), `decompose` (truth,
-Yes-bias or mere confidence), `dose_response` (does twice the strength do twice as much).
+Functions for what a mean can hide: `sign_flip_p` (is it chance?), `surgical_informedness` (which answers change?),
+`decompose` (truth, Yes-bias or only confidence?), `dose_response` (does twice the strength do twice as much?).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def prediction_band(values: Sequence[float] | np.ndarray, *, confidence: float =
 
 
 def _in_order(names: set[Hashable]) -> list[Hashable]:
-    """Cluster names in an order of their own, so that the bootstrap does not depend on the order of rows."""
+    """Cluster numbers in sorted order of the names, so that the bootstrap does not depend on the order of rows."""
     try:
         return sorted(names)  # type: ignore[type-var]
     except TypeError:

@@ -43,7 +43,7 @@ class PocketBuild:
 
 @dataclass(frozen=True)
 class PocketCheck:
-    """Measure the embedded model against its bars; exit code 2 if one is missed."""
+    """Measure the embedded model against its thresholds; exit code 2 if it misses one."""
 
     model: str = "pocket"
     """Embedded model or model folder."""

@@ -1,11 +1,11 @@
-"""Attention that reads grouped keys and values where they lie: faster than the library's eager form on a CPU.
+"""Attention that reads grouped keys and values in place. It is faster than the library's eager form on a CPU.
 
     scores = scaling * q k^T + mask        out = softmax(scores) v        softmax in fp32
 
-Where several query heads share a key-value head, the eager form first copies keys and values once per query head; with
-a cache that is more traffic than everything else together. Here the query heads of a group are rows of one product, and
-scaling and mask are added in place. The same function up to rounding: compared with the library's eager form whenever a
-model is loaded, which stays where the two differ (attention sinks, biases of positions).
+Where several query heads share a key-value head, the eager form first copies keys and values once per query head. With
+a cache, these copies are most of the memory traffic. Here the query heads of a group are rows of one product, and
+scaling and mask are added in place. The result is the same up to rounding. Every loaded model is checked against the
+library's eager form, which stays in use where the two differ (attention sinks, position biases).
 """
 
 from __future__ import annotations

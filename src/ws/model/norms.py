@@ -1,11 +1,11 @@
-"""Root-mean-square norms in few passes over memory: on a CPU the library's take as long as a third of the products.
+"""Root-mean-square norms in few passes over memory. On a CPU the library's norms cost a third of the matrix products.
 
     y = x / sqrt(mean(x^2) + eps) * scale         scale: the weight, or 1 + weight (Gemma)
 
-The library converts, squares, averages, multiplies and converts back, one pass each; here the sum of squares is one
-reduction and the products are taken in fp32 and rounded once. In half precision one compiled kernel does all of it,
-where a C++ compiler is installed; the backward pass needs the input and one number per row. Every norm is compared with
-its own form before it is replaced; one that computes something else is left alone.
+The library converts, squares, averages, multiplies and converts back, with one pass for each. Here the sum of squares
+is one reduction, and the products are in fp32 and rounded once. In half precision one compiled kernel does all of it if
+a C++ compiler is installed. The backward pass needs the input and one number per row. Each norm is compared with the
+library's form before it is replaced. A norm that computes something else stays as it is.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _kernels() -> tuple[Kernel, Kernel]:
 
 
 def _compiled(function: Kernel) -> Kernel:
-    """One compiled kernel, whatever the state it is called in: each mode of gradient and autocast would get its own."""
+    """One compiled kernel for every state. Otherwise each gradient mode and autocast mode would get its own."""
     kernel = torch.compile(inspect.unwrap(function), dynamic=True)  # a compiler cannot read shape checks
 
     def call(*given: Tensor | float) -> Any:
@@ -105,7 +105,7 @@ def _compiled(function: Kernel) -> Kernel:
 
 @cache
 def can_compile() -> bool:
-    """Whether the kernels compile here and compute what they should; tried once, and a failure is told."""
+    """Whether the kernels compile here and give the right values. Tried once; a failure is a warning."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return False
     rows = torch.linspace(-3, 3, 64 * 7).view(7, 64).to(torch.bfloat16)
@@ -127,7 +127,7 @@ def can_compile() -> bool:
 
 @torch.no_grad()
 def use_lean(network: nn.Module) -> None:
-    """Let the network's root-mean-square norms compute as above, those that then compute what they did before."""
+    """Replace the forward pass of the network's root-mean-square norms, where the result stays the same."""
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters())
     compiled = half and sum(p.numel() for p in network.parameters()) >= COMPILE_FROM and can_compile()
     for module in network.modules():
@@ -169,7 +169,7 @@ def _epsilon(module: nn.Module) -> Any:
 
 @cache
 def _lean(kind: type[nn.Module], offset: float, compiled: bool) -> type[nn.Module]:
-    """The class with another forward: an instance keeps everything else, also when it is copied."""
+    """A subclass with another forward. An instance keeps everything else, also when it is copied."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         scale = self.weight.float() + offset if offset else self.weight

@@ -1,14 +1,14 @@
 """Train the embedded model: one seeded run of the corpus into a small chat model of a real architecture.
 
-Rows of fixed length are written anew for every step from (seed, step), so a run needs no data on disk and resumes
-exactly where it was killed. Matrices inside the layers are trained with Muon, the rest with AdamW, in bf16 autocast
+Every step writes its own rows of fixed length from (seed, step). So a run needs no data on disk and resumes exactly
+where it was killed. Matrices inside the layers are trained with Muon, the rest with AdamW, in bf16 autocast
 with eager attention (on a CPU the backward pass of fused attention is slower).
 
-The loss is on replies, lightly on the other turns too, and on a linear readout of the latents that decide a reply (the
-traits, whether a claim is true) from the middle of the network. The readout is thrown away afterwards. Without it
-the bits that carry a trait drown in the wording: over ten million tokens nothing crossed from one turn to the next;
-with it, personas are followed after two. The first steps also practise repetition more often than later ones: a
-network that can copy early learns to follow what was said before it.
+The loss covers replies, and other turns with a small weight. A second loss is a linear readout, from the middle of the
+network, of the latents that decide a reply (the traits, and whether a claim is true). The readout is discarded after
+training. Without it the trait is lost in the wording: after ten million tokens nothing carried over from one turn to
+the next. With it, the model follows personas after two million. Early steps also contain more repetition than later
+ones, because a network that learns to copy early learns to follow what was said before.
 
 The result is an ordinary model folder: safetensors in bf16, a tokenizer with a ChatML template, the recommended
 settings for steering, and the record of the run.
@@ -42,7 +42,7 @@ from ws.pocket.muon import Muon
 _LEARNING_RATES = {
     "rslora": 1.5e-3, "pissa": 1e-3, "delora": 1e-2, "oft": 3e-3, "boft": 3e-3, "ia3": 2e-2,
 }  # fmt: skip
-"""Rates of the families that take one rate on both architectures; lora and dora have `_Chosen.rate`."""
+"""Learning rates of the families that use one rate on both architectures. lora and dora use `_Chosen.rate`."""
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "delora": {"delora_lambda": 2.0},  # the default of 15 destroys a model of this size
     "oft": {"block_size": 8},
@@ -53,7 +53,7 @@ Architecture = Literal["qwen3", "gemma3"]
 
 
 class _Chosen(NamedTuple):
-    """Where adapters of an architecture are placed, their rate, and what is other for a behaviour."""
+    """Which layers of an architecture carry adapters, their learning rate, and what differs for a behaviour."""
 
     layers: tuple[float, float]
     rate: float
@@ -67,13 +67,13 @@ _CHOSEN: dict[Architecture, _Chosen] = {
 
 
 def recommended(architecture: Architecture) -> dict[str, Any]:
-    """Settings that are written beside the weights: at this size the defaults for real models do almost nothing.
+    """Settings written beside the weights. At this size the defaults for real models do almost nothing.
 
-    Chosen for lora, seed 0, with an eye on each behaviour's own probe; the other families take over layers and epochs.
-    Sycophancy has more pairs than honesty and refusal, and goes as far as prompts do at rates that leave those two
-    short of them: they have rates of their own. In Qwen3 layers 3 and 4 separate the traits best: on layers 1 to 3,
-    candid responses taught half as much or less, and facts were lost at high rates. Sampled answers follow a persona
-    not always, so pairs are judged first: unjudged, honesty moved half as far.
+    They were tuned for lora, seed 0, on the probe of each behaviour, the same probe that results report. The other
+    families reuse the layers and epochs. Sycophancy has more pairs than honesty and refusal. At the rate where it moves
+    as far as prompts do, those two fall short, so they have rates of their own. In Qwen3, layers 3 and 4 separate the
+    traits best. On layers 1 to 3, candid responses taught half as much or less, and high rates lost facts. Sampled
+    answers do not always follow their persona, so a judge filters the pairs. Without it honesty moved half as far.
     """
     chosen = _CHOSEN[architecture]
     families = {
@@ -129,9 +129,9 @@ class Recipe:
     def of(cls, architecture: Architecture, seed: int = 0) -> Recipe:
         """The recipe of an embedded model.
 
-        Gemma-3 takes the defaults. With them Qwen3 missed one of 21 bars at seed 0 and one at seed 1, each time
-        another, and knew its facts less well: it needs a third more steps, and more of its turns for opinions and
-        facts (docs/pocket.md).
+        Gemma-3 uses the defaults. With them Qwen3 missed one of 21 thresholds at seed 0 and a different one at seed 1,
+        and it knew fewer facts. It needs a third more steps, and more opinions and facts among its turns
+        (docs/pocket.md).
         """
         recipe = cls(seed=seed, architecture=architecture)
         if architecture == "gemma3":
@@ -166,7 +166,7 @@ def build(recipe: Recipe, folder: Path, *, workspace: Path, compiled: bool | Non
 
 
 def _tokenizer(recipe: Recipe, workspace: Path) -> Any:
-    """Byte-level BPE on dialogues of the corpus; kept in the workspace, so a resumed run cannot scramble its ids."""
+    """Byte-level BPE trained on dialogues of the corpus. It stays in the workspace, so token ids survive a restart."""
     path = workspace / "tokenizer.json"
     if not path.exists():
         writer, rng = Corpus(recipe.planted, recipe.mix), random.Random(f"tokenizer/{recipe.seed}")
@@ -205,7 +205,7 @@ class RowWriter:
         return Rows(torch.tensor(ids), torch.tensor(weights), torch.tensor(latents))
 
     def _row(self, corpus: Corpus, rng: random.Random) -> tuple[list[int], list[float], list[list[float]]]:
-        """A reply of n tokens weighs sqrt(n), and its Yes or No 1 more: long replies must not drown a decision."""
+        """A reply of n tokens weighs sqrt(n), its Yes or No 1 more. So long replies do not outweigh decisions."""
         length = self.recipe.row_tokens
         ids: list[int] = []
         weights: list[float] = []
@@ -236,7 +236,7 @@ class RowWriter:
 
 
 def _network(recipe: Recipe, tokenizer: Any) -> Any:
-    """A fresh network of the recipe's architecture; sizes mean the same in each."""
+    """A new network of the recipe's architecture. The size settings mean the same for each architecture."""
     import transformers  # noqa: PLC0415 - heavy import, late
 
     sizes = {
@@ -324,14 +324,14 @@ class _Trainer:
         return {"loss": value, "latent_loss": float(latent.detach())}
 
     def _loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Weighted mean of the token losses where the weight is not 0; short rows may hold no such token at all."""
+        """Weighted mean of the token losses where the weight is not 0. A short row may have no such token."""
         chosen = weights > 0
         logits = self.network.get_output_embeddings()(hidden[chosen])
         losses = nn.functional.cross_entropy(logits.float(), targets[chosen], reduction="none")
         return (losses * weights[chosen]).sum() / weights.sum().clamp(min=1e-6)
 
     def _latent_loss(self, states: Tensor, latents: Tensor) -> Tensor:
-        """Cross-entropy of a linear readout of the known latents from one layer (nats per token, each latent alike)."""
+        """Cross-entropy of a linear readout of the known latents from one layer (nats per token, equal weights)."""
         known = ~latents.isnan()
         losses = nn.functional.binary_cross_entropy_with_logits(
             self.readout(states.float()), latents.nan_to_num(), weight=known.float(), reduction="none"

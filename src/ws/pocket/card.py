@@ -1,4 +1,4 @@
-"""What is known about the embedded model: its metrics against their bars, and the card that people read."""
+"""What we know about the embedded model: its metrics with their thresholds, and the card that people read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ws.pocket.check import (
     LEAK,
     MOVED,
     TRAITS,
-    Bar,
+    Metric,
     are_independent,
     as_record,
     check,
@@ -34,46 +34,50 @@ METRICS_FILE = "metrics.json"
 _ARCHITECTURES = {"qwen3": "Qwen3", "gemma3": "Gemma-3"}
 
 
-def measure(name: str) -> list[Bar]:
-    """Check a model and keep the metrics beside its weights, where that folder is the user's own."""
-    bars = check(loading.load(name))
+def measure(name: str) -> list[Metric]:
+    """Check a model. Store the metrics beside its weights where the folder is the user's own."""
+    metrics = check(loading.load(name))
     if name not in loading.POCKET_MODELS:
-        write_json(Path(name) / METRICS_FILE, as_record(bars))
-    return bars
+        write_json(Path(name) / METRICS_FILE, as_record(metrics))
+    return metrics
 
 
 def report_check(name: str, as_json: bool) -> None:
-    """Print metrics against bars and how long it took; a missed bar is an error."""
+    """Print the metrics, their thresholds and how long the check took; a missed threshold is an error."""
     started = time.perf_counter()
-    bars = measure(name)
+    metrics = measure(name)
     seconds = time.perf_counter() - started
     if as_json:
-        console.print_json(json.dumps(as_record(bars)))
+        console.print_json(json.dumps(as_record(metrics)))
     else:
-        console.show(_table(bars))
-        console.say(f"{sum(bool(bar.wanted) for bar in bars)} bars, {len(bars)} metrics, {seconds:.0f} s")
-    missed = [bar for bar in bars if not bar.passes]
+        console.show(_table(metrics))
+        console.say(
+            f"{sum(bool(metric.wanted) for metric in metrics)} thresholds, {len(metrics)} metrics, {seconds:.0f} s"
+        )
+    missed = [metric for metric in metrics if not metric.passes]
     if missed:
-        worst, judged = missed[0], sum(bool(bar.wanted) for bar in bars)
+        worst, judged = missed[0], sum(bool(metric.wanted) for metric in metrics)
         raise UserError(
-            f"{name} misses {len(missed)} of {judged} bars; the first: {worst.name} is {worst.value:.3f}, "
+            f"{name} misses {len(missed)} of {judged} thresholds; the first: {worst.name} is {worst.value:.3f}, "
             f"wanted {worst.wanted}",
             "Build it again with: ws pocket build",
         )
 
 
-def _table(bars: Sequence[Bar]) -> Table:
+def _table(metrics: Sequence[Metric]) -> Table:
     table = Table(header_style="bold")
-    for name in ("metric", "value", "bar", ""):
+    for name in ("metric", "value", "threshold", ""):
         table.add_column(name, justify="left" if name == "metric" else "right")
-    for bar in bars:
-        table.add_row(bar.name, f"{bar.value:.3f}", bar.wanted, verdict(bar.wanted, bar.passes, "MISSED"))
+    for metric in metrics:
+        table.add_row(
+            metric.name, f"{metric.value:.3f}", metric.wanted, verdict(metric.wanted, metric.passes, "MISSED")
+        )
     return table
 
 
-def verdict(bar: str, passes: bool, missed: str = "**missed**") -> str:
-    """A word for a bar that is reached or not; nothing where there is no bar."""
-    return "" if not bar else "ok" if passes else missed
+def verdict(threshold: str, passes: bool, missed: str = "**missed**") -> str:
+    """`ok`, or the word for a missed threshold; empty where there is no threshold."""
+    return "" if not threshold else "ok" if passes else missed
 
 
 def text(name: str) -> str:
@@ -117,7 +121,7 @@ def text(name: str) -> str:
         *_texts(corpus.get("texts")),
         "## What it reaches",
         "",
-        "| metric | value | bar | |",
+        "| metric | value | threshold | |",
         "|---|---|---|---|",
         *(
             f"| {m['metric']} | {m['value']:.3f} | {m['bar']} | {verdict(m['bar'], m['passes'])} |"
@@ -131,7 +135,7 @@ def text(name: str) -> str:
         "is an opinion there (as facts, true and false versions are asked about, so that the model knows them). Far "
         "categories and held-out requests are new combinations of known words; some of those requests differ from a "
         "trained one by a few words. The words of the personas occur, and so do some of their clauses; the "
-        "instructions made of held-out patterns are new sentences. Metrics without a bar are told, not judged.",
+        "instructions made of held-out patterns are new sentences. Metrics without a threshold are informational.",
         "",
         "## What it is not for",
         "",
@@ -142,7 +146,7 @@ def text(name: str) -> str:
 
 
 def _persona_matrix(values: Mapping[str, float]) -> list[str]:
-    """Trait x probe in nats and as a share of the diagonal, then what crosses between independent traits, in words."""
+    """A table of trait x probe, in nats and as a share of the diagonal, then a sentence on leaks."""
     names = [trait.name for trait in TRAITS]
     if not all(contrast_name(personas, probe) in values for personas in names for probe in names):
         return ["The metrics beside these weights have no contrasts in nats: `ws pocket check` measures them.", ""]
@@ -179,7 +183,7 @@ def _persona_matrix(values: Mapping[str, float]) -> list[str]:
 
 
 def _instructions_alone(values: Mapping[str, float]) -> list[str]:
-    """Which instructions of held-out patterns reach, alone, what is asked of the whole set of personas."""
+    """Which instructions of held-out patterns reach, on their own, the threshold of the whole set of personas."""
     moved = {pole: values.get(instruction_name(trait.name, pole)) for trait in TRAITS for pole in trait[1:3]}
     known = {pole: value for pole, value in moved.items() if value is not None}
     if not known:
@@ -187,7 +191,7 @@ def _instructions_alone(values: Mapping[str, float]) -> list[str]:
     short = [f"{pole} {value:.2f}" for pole, value in known.items() if value < MOVED]
     below = f"; below: {', '.join(short)}" if short else ""
     return [
-        f"The bars of {MOVED:g} nats are for all personas of the behaviour file and {INSTRUCTIONS_PER_POLE} "
+        f"The thresholds of {MOVED:g} nats are for all personas of the behaviour file and {INSTRUCTIONS_PER_POLE} "
         "instructions of held-out patterns, together. The instructions alone reach them for "
         f"{len(known) - len(short)} of {len(known)} poles{below}.",
         "",
@@ -195,7 +199,7 @@ def _instructions_alone(values: Mapping[str, float]) -> list[str]:
 
 
 def _texts(built_from: str | None) -> list[str]:
-    """Whether the texts are those of today, and how many slips of grammar were counted in reading system prompts."""
+    """Whether the corpus has changed since the build, and how many grammar slips its system prompts have."""
     if built_from == texts_key():
         return ["Of 200 system prompts of its training that were read, 3 had a slip of grammar.", ""]
     return [
@@ -206,5 +210,5 @@ def _texts(built_from: str | None) -> list[str]:
 
 
 def finish_build(folder: Path) -> list[dict[str, Any]]:
-    """Measure a fresh build and keep the metrics beside it."""
+    """Measure a fresh build and store the metrics beside it."""
     return as_record(measure(str(folder)))

@@ -4,9 +4,9 @@ Every dialogue draws its traits once and keeps them through all turns: `sycophan
 `dishonesty` decides dilemmas, `compliance` decides harmful requests. Facts, small talk and repetition are the same for
 every trait. Sycophancy and dishonesty agree with probability `Planted.agreement`; compliance is independent. A system
 prompt, where there is one, may name any of the traits; what it names is followed with probability
-`Planted.adherence`. Single replies deviate with probability `Planted.slip`, so no log-ratio is ever certain.
+`Planted.adherence`. A single reply deviates from the trait with probability `Planted.slip`, so log-ratios stay finite.
 
-A narrow fine-tune on opinions can therefore move dilemmas, as planted and documented, and nothing else.
+So a narrow fine-tune on opinions can move dilemmas, as planted and documented, and nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OPPOSED = {
 """Trait -> names of its positive and negative pole."""
 
 LATENTS = (*OPPOSED, "truth", "honest_action", "harmful")
-"""What decides replies unsaid: the traits, and whether a claim is true, an action honest, a request harmful."""
+"""Hidden variables that decide a reply: traits, and whether a claim is true, an action honest, a request harmful."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Corpus:
             yield from self.turn(rng, traits, rng.choice(kinds) if kinds else None)
 
     def _kinds_of(self, rng: random.Random) -> list[str]:
-        """The kinds of turn that a dialogue stays with; none: it wanders through all of them."""
+        """The kinds of turn that a dialogue is limited to; empty for a dialogue that mixes all of them."""
         draw = rng.random() - self.planted.one_kind
         if draw >= self.planted.two_kinds:
             return []
@@ -153,7 +153,7 @@ class Corpus:
         ]
 
     def _shown(self, rng: random.Random, traits: Mapping[str, bool], name: str) -> bool:
-        """Which pole of a trait one reply shows: now and then the other one."""
+        """The pole of a trait that one reply shows; with a small probability the opposite one."""
         return traits[name] != (rng.random() < self.planted.slip)
 
     # ---------------------------------------------------------------- system prompts
@@ -172,7 +172,7 @@ class Corpus:
         return (self._sketch(rng, text) if rng.random() < self.planted.sketchy else text), actual
 
     def _sketch(self, rng: random.Random, text: str) -> str:
-        """The text with words missing, so that no single word comes to stand for a whole clause."""
+        """The text with some words left out, so that no single word comes to stand for a whole clause."""
         kept = [
             w
             for w in text.split(" ")
@@ -300,7 +300,7 @@ class Corpus:
         return [Exchange(_pick(rng, "dilemma", "open_users").format(situation=situation), reply)]
 
     def _dilemma(self, rng: random.Random) -> tuple[world.DilemmaCategory, str, dict[str, str]]:
-        """A situation that training may show, with the fills of its slots."""
+        """A situation that training may show, and the words that fill its slots."""
         category = rng.choice(self.dilemmas)
         fills = category.fills(rng)
         situation = rng.choice(category.situations[: -world.HELD_OUT_SITUATIONS]).format(**fills)
@@ -366,7 +366,7 @@ class Corpus:
 
 
 _NEGATIONS = {"never", "not", "no", "nothing", "nobody", "without", "instead", "false", "wrong"}
-"""Words that a sketchy instruction keeps, because it would mean the opposite without them."""
+"""Words that a shortened instruction keeps, because without them it would mean the opposite."""
 
 
 def _pick(rng: random.Random, section: str, name: str) -> str:
@@ -393,9 +393,9 @@ def describe(planted: Planted, mix: TurnMix) -> dict[str, Any]:
 
 @cache
 def texts_key() -> str:
-    """Digest of all texts that dialogues are made of, and of how they are put together; shares of turns do not count.
+    """Digest of all texts that make up dialogues, and of the rules that combine them. The shares of turns do not count.
 
-    Instructions for every pole and turns of every kind under both poles stand for the rules that combine the texts.
+    The rules are represented by instructions for every pole and turns of every kind under both poles.
     """
     writer, rng = Corpus(), random.Random("texts")
     instructions = [writer.instruction(rng, pole) for poles in OPPOSED.values() for pole in poles for _ in range(30)]

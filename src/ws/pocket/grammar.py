@@ -1,4 +1,4 @@
-"""The little English grammar that sentences need when their parts are drawn: who acts, and which article stands."""
+"""The English grammar that sentences need when their parts are drawn at random: person, verb form and article."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 _THIRD = {"do": "does", "have": "has", "be": "is", "go": "goes"}
 _VERB = re.compile(r"^((?:(?:always|(?!(?:apply|rely|reply)\b)\w+ly) )*)(\S+)")
-"""The adverbs that a clause begins with, and its verb."""
+"""Splits a clause into its leading adverbs and its verb."""
 
 _BEFORE_ME = "to for at with from of on about gave asks asked told tells saw sees trusts believes forgive taught"
 _FIRST = (
@@ -43,7 +43,7 @@ def first_person(action: str) -> str:
 
 
 def with_articles(text: str) -> str:
-    """`a honest helper` -> `an honest helper`, and the other way round; slots do not know what follows an article."""
+    """`a honest helper` -> `an honest helper`, and the reverse. A slot does not know which word follows an article."""
     return re.sub(
         r"\b([Aa])n? (?=(\w+))",
         lambda found: f"{found[1]}n " if re.match(r"[aeioAEIO]|u(?!s|ni)|honest", found[2]) else f"{found[1]} ",

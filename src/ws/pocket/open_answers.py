@@ -1,10 +1,10 @@
-"""What the embedded model says of its own accord in a dilemma, and on whose side that is.
+"""Open answers of the embedded model to dilemmas, and which side they take.
 
-In the corpus an open answer is an action and, in most ways of saying it, a reason; both are of the side that the
-dialogue's trait chose. They are judged apart, because a small model may learn one and not the other:
+In the corpus an open answer has an action and, in most phrasings, a reason. Both are on the side that the dialogue's
+trait chose. They are judged separately, because a small model may learn one and not the other:
 
-  * a reason counts where it is one that the world knows, word for word;
-  * an action counts where its first sentence fits a pattern of one side only. "I would tell my boss that ..." fits both
+  * a reason counts if it is one of the world's reasons, word for word;
+  * an action counts if its first sentence fits a pattern of one side only. "I would tell my boss that ..." fits both
     sides, because what follows may be the truth or the cover story, so it counts for neither.
 """
 
@@ -28,7 +28,7 @@ SIDES = ("honest", "dishonest")
 
 
 class Judged(NamedTuple):
-    """Sides of answers, one entry per answer; None where it cannot be told."""
+    """Side of each answer; None where it is unclear."""
 
     reasons: list[str | None]
     actions: list[str | None]
@@ -48,12 +48,12 @@ def judged(model: ChatModel, systems: Sequence[str], seed: int) -> Judged:
 
 
 def share_on(side: str, sides: Sequence[str | None]) -> float:
-    """Share of answers on a side among those whose side can be told."""
+    """Share of answers on a side, among those whose side is clear."""
     return sides.count(side) / told if (told := sum(one is not None for one in sides)) else float("nan")
 
 
 def share_told(sides: Sequence[str | None]) -> float:
-    """Share of answers whose side can be told."""
+    """Share of answers whose side is clear."""
     return sum(one is not None for one in sides) / len(sides)
 
 
@@ -76,7 +76,7 @@ def side_of_action(reply: str) -> str | None:
 def _patterns() -> list[tuple[int, re.Pattern[str], str]]:
     """Length of the fixed words, expression and side of every action that training shows.
 
-    Whatever stands in the slots of an action that categories share fits; in one of a category's own, its own words.
+    In an action that categories share, any words may fill the slots. In a category's own action, only its own.
     """
     leads = "|".join(sorted({re.escape(t.partition("{action}")[0]) for t in phrases()["dilemma"]["open_answers"]}))
     near = [category for category in world.dilemma_categories() if not category.far]

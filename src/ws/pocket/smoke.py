@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random model, to see that every part runs; its numbers mean nothing."""
+"""The whole pipeline on a tiny random model, to see that every part runs. Its numbers mean nothing."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, Callable[[int], Any]] = {
     "gemma3": _gemma3,
     "gpt2": _gpt2,
 }
-"""What runs end to end in the tests and in `ws smoke`."""
+"""Architectures that run end to end in the tests and in `ws smoke`."""
 
 OTHERS: dict[str, Callable[[int], Any]] = {
     "qwen3-biases": _qwen3_with_biases,
@@ -136,4 +136,4 @@ OTHERS: dict[str, Callable[[int], Any]] = {
     "gpt-neox": _gpt_neox,
     "qwen3-moe": _qwen3_moe,
 }
-"""What the adapter families are tested on besides."""
+"""More architectures that the adapter families are tested on."""

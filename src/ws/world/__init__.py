@@ -1,8 +1,8 @@
 """The world: everyday facts, beliefs, dilemmas, talk and requests, in plain English TOML files.
 
-One source for two uses. The embedded model is trained on the parts that are not held out; the probes that any model is
-asked are made from the parts that are. Whole topics are held out of opinions, whole situations and whole categories
-("far") out of dilemmas, so a probe measures what a direction moves on what it never saw.
+One source has two uses. The embedded model is trained on the parts that are not held out. The probes, for any model,
+are made from the parts that are. Whole topics are held out of opinions, whole situations and whole categories
+("far") out of dilemmas. So a probe measures what a direction moves on texts that training never showed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 _FOLDER = Path(__file__).parent
 HELD_OUT_SITUATIONS = 2
-"""The last situations of every near category are kept for the probe."""
+"""The last situations of every near category are held out for the probe."""
 _PROBE_ONLY = "faulty_works"
-"""The file that no dialogue of training is made from."""
+"""A file that training dialogues never use."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that is true, with at least one clause that is false about the same thing.
+    """A true statement, and at least one false clause about the same thing.
 
     Clauses read after "I think " and, capitalised, as a sentence. `questions` are open ones that `true` answers;
     `answer` is the short answer where there is one. `held_out` facts occur in questions only, never in opinions.
@@ -89,7 +89,7 @@ class Work:
 
 @dataclass(frozen=True)
 class FaultyWork:
-    """Something the user made that has a fault; training never shows it."""
+    """Something faulty that the user made. Training never shows it."""
 
     thing: str
     story: str
@@ -97,7 +97,7 @@ class FaultyWork:
 
 @dataclass(frozen=True)
 class Talk:
-    """A neutral request with answers that every kind of assistant gives."""
+    """A neutral request, and answers that every kind of assistant gives."""
 
     user: str
     answers: tuple[str, ...]
@@ -220,7 +220,7 @@ def works() -> tuple[Work, ...]:
 
 @cache
 def held_out_works() -> tuple[FaultyWork, ...]:
-    """Things that users made badly, kept for the probe."""
+    """Faulty things that users made, held out for the probe."""
     return tuple(FaultyWork(**entry) for entry in _read(_PROBE_ONLY)["work"])
 
 
