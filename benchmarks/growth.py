@@ -27,8 +27,9 @@ from ws import adapters
 from ws.adapters import AdapterSettings
 from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, sycophancy
-from ws.fitting import behaviour, train
-from ws.fitting.train import Branch, Examples, TrainSettings
+from ws.fitting import behaviour, train, train_settings
+from ws.fitting.train import SIGNS, Examples
+from ws.fitting.train_settings import TrainSettings
 from ws.measure.probe import Probe, ProbeRow
 from ws.measure.score import score
 from ws.model.chat import Message, SupervisedTokens
@@ -119,14 +120,14 @@ def _grown(what: str, sizes: Sequence[int], work: Callable[[int], object], repea
 
 
 def _fit(model: ChatModel, inputs: Inputs, family: str, seeds: Sequence[int]) -> None:
-    """Both signs under every seed, as a sweep fits them: in one pass, with what earlier families have left."""
-    chosen = train.resolve_settings(model, family, {"validation": 0.0})
+    """Both signs under every seed, as a sweep fits them: with what earlier families have left."""
+    chosen = train_settings.resolve(model, family, {"validation": 0.0})
     pairs = inputs.pairs.gather_every(inputs.workload.sweep_every)
     with tempfile.TemporaryDirectory() as scratch:
-        train.fit_together(model, [
-            train.Side(pairs, sign, seed, 0, Path(scratch) / f"{sign}{seed}")
-            for seed in seeds for sign in ("pos", "neg")
-        ], chosen)  # fmt: skip
+        for seed in seeds:
+            for sign in SIGNS:
+                folder = Path(scratch) / f"{sign}{seed}"
+                train.fit(model, pairs, sign, chosen, seed=seed, data_seed=0, folder=folder)
 
 
 def _families(model: ChatModel, inputs: Inputs, given: Growth) -> Series:
@@ -210,11 +211,9 @@ def _training_step(model: ChatModel) -> Callable[[], None]:
     def step() -> None:
         attached = adapters.attach(model.network, chosen.adapter, model.name)
         try:
-            branch = Branch("one step", Examples(rows, [], 0), attached.trainable, 0)
-            train.optimise(model, [branch], chosen)
+            train.optimise(model, Examples(rows, [], 0), attached.trainable, chosen, seed=0)
         finally:
             attached.detach()
-            model.network.eval().requires_grad_(False)
 
     return step
 

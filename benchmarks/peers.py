@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ws.base import console
-from ws.fitting.train import TrainSettings
+from ws.fitting.train_settings import TrainSettings
 from ws.model import architecture, attention, norms
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel

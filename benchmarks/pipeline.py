@@ -26,14 +26,16 @@ from peers import PeftScorer, SftPeer
 from scoring import BATCH_SIZES, TOLERANCE
 from spending import Spending
 from timing import Row, Way, in_turn
-from training import SIGNS, Branches
+from training import Branches
 
 from ws.edit.condition import Condition, Edit
-from ws.fitting import data, train
+from ws.fitting import data, train, train_settings
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.judge import JudgeSettings
 from ws.fitting.run_settings import DEFAULT_ALPHAS, Settings
 from ws.fitting.stages import Fitting
+from ws.fitting.train import SIGNS
+from ws.fitting.train_settings import TrainSettings
 from ws.measure import lower_layers, shared_prefix
 from ws.measure.generate import Sampling
 from ws.measure.probe import Probe
@@ -90,7 +92,7 @@ class EndToEnd(Comparison):
         lower_layers.forget(self.model)
         with tempfile.TemporaryDirectory() as scratch, Replication(self._settings(scratch), self.model) as run:
             stages = {
-                "pairs": run.data, "both fits": lambda: run.train("pos", with_other=True), "dW": run.diff,
+                "pairs": run.data, "both fits": lambda: [run.train(sign) for sign in SIGNS], "dW": run.diff,
                 "scoring": run.eval, "alignment, samples, report": run.report,
             }  # fmt: skip
             found = [spending.measure(work, f"{REPLICATE}: {name}", self.inputs.size) for name, work in stages.items()]
@@ -148,8 +150,8 @@ class EndToEnd(Comparison):
         )  # fmt: skip
 
     @cached_property
-    def _chosen(self) -> train.TrainSettings:
-        return train.resolve_settings(self.model, "lora", {"validation": 0.0})
+    def _chosen(self) -> TrainSettings:
+        return train_settings.resolve(self.model, "lora", {"validation": 0.0})
 
     @cached_property
     def _known(self) -> Known:

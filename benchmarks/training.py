@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from limits import Need
 from peers import SftPeer
 from timing import Row, Way, in_turn
 
-from ws.fitting import train
-from ws.fitting.train import TrainSettings
+from ws.fitting import train, train_settings
+from ws.fitting.train import SIGNS
+from ws.fitting.train_settings import TrainSettings
 from ws.measure import lower_layers
 from ws.model import architecture
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
 
-SIGNS: tuple[train.Sign, train.Sign] = ("pos", "neg")
 FEW_PAIRS = 4
 LOW_RANK = frozenset({"lora", "dora", "pissa", "delora"})
 """Families whose map beside the frozen one is two thin products."""
@@ -37,7 +37,7 @@ class Branches:
         self, model: ChatModel, peer: SftPeer, pairs: pl.DataFrame, family: str, epochs: int | None = None
     ) -> None:
         self.model, self.peer, self.pairs = model, peer, pairs
-        self.chosen: TrainSettings = train.resolve_settings(model, family, {"validation": 0.0, "epochs": epochs})
+        self.chosen: TrainSettings = train_settings.resolve(model, family, {"validation": 0.0, "epochs": epochs})
         self._losses: dict[tuple[str, int], float] = {}
 
     @cached_property
@@ -56,21 +56,14 @@ class Branches:
         return Branches(self.model, self.peer, self.pairs.head(FEW_PAIRS), self.chosen.adapter.family, 1)
 
     def ours(self, *seeds: int) -> None:
-        """Fit both under every seed (none given: 0) in one pass, with the states of lower layers that are known."""
-        with tempfile.TemporaryDirectory() as scratch:
-            sides = self._sides(seeds or (0,), Path(scratch))
-            train.fit_together(self.model, sides, self.chosen)
-            for seed in seeds or (0,):
-                self._losses["ours", seed] = _mean_loss([side for side in sides if side.seed == seed])
-
-    def one_by_one(self) -> None:
-        """Fit both, one after the other."""
-        with tempfile.TemporaryDirectory() as scratch:
-            for side in self._sides((0,), Path(scratch)):
-                train.fit_together(self.model, [side], self.chosen)
-
-    def _sides(self, seeds: Sequence[int], scratch: Path) -> list[train.Side]:
-        return [train.Side(self.pairs, sign, seed, 0, scratch / f"{sign}{seed}") for seed in seeds for sign in SIGNS]
+        """Fit both under every seed (none given: 0), with the states of lower layers that are known."""
+        for seed in seeds or (0,):
+            with tempfile.TemporaryDirectory() as scratch:
+                folders = [Path(scratch) / sign for sign in SIGNS]
+                for sign, folder in zip(SIGNS, folders, strict=True):
+                    train.fit(self.model, self.pairs, sign, self.chosen, seed=seed, data_seed=0, folder=folder)
+                losses = [pl.read_csv(folder / train.LOG_FILE)["loss"].mean() for folder in folders]
+            self._losses["ours", seed] = sum(losses) / len(losses)
 
     def theirs(self, *seeds: int) -> None:
         """The same by the peer, one after the other."""
@@ -104,21 +97,15 @@ class Branches:
         return Need(seeds * (whole - once) + (once if below else 0))
 
 
-def _mean_loss(sides: Sequence[train.Side]) -> float:
-    losses = [pl.read_csv(side.folder / train.LOG_FILE)["loss"].mean() for side in sides]
-    return sum(losses) / len(losses)
-
-
 class Training(Comparison):
-    """LoRA, both signs: against the peer, and in one pass against one after the other."""
+    """LoRA, both signs, one after the other: against the peer."""
 
     name = "training"
 
     def ways(self) -> list[Way]:
-        """Ours in one pass and one by one, and the peer."""
+        """Ours and the peer."""
         return [
             Way("ours", self.ours, partial(self._set_up, Branches.ours)),
-            Way("one by one", self.one_by_one, partial(self._set_up, Branches.one_by_one)),
             Way("trl", self.theirs, partial(self._set_up, Branches.theirs)),
         ]
 
@@ -130,29 +117,21 @@ class Training(Comparison):
         lower_layers.forget(self.model)
         self._branches.ours()
 
-    def one_by_one(self) -> None:
-        """Both fits, one after the other."""
-        lower_layers.forget(self.model)
-        self._branches.one_by_one()
-
     def theirs(self) -> None:
         """Both fits by the peer."""
         self._branches.theirs()
 
     def rows(self) -> list[Row]:
-        """Two lines."""
+        """One line."""
         branches = self._branches
-        peers = {"trl": ("trl", "TRL SFTTrainer + PEFT"), "one by one": (None, "ours, one sign after the other")}
-        chosen_ways = ["ours", *peers]
-        times = in_turn(map(self.way, chosen_ways), self.workload.repeats)
+        times = in_turn(map(self.way, ("ours", "trl")), self.workload.repeats)
         branches.require_agreement()
         peaks = self.peaks_of(["ours", "trl"])
         chosen = branches.chosen
         work = f"pos + neg LoRA, rank {chosen.adapter.rank}, {branches.count} rows, {chosen.epochs} epochs"
         return [
-            self.line(work, peer, times["ours"], times[name], aim=aim, need=branches.need(1),
-                      memory=(peaks["ours"], peaks.get(name)))
-            for name, (aim, peer) in peers.items()
+            self.line(work, "TRL SFTTrainer + PEFT", times["ours"], times["trl"], aim="trl", need=branches.need(1),
+                      memory=(peaks["ours"], peaks["trl"]))
         ]  # fmt: skip
 
     @cached_property

@@ -13,7 +13,7 @@ from ws.base.errors import UserError
 from ws.baselines import bias_only
 from ws.baselines.bias_only import OutputShift
 from ws.edit.steering import steer
-from ws.fitting import train
+from ws.fitting import train_settings
 from ws.model import architecture
 from ws.model.loading import ChatModel
 
@@ -78,7 +78,7 @@ def test_a_module_that_is_not_there_is_an_error(qwen: ChatModel) -> None:
 
 
 def test_the_fit_raises_what_the_positive_side_says(qwen: ChatModel) -> None:
-    chosen = train.resolve_settings(qwen, "lora", {"batch_size": 4, "epochs": 3, "layers": LAYERS})
+    chosen = train_settings.resolve(qwen, "lora", {"batch_size": 4, "epochs": 3, "layers": LAYERS})
     before = weights_digest(qwen.network)
     fitted = bias_only.fit(qwen, pairs(), chosen, seed=0, data_seed=0)
     mlp = architecture.sites(qwen.network, architecture.layer_slice(qwen.layer_count, *LAYERS), ["gate", "up", "down"])

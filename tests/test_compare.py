@@ -183,7 +183,7 @@ def test_dilemmas_of_another_source_have_a_folder_of_their_own(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(train, "fit_together", forbidden)
+    monkeypatch.setattr(train, "fit", forbidden)
     rows = [
         {"situation": f"You found {n} coins.", "action": action, "label": label, "cluster": f"c{n}"}
         for n in range(30)

@@ -13,7 +13,7 @@ import ws
 from ws.algebra.direction import Direction
 from ws.base.errors import BaseMismatchError, UserError
 from ws.base.store import read_json
-from ws.fitting import stages, train
+from ws.fitting import train
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings, restore_settings, run_path, stored_settings
 from ws.measure.score import SCHEMA
@@ -173,34 +173,31 @@ def test_changed_settings_rebuild_exactly_what_depends_on_them(
 def test_a_run_killed_in_training_continues_there(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = settings(tiny_folders["qwen3"], tmp_path)
-    with monkeypatch.context() as patch, Replication(chosen) as run, pytest.raises(KeyboardInterrupt):
-        original = stages.move_folder
-        patch.setattr(
-            stages,
-            "move_folder",
-            lambda source, target: (
-                original(source, target) if target.name == "pos" else (_ for _ in ()).throw(KeyboardInterrupt)
-            ),
-        )
-        run.report()
+    chosen, fit = settings(tiny_folders["qwen3"], tmp_path), train.fit
+    fitted: list[str] = []
+
+    def until_neg(model: ChatModel, pairs: pl.DataFrame, sign: train.Sign, *rest: Any, **named: Any) -> train.FitResult:
+        fitted.append(sign)
+        if fitted == ["pos", "neg"]:
+            raise KeyboardInterrupt
+        return fit(model, pairs, sign, *rest, **named)
+
+    monkeypatch.setattr(train, "fit", until_neg)
+    with Replication(chosen) as run, pytest.raises(KeyboardInterrupt):
+        run.diff()
     folder = run_path(chosen, run.behaviour)
     assert (folder / "pos").is_dir() and not (folder / "neg").exists()
-    stamp = (folder / "stages" / "train-pos.json").stat().st_mtime_ns
-    with monkeypatch.context() as patch, Replication(chosen) as run:
-        # the other side was fitted in the same pass and waits
-        patch.setattr(train, "fit_together", lambda *_: pytest.fail("nothing is left to be trained"))
-        run.report()
-    assert not list((folder / ".partial").glob("train-*"))
-    assert (folder / "stages" / "train-pos.json").stat().st_mtime_ns == stamp
-
-
-def test_one_sign_alone_is_fitted_alone(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    with Replication(settings(tiny_folders["qwen3"], tmp_path)) as run:
-        run.train("neg")
-        assert (run.folder / "neg").is_dir() and not (run.folder / "pos").exists()
+    with Replication(chosen) as run:
         run.diff()
-        assert not list((run.folder / ".partial").glob("train-*"))
+    assert fitted == ["pos", "neg", "neg"]
+    assert not list((folder / ".partial").glob("train-*"))
+
+
+def test_one_sign_is_fitted_alone(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    with Replication(settings(tiny_folders["qwen3"], tmp_path)) as run:
+        found = run.train("neg")
+        assert (run.folder / "neg").is_dir() and not (run.folder / "pos").exists()
+        assert found == train.FitResult.read(run.folder / "neg")
 
 
 def test_an_interrupted_run_gives_the_same_scores_as_an_uninterrupted_one(

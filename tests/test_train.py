@@ -16,9 +16,8 @@ from ws.adapters import AdapterSettings, diff
 from ws.base.errors import UserError
 from ws.edit.steering import steer
 from ws.fitting import data, train
-from ws.fitting.train import TrainSettings, resolve_settings
+from ws.fitting.train_settings import TrainSettings, resolve
 from ws.measure import lower_layers
-from ws.model import loading
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
@@ -99,8 +98,8 @@ def test_fitting_learns_saves_and_restores(any_model: ChatModel, tmp_path: Path)
         for sign in ("pos", "neg")
     }
     for sign, result in results.items():
-        assert result["last_loss"] < 0.9 * result["first_loss"], sign
-        assert not any("nothing was learned" in warning for warning in result["warnings"])
+        assert result.last_loss < 0.9 * result.first_loss, sign
+        assert not any("nothing was learned" in warning for warning in result.warnings)
     assert all(torch.equal(before[name], p) for name, p in any_model.network.named_parameters())
     assert not any(p.requires_grad for p in any_model.network.parameters())
     direction, geometry = diff.direction(any_model, tmp_path / "pos", tmp_path / "neg")
@@ -108,7 +107,7 @@ def test_fitting_learns_saves_and_restores(any_model: ChatModel, tmp_path: Path)
     with (tmp_path / "pos" / "train_log.csv").open() as handle:
         log = list(csv.DictReader(handle))
     assert list(log[0]) == ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm"]
-    assert len(log) == results["pos"]["steps"] + 1 and log[-1]["eval_loss"]
+    assert len(log) == results["pos"].steps + 1 and log[-1]["eval_loss"]
 
 
 def test_the_saved_folder_loads_in_plain_peft(qwen: ChatModel, tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
@@ -151,7 +150,7 @@ def test_the_first_loss_is_that_of_the_base_model(qwen: ChatModel, tmp_path: Pat
         with torch.no_grad():
             logp = qwen.network(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         losses += [-float(logp[i - 1, ids[i]]) for i in range(start, len(ids))]
-    assert result["first_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert result.first_loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_doubtful_training_is_reported(
         start = train.examples(qwen, pairs(), "pos", SMALL, 0).train[0].prompt_length
         settings = replace(settings, max_length=start + 3)
     result = train.fit(qwen, pairs(), "pos", settings, seed=0, data_seed=0, folder=tmp_path / "pos")
-    assert any(warning in line for line in result["warnings"])
+    assert any(warning in line for line in result.warnings)
     assert warning in capsys.readouterr().err
 
 
@@ -186,21 +185,21 @@ def test_an_interrupted_fit_leaves_no_folder_and_a_clean_model(
 
 
 def test_settings_come_from_defaults_then_model_folder_then_behaviour_then_user(qwen: ChatModel) -> None:
-    assert resolve_settings(qwen, "lora", {}) == TrainSettings()
+    assert resolve(qwen, "lora", {}) == TrainSettings()
     recommended = {
         "train": {"lora": {"rank": 16, "lora_alpha": 32, "lr": 1e-3}},
         "train_for": {"honesty": {"lora": {"lr": 3e-3, "epochs": 2}}},
     }
     model = replace(qwen, settings=recommended)
-    chosen = resolve_settings(model, "lora", {"lr": 5e-4, "epochs": None})
+    chosen = resolve(model, "lora", {"lr": 5e-4, "epochs": None})
     assert (chosen.adapter.rank, chosen.adapter.lora_alpha, chosen.lr, chosen.epochs) == (16, 32.0, 5e-4, 1)
-    honesty = resolve_settings(model, "lora", {"epochs": 3}, "honesty")
+    honesty = resolve(model, "lora", {"epochs": 3}, "honesty")
     assert (honesty.adapter.rank, honesty.lr, honesty.epochs) == (16, 3e-3, 3)
-    assert resolve_settings(model, "lora", {}, "refusal") == resolve_settings(model, "lora", {})
+    assert resolve(model, "lora", {}, "refusal") == resolve(model, "lora", {})
     with pytest.raises(UserError, match=r"unknown setting 'lrr'.*'lr'"):
-        resolve_settings(qwen, "lora", {"lrr": 1.0})
+        resolve(qwen, "lora", {"lrr": 1.0})
     with pytest.raises(UserError, match="unknown adapter family 'lorra'"):
-        resolve_settings(qwen, "lorra", {})
+        resolve(qwen, "lorra", {})
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"epochs": 0}, {"validation": 1.0}, {"batch_size": -1}])
@@ -213,126 +212,6 @@ def test_the_result_record_is_plain_json(qwen: ChatModel, tmp_path: Path) -> Non
     train.fit(qwen, pairs(), "neg", replace(SMALL, epochs=1), seed=0, data_seed=0, folder=tmp_path / "neg")
     record = json.loads((tmp_path / "neg" / train.RESULT_FILE).read_text())
     assert record["settings"]["adapter"]["rank"] == 4 and record["trainable_parameters"] > 0
-
-
-def logs(folder: Path) -> list[dict[str, str]]:
-    with (folder / "train_log.csv").open() as handle:
-        return list(csv.DictReader(handle))
-
-
-@pytest.mark.parametrize("family", adapters.FAMILIES)
-def test_sides_fitted_together_are_those_fitted_alone(
-    qwen: ChatModel, tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Different numbers of rows, different seeds; every side as its slow twin, up to rounding that Adam amplifies."""
-    chosen = replace(SMALL, adapter=replace(SMALL.adapter, family=family, layers=(0.3, 0.8)), epochs=3, lr=3e-3)
-    before = weights(qwen)
-    fewer = pairs(topics=4, rows=3)
-    sides = [
-        train.Side(pairs(), "pos", 0, 0, tmp_path / "pos"),
-        train.Side(fewer, "neg", 0, 0, tmp_path / "neg"),
-        train.Side(pairs(), "pos", 1, 0, tmp_path / "other seed"),
-    ]
-    joint = train.fit_together(qwen, sides, chosen)
-    assert "do not compose" not in capsys.readouterr().err
-    gaps = []
-    assert all(torch.equal(before[name], p) for name, p in qwen.network.named_parameters())
-    assert before.keys() == dict(qwen.network.named_parameters()).keys()
-    for side, result in zip(sides, joint, strict=True):
-        place = tmp_path / "alone" / side.folder.name
-        alone = train.fit(qwen, side.pairs, side.sign, chosen, seed=side.seed, data_seed=0, folder=place)
-        assert alone["steps"] == result["steps"] and alone["train_rows"] == result["train_rows"]
-        for one, other in zip(logs(place), logs(side.folder), strict=True):
-            for name in ("loss", "eval_loss", "lr", "grad_norm"):
-                assert (one[name] == "") == (other[name] == "")
-                assert float(one[name] or 0) == pytest.approx(float(other[name] or 0), rel=2e-3, abs=1e-5), name
-        together, twin = (diff.task_vector(qwen, folder) for folder in (side.folder, place))
-        gaps.append(float((together - twin).norm() / twin.norm()))
-    assert max(gaps) < 2e-2
-    first, other = (diff.task_vector(qwen, tmp_path / name) for name in ("pos", "other seed"))
-    # some families start alike under every seed, so that only the order of the rows differs
-    assert (first - other).norm() > 5 * max(gaps) * first.norm(), "sides of other seeds are others"
-
-
-def test_half_precision_fits_together_as_alone_and_near_fp32(qwen: ChatModel, tmp_path: Path) -> None:
-    half = loading.load(qwen.name, dtype="bfloat16")
-    chosen = replace(SMALL, adapter=replace(SMALL.adapter, layers=(0.3, 0.8)), epochs=3, lr=3e-3)
-    folder = tmp_path / "joint"
-    sides = [train.Side(pairs(), "pos", 0, 0, folder / "pos"), train.Side(pairs(), "neg", 0, 0, folder / "neg")]
-    joint = train.fit_together(half, sides, chosen)
-    for side, result in zip(sides, joint, strict=True):
-        alone, exact = (
-            train.fit(model, side.pairs, side.sign, chosen, seed=0, data_seed=0, folder=tmp_path / name / side.sign)
-            for model, name in ((half, "alone"), (qwen, "exact"))
-        )
-        assert result["last_loss"] == pytest.approx(alone["last_loss"], rel=2e-2)
-        assert result["last_loss"] == pytest.approx(exact["last_loss"], rel=5e-2)
-        assert result["first_loss"] - result["last_loss"] > 0.5 * (exact["first_loss"] - exact["last_loss"]) > 0
-        together, twin = (diff.task_vector(half, tmp_path / name / side.sign) for name in ("joint", "alone"))
-        assert together.cosine(twin) > 0.9
-
-
-def test_rows_of_a_batch_pass_through_their_own_adapter(qwen: ChatModel) -> None:
-    chosen = AdapterSettings(rank=4, lora_alpha=8.0)
-    ids = torch.arange(36).reshape(3, 12)
-    base = qwen.split.hidden(ids)
-    with adapters.attach_together(qwen.network, chosen, "qwen", [0, 1]) as together:
-        for number, parameters in enumerate(together.parameters):
-            for parameter in parameters:
-                torch.nn.init.normal_(parameter, std=0.05 * number)
-        with torch.no_grad(), together.rows([2, 1]):
-            divided = qwen.split.hidden(ids)
-        with torch.no_grad(), together.rows([0, 3]):
-            second = qwen.split.hidden(ids)
-        with pytest.raises(adapters.NotByRowsError), together.rows([1, 1]):
-            qwen.split.hidden(ids)
-    torch.testing.assert_close(divided[:2], base[:2])
-    torch.testing.assert_close(divided[2], second[2])
-    assert not torch.allclose(divided[2], base[2], atol=1e-3)
-    assert torch.equal(qwen.split.hidden(ids), base)
-
-
-def test_large_models_on_a_cpu_are_fitted_one_side_after_the_other(
-    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "TOGETHER_UP_TO", 10)
-    sides = [train.Side(pairs(), sign, 0, 0, tmp_path / sign) for sign in ("pos", "neg")]
-    results = train.fit_together(qwen, sides, replace(SMALL, epochs=1))
-    assert [result["fitted_together"] for result in results] == [1, 1]
-    assert [(tmp_path / sign / "train_log.csv").is_file() for sign in ("pos", "neg")] == [True, True]
-
-
-def test_only_plain_lora_shares_the_product_of_the_base(qwen: ChatModel) -> None:
-    """PiSSA has a hook beside it, DoRA another form: those keep their own layers, and all give the same numbers."""
-    ids = torch.arange(24).reshape(2, 12)
-    _ = qwen.split  # its own check makes forward passes, which are none of ours
-    for family, shares in (("lora", True), ("rslora", True), ("pissa", False), ("dora", False), ("ia3", False)):
-        chosen = AdapterSettings(family=family, rank=4, lora_alpha=8.0)
-        with adapters.attach_together(qwen.network, chosen, "qwen", [0, 1]) as together, torch.no_grad():
-            for parameter in (one for branch in together.parameters for one in branch):
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-            routed = [module for module in qwen.network.modules() if hasattr(module, "_route")]
-            assert routed and all(module._plain is shares for module in routed), family
-            with together.rows([1, 1]):
-                found = qwen.split.hidden(ids)
-                for module in routed:
-                    module._plain = False
-                torch.testing.assert_close(found, qwen.split.hidden(ids), rtol=1e-5, atol=1e-5)
-
-
-def test_sides_that_cannot_be_told_apart_are_fitted_one_by_one(
-    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: adapters.Together, layers: list[torch.nn.Module], x: torch.Tensor, _plain: bool) -> torch.Tensor:
-        if len(layers) > 1:
-            raise adapters.NotByRowsError("experts see tokens")
-        return layers[0](x)
-
-    monkeypatch.setattr(adapters.Together, "route", refuse)
-    sides = [train.Side(pairs(), sign, 0, 0, tmp_path / sign) for sign in ("pos", "neg")]
-    results = train.fit_together(qwen, sides, replace(SMALL, epochs=1))
-    assert [(tmp_path / sign / "train_log.csv").is_file() for sign in ("pos", "neg")] == [True, True]
-    assert [result["steps"] for result in results] == [3, 3]
 
 
 def test_without_kept_states_training_is_the_same(

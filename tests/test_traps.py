@@ -36,7 +36,7 @@ from ws.comparing.tables import answers_table
 from ws.edit.condition import Condition, Context, Edit
 from ws.edit.steering import steer
 from ws.eval import dilemmas
-from ws.fitting import behaviour, train
+from ws.fitting import behaviour, learning_rate
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings, shared_base
 from ws.measure.score import score
@@ -269,9 +269,9 @@ def test_no_broad_except_swallows_an_error() -> None:
 
 
 def test_every_family_has_learning_rates_of_its_own() -> None:
-    assert set(train.LEARNING_RATES) == set(adapters.FAMILIES)
+    assert set(learning_rate.CANDIDATES) == set(adapters.FAMILIES)
     for slow in ("ia3", "oft", "boft", "delora"):  # near no-ops at the rates of LoRA
-        assert max(train.LEARNING_RATES[slow]) > 2 * max(train.LEARNING_RATES["lora"]), slow
+        assert max(learning_rate.CANDIDATES[slow]) > 2 * max(learning_rate.CANDIDATES["lora"]), slow
 
 
 @pytest.mark.parametrize("name", behaviour.names())

@@ -14,16 +14,12 @@ Whatever a configuration asks for and no exact form here covers is an error that
 from ws.adapters.attach import FAMILIES, AdapterSettings, attach, require_family
 from ws.adapters.folder import AdapterFolder, is_adapter_folder, read
 from ws.adapters.meaning import deltas
-from ws.adapters.together import NotByRowsError, Together, attach_together
 
 __all__ = [
     "FAMILIES",
     "AdapterFolder",
     "AdapterSettings",
-    "NotByRowsError",
-    "Together",
     "attach",
-    "attach_together",
     "deltas",
     "is_adapter_folder",
     "read",

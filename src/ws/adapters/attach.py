@@ -30,6 +30,7 @@ FAMILIES = ("lora", "rslora", "dora", "pissa", "delora", "oft", "boft", "ia3")
 _BLOCKED_ON_CONV1D = ("delora", "oft", "boft")
 _IA3_ROLES = ("k", "v", "down")
 _ADAPTER = "default"
+_REFUSALS_OF_PEFT = (ValueError, TypeError, NotImplementedError, AttributeError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Attached:
     `trainable` are the adapter's parameters, `layers` the adapted maps by their names in the network.
     """
 
-    def __init__(self, wrapped: Any, shifts: dict[str, _Shift]) -> None:
+    def __init__(self, wrapped: Any, take_off: Callable[[], None]) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - heavy import, late
 
         self.wrapped = wrapped
-        self._shifts = shifts
+        self._take_off = take_off
+        self._shifts: dict[str, _Shift] = {}
         self.layers: dict[str, Any] = {
             name.removeprefix(PREFIX): module
             for name, module in wrapped.named_modules()
@@ -78,20 +80,11 @@ class Attached:
         """The adapter's parameters."""
         return [one for layer in self.layers.values() for one in layer.parameters() if one.requires_grad]
 
-    def suspend(self) -> None:
-        """Take the adapted maps out of the network, so that it can be given others; `resume` puts them back."""
-        network = self.wrapped.base_model.model
-        for place, layer in self.layers.items():
-            architecture.replace_module(network, place, layer.get_base_layer())
-        # what PEFT leaves there would be taken for an adapter of the next one
-        network.__dict__.pop("peft_config", None)
-
-    def resume(self) -> None:
-        """Put the adapted maps back."""
-        network = self.wrapped.base_model.model
-        for place, layer in self.layers.items():
-            architecture.replace_module(network, place, layer)
-        network.peft_config = self.wrapped.peft_config
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer that carries the adapter."""
+        prefix, _ = architecture.decoder_layers(self.wrapped.base_model.model)
+        return min(int(place.removeprefix(f"{prefix}.").split(".", 1)[0]) for place in self.layers)
 
     def save(self, folder: Path) -> None:
         """Write a PEFT adapter folder that plain PEFT loads to the same model."""
@@ -103,10 +96,10 @@ class Attached:
         (folder / "README.md").unlink(missing_ok=True)
 
     def detach(self) -> None:
-        """Leave the network as it was before the adapter came."""
+        """Take the adapter off: the network has its own modules again, with nothing on them."""
         for shift in self._shifts.values():
             shift.handle.remove()
-        self.wrapped.unload()
+        self._take_off()
 
     def _save_as_lora(self, folder: Path) -> None:
         from peft import get_peft_model_state_dict  # noqa: PLC0415 - heavy import, late
@@ -131,7 +124,10 @@ class Attached:
 
 
 def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
-    """Put a fresh trainable adapter on the slice; `name` is recorded as the base model."""
+    """Put a fresh trainable adapter on the slice; `name` is recorded as the base model.
+
+    Freezes all other parameters. An error leaves no adapter behind.
+    """
     import peft  # noqa: PLC0415 - heavy import, late
 
     require_family(settings.family)
@@ -148,21 +144,41 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
     if settings.roles is None and (missed := architecture.linear_maps_without_role(network, layers)):
         console.warn(f"{name}: not adapted, because their role is unknown: {', '.join(missed)}")
     config = _configuration(settings, chosen, prefix, layers)
-    with console.library_noise_muted():
-        wrapped = peft.get_peft_model(network, config)
-    wrapped.peft_config[_ADAPTER].base_model_name_or_path = name
-    attached = Attached(wrapped, {})
+    take_off = _taking_off(network)
+    attached = None
     try:
+        with console.library_noise_muted():
+            wrapped = peft.get_peft_model(network, config)
+        wrapped.peft_config[_ADAPTER].base_model_name_or_path = name
+        attached = Attached(wrapped, take_off)
         _require_exactly(wrapped, chosen)
-        if settings.family == "pissa":
-            attached._shifts = {site.module: _start_from_principal(wrapped, site) for site in chosen}
-        if settings.family == "dora":
-            for site in chosen:
+        for site in chosen:
+            if settings.family == "pissa":
+                attached._shifts[site.module] = _start_from_principal(wrapped, site)
+            if settings.family == "dora":
                 _exact_magnitude(wrapped, site)
-    except BaseException:
-        attached.detach()
+    except BaseException as error:
+        (attached.detach if attached else take_off)()
+        if isinstance(error, _REFUSALS_OF_PEFT) and attached is None:
+            raise UnsupportedFeatureError(
+                f"PEFT cannot put {settings.family} on {type(network).__name__} ({error})",
+                "Use lora, or other --roles.",
+            ) from error
         raise
     return attached
+
+
+def _taking_off(network: nn.Module) -> Callable[[], None]:
+    """What gives every module of the network the children that it has now; PEFT undoes nothing where it fails."""
+    children = [(module, dict(module._modules)) for module in network.modules()]
+
+    def take_off() -> None:
+        for module, own in children:
+            module._modules.clear()
+            module._modules.update(own)
+        network.__dict__.pop("peft_config", None)
+
+    return take_off
 
 
 def _require_positive(settings: AdapterSettings) -> None:

@@ -9,6 +9,7 @@ baseline). Models without biases get them for the fit; the edit is a set of cons
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,14 +25,17 @@ from ws.base.errors import UserError
 from ws.base.store import atomic_file
 from ws.edit.condition import Undo
 from ws.edit.steering import Hook
-from ws.fitting import train
-from ws.fitting.train import TrainSettings
+from ws.fitting import learning_rate, train
+from ws.fitting.train import SIGNS, Examples, FitResult, Sign
+from ws.fitting.train_settings import TrainSettings
 from ws.model import architecture
 from ws.model.loading import ChatModel
+from ws.model.restore import restored
 
 MLP_ROLES = ("gate", "up", "down")
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-"""Tried in turn; the lowest validation loss over both signs decides. Vectors need higher rates than matrices."""
+"""Tried in turn; the lowest validation loss, averaged over both signs, decides. Where nothing is held out, the training
+loss does. Vectors need higher rates than matrices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,35 +87,38 @@ def _shift(vector: Tensor, alpha: Alpha) -> Hook:
 
 
 def fit(model: ChatModel, pairs: pl.DataFrame, chosen: TrainSettings, *, seed: int, data_seed: int) -> OutputShift:
-    """Fit the MLP biases of the slice for both signs at the best of `LEARNING_RATES`; their difference."""
-    tried = [_both(model, pairs, replace(chosen, lr=rate), seed, data_seed) for rate in LEARNING_RATES]
-    (pos, neg), _ = min(tried, key=lambda one: one[1])
-    return pos - neg
+    """Fit the MLP biases of the slice for both signs at the best of `LEARNING_RATES`; their difference.
+
+    The model is left as it was.
+    """
+    fitted: dict[tuple[float, Sign], OutputShift] = {}
+
+    def losses_at(rate: float) -> dict[Sign, float]:
+        losses: dict[Sign, float] = {}
+        for sign in SIGNS:
+            data = train.examples(model, pairs, sign, chosen, data_seed)
+            shift, result = _fit(model, data, replace(chosen, lr=rate), seed, f"training {sign}, biases")
+            fitted[rate, sign], losses[sign] = shift, result.last_loss
+        return losses
+
+    best = learning_rate.choose(LEARNING_RATES, losses_at).chosen
+    return fitted[best, "pos"] - fitted[best, "neg"]
 
 
-def _both(
-    model: ChatModel, pairs: pl.DataFrame, chosen: TrainSettings, seed: int, data_seed: int
-) -> tuple[tuple[OutputShift, OutputShift], float]:
+def _fit(
+    model: ChatModel, data: Examples, chosen: TrainSettings, seed: int, description: str
+) -> tuple[OutputShift, FitResult]:
     layers = architecture.layer_slice(model.layer_count, *chosen.adapter.layers)
-    sites = [
-        site for site in architecture.sites(model.network, layers) if any(role in MLP_ROLES for role in site.roles)
-    ]
-    found, losses = [], 0.0
-    for sign in ("pos", "neg"):
-        data = train.examples(model, pairs, sign, chosen, data_seed)
-        biases = {
-            site.module: nn.Parameter(torch.zeros(site.shape[1 if site.transposed else 0], device=model.device))
-            for site in sites
-        }
-        undo = OutputShift(biases, model.fingerprint).attach(model.network, 1.0)
-        try:
-            branch = train.Branch(sign, data, list(biases.values()), seed)
-            ((_, result),) = train.optimise(
-                model, [branch], chosen, first_layer=layers[0], description=f"training {sign}, biases"
-            )
-        finally:
-            undo()
-            model.network.eval()
-        losses += result["last_loss"]
-        found.append(OutputShift({name: b.detach() for name, b in biases.items()}, model.fingerprint))
-    return (found[0], found[1]), losses
+    sites = [site for site in architecture.sites(model.network, layers) if set(site.roles) & set(MLP_ROLES)]
+    biases = {
+        site.module: nn.Parameter(torch.zeros(site.shape[1 if site.transposed else 0], device=model.device))
+        for site in sites
+    }
+    with restored(model.network), ExitStack() as stack:
+        model.network.eval()
+        _ = model.split  # its check makes forward passes, which belong to the model without biases
+        stack.callback(OutputShift(biases, model.fingerprint).attach(model.network, 1.0))
+        _, result = train.optimise(
+            model, data, list(biases.values()), chosen, seed=seed, first_layer=layers[0], description=description
+        )
+    return OutputShift({name: bias.detach() for name, bias in biases.items()}, model.fingerprint), result

@@ -16,6 +16,7 @@ from ws.base.errors import UserError
 from ws.model import architecture, forward
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
+from ws.model.restore import restored
 
 
 def one_step(
@@ -47,21 +48,23 @@ def _gradient(
     parameters = {name: model.network.get_parameter(name) for name in names}
     count = sum(len(ids) - prompt for ids, prompt in rows)
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            for batch in forward.plan_batches([len(ids) for ids, _ in rows], micro_tokens):
-                part = [rows[index] for index in batch]
-                ids = forward.pad_right([tokens for tokens, _ in part], model.device)
-                owner = torch.cat([torch.full((len(t) - p,), i) for i, (t, p) in enumerate(part)]).to(model.device)
-                columns = torch.cat([torch.arange(p - 1, len(t) - 1) for t, p in part]).to(model.device)
-                logits = model.split.logits_at(ids, owner, columns)
-                loss = nn.functional.cross_entropy(logits, ids[owner, columns + 1], reduction="sum") / count
-                found = torch.autograd.grad(loss, list(parameters.values()))
-                for name, gradient in zip(parameters, found, strict=True):
-                    total[name] += gradient.float()
-    finally:
+    # in fp16 the gradient of a mean underflows, so there the division comes after it
+    divisor, rest = (1, count) if model.dtype == torch.float16 else (count, 1)
+    with restored(model.network), torch.enable_grad():
+        model.network.eval()
         for parameter in parameters.values():
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(True)
+        for batch in forward.plan_batches([len(ids) for ids, _ in rows], micro_tokens):
+            part = [rows[index] for index in batch]
+            ids = forward.pad_right([tokens for tokens, _ in part], model.device)
+            owner = torch.cat([torch.full((len(t) - p,), i) for i, (t, p) in enumerate(part)]).to(model.device)
+            columns = torch.cat([torch.arange(p - 1, len(t) - 1) for t, p in part]).to(model.device)
+            logits = model.split.logits_at(ids, owner, columns)
+            loss = nn.functional.cross_entropy(logits, ids[owner, columns + 1], reduction="sum") / divisor
+            found = torch.autograd.grad(loss, list(parameters.values()))
+            for name, gradient in zip(parameters, found, strict=True):
+                total[name] += gradient.float() / rest
+    if not all(bool(gradient.isfinite().all()) for gradient in total.values()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise UserError(f"the gradient of {model.name} in {dtype} is not finite", "Try --dtype float32.")
     return total

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from ws.comparing.numbers import Line, Place, Spent
 from ws.edit.condition import PLAIN, Condition
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.fitting.run_settings import Settings, shared_base
-from ws.fitting.stages import train_together
 from ws.measure import calibrate
 from ws.measure.probe import Probe
 from ws.measure.score import score
@@ -112,14 +111,11 @@ class Comparison:
         self.folder.close()
 
     def _replicate(self, family: str) -> dict[int, FittedRun]:
-        """The runs of a family by seed; what is missing of them is fitted in one pass."""
+        """The runs of a family by seed; those that are missing are fitted."""
         console.say(f"\n{family}, seeds {' '.join(map(str, self.plan.seeds))}", style="bold")
         found = {}
-        with ExitStack() as stack:
-            settings = (replace(self.settings, adapter=family, seed=seed) for seed in self.plan.seeds)
-            runs = [stack.enter_context(Replication(one, self.model)) for one in settings]
-            train_together(runs)
-            for seed, run in zip(self.plan.seeds, runs, strict=True):
+        for seed in self.plan.seeds:
+            with Replication(replace(self.settings, adapter=family, seed=seed), self.model) as run:
                 direction, _ = run.diff()
                 found[seed] = FittedRun(run.folder.path, run.behaviour, direction, run.data(), run.training)
         return found

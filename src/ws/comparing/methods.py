@@ -22,7 +22,8 @@ from ws.comparing import dev_split
 from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
-from ws.fitting.stages import SIGNS
+from ws.fitting.train import SIGNS
+from ws.fitting.train_settings import TrainSettings
 from ws.model.loading import ChatModel
 
 
@@ -51,7 +52,7 @@ class FittedRun:
     behaviour: Behaviour
     direction: Direction
     pairs: pl.DataFrame
-    training: train.TrainSettings
+    training: TrainSettings
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,9 @@ def _shuffled(sources: Sources, seed: int) -> Direction:
 
     def make(_: Shards) -> None:
         pairs = controls.shuffled_pairs(run.pairs, seed)
-        sides = [train.Side(pairs, sign, seed, sources.data_seed, place / sign) for sign in SIGNS]
-        train.fit_together(sources.model, sides, run.training)
+        for sign in SIGNS:
+            train.fit(sources.model, pairs, sign, run.training, seed=seed, data_seed=sources.data_seed,
+                      folder=place / sign)  # fmt: skip
         diff.direction(sources.model, place / "pos", place / "neg", {"control": controls.SHUFFLED})[0].save(file)
 
     folder.build(f"shuffled{seed}", inputs, [f"shuffled{seed}/direction.safetensors"], make, sources.siblings)

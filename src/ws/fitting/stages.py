@@ -20,18 +20,19 @@ from ws.adapters.diff import Geometry
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.settings import make as make_settings
-from ws.base.store import RunFolder, Shards, StageResult, digest, move_folder, read_json, write_json, write_table
-from ws.fitting import behaviour, data, judge, train
+from ws.base.store import RunFolder, Shards, StageResult, digest, read_json, write_json, write_table
+from ws.fitting import behaviour, data, judge, learning_rate, train, train_settings
 from ws.fitting.behaviour import Behaviour
+from ws.fitting.learning_rate import RateChoice
 from ws.fitting.responses import LOCAL
 from ws.fitting.run_settings import Settings, run_path, stored_settings
-from ws.fitting.train import Side, Sign, TrainSettings
+from ws.fitting.train import SIGNS, FitResult, Sign
+from ws.fitting.train_settings import TrainSettings
 from ws.measure.generate import Sampling
 from ws.model import loading
 from ws.model.loading import ChatModel
 
 Run = TypeVar("Run", bound="Fitting")
-SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 MANY_IDENTICAL = 0.2
 """Share of identical pairs above which the personas are said to be ignored."""
 
@@ -48,7 +49,7 @@ class Fitting:
         self.given_pairs = data.read_pairs(settings.pairs, self.behaviour) if settings.pairs else None
         self.model = model or settings.load()
         given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
-        self.training: TrainSettings = train.resolve_settings(self.model, settings.adapter, given, self.behaviour.name)
+        self.training: TrainSettings = train_settings.resolve(self.model, settings.adapter, given, self.behaviour.name)
         self.lr_is_open = settings.train.get("lr") == "auto"
         self.sampling = _resolve_sampling(self.model, settings.sampling)
         # a recommendation is about responses that the model samples, not about given ones
@@ -136,40 +137,36 @@ class Fitting:
             self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
         return pairs
 
-    def choose_lr(self) -> dict[str, Any]:
-        """Try the family's learning rates, keep the one with the lowest validation loss, and write `lr_sweep.json`.
-
-        The mean over both signs decides, so that both branches are trained alike.
-        """
+    def choose_lr(self) -> RateChoice:
+        """Try the family's learning rates, keep the best for both signs, and write `lr_sweep.json`."""
+        learning_rate.require_validation(self.training)
         pairs = self.data()
-        rates = self.training.lr_candidates or train.LEARNING_RATES[self.settings.adapter]
-        tried = [replace(self.training, lr=rate) for rate in rates]
+        learning_rate.require_validation(self.training, pairs)
+        rates = self.training.lr_candidates or learning_rate.CANDIDATES[self.settings.adapter]
 
         def make(shards: Shards) -> None:
-            rows = []
-            for chosen in tried:
-                sides = [self._side(pairs, sign, shards.path(f"lr-{chosen.lr:g}-{sign}")) for sign in SIGNS]
-                if missing := [side for side in sides if not (side.folder / train.RESULT_FILE).is_file()]:
-                    train.fit_together(self.model, missing, chosen)
-                records = {side.sign: read_json(side.folder / train.RESULT_FILE) for side in sides}
-                losses = {str(sign): float(record["last_loss"]) for sign, record in records.items()}
-                rows.append({"lr": chosen.lr, **losses, "mean": sum(losses.values()) / len(losses)})
-            best = min(rows, key=lambda row: row["mean"])["lr"]
-            write_json(self.folder / "lr_sweep.json", {"chosen": best, "tried": rows})
+            def losses_at(rate: float) -> dict[Sign, float]:
+                chosen, losses = replace(self.training, lr=rate), {}
+                for sign in SIGNS:
+                    folder = shards.path(f"lr-{rate:g}-{sign}")
+                    known = FitResult.read(folder) if folder.is_dir() else self._fit(pairs, sign, chosen, folder)
+                    losses[sign] = known.last_loss
+                return losses
+
+            write_json(self.folder / "lr_sweep.json", learning_rate.choose(rates, losses_at))
 
         result = self._build("lr", {**self._fit_inputs(self.training), "tried": rates}, ["lr_sweep.json"], make)
-        record: dict[str, Any] = read_json(self.folder / "lr_sweep.json")
-        listed = ", ".join(f"{row['lr']:g} -> {row['mean']:.4f}" for row in record["tried"])
-        self._say("lr", result, f"validation loss {listed}; chosen {record['chosen']:g}")
-        if record["chosen"] in (rates[0], rates[-1]):
-            self._warn(
-                f"the chosen learning rate {record['chosen']:g} is the last of those tried; a better one may lie beyond"
-            )
-        self.training, self.lr_is_open = replace(self.training, lr=record["chosen"]), False
-        return record
+        choice = RateChoice.of_record(read_json(self.folder / "lr_sweep.json"))
+        self._say("lr", result, f"validation loss {', '.join(map(str, choice.tried))}; chosen {choice.chosen:g}")
+        if choice.is_at_an_end:
+            self._warn(f"the chosen learning rate {choice.chosen:g} is at the end of those tried; a better one may lie "
+                       "beyond")  # fmt: skip
+        self.training, self.lr_is_open = replace(self.training, lr=choice.chosen), False
+        return choice
 
-    def _side(self, pairs: pl.DataFrame, sign: Sign, folder: Path) -> Side:
-        return Side(pairs, sign, self.settings.seed, self.settings.data_seed, folder)
+    def _fit(self, pairs: pl.DataFrame, sign: Sign, chosen: TrainSettings, folder: Path) -> FitResult:
+        seeds = {"seed": self.settings.seed, "data_seed": self.settings.data_seed}
+        return train.fit(self.model, pairs, sign, chosen, **seeds, folder=folder)
 
     def _fit_inputs(self, chosen: TrainSettings) -> dict[str, Any]:
         return {
@@ -182,48 +179,26 @@ class Fitting:
             "rendering": self.model.chat.template_key,
         }
 
-    def missing_sides(self) -> list[Side]:
-        """The adapters that are still to be fitted; each will wait among the shards of its stage."""
-        pairs = self.data()
-        inputs = self._fit_inputs(self.training)
-        sides = [self._side(pairs, sign, self._waiting(sign, inputs)) for sign in SIGNS]
-        return [
-            side for side in sides if not side.folder.is_dir() and not self.folder.is_done(f"train-{side.sign}", inputs)
-        ]
-
-    def _waiting(self, sign: Sign, inputs: Mapping[str, Any]) -> Path:
-        return self.folder.shards(f"train-{sign}", inputs).path("adapter")
-
-    def train(self, sign: Sign, with_other: bool = False) -> dict[str, Any]:
-        """Fit one adapter on its side of the pairs and write its PEFT folder.
-
-        with_other: the other sign will be needed too, so both are fitted in one pass.
-        """
+    def train(self, sign: Sign) -> FitResult:
+        """Fit one adapter on its side of the pairs and write its PEFT folder."""
         if self.lr_is_open:
             self.choose_lr()
-        self.data()
-        inputs = self._fit_inputs(self.training)
-        waiting = self._waiting(sign, inputs)
+        pairs, folder = self.data(), self.folder / sign
 
         def make(_: Shards) -> None:
-            if not waiting.is_dir():
-                sides = [side for side in self.missing_sides() if side.sign == sign or with_other]
-                train.fit_together(self.model, sides, self.training)
-            move_folder(waiting, self.folder / sign)
+            self._fit(pairs, sign, self.training, folder)
 
-        result = self._build(f"train-{sign}", inputs, [sign], make)
-        record: dict[str, Any] = read_json(self.folder / sign / train.RESULT_FILE)
-        losses = f"{record['measure']} {record['first_loss']:.3f} -> {record['last_loss']:.3f}"
-        company = record["fitted_together"] - 1
-        shared = f", one pass with {company} other{'s' if company > 1 else ''}" if company else ""
-        self._say(f"train {sign}", result, f"{losses} in {record['steps']} steps{shared}")
-        self.warnings += [f"{sign}: {warning}" for warning in record["warnings"]]
-        return record
+        result = self._build(f"train-{sign}", self._fit_inputs(self.training), [sign], make)
+        found = FitResult.read(folder)
+        losses = f"{found.measure} {found.first_loss:.3f} -> {found.last_loss:.3f}"
+        self._say(f"train {sign}", result, f"{losses} in {found.steps} steps")
+        self.warnings += [f"{sign}: {warning}" for warning in found.warnings]
+        return found
 
     def diff(self) -> tuple[Direction, Geometry]:
         """Subtract the adapters exactly and write `direction.safetensors`."""
         for sign in SIGNS:
-            self.train(sign, with_other=True)
+            self.train(sign)
         inputs: dict[str, str] = {sign: digest(self.folder / sign / "adapter_model.safetensors") for sign in SIGNS}
         path = self.folder / "direction.safetensors"
 
@@ -268,17 +243,6 @@ class Fitting:
         if text not in self.warnings:
             self.warnings.append(text)
             console.warn(text)
-
-
-def train_together(runs: Sequence[Fitting]) -> None:
-    """Fit what is missing of runs with one model and equal training settings, such as seeds of a family, in one pass.
-
-    Their `train` finds the adapters waiting. A learning rate that a run chooses for itself is not shared.
-    """
-    if any(run.lr_is_open or run.training != runs[0].training or run.model is not runs[0].model for run in runs):
-        return
-    if sides := [side for run in runs for side in run.missing_sides()]:
-        train.fit_together(runs[0].model, sides, runs[0].training)
 
 
 def fit(

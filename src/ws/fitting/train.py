@@ -1,12 +1,13 @@
-"""Fit one adapter per sign on its own responses, with the persona removed; both in one pass over the frozen base.
+"""Fit one adapter on the responses of one side, with the persona removed.
 
 The conversation is the plain user prompt and the response; the loss covers the response and its end of turn only.
 Tokens of one optimiser step are averaged together, whatever the micro-batches. Topics, not rows, are held out for
 validation: rows of one topic are near-copies. Data seed (which responses) and training seed (initialisation and
 order) are separate.
 
-Numeric traps: a warm-up as long as the run learns nothing, so it is shortened and said; adapter weights are fp32 also
-on a bf16 base, with bf16 autocast around the forward pass.
+Numeric traps: a run that is all warm-up learns nothing, so the warm-up is shortened and a warning says so. Adapter
+weights are fp32 also on a half-precision base, with autocast around the forward pass. Gradients in fp16 underflow, so
+an fp16 base is trained with a scaled loss.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import csv
 import math
 import random
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,82 +27,30 @@ import torch
 from torch import Tensor, nn
 
 from ws import adapters
-from ws.adapters import AdapterSettings, Together
+from ws.adapters import AdapterSettings
 from ws.base import console, settings
 from ws.base.errors import UserError
-from ws.base.store import atomic_file, atomic_folder, write_json
+from ws.base.store import atomic_file, atomic_folder, read_json, write_json
+from ws.fitting.train_settings import TrainSettings
 from ws.measure import lower_layers
 from ws.measure.lower_layers import Recording
 from ws.model import forward
 from ws.model.chat import SupervisedTokens, ask
 from ws.model.loading import ChatModel
+from ws.model.restore import restored
 
 Sign = Literal["pos", "neg"]
+SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 LOG_FILE = "train_log.csv"
+"""One line per optimiser step, in the folder of the adapter."""
 RESULT_FILE = "train_result.json"
+"""The FitResult, in the folder of the adapter."""
 NOTHING_LEARNED = 0.005
 """Relative fall of the loss below which a run is reported as having learned nothing."""
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to fit an adapter; the defaults are the original's for real models (spec of the replicated work).
-
-    `lr_candidates` are what `--lr auto` tries (none: `LEARNING_RATES` of the family). `validation` is the share of
-    topics held out; `micro_tokens` bounds memory and has no effect on results beyond
-    rounding.
-    """
-
-    adapter: AdapterSettings = field(default_factory=AdapterSettings)
-    lr: float = 2e-4
-    lr_candidates: tuple[float, ...] = ()
-    weight_decay: float = 0.01
-    warmup_steps: int = 5
-    epochs: int = 1
-    batch_size: int = 16
-    max_length: int = 512
-    validation: float = 0.1
-    evaluate_every: int = 10
-    clip_norm: float = 1.0
-    micro_tokens: int = 4_096
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "batch_size", "max_length", "evaluate_every", "micro_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"training setting {name} is {getattr(self, name)}", "It must be positive.")
-        if not 0 <= self.validation < 1:
-            raise UserError(f"validation share {self.validation} is not in [0, 1)")
-
-
-def resolve_settings(model: ChatModel, family: str, given: Mapping[str, Any], behaviour: str = "") -> TrainSettings:
-    """Defaults, the model folder's recommendation for the family, that for the behaviour, then what the user gave.
-
-    A folder recommends under `train`, family by family, and under `train_for`, behaviour by behaviour, what is other
-    there. None in `given`: not given.
-    """
-    adapters.require_family(family)
-    of_behaviour = model.settings.get("train_for", {}).get(behaviour, {})
-    recommended = model.settings.get("train", {}).get(family, {}) | of_behaviour.get(family, {})
-    chosen = recommended | {name: value for name, value in given.items() if value is not None}
-    adapter_names = {f.name for f in fields(AdapterSettings)}
-    of_adapter = {"family": family} | {name: value for name, value in chosen.items() if name in adapter_names}
-    of_training = {name: value for name, value in chosen.items() if name not in adapter_names}
-    where = f"training settings for {family}"
-    adapter = settings.make(AdapterSettings, of_adapter, where)
-    return settings.make(TrainSettings, {**of_training, "adapter": adapter}, where)
-
-
-LEARNING_RATES: dict[str, tuple[float, ...]] = {
-    "lora": (1e-4, 2e-4, 5e-4),
-    "rslora": (5e-5, 1e-4, 2e-4),
-    "dora": (1e-4, 2e-4, 5e-4),
-    "pissa": (5e-5, 1e-4, 2e-4),
-    "delora": (2e-4, 1e-3, 5e-3),
-    "oft": (2e-4, 1e-3, 4e-3),
-    "boft": (2e-4, 1e-3, 4e-3),
-    "ia3": (1e-3, 3e-3, 1e-2),
-}
-"""What `--lr auto` tries for real models: one rate for all families makes IA3 and OFT no-ops."""
+class DivergedError(UserError):
+    """A fit met a loss or a gradient that is no finite number."""
 
 
 class Examples(NamedTuple):
@@ -139,14 +87,57 @@ def examples(model: ChatModel, pairs: pl.DataFrame, sign: Sign, chosen: TrainSet
     return Examples(parts[False], parts[True], truncated)
 
 
-class Side(NamedTuple):
-    """One adapter to be fitted: on which responses, with which seeds, and the folder it goes to."""
+# -------------------------------------------------------------------- results
 
-    pairs: pl.DataFrame
-    sign: Sign
-    seed: int
-    data_seed: int
-    folder: Path
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the log; line 0 holds the validation loss of the base. `epoch` is a fraction; None: not measured."""
+
+    step: int
+    epoch: float
+    loss: float | None
+    eval_loss: float | None
+    lr: float
+    grad_norm: float | None
+
+
+Log = Sequence[Step]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit did, as kept in `train_result.json`.
+
+    measure    "eval_loss", the loss on held-out topics before the first and after the last step; or, where nothing is
+               held out, "loss": the mean training loss over the first and over the last steps (`_window` of them)
+    skipped    optimiser steps left out because a scaled fp16 gradient overflowed
+    seconds    wall-clock time with everything around the steps
+    """
+
+    steps: int
+    train_rows: int
+    validation_rows: int
+    truncated: int
+    measure: Literal["eval_loss", "loss"]
+    first_loss: float
+    last_loss: float
+    skipped: int
+    warnings: tuple[str, ...]
+    trainable_parameters: int
+    settings: TrainSettings
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> FitResult:
+        """The result that lies in the folder of an adapter."""
+        path = folder / RESULT_FILE
+        stored = read_json(path)
+        training = stored["settings"]
+        adapter = settings.make(AdapterSettings, training["adapter"], str(path))
+        chosen = settings.make(TrainSettings, {**training, "adapter": adapter}, str(path))
+        known = {one.name: stored[one.name] for one in fields(cls) if one.name in stored}
+        return cls(**{"skipped": 0, **known, "warnings": tuple(stored["warnings"]), "settings": chosen})
 
 
 def fit(
@@ -158,163 +149,143 @@ def fit(
     seed: int,
     data_seed: int,
     folder: Path,
-) -> dict[str, Any]:
-    """Fit one adapter, save it as a PEFT folder with its curve, and leave the model as it was.
-
-    Returns the result record: losses before and after, steps, trainable parameters, warnings.
-    """
-    return fit_together(model, [Side(pairs, sign, seed, data_seed, folder)], chosen)[0]
-
-
-TOGETHER_UP_TO = 50_000_000
-"""Parameters up to which a CPU fits several sides in one pass; larger models fill it with one, and need less memory."""
-
-
-def fit_together(model: ChatModel, sides: Sequence[Side], chosen: TrainSettings) -> list[dict[str, Any]]:
-    """Fit several adapters of one family, in one pass over the frozen base where that pays; each as `fit` would alone.
-
-    Every step is a step of every side on its own rows in its own order, with its own loss, clipping and optimiser;
-    results differ from separate fits by rounding only. Large models on a CPU (`TOGETHER_UP_TO`), and those in which
-    rows cannot be told apart (mixtures of experts), fit the sides one after the other.
-    """
-    if model.device.type == "cpu" and model.parameter_count > TOGETHER_UP_TO:
-        return [result for side in sides for result in _fit_together(model, [side], chosen)]
-    try:
-        return _fit_together(model, sides, chosen)
-    except adapters.NotByRowsError:
-        return [result for side in sides for result in _fit_together(model, [side], chosen)]
-
-
-def _fit_together(model: ChatModel, sides: Sequence[Side], chosen: TrainSettings) -> list[dict[str, Any]]:
+) -> FitResult:
+    """Fit one adapter, save it as a PEFT folder with its log and result, and leave the model as it was."""
     started = time.perf_counter()
-    data = [examples(model, side.pairs, side.sign, chosen, side.data_seed) for side in sides]
-    # what is found out once per model belongs to the model without adapters
-    _ = model.split, model.fingerprint, lower_layers.is_exact(model)
-    try:
-        with adapters.attach_together(
-            model.network, chosen.adapter, model.name, [side.seed for side in sides]
-        ) as together:
-            branches = [
-                Branch(side.sign, rows, parameters, side.seed)
-                for side, rows, parameters in zip(sides, data, together.parameters, strict=True)
-            ]
-            outcomes = optimise(model, branches, chosen, together, first_layer=together.first_layer(model.network))
-        # what one pass took is shared out evenly, so that sums over sides stay true
-        share = {"seconds": round((time.perf_counter() - started) / len(sides), 3), "fitted_together": len(sides)}
-        outcomes = [(log, result | share) for log, result in outcomes]
-        for number, (side, (log, result)) in enumerate(zip(sides, outcomes, strict=True)):
-            with atomic_folder(side.folder) as temporary:
-                together.save(number, temporary)
-                _write_log(temporary / LOG_FILE, log)
-                write_json(temporary / RESULT_FILE, result | {"settings": asdict(chosen)})
-    finally:
-        model.network.eval().requires_grad_(False)
-    for side, (_, result) in zip(sides, outcomes, strict=True):
-        for warning in result["warnings"]:
-            console.warn(f"{side.sign}: {warning}")
-    return [result for _, result in outcomes]
+    data = examples(model, pairs, sign, chosen, data_seed)
+    with restored(model.network), ExitStack() as stack:
+        model.network.eval()
+        # what is found out once per model belongs to the model without adapters
+        _ = model.split, model.fingerprint, lower_layers.is_exact(model)
+        torch.manual_seed(seed)
+        attached = adapters.attach(model.network, chosen.adapter, model.name)
+        stack.callback(attached.detach)
+        log, result = optimise(
+            model, data, attached.trainable, chosen, seed=seed, first_layer=attached.first_layer,
+            description=f"training {sign}",
+        )  # fmt: skip
+        result = replace(result, seconds=round(time.perf_counter() - started, 3))
+        with atomic_folder(folder) as temporary:
+            attached.save(temporary)
+            _write_log(temporary / LOG_FILE, log)
+            write_json(temporary / RESULT_FILE, result)
+    for warning in result.warnings:
+        console.warn(f"{sign}: {warning}")
+    return result
 
 
 # -------------------------------------------------------------------- optimisation
 
 
-Log = list[dict[str, float | None]]
-"""One entry per step: step, epoch, loss, eval_loss, lr, grad_norm."""
-
-
-class Branch(NamedTuple):
-    """Rows and the parameters to be fitted on them, which already act on the network; `seed` decides the order."""
-
-    name: str
-    data: Examples
-    parameters: list[nn.Parameter]
-    seed: int
-
-
 def optimise(
-    model: ChatModel, branches: Sequence[Branch], chosen: TrainSettings, together: Together | None = None, *,
-    first_layer: int = 0, description: str = "",
-) -> list[tuple[Log, dict[str, Any]]]:  # fmt: skip
-    """Minimise the response loss of every branch; its curve and its result.
+    model: ChatModel, data: Examples, parameters: Sequence[nn.Parameter], chosen: TrainSettings, *,
+    seed: int, first_layer: int = 0, description: str = "training",
+) -> tuple[Log, FitResult]:  # fmt: skip
+    """Minimise the response loss in parameters that already act on the network; `seed` decides the order of the rows.
 
-    together: what sends the rows of a branch through its own parameters; a single branch needs none. first_layer: the
-    first decoder layer that parameters act on; what lies below runs once for all epochs.
+    first_layer: the first decoder layer that the parameters act on; the layers below run once for all epochs. The
+    network is left in evaluation mode.
     """
-    fits = [_Fit(branch, chosen) for branch in branches]
-    _Loop(model, fits, chosen, together, first_layer).run(
-        description or "training " + " + ".join(branch.name for branch in branches)
-    )
-    return [(one.log, one.result()) for one in fits]
+    one = _Fit(model, data, parameters, chosen, seed, first_layer)
+    try:
+        one.run(description)
+    finally:
+        model.network.eval()
+    return one.log, one.result()
+
+
+class _Row(NamedTuple):
+    """The tokens of a row, and the state with which it enters the first edited layer, where that is kept."""
+
+    tokens: SupervisedTokens
+    state: Tensor | None
 
 
 class _Fit:
-    """One branch under way: its order, its optimiser and schedule, its log."""
+    """A fit under way."""
 
-    def __init__(self, branch: Branch, chosen: TrainSettings) -> None:
-        self.data, self.parameters, self.chosen = branch.data, branch.parameters, chosen
-        self.rng = random.Random(f"order/{branch.seed}")
-        self.steps = math.ceil(len(self.data.train) / chosen.batch_size) * chosen.epochs
+    def __init__(
+        self, model: ChatModel, data: Examples, parameters: Sequence[nn.Parameter], chosen: TrainSettings, seed: int,
+        first_layer: int,
+    ) -> None:  # fmt: skip
+        self.model, self.data, self.parameters, self.chosen = model, data, parameters, chosen
+        self.first_layer = first_layer
+        self.order = random.Random(f"order/{seed}")
+        self.steps_per_epoch = math.ceil(len(data.train) / chosen.batch_size)
+        self.steps = self.steps_per_epoch * chosen.epochs
         self.warmup = min(chosen.warmup_steps, max(0, (self.steps - 1) // 2))
-        self.optimiser = torch.optim.AdamW(branch.parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
-        self.log: Log = []
+        self.optimiser = torch.optim.AdamW(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+        self.log: list[Step] = []
+        self.train, self.validation = self._rows(data.train), self._rows(data.validation)
 
-    def batches(self) -> Iterator[list[int]]:
+    def run(self, description: str) -> None:
+        """All steps, with the validation losses that are due."""
+        self.log.append(Step(0, 0.0, None, self._validation_loss(0), 0.0, None))
+        self.model.network.train()
+        with console.progress(description, total=self.steps) as bar:
+            for number, indices in enumerate(self._batches(), start=1):
+                loss = self._backward([self.train[index] for index in indices])
+                lr = self.chosen.lr * self._scale(number - 1)
+                norm = self._step(number, loss, lr)
+                is_due = number == self.steps or number % self.chosen.evaluate_every == 0
+                validation = self._validation_loss(number) if is_due else None
+                epoch = round(number * self.chosen.epochs / self.steps, 4)
+                self.log.append(Step(number, epoch, loss, validation, lr, norm))
+                bar.advance(note=f"{loss:.3f}")
+
+    def result(self) -> FitResult:
+        """First and last losses, and what is suspicious about the run."""
+        data, warnings = self.data, []
+        first, last = self._first_and_last()
+        skipped = sum(step.grad_norm is not None and not math.isfinite(step.grad_norm) for step in self.log)
+        if self.warmup < self.chosen.warmup_steps:
+            warnings.append(f"warm-up shortened from {self.chosen.warmup_steps} to {self.warmup} of {self.steps} steps")
+        if not data.validation and self.steps == 1:
+            warnings.append("one step and nothing held out: whether anything was learned cannot be told")
+        elif last > first * (1 - NOTHING_LEARNED):
+            where = "eval_loss" if data.validation else "loss"
+            warnings.append(f"nothing was learned: {where} went from {first:.4f} to {last:.4f}; raise --lr or --epochs")
+        if skipped:
+            warnings.append(f"{skipped} of {self.steps} steps were skipped: their fp16 gradients overflowed")
+        if data.truncated:
+            total = len(data.train) + len(data.validation)
+            warnings.append(f"{data.truncated} of {total} responses lost their end to max_length")
+        return FitResult(
+            steps=self.steps,
+            train_rows=len(data.train),
+            validation_rows=len(data.validation),
+            truncated=data.truncated,
+            measure="eval_loss" if data.validation else "loss",
+            first_loss=first,
+            last_loss=last,
+            skipped=skipped,
+            warnings=tuple(warnings),
+            trainable_parameters=sum(parameter.numel() for parameter in self.parameters),
+            settings=self.chosen,
+        )
+
+    def _first_and_last(self) -> tuple[float, float]:
+        """Validation losses before and after; without any, mean training losses over the first and the last steps.
+
+        One training batch says little, because batches differ more than training changes them. Means over whole
+        epochs are of the same rows; a single epoch is compared by its first and last quarter.
+        """
+        held_out = [step.eval_loss for step in self.log if step.eval_loss is not None]
+        if held_out:
+            return held_out[0], held_out[-1]
+        window = self.steps_per_epoch if self.chosen.epochs > 1 else math.ceil(self.steps / 4)
+        losses = [step.loss for step in self.log if step.loss is not None]
+        return sum(losses[:window]) / window, sum(losses[-window:]) / window
+
+    def _batches(self) -> Iterator[list[int]]:
         """Indices of training rows, step by step; every epoch in an order of its own."""
-        order = list(range(len(self.data.train)))
+        order = list(range(len(self.train)))
         for _ in range(self.chosen.epochs):
-            self.rng.shuffle(order)
+            self.order.shuffle(order)
             for start in range(0, len(order), self.chosen.batch_size):
                 yield order[start : start + self.chosen.batch_size]
             order.sort()
-
-    def step(self, number: int, loss: float) -> None:
-        """Take optimiser step `number` (from 1) on the gradient of `loss` that is there, and log it."""
-        if not math.isfinite(loss):
-            raise UserError(f"the training loss is {loss} at step {number}", "Lower --lr.")
-        lr = self.chosen.lr * self._scale(number - 1)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.chosen.clip_norm))
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        self.note(number, loss, None, lr, norm)
-
-    def is_due(self, number: int) -> bool:
-        """Whether the validation loss is wanted after this step."""
-        return number == self.steps or (number < self.steps and number % self.chosen.evaluate_every == 0)
-
-    def note(self, step: int, loss: float | None, validation: float | None, lr: float, norm: float | None) -> None:
-        """Append to the log."""
-        epoch = round(step * self.chosen.epochs / self.steps, 4)
-        self.log.append({"step": step, "epoch": epoch, "loss": loss, "eval_loss": validation, "lr": lr,
-                         "grad_norm": norm})  # fmt: skip
-
-    def result(self) -> dict[str, Any]:
-        """First and last losses and what is suspicious about them."""
-        measure = "eval_loss" if self.data.validation else "loss"
-        values = [entry[measure] for entry in self.log if entry[measure] is not None]
-        first, last = float(values[0] or 0), float(values[-1] or 0)
-        warnings = []
-        if self.warmup < self.chosen.warmup_steps:
-            warnings.append(f"warm-up shortened from {self.chosen.warmup_steps} to {self.warmup} of {self.steps} steps")
-        if last > first * (1 - NOTHING_LEARNED):
-            warnings.append(
-                f"nothing was learned: {measure} went from {first:.4f} to {last:.4f}; raise --lr or --epochs"
-            )
-        if self.data.truncated:
-            total = len(self.data.train) + len(self.data.validation)
-            warnings.append(f"{self.data.truncated} of {total} responses lost their end to max_length")
-        return {
-            "steps": self.steps,
-            "train_rows": len(self.data.train),
-            "validation_rows": len(self.data.validation),
-            "truncated": self.data.truncated,
-            "measure": measure,
-            "first_loss": first,
-            "last_loss": last,
-            "warnings": warnings,
-            "trainable_parameters": sum(parameter.numel() for parameter in self.parameters),
-        }
 
     def _scale(self, step: int) -> float:
         """Linear warm-up, then linear decay to zero at the end."""
@@ -322,117 +293,85 @@ class _Fit:
             return (step + 1) / self.warmup
         return (self.steps - step) / max(1, self.steps - self.warmup)
 
+    def _step(self, number: int, loss: float, lr: float) -> float:
+        """Take optimiser step `number` (from 1) on the gradient that is there; the gradient's norm."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimiser)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.chosen.clip_norm))
+        # a scaled gradient that overflows is no divergence: the scaler leaves the step out and lowers the scale
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            what = "gradient norm" if math.isfinite(loss) else "training loss"
+            value = norm if math.isfinite(loss) else loss
+            raise DivergedError(f"the {what} is {value} at step {number}", "Lower --lr.")
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad()
+        return norm
 
-class _Row(NamedTuple):
-    """A row in a batch: its branch by number, its tokens, and the state with which it enters the first edited layer."""
-
-    branch: int
-    tokens: SupervisedTokens
-    state: Tensor | None
-
-
-class _Loop:
-    """Steps of all branches side by side over one network."""
-
-    def __init__(
-        self, model: ChatModel, fits: Sequence[_Fit], chosen: TrainSettings, together: Together | None,
-        first_layer: int,
-    ) -> None:  # fmt: skip
-        self.model, self.fits, self.chosen, self.together = model, fits, chosen, together
-        self.first_layer = first_layer
-        self.autocast = model.dtype in (torch.bfloat16, torch.float16)
-        self.train = [self._rows(number, one.data.train) for number, one in enumerate(fits)]
-        self.validation = [self._rows(number, one.data.validation) for number, one in enumerate(fits)]
-
-    def run(self, description: str) -> None:
-        """All steps of all branches; one that has fewer ends earlier."""
-        for one, loss in zip(self.fits, self._validation_losses(), strict=True):
-            one.note(0, None, loss, 0.0, None)
-        orders = [one.batches() for one in self.fits]
-        total = max(one.steps for one in self.fits)
-        self.model.network.train()
-        with console.progress(description, total=total) as bar:
-            for number in range(1, total + 1):
-                live = [index for index, one in enumerate(self.fits) if number <= one.steps]
-                losses = self._backward([self.train[index][row] for index in live for row in next(orders[index])])
-                for index in live:
-                    self.fits[index].step(number, losses[index])
-                if any(one.is_due(number) for one in self.fits):
-                    self._validate(number)
-                bar.advance(note=" ".join(f"{losses[index]:.3f}" for index in live))
-        self.model.network.eval()
-
-    def _rows(self, branch: int, rows: Sequence[SupervisedTokens]) -> list[_Row]:
-        with self._precision():
-            states = lower_layers.entering(self.model, self.first_layer, [ids for ids, _ in rows]) if rows else None
-        return [_Row(branch, one, states[index] if states else None) for index, one in enumerate(rows)]
-
-    def _backward(self, rows: Sequence[_Row]) -> list[float]:
-        """Accumulate every branch's gradient of its mean loss per supervised token; the losses by branch."""
-        counts = [0] * len(self.fits)
-        for row in rows:
-            counts[row.branch] += len(row.tokens.ids) - row.tokens.prompt_length
-        weights = torch.tensor([1 / count if count else 0.0 for count in counts], device=self.model.device)
-        totals = torch.zeros(len(self.fits), device=self.model.device)
+    def _backward(self, rows: Sequence[_Row]) -> float:
+        """Accumulate the gradient of the mean loss per supervised token of a step; that loss."""
+        count = sum(len(row.tokens.ids) - row.tokens.prompt_length for row in rows)
+        parts = []
         for micro in self._micro(rows):
-            losses, owners = self._token_losses(micro)
-            weighted = losses * weights[owners]
-            weighted.sum().backward()
-            totals = totals.index_add(0, owners, weighted.detach())
-        return totals.tolist()
-
-    def _validate(self, number: int) -> None:
-        """Log the validation losses of the branches for which they are due."""
-        for one, loss in zip(self.fits, self._validation_losses(), strict=True):
-            if one.is_due(number):
-                one.log[-1]["eval_loss"] = loss
+            loss = self._token_losses(micro).sum() / count
+            self.scaler.scale(loss).backward()
+            parts.append(loss.detach())
+        return float(torch.stack(parts).sum())
 
     @torch.no_grad()
-    def _validation_losses(self) -> list[float | None]:
-        was_training = self.model.network.training
+    def _validation_loss(self, number: int) -> float | None:
+        """Mean loss per supervised token of the held-out rows after step `number`; None where nothing is held out."""
+        if not self.validation:
+            return None
         self.model.network.eval()
-        sums, counts = torch.zeros(2, len(self.fits), dtype=torch.float64, device=self.model.device)
-        for micro in self._micro([row for rows in self.validation for row in rows]):
-            losses, owners = self._token_losses(micro)
-            sums.index_add_(0, owners, losses.double())
-            counts.index_add_(0, owners, torch.ones_like(losses, dtype=torch.float64))
-        self.model.network.train(was_training)
-        return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+        losses = torch.cat([self._token_losses(micro).cpu() for micro in self._micro(self.validation)])
+        self.model.network.train()
+        loss = float(losses.double().mean())
+        if math.isfinite(loss):
+            return loss
+        if number:
+            raise DivergedError(f"the validation loss is {loss} after step {number}", "Lower --lr.")
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        raise UserError(f"{self.model.name} in {dtype} has the loss {loss} before training", "Try --dtype float32.")
+
+    def _rows(self, rows: Sequence[SupervisedTokens]) -> list[_Row]:
+        with self._precision():
+            states = lower_layers.entering(self.model, self.first_layer, [ids for ids, _ in rows]) if rows else None
+        return [_Row(one, states[index] if states else None) for index, one in enumerate(rows)]
 
     def _micro(self, rows: Sequence[_Row]) -> list[list[_Row]]:
         plan = forward.plan_batches([len(row.tokens.ids) for row in rows], self.chosen.micro_tokens)
-        return [sorted((rows[index] for index in part), key=lambda row: row.branch) for part in plan]
+        return [[rows[index] for index in part] for part in plan]
 
-    def _token_losses(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of every supervised token, fp32, and the branch that it belongs to."""
+    def _token_losses(self, rows: Sequence[_Row]) -> Tensor:
+        """Negative log-likelihood of every supervised token, fp32."""
         device = self.model.device
         texts = [row.tokens for row in rows]
         ids = forward.pad_right([one.ids for one in texts], device)
         counts = torch.tensor([len(one.ids) - one.prompt_length for one in texts])
         numbers = torch.repeat_interleave(torch.arange(len(rows)), counts).to(device)
         columns = torch.cat([torch.arange(one.prompt_length - 1, len(one.ids) - 1) for one in texts]).to(device)
-        owners = torch.tensor([row.branch for row in rows], device=device)[numbers]
-        of_branch = Counter(row.branch for row in rows)
         with ExitStack() as stack:
             stack.enter_context(self._precision())
-            if self.together is not None:
-                stack.enter_context(self.together.rows([of_branch[index] for index in range(len(self.fits))]))
             states = [row.state for row in rows if row.state is not None]
             if len(states) == len(rows):
                 entered = Recording(self.first_layer, [lower_layers.padded(states)])
                 stack.enter_context(lower_layers.playing(self.model.network, entered))
             split, targets = self.model.split, ids[numbers, columns + 1]
             if split.is_split:
-                return split.losses(split.hidden(ids)[numbers, columns], targets), owners
+                return split.losses(split.hidden(ids)[numbers, columns], targets)
             logits = split.logits_at(ids, numbers, columns)
-        return nn.functional.cross_entropy(logits, targets, reduction="none"), owners
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.model.device.type, dtype=self.model.dtype) if self.autocast else nullcontext()
+        dtype = self.model.dtype
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.model.device.type, dtype=dtype) if is_half else nullcontext()
 
 
 def _write_log(path: Path, log: Log) -> None:
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(log[0]))
+        writer = csv.DictWriter(handle, fieldnames=[one.name for one in fields(Step)])
         writer.writeheader()
-        writer.writerows(log)
+        writer.writerows(map(asdict, log))

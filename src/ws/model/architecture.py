@@ -147,12 +147,6 @@ def linear_maps_without_role(network: nn.Module, layers: Iterable[int]) -> list[
     return sorted(missed)
 
 
-def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the network has one of this full name."""
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, module)
-
-
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear map, whose weight is stored as in x out."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - heavy import, late

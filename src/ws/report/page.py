@@ -11,6 +11,7 @@ import polars as pl
 from ws.base.store import write_text
 from ws.baselines.controls import RANDOM
 from ws.eval import dilemmas, feedback
+from ws.fitting.train import FitResult, Sign
 from ws.report import document, figures
 from ws.report.cells import limits, signed, with_limits
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
@@ -25,7 +26,7 @@ def write(
     config: Mapping[str, Any],
     samples: pl.DataFrame,
     alignment: pl.DataFrame,
-    training: Mapping[str, Mapping[str, Any]],
+    training: Mapping[Sign, FitResult],
 ) -> None:
     """Write `dose_response.png`, `report.md` and `report.html` into the run folder."""
     behaviour = summary["behaviour"]
@@ -46,7 +47,7 @@ def _blocks(
     config: Mapping[str, Any],
     samples: pl.DataFrame,
     alignment: pl.DataFrame,
-    training: Mapping[str, Mapping[str, Any]],
+    training: Mapping[Sign, FitResult],
 ) -> list[Block]:
     behaviour = summary["behaviour"]
     blocks: list[Block] = [
@@ -335,7 +336,7 @@ def _geometry(summary: Mapping[str, Any], alignment: pl.DataFrame) -> list[Block
 
 
 def _provenance(
-    summary: Mapping[str, Any], config: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]
+    summary: Mapping[str, Any], config: Mapping[str, Any], training: Mapping[Sign, FitResult]
 ) -> list[Block]:
     data = config["data"]
     fitted = [
@@ -343,10 +344,10 @@ def _provenance(
             sign,
             str(data[sign]["kept"]),
             str(data[sign]["unique"]),
-            f"{entry['first_loss']:.3f}",
-            f"{entry['last_loss']:.3f}",
-            str(entry["steps"]),
-            f"{entry['trainable_parameters']:,}",
+            f"{entry.first_loss:.3f}",
+            f"{entry.last_loss:.3f}",
+            str(entry.steps),
+            f"{entry.trainable_parameters:,}",
         ]
         for sign, entry in training.items()
     ]

@@ -19,9 +19,10 @@ from ws.base.store import Shards, atomic_file, digest, read_json, write_json, wr
 from ws.baselines import controls
 from ws.edit.condition import Condition, Context, Edit
 from ws.eval import dilemmas, feedback, side_effects, sycophancy
-from ws.fitting import behaviour, data, train
+from ws.fitting import behaviour, data
 from ws.fitting.run_settings import shared_base, stored_settings
-from ws.fitting.stages import SIGNS, Fitting
+from ws.fitting.stages import Fitting
+from ws.fitting.train import SIGNS, FitResult
 from ws.measure import rounding
 from ws.measure.probe import Probe
 from ws.measure.score import score
@@ -181,7 +182,7 @@ class Replication(Fitting):
         _ = self.dilemma_rows  # a wrong source is told before anything is fitted
         direction, geometry = self.diff()
         scores, kinds, said = self.eval(), self.alignment(), self.samples()
-        training: dict[str, Any] = {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in SIGNS}
+        training = {sign: FitResult.read(self.folder / sign) for sign in SIGNS}
         rounded = self.rounding()
         content = self._summary(scores, geometry) | {"rounding": rounded}
         config = self._config(direction)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ws.base.store import atomic_file, read_json, write_json, write_text
 from ws.eval import dilemmas
 from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings, run_path
-from ws.fitting.stages import train_together
+from ws.fitting.train import FitResult
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
 
@@ -67,8 +66,6 @@ def run(
     outcomes = []
     for number, cell in enumerate(cells):
         console.say(f"\n[{number + 1}/{len(cells)}] {cell.name}", style="bold")
-        if cell.seed == seeds[0]:
-            _train_seeds([_settings_of(settings, replace(cell, seed=seed)) for seed in seeds], model)
         outcomes.append(_run_cell(_settings_of(settings, cell), cell, model))
     finished = [outcome for outcome in outcomes if outcome.row is not None]
     if not finished:
@@ -93,15 +90,6 @@ def _settings_of(settings: Settings, cell: Cell) -> Settings:
     )
 
 
-def _train_seeds(all_seeds: Sequence[Settings], model: ChatModel) -> None:
-    """Fit the adapters of all seeds of a family in one pass; where that fails every cell tries alone and says why."""
-    with ExitStack() as stack:
-        try:
-            train_together([stack.enter_context(Replication(settings, model)) for settings in all_seeds])
-        except UserError as error:
-            console.warn(f"the seeds are trained one by one: {error}")
-
-
 def _run_cell(settings: Settings, cell: Cell, model: ChatModel) -> Outcome:
     try:
         with Replication(settings, model) as replication:
@@ -116,7 +104,7 @@ def _row(cell: Cell, summary: Mapping[str, Any], folder: Path) -> dict[str, Any]
     """The columns of the replicated work's tables, and what qualifies them."""
     own, moral = summary[summary["behaviour"]], summary["dilemmas"]
     changes = summary["change"][summary["behaviour"]]
-    training = {sign: read_json(folder / sign / "train_result.json") for sign in ("pos", "neg")}
+    training = {sign: FitResult.read(folder / sign) for sign in ("pos", "neg")}
     seconds = summary["seconds"]
     return {
         "family": cell.family,
@@ -132,9 +120,9 @@ def _row(cell: Cell, summary: Mapping[str, Any], folder: Path) -> dict[str, Any]
         "kl_1": summary["side_effects"]["1"]["kl"],
         "norm": summary["direction_norm"],
         **{name: summary["geometry"][name] for name in ("cos_anti", "asymmetry", "drift_ratio", "cos_dw_m")},
-        "lr": training["pos"]["settings"]["lr"],
-        "trainable": training["pos"]["trainable_parameters"],
-        "seconds": sum(record["seconds"] for record in training.values()) + seconds.get("eval", 0.0),
+        "lr": training["pos"].settings.lr,
+        "trainable": training["pos"].trainable_parameters,
+        "seconds": sum(result.seconds for result in training.values()) + seconds.get("eval", 0.0),
     }
 
 

@@ -1,0 +1,93 @@
+"""Choose a learning rate by trying a few: the lowest loss, averaged over both signs, decides.
+
+Both signs get one rate, so that their updates can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from ws.base import console
+from ws.base.errors import UserError
+from ws.fitting.train import DivergedError, Sign
+from ws.fitting.train_settings import TrainSettings
+
+CANDIDATES: dict[str, tuple[float, ...]] = {
+    "lora": (1e-4, 2e-4, 5e-4),
+    "rslora": (5e-5, 1e-4, 2e-4),
+    "dora": (1e-4, 2e-4, 5e-4),
+    "pissa": (5e-5, 1e-4, 2e-4),
+    "delora": (2e-4, 1e-3, 5e-3),
+    "oft": (2e-4, 1e-3, 4e-3),
+    "boft": (2e-4, 1e-3, 4e-3),
+    "ia3": (1e-3, 3e-3, 1e-2),
+}
+"""What `--lr auto` tries for real models, by family. At one rate for all families, IA3 and OFT would learn nothing."""
+
+
+@dataclass(frozen=True)
+class TriedRate:
+    """A learning rate with the last loss of each sign and their mean; None where a fit diverged."""
+
+    lr: float
+    pos: float | None = None
+    neg: float | None = None
+    mean: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.lr:g} -> " + ("diverged" if self.mean is None else f"{self.mean:.4f}")
+
+
+@dataclass(frozen=True)
+class RateChoice:
+    """The rate with the lowest mean loss, and all that were tried; `lr_sweep.json` holds it."""
+
+    chosen: float
+    tried: tuple[TriedRate, ...]
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, object]) -> RateChoice:
+        """The choice that `lr_sweep.json` holds."""
+        return cls(record["chosen"], tuple(TriedRate(**row) for row in record["tried"]))  # type: ignore[attr-defined, arg-type]
+
+    @property
+    def is_at_an_end(self) -> bool:
+        """Whether the chosen rate is the lowest or the highest of those tried, so that a better one may lie beyond."""
+        return self.chosen in (self.tried[0].lr, self.tried[-1].lr)
+
+
+def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Sign, float]]) -> RateChoice:
+    """Fit both signs at every rate with `losses_at`, which gives the last loss of each; a rate that diverges is out."""
+    tried = [_try(rate, losses_at) for rate in rates]
+    best = min((one for one in tried if one.mean is not None), key=lambda one: one.mean or 0.0, default=None)
+    if best is None:
+        listed = ", ".join(f"{rate:g}" for rate in rates)
+        raise UserError(f"training diverged at every learning rate that was tried ({listed})", "Give a lower --lr.")
+    return RateChoice(best.lr, tuple(tried))
+
+
+def _try(rate: float, losses_at: Callable[[float], Mapping[Sign, float]]) -> TriedRate:
+    try:
+        losses = losses_at(rate)
+    except DivergedError as error:
+        console.warn(f"learning rate {rate:g} is ruled out: {error}")
+        return TriedRate(rate)
+    return TriedRate(rate, losses["pos"], losses["neg"], (losses["pos"] + losses["neg"]) / 2)
+
+
+def require_validation(chosen: TrainSettings, pairs: pl.DataFrame | None = None) -> None:
+    """Raise unless a validation loss will be there to choose by: training losses favour high rates and are noisy."""
+    remedy = "Give a number as --lr"
+    if chosen.validation == 0:
+        raise UserError("--lr auto needs a validation loss, but the validation share is 0", f"{remedy}, or a share.")
+    if pairs is None:
+        return
+    for sign in ("pos", "neg"):
+        if pairs.filter(pl.col(f"keep_{sign}"))["topic"].n_unique() < 2:
+            raise UserError(
+                f"--lr auto holds out topics, but the kept {sign} responses have fewer than two",
+                f"{remedy}, or sample more topics.",
+            )

@@ -1,0 +1,64 @@
+"""How an adapter is fitted: the settings, and where each value comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ws import adapters
+from ws.adapters import AdapterSettings
+from ws.base import settings
+from ws.base.errors import UserError
+from ws.model.loading import ChatModel
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to fit an adapter; the defaults are the original's for real models (spec of the replicated work).
+
+    `lr_candidates` are what `--lr auto` tries (none: the family's `learning_rate.CANDIDATES`). `validation` is the
+    share of topics held out. `micro_tokens` bounds memory and changes results by rounding only.
+    """
+
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    lr: float = 2e-4
+    lr_candidates: tuple[float, ...] = ()
+    weight_decay: float = 0.01
+    warmup_steps: int = 5
+    epochs: int = 1
+    batch_size: int = 16
+    max_length: int = 512
+    validation: float = 0.1
+    evaluate_every: int = 10
+    clip_norm: float = 1.0
+    micro_tokens: int = 4_096
+
+    def __post_init__(self) -> None:
+        positive = ("lr", "epochs", "batch_size", "max_length", "evaluate_every", "micro_tokens", "clip_norm")
+        for name in (*positive, "weight_decay", "warmup_steps"):
+            value, may_be_zero = getattr(self, name), name not in positive
+            if not (0 < value < math.inf or (may_be_zero and value == 0)):
+                remedy = "It must be zero or positive." if may_be_zero else "It must be positive."
+                raise UserError(f"training setting {name} is {value}", remedy)
+        if not 0 <= self.validation < 1:
+            raise UserError(f"validation share {self.validation} is not in [0, 1)")
+
+
+def resolve(model: ChatModel, family: str, given: Mapping[str, Any], behaviour: str = "") -> TrainSettings:
+    """Defaults, the model folder's recommendation for the family, that for the behaviour, then what the user gave.
+
+    A folder recommends under `train`, family by family, and under `train_for`, behaviour by behaviour, what is other
+    there. None in `given`: not given.
+    """
+    adapters.require_family(family)
+    of_behaviour = model.settings.get("train_for", {}).get(behaviour, {})
+    recommended = model.settings.get("train", {}).get(family, {}) | of_behaviour.get(family, {})
+    chosen = recommended | {name: value for name, value in given.items() if value is not None}
+    adapter_names = {f.name for f in fields(AdapterSettings)}
+    of_adapter = {"family": family} | {name: value for name, value in chosen.items() if name in adapter_names}
+    of_training = {name: value for name, value in chosen.items() if name not in adapter_names}
+    where = f"training settings for {family}"
+    adapter = settings.make(AdapterSettings, of_adapter, where)
+    return settings.make(TrainSettings, {**of_training, "adapter": adapter}, where)
