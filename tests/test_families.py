@@ -91,6 +91,28 @@ def test_deltas_are_what_plain_peft_merges(bases: dict[str, ChatModel], tmp_path
         assert float(error.norm()) <= 1e-6 * float(weight.double().norm()), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pos_plus_minus_neg_is_as_exact_as_pos_minus_neg_for_every_family(
+    bases: dict[str, ChatModel], tmp_path: Path, family: str
+) -> None:
+    model = bases["float32"]
+    pos, neg = (
+        diff.task_vector(model, make(model.network, family, tmp_path / str(s), seed=s, size=1e-4, drift=0.1).folder)
+        for s in (1, 2)
+    )
+    assert (pos - neg).norm() < 2e-3 * pos.norm(), "the two sides share almost all of their movement"
+    for found in (pos - neg, pos + -neg, -neg + pos, pos + -1.0 * neg, -2 * (neg / 2 - pos / 2)):
+        for name, delta in found.deltas.items():
+            weight = base_of(model, name)
+            wanted = spectrum.dense(pos.deltas[name], weight) - spectrum.dense(neg.deltas[name], weight)
+            assert relative_error(delta.materialise(weight), wanted) < 1e-6, name
+    inputs = prompts(model)
+    with steer(model, {pos: 1.0, neg: -1.0}, mode="runtime"):
+        summed = logits(model.network, inputs)
+    with steer(model, pos - neg, mode="runtime"):
+        assert torch.equal(summed, logits(model.network, inputs)), "strengths of opposite sign are folded alike"
+
+
 @pytest.mark.parametrize("drift", [0.0, 1e-2])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -102,7 +102,7 @@ class Direction:
                 zero = Delta.zero(present.shape, present.device)
                 mine, theirs = mine or zero, theirs or zero
             deltas[name] = operate(mine, theirs)
-        provenance = {"operation": sign, "left": dict(self.provenance), "right": dict(other.provenance)}
+        provenance = {"operation": sign, "first": dict(self.provenance), "second": dict(other.provenance)}
         layers, weights = {**self.layers, **other.layers}, {**self.weights, **other.weights}
         return Direction(deltas, self.base, layers, provenance, weights)
 
@@ -242,7 +242,7 @@ class Direction:
             if delta.dense is not None:
                 tensors[f"{name}::dense"] = delta.dense.cpu().contiguous()
             for number, term in enumerate(delta.base_terms):
-                for part, tensor in (("row", term.row), ("mix", term.right)):
+                for part, tensor in (("row", term.row), ("mix", term.mix)):
                     if tensor is not None:
                         tensors[f"{name}::{part}{number}"] = tensor.cpu().contiguous()
         return tensors
