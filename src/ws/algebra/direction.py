@@ -29,7 +29,7 @@ from torch import nn
 from ws.algebra import spectrum
 from ws.algebra.delta import BaseTerm, Delta
 from ws.base.errors import BaseMismatchError, UserError
-from ws.base.store import atomic_file, canonical_json, tensors_key
+from ws.base.store import atomic_file, canonical_json, content_key, tensors_key
 from ws.model.loading import ChatModel, fingerprint
 
 FORMAT = "weight-steering direction 1"
@@ -217,9 +217,9 @@ class Direction:
     # ---------------------------------------------------------------- files
 
     @cached_property
-    def content(self) -> str:
-        """Digest of all stored numbers, whatever their provenance."""
-        return tensors_key(self._tensors())
+    def content_key(self) -> str:
+        """Digest of what it does: its base and all stored numbers, whatever their provenance."""
+        return content_key("direction", self.base, tensors_key(self._tensors()))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically; equal directions give equal bytes."""
