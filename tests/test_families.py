@@ -18,9 +18,13 @@ from ws.adapters import diff
 from ws.algebra import spectrum
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction, as_matrix
-from ws.base.errors import UserError
+from ws.base.errors import BaseMismatchError, UserError
+from ws.edit.condition import Condition, Edit
 from ws.edit.steering import bake, steer
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import score
 from ws.model import loading
+from ws.model.chat import ask
 from ws.model.loading import ChatModel
 from ws.pocket import tiny
 
@@ -255,6 +259,26 @@ def test_a_direction_can_be_moved_to_another_base_as_the_update_that_it_is(
         unbound = Direction(direction.deltas, direction.base, direction.layers)
         with pytest.raises(UserError, match="bind it first"), steer(other, unbound, 1.0, base_mismatch="allow"):
             pass
+
+
+@pytest.mark.parametrize("family", ["lora", "dora"])
+def test_a_direction_is_scored_on_a_fine_tune_of_its_base_where_that_is_allowed(
+    bases: dict[str, ChatModel], tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tuned = bases["float32"], loading.load(bases["float32"].name)
+    direction = diff.task_vector(model, make(model.network, family, tmp_path / "1", seed=1, size=0.1).folder)
+    for parameter in tuned.network.parameters():
+        parameter.data.mul_(1.1)
+    loading.forget_fingerprint(tuned.network)
+    probe = Probe("own", "choice", (ProbeRow("0", tuple(ask("Do cats like milk?")), "My answer: **"),))
+    as_update = Direction(direction.resolved().deltas, tuned.fingerprint, direction.layers)
+    wanted = score(tuned, [probe], [Condition.of(Edit("d", as_update), alpha) for alpha in (-1.0, 1.0)])
+    capsys.readouterr()
+    edit = Edit("d", direction, base_mismatch="allow")
+    assert score(tuned, [probe], [Condition.of(edit, alpha) for alpha in (-1.0, 1.0)]).equals(wanted)
+    assert capsys.readouterr().err.count("another base model") == 1, "said once, whatever the number of strengths"
+    with pytest.raises(BaseMismatchError):
+        score(tuned, [probe], [Condition.of(Edit("d", direction), 1.0)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
