@@ -16,7 +16,7 @@ from ws.algebra import spectrum
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.baselines import repe, synthetic
-from ws.baselines.controls import RANDOM, permuted_layers, random_edits, random_like
+from ws.baselines.controls import RANDOM, control_strengths, permuted_layers, random_edits, random_like
 from ws.baselines.repe import RepeSettings
 from ws.fitting import behaviour
 from ws.model.loading import ChatModel
@@ -131,6 +131,26 @@ def test_edits_carry_name_and_seed(qwen: ChatModel) -> None:
     for seed, edit in enumerate(edits):
         assert isinstance(edit.effect, Direction) and same(edit.effect, random_like(direction, seed))
         assert edit.effect.provenance == {"control": RANDOM, "seed": seed, "like": dict(direction.provenance)}
+
+
+@pytest.mark.parametrize(
+    ("alphas", "strengths"),
+    [
+        ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.0, 1.0)),
+        ((-1, 0, 1), (-1.0, 1.0)),
+        ((-3.0, 3.0), (-3.0, 3.0)),
+        ((3.0, -3.0, 2.0, -0.5, 0.0), (-3.0, 3.0)),
+        ((-2.0, -1.0, 0.0, 2.0, 4.0), (-1.0, 4.0)),
+        ((0.25, 0.5), (0.5,)),
+        ((-0.5, 0.0), (-0.5,)),
+        ((0.0,), ()),
+        ((), ()),
+    ],
+)
+def test_random_directions_stand_at_one_strength_of_each_sign_that_is_asked_for(
+    alphas: tuple[float, ...], strengths: tuple[float, ...]
+) -> None:
+    assert control_strengths(alphas) == strengths
 
 
 # -------------------------------------------------------------------- synthetic directions
