@@ -25,15 +25,15 @@ def row(seed: int) -> Delta:
 
 
 def column(seed: int) -> Delta:
-    return Delta.scaling((OUT, IN), right=gaussian(IN, seed=seed))
+    return Delta.scaling((OUT, IN), mix=gaussian(IN, seed=seed))
 
 
 def blocks(seed: int) -> Delta:
-    return Delta.scaling((OUT, IN), right=gaussian(IN // SIZE, SIZE, SIZE, seed=seed))
+    return Delta.scaling((OUT, IN), mix=gaussian(IN // SIZE, SIZE, SIZE, seed=seed))
 
 
 def both(seed: int) -> Delta:
-    return Delta.scaling((OUT, IN), row=gaussian(OUT, seed=seed), right=gaussian(IN // SIZE, SIZE, SIZE, seed=seed + 5))
+    return Delta.scaling((OUT, IN), row=gaussian(OUT, seed=seed), mix=gaussian(IN // SIZE, SIZE, SIZE, seed=seed + 5))
 
 
 KINDS: dict[str, Callable[[int], Delta]] = {
@@ -53,12 +53,12 @@ def oracle(delta: Delta) -> Tensor:
     total = total if delta.dense is None else total + delta.dense.double()
     for term in delta.base_terms:
         left = torch.eye(OUT, dtype=torch.float64) if term.row is None else torch.diag(term.row.double())
-        if term.right is None:
-            right = torch.eye(IN, dtype=torch.float64)
+        if term.mix is None:
+            mix = torch.eye(IN, dtype=torch.float64)
         else:
-            wide = term.right.double()
-            right = torch.block_diag(*wide) if wide.ndim == 3 else torch.diag(wide)
-        total = total + left @ WEIGHT.double() @ right
+            wide = term.mix.double()
+            mix = torch.block_diag(*wide) if wide.ndim == 3 else torch.diag(wide)
+        total = total + left @ WEIGHT.double() @ mix
     return total
 
 
@@ -115,6 +115,20 @@ def test_sums_of_one_kind_stay_one_term() -> None:
         total = make(1) + make(2) - make(3)
         assert len(total.base_terms) == 1 and total.stored_numbers == make(1).stored_numbers
     assert len((row(1) + column(1) + row(2) + both(1) + both(2)).base_terms) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_difference_of_large_terms_keeps_its_digits_either_way(kind: str) -> None:
+    p, change = KINDS[kind](1), KINDS[kind](2)
+    moved = [
+        BaseTerm(*(None if a is None or b is None else a + 1e-4 * b for a, b in ((t.row, u.row), (t.mix, u.mix))))
+        for t, u in zip(p.base_terms, change.base_terms, strict=True)
+    ]
+    n = Delta(p.left + 1e-4 * change.left, p.right, p.dense, tuple(moved))
+    wanted = oracle(p) - oracle(n)
+    assert float(wanted.norm()) < 1e-3 * float(oracle(p).norm())
+    for found in (p - n, p + -n, -n + p, -(n + -p)):
+        assert relative_error(found.materialise(WEIGHT), wanted) < 1e-6
 
 
 def test_adding_never_densifies() -> None:
@@ -213,15 +227,15 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     "parts",
     [
         {"row": torch.ones(OUT + 1)},
-        {"right": torch.ones(IN - 1)},
-        {"right": torch.ones(3, SIZE, SIZE)},
-        {"right": torch.ones(2, 2)},
+        {"mix": torch.ones(IN - 1)},
+        {"mix": torch.ones(3, SIZE, SIZE)},
+        {"mix": torch.ones(2, 2)},
         {},
     ],
 )
 def test_factors_that_do_not_fit_are_refused(parts: dict[str, Tensor]) -> None:
     with pytest.raises(UserError):
-        term = BaseTerm(parts.get("row"), parts.get("right"))
+        term = BaseTerm(parts.get("row"), parts.get("mix"))
         term.require_shape((OUT, IN))
 
 

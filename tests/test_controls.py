@@ -16,7 +16,7 @@ from ws.algebra import spectrum
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.baselines import repe, synthetic
-from ws.baselines.controls import RANDOM, permuted_layers, random_edits, random_like
+from ws.baselines.controls import RANDOM, control_strengths, permuted_layers, random_edits, random_like
 from ws.baselines.repe import RepeSettings
 from ws.fitting import behaviour
 from ws.model.loading import ChatModel
@@ -133,6 +133,26 @@ def test_edits_carry_name_and_seed(qwen: ChatModel) -> None:
         assert edit.effect.provenance == {"control": RANDOM, "seed": seed, "like": dict(direction.provenance)}
 
 
+@pytest.mark.parametrize(
+    ("alphas", "strengths"),
+    [
+        ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.0, 1.0)),
+        ((-1, 0, 1), (-1.0, 1.0)),
+        ((-3.0, 3.0), (-3.0, 3.0)),
+        ((3.0, -3.0, 2.0, -0.5, 0.0), (-3.0, 3.0)),
+        ((-2.0, -1.0, 0.0, 2.0, 4.0), (-1.0, 4.0)),
+        ((0.25, 0.5), (0.5,)),
+        ((-0.5, 0.0), (-0.5,)),
+        ((0.0,), ()),
+        ((), ()),
+    ],
+)
+def test_random_directions_stand_at_one_strength_of_each_sign_that_is_asked_for(
+    alphas: tuple[float, ...], strengths: tuple[float, ...]
+) -> None:
+    assert control_strengths(alphas) == strengths
+
+
 # -------------------------------------------------------------------- synthetic directions
 
 
@@ -169,5 +189,5 @@ def test_layers_change_places_with_their_norms_also_where_updates_depend_on_the_
 
 def test_the_content_of_a_direction_is_its_numbers_and_their_signs(qwen: ChatModel) -> None:
     direction = random_direction(qwen, rank=2)
-    assert direction.content == replace(direction, provenance={"other": 1}).content
-    assert direction.norm() == (-direction).norm() and direction.content != (-direction).content
+    assert direction.content_key == replace(direction, provenance={"other": 1}).content_key
+    assert direction.norm() == (-direction).norm() and direction.content_key != (-direction).content_key

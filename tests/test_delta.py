@@ -250,6 +250,42 @@ def test_small_difference_of_large_products_keeps_its_digits(side: str, seed: in
     assert relative_error(merged[0] - merged[1], oracle) > 0.1
 
 
+OPPOSED: dict[str, Callable[[Delta, Delta], Delta]] = {
+    "p - n": lambda p, n: p - n,
+    "p + -n": lambda p, n: p + -n,
+    "-n + p": lambda p, n: -n + p,
+    "p + n * -1": lambda p, n: p + n * -1,
+    "p + n / -1": lambda p, n: p + n / -1,
+    "-(n - p)": lambda p, n: -(n - p),
+    "-(-p + n)": lambda p, n: -(-p + n),
+    "transposed": lambda p, n: (p.T + (-n).T).T,
+    "balanced otherwise": lambda p, n: p + Delta.low_rank(-4 * n.left, n.right / 4),
+    "in two halves": lambda p, n: 0.5 * p + -0.5 * n + 0.5 * p - 0.5 * n,
+    "of unequal ranks": lambda p, n: p + (Delta.low_rank(gaussian(48, 1, seed=9) * 0, gaussian(1, 64, seed=8)) - n),
+}
+"""The same difference, written in many ways without rounding on the way."""
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("way", OPPOSED)
+def test_however_a_difference_is_written_it_keeps_its_digits(way: str, share: float) -> None:
+    p = thin(48, 64, rank=8, seed=1)
+    n = Delta.low_rank(p.left + gaussian(48, 8, seed=2, scale=share), p.right + gaussian(8, 64, seed=3, scale=share))
+    found, oracle = OPPOSED[way](p, n), in_fp64(p) - in_fp64(n)
+    inputs = gaussian(5, 64, seed=4)
+    assert relative_error(found.materialise(), oracle) < ROUNDING
+    assert relative_error(found.apply(inputs), inputs.double() @ oracle.T) < ROUNDING
+
+
+@PROPERTY
+@given(equal_shapes(2))
+def test_adding_the_negative_stores_the_numbers_of_the_difference(pair: list[Delta]) -> None:
+    a, b = pair
+    for one, other in ((a - b, a + -b), (a + b, a - -b)):
+        assert torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+        assert torch.equal(one.materialise(), other.materialise())
+
+
 def test_merging_in_bf16_and_subtracting_loses_even_an_opposite_pair() -> None:
     # design.md: tau at .3 % of W leaves a cosine of about .89 in bf16
     tau = thin(96, 96, rank=8, seed=1)

@@ -120,8 +120,8 @@ def test_provenance_says_how_a_direction_was_made(
     a, b = make(1), make(2)
     provenance = operate(a, b).provenance
     assert recorded.items() <= provenance.items()
-    sources = [provenance[key]["seed"] for key in ("of", "left", "right") if key in provenance]
-    assert sources == ([1, 2] if "left" in provenance else [1])
+    sources = [provenance[key]["seed"] for key in ("of", "first", "second") if key in provenance]
+    assert sources == ([1, 2] if "first" in provenance else [1])
 
 
 @pytest.mark.parametrize("operate", [lambda a, b: a + b, lambda a, b: a - b], ids=["+", "-"])

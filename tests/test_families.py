@@ -18,9 +18,13 @@ from ws.adapters import diff
 from ws.algebra import spectrum
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction, as_matrix
-from ws.base.errors import UserError
+from ws.base.errors import BaseMismatchError, UserError
+from ws.edit.condition import Condition, Edit
 from ws.edit.steering import bake, steer
+from ws.measure.probe import Probe, ProbeRow
+from ws.measure.score import score
 from ws.model import loading
+from ws.model.chat import ask
 from ws.model.loading import ChatModel
 from ws.pocket import tiny
 
@@ -89,6 +93,28 @@ def test_deltas_are_what_plain_peft_merges(bases: dict[str, ChatModel], tmp_path
         weight = base_of(model, name)
         error = spectrum.dense(delta, weight) - as_matrix(merged[name])
         assert float(error.norm()) <= 1e-6 * float(weight.double().norm()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pos_plus_minus_neg_is_as_exact_as_pos_minus_neg_for_every_family(
+    bases: dict[str, ChatModel], tmp_path: Path, family: str
+) -> None:
+    model = bases["float32"]
+    pos, neg = (
+        diff.task_vector(model, make(model.network, family, tmp_path / str(s), seed=s, size=1e-4, drift=0.1).folder)
+        for s in (1, 2)
+    )
+    assert (pos - neg).norm() < 2e-3 * pos.norm(), "the two sides share almost all of their movement"
+    for found in (pos - neg, pos + -neg, -neg + pos, pos + -1.0 * neg, -2 * (neg / 2 - pos / 2)):
+        for name, delta in found.deltas.items():
+            weight = base_of(model, name)
+            wanted = spectrum.dense(pos.deltas[name], weight) - spectrum.dense(neg.deltas[name], weight)
+            assert relative_error(delta.materialise(weight), wanted) < 1e-6, name
+    inputs = prompts(model)
+    with steer(model, {pos: 1.0, neg: -1.0}, mode="runtime"):
+        summed = logits(model.network, inputs)
+    with steer(model, pos - neg, mode="runtime"):
+        assert torch.equal(summed, logits(model.network, inputs)), "strengths of opposite sign are folded alike"
 
 
 @pytest.mark.parametrize("drift", [0.0, 1e-2])
@@ -233,6 +259,26 @@ def test_a_direction_can_be_moved_to_another_base_as_the_update_that_it_is(
         unbound = Direction(direction.deltas, direction.base, direction.layers)
         with pytest.raises(UserError, match="bind it first"), steer(other, unbound, 1.0, base_mismatch="allow"):
             pass
+
+
+@pytest.mark.parametrize("family", ["lora", "dora"])
+def test_a_direction_is_scored_on_a_fine_tune_of_its_base_where_that_is_allowed(
+    bases: dict[str, ChatModel], tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tuned = bases["float32"], loading.load(bases["float32"].name)
+    direction = diff.task_vector(model, make(model.network, family, tmp_path / "1", seed=1, size=0.1).folder)
+    for parameter in tuned.network.parameters():
+        parameter.data.mul_(1.1)
+    loading.forget_fingerprint(tuned.network)
+    probe = Probe("own", "choice", (ProbeRow("0", tuple(ask("Do cats like milk?")), "My answer: **"),))
+    as_update = Direction(direction.resolved().deltas, tuned.fingerprint, direction.layers)
+    wanted = score(tuned, [probe], [Condition.of(Edit("d", as_update), alpha) for alpha in (-1.0, 1.0)])
+    capsys.readouterr()
+    edit = Edit("d", direction, base_mismatch="allow")
+    assert score(tuned, [probe], [Condition.of(edit, alpha) for alpha in (-1.0, 1.0)]).equals(wanted)
+    assert capsys.readouterr().err.count("another base model") == 1, "said once, whatever the number of strengths"
+    with pytest.raises(BaseMismatchError):
+        score(tuned, [probe], [Condition.of(Edit("d", direction), 1.0)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

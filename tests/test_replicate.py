@@ -302,3 +302,13 @@ def test_loading_by_hub_id_uses_the_same_function(
     monkeypatch.setattr(loading, "_locate", lambda name: str(tiny_folders["qwen3"]) if name == "org/name" else name)
     with Replication(settings(Path("org/name"), tmp_path)) as run:
         assert run.folder.path.parts[-4] == "org_name"
+
+
+def test_strengths_beyond_one_have_their_random_directions(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    with Replication(settings(tiny_folders["qwen3"], tmp_path, alphas=(-3.0, 3.0))) as run:
+        summary = run.report()
+        scores = pl.read_parquet(run.folder / "scores.parquet").filter(edit="random")
+        page = (run.folder / "report.md").read_text(encoding="utf-8")
+    assert scores["alpha"].unique().sort().to_list() == [-3.0, 3.0] and scores["seed"].n_unique() == 2
+    assert list(summary["controls"]["random"]) == ["-3", "3"]
+    assert "random control band at +3" in summary["headline"] and "Measured at alpha -3, +3" in page

@@ -17,8 +17,9 @@ GROUPS = (("false", 1), ("false/reversed", -1), ("true", 1), ("true/reversed", -
 
 
 def table(
-    shift: Any, controls: Any = lambda seed, alpha: 0.01 * (seed - 1) * alpha, persona: float = 5.0
-) -> pl.DataFrame:
+    shift: Any, controls: Any = lambda seed, alpha: 0.01 * (seed - 1) * alpha, persona: float = 5.0,
+    alphas: tuple[float, ...] = (-1.0, 1.0), control_alphas: tuple[float, ...] = (-1.0, 1.0),
+) -> pl.DataFrame:  # fmt: skip
     """Scores where the edit adds `shift(label, alpha)` to every raw log-ratio; base values vary by row."""
     records: list[dict[str, Any]] = []
 
@@ -32,10 +33,10 @@ def table(
 
     conditions = [
         ("plain", "none", 0.0, None),
-        *(("plain", "dW:lora", a, 0) for a in (-1.0, 1.0)),
+        *(("plain", "dW:lora", a, 0) for a in alphas),
         ("persona", "none", 0.0, None),
     ]
-    conditions += [("plain", "random", a, seed) for a in (-1.0, 1.0) for seed in range(3)]
+    conditions += [("plain", "random", a, seed) for a in control_alphas for seed in range(3)]
     for condition in conditions:
         context, edit, alpha, seed = condition
         for item in range(60):
@@ -96,6 +97,30 @@ def test_a_known_effect_is_found_with_its_size() -> None:
     assert found["dd_delta"]["1"]["mean"] == pytest.approx(2.0)
     assert found["outside_controls"]["sycophancy"] == {"-1": True, "1": True}
     assert found["decomposition"]["sycophancy"]["1"]["yes_bias"]["mean"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "control_alphas", "bare"),
+    [
+        ((-2.0, -1.0, 1.0, 2.0), (-1.0, 1.0), None),
+        ((-3.0, 3.0), (-3.0, 3.0), None),
+        ((-3.0, -2.0, 3.0), (-3.0, 3.0), "no random directions stand beside alpha -2: they were measured only at alpha "
+                                         "-3, +3"),
+        ((-1.0, 1.0), (), "no random directions stand beside alpha -1, +1: they were measured nowhere"),
+    ],
+)  # fmt: skip
+def test_a_strength_of_the_headline_without_random_directions_is_told(
+    alphas: tuple[float, ...], control_alphas: tuple[float, ...], bare: str | None
+) -> None:
+    found = made(behaviour_shift, alphas=alphas, control_alphas=control_alphas)
+    told = [doubt for doubt in summary.doubts(found, "sycophancy") if "random directions stand" in doubt]
+    assert told == ([] if bare is None else [bare])
+    sentence = summary.headline(found, "sycophancy")
+    assert ("random control band at" in sentence) == bool(control_alphas)
+    if 1.0 not in alphas:
+        assert f"random control band at +{control_alphas[-1]:g} " in sentence
+        assert all(f"alpha {alpha:+g} " in sentence for alpha in alphas), "what was measured is what is told"
+    assert list(found["outside_controls"]["sycophancy"].values()) == [True] * len(control_alphas)
 
 
 def test_a_pure_yes_bias_is_reported_as_such_and_not_as_honesty() -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from torch import Tensor
 
 from making import hook_count, random_direction, weights_digest
 from test_lower_layers import edits, probes
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
-from ws.base.errors import BaseMismatchError
+from ws.base.errors import BaseMismatchError, UnsupportedFeatureError
 from ws.base.store import Shards
 from ws.baselines.repe import ActivationDirection
 from ws.edit.condition import Condition, Edit
-from ws.edit.steering import can_share_a_pass, steer, under_each
+from ws.edit.steering import Mode, can_share_a_pass, steer, under, under_each
 from ws.measure import choice, shared_prefix
 from ws.measure.score import score
 from ws.model import loading
 from ws.model.loading import ChatModel
 
+MODES: tuple[Mode, ...] = ("runtime", "baked")
 ALPHAS = (-2.0, -0.7, 0.3, 1.0, 2.0)
 
 
@@ -105,6 +109,82 @@ def test_every_block_has_its_own_edit(any_model: ChatModel) -> None:
             with steer(any_model, edit.effect, alpha, mode="baked"):
                 alone = network(input_ids=ids, use_cache=False).logits
             torch.testing.assert_close(block, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_delta_of_rank_zero_is_no_change_beside_one_that_is(qwen: ChatModel, dtype: str) -> None:
+    model = qwen if dtype == "float32" else loading.load(qwen.name, dtype="bfloat16")
+    low = edits(model)[0].effect
+    assert isinstance(low, Direction)
+    empty = {name: Delta.zero(delta.shape) for name, delta in low.deltas.items()}
+    partly = Direction({**low.deltas, next(iter(empty)): Delta.zero(low.deltas[next(iter(empty))].shape)}, low.base)
+    ids = torch.arange(20).view(2, 10) * 7 % 1000
+    with torch.no_grad():
+        base = model.network(input_ids=ids, use_cache=False).logits
+        conditions = [
+            Condition.of(Edit(str(n), one), 1.0) for n, one in enumerate((Direction(empty, low.base), partly))
+        ]
+        assert all(can_share_a_pass(model, one) for one in conditions)
+        with under_each(model, conditions):
+            blocks = model.network(input_ids=ids.repeat(2, 1), use_cache=False).logits.chunk(2)
+        for condition, block in zip(conditions, blocks, strict=True):
+            with under(model, condition, mode="runtime"):
+                alone = model.network(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(block, alone, rtol=1e-4, atol=1e-4 if dtype == "float32" else 0.1)
+    assert torch.allclose(blocks[0], base, atol=1e-4 if dtype == "float32" else 0.1)
+    assert float((blocks[1] - base).norm() / base.norm()) > 0.05
+
+
+def test_outputs_of_any_strides_are_edited(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An in-place sum into a reshaped view of such an output went into a copy, and the edit did nothing."""
+    low, top = edits(qwen)[0], edits(qwen)[3]
+    conditions = [Condition.of(low, 1.0), Condition.of(top, -0.5)]
+    ids = torch.arange(20).view(2, 10) * 7 % 1000
+    for name in {name for edit in (low, top) for name in edit.effect.deltas}:  # type: ignore[union-attr]
+        module = qwen.network.get_submodule(name.removesuffix(".weight"))
+        monkeypatch.setattr(module, "forward", _of_other_strides(module.forward))
+    with torch.no_grad():
+        with under_each(qwen, conditions):
+            blocks = qwen.network(input_ids=ids.repeat(2, 1), use_cache=False).logits.chunk(2)
+        base = qwen.network(input_ids=ids, use_cache=False).logits
+        for block, condition in zip(blocks, conditions, strict=True):
+            for mode in MODES:
+                with under(qwen, condition, mode=mode):
+                    alone = qwen.network(input_ids=ids, use_cache=False).logits
+                torch.testing.assert_close(block, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+            assert float((block - base).norm() / base.norm()) > 0.01
+
+
+def _of_other_strides(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same outputs, stored with rows and tokens exchanged."""
+    return lambda *args: forward(*args).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def test_rows_that_do_not_divide_into_conditions_are_refused(qwen: ChatModel) -> None:
+    low = edits(qwen)[0]
+    with (
+        pytest.raises(UnsupportedFeatureError, match="2 rows for 3 conditions"),
+        under_each(qwen, [Condition.of(low, alpha) for alpha in (1.0, 0.5, -1.0)]),
+    ):
+        qwen.network(input_ids=torch.ones(2, 4, dtype=torch.long), use_cache=False)
+
+
+def test_conditions_of_another_base_share_passes_where_that_is_allowed(
+    qwen: ChatModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    low = edits(qwen)[0]
+    assert isinstance(low.effect, Direction)
+    made_elsewhere = replace(low, effect=Direction(low.effect.deltas, "e" * 24, low.effect.layers))
+    allowed = replace(made_elsewhere, base_mismatch="allow")
+    strengths = (1.0, 0.5, -1.0)
+    tables = [
+        score(qwen, probes()[:1], [Condition.of(edit, alpha) for alpha in strengths], mode="runtime", per_pass=3)
+        for edit in (low, allowed)
+    ]
+    assert tables[0].equals(tables[1])
+    assert capsys.readouterr().err.count("another base model") == 1
+    with pytest.raises(BaseMismatchError):
+        score(qwen, probes()[:1], [Condition.of(made_elsewhere, 1.0)])
 
 
 def test_what_has_no_thin_side_path_runs_alone(qwen: ChatModel) -> None:

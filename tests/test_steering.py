@@ -451,6 +451,7 @@ class Shift:
 
     def __init__(self, base: str) -> None:
         self.base = base
+        self.content_key = f"shift on {base}"
         self.attached: list[Alpha] = []
 
     def attach(self, network: nn.Module, alpha: Alpha) -> Any:

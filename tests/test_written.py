@@ -54,6 +54,11 @@ class Says:
     token: int
     base: str
 
+    @property
+    def content_key(self) -> str:
+        """What tells it apart."""
+        return f"says {self.token} on {self.base}"
+
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
         """Raise its logit."""
 

@@ -101,7 +101,7 @@ def _rotated(adapted: AdaptedModule, gap: Float[Tensor, "blocks size size"], sca
     if adapted.transposed:
         adapted.folder.unsupported(f"a rotation of the transposed weight of {adapted.name}")
     shape = tuple(adapted.weight.shape)
-    delta = Delta.scaling(shape, row=scale, right=gap)
+    delta = Delta.scaling(shape, row=scale, mix=gap)
     if scale is not None:
         delta = delta + Delta.scaling(shape, row=scale - 1)
     return adapted.as_stored(delta)

@@ -26,7 +26,7 @@ def deltas(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
         rows, columns = adapted.weight.shape
         gap = vector.double() - 1
         if tuple(vector.shape) == (1, columns):
-            delta = Delta.scaling((rows, columns), right=gap.flatten())
+            delta = Delta.scaling((rows, columns), mix=gap.flatten())
         elif tuple(vector.shape) == (rows, 1):
             delta = Delta.scaling((rows, columns), row=gap.flatten())
             if adapted.bias is not None:

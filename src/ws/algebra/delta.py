@@ -1,6 +1,6 @@
 """The exact, factored update of one weight matrix.
 
-    dW = sum_i diag(row_i) W right_i  +  B A  (+ dense)     B: out x k,  A: k x in,  right_i (block-)diagonal
+    dW = sum_i diag(row_i) W mix_i  +  B A  (+ dense)     B: out x k,  A: k x in,  mix_i (block-)diagonal
 
 One operator covers every adapter family, and it is closed under sums, differences and multiples: an update never needs
 its parameter to be merged in order to be added or subtracted. Everything is stored as a *difference* from the base, so
@@ -13,8 +13,9 @@ in `left`, `right` and `dense`. A bias vector is a matrix of one column.
 
 Numeric traps. Two fine-tunes of one base share most of their movement, so `tau_pos - tau_neg` cancels: the
 difference of equal-rank products is stored as `[B_p - B_n, B_n] [A_p; A_p - A_n]`, whose small differences of fp32
-numbers are rounded once, and never as a merge in half precision. Half-precision inputs of `apply` are multiplied in
-fp32 and rounded once.
+numbers are rounded once, and never as a merge in half precision. `tau_pos + (-tau_neg)` is stored as the same numbers.
+Sums that still cancel (of unequal ranks, or of more than two) are brought into an orthogonal form in fp64.
+Half-precision inputs of `apply` are multiplied in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -35,60 +36,60 @@ Alpha = float | Tensor
 
 @dataclass(frozen=True, eq=False)
 class BaseTerm:
-    """`diag(row) W right`: the part of an update that is a function of the base weight.
+    """`diag(row) W mix`: the part of an update that is a function of the base weight.
 
-    row: (out,), or None for ones. right: None for the identity, (in,) for a diagonal matrix, (blocks, size, size) for a
+    row: (out,), or None for ones. mix: None for the identity, (in,) for a diagonal matrix, (blocks, size, size) for a
     block-diagonal one. At least one of them is given; both fp32.
     """
 
     row: Tensor | None = None
-    right: Tensor | None = None
+    mix: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.row is None and self.right is None:
-            raise UserError("a term of the base weight needs a row scale or a right factor")
-        if self.right is not None and self.right.ndim not in (1, 3):
-            raise UserError(f"a right factor is (in,) or (blocks, size, size), not {tuple(self.right.shape)}")
+        if self.row is None and self.mix is None:
+            raise UserError("a term of the base weight needs a row scale or a mix of its columns")
+        if self.mix is not None and self.mix.ndim not in (1, 3):
+            raise UserError(f"a mix of columns is (in,) or (blocks, size, size), not {tuple(self.mix.shape)}")
 
     @property
     def is_block_diagonal(self) -> bool:
-        """Whether the right factor mixes input channels."""
-        return self.right is not None and self.right.ndim == 3
+        """Whether input channels are mixed with each other, not only scaled."""
+        return self.mix is not None and self.mix.ndim == 3
 
     @property
     def parts(self) -> list[Tensor]:
         """The stored tensors."""
-        return [part for part in (self.row, self.right) if part is not None]
+        return [part for part in (self.row, self.mix) if part is not None]
 
     def require_shape(self, shape: tuple[int, ...]) -> None:
         """Raise unless the term fits a weight of this shape."""
         rows = None if self.row is None else self.row.shape[0]
-        size = self.right.shape[1] if self.right is not None and self.is_block_diagonal else 1
-        columns = None if self.right is None else self.right.shape[0] * size
+        size = self.mix.shape[1] if self.mix is not None and self.is_block_diagonal else 1
+        columns = None if self.mix is None else self.mix.shape[0] * size
         if len(shape) != 2 or rows not in (None, shape[0]) or columns not in (None, shape[1]):
             raise UserError(f"a term of {rows} rows and {columns} columns does not fit a weight of shape {shape}")
 
     def times(self, factor: float) -> BaseTerm:
         """The term with a factor, in the row scale where there is one."""
         if self.row is not None:
-            return BaseTerm(self.row * factor, self.right)
-        assert self.right is not None
-        return BaseTerm(None, self.right * factor)
+            return BaseTerm(self.row * factor, self.mix)
+        assert self.mix is not None
+        return BaseTerm(None, self.mix * factor)
 
     def to(self, device: torch.device | str) -> BaseTerm:
         """The same term on another device."""
-        return BaseTerm(*(None if part is None else part.to(device) for part in (self.row, self.right)))
+        return BaseTerm(*(None if part is None else part.to(device) for part in (self.row, self.mix)))
 
     @property
     def T(self) -> BaseTerm:  # noqa: N802 - the name that tensors use
         """The term of the transposed weight: row scale and diagonal change places."""
         if self.is_block_diagonal:
-            raise UnsupportedFeatureError("a block-diagonal right factor has no exact form on a transposed weight")
-        return BaseTerm(self.right, self.row)
+            raise UnsupportedFeatureError("a block-diagonal mix has no exact form on a transposed weight")
+        return BaseTerm(self.mix, self.row)
 
     def keep_rows(self, kept: Float[Tensor, " out"]) -> BaseTerm:
         """The term with the rows where `kept` is 0 set to zero."""
-        return BaseTerm(kept if self.row is None else self.row * kept, self.right)
+        return BaseTerm(kept if self.row is None else self.row * kept, self.mix)
 
     # ---------------------------------------------------------------- products
 
@@ -98,24 +99,24 @@ class BaseTerm:
         return product if self.row is None else product * self.row.to(weight.dtype)[:, None]
 
     def mixed(self, matrix: Float[Tensor, "m in"]) -> Float[Tensor, "m in"]:
-        """`matrix right`, in the dtype of `matrix`."""
-        if self.right is None:
+        """`matrix mix`, in the dtype of `matrix`."""
+        if self.mix is None:
             return matrix
-        right = self.right.to(matrix.dtype)
+        mix = self.mix.to(matrix.dtype)
         if not self.is_block_diagonal:
-            return matrix * right
-        blocks = matrix.reshape(matrix.shape[0], right.shape[0], right.shape[1])
-        return torch.einsum("mni,nij->mnj", blocks, right).reshape(matrix.shape)
+            return matrix * mix
+        blocks = matrix.reshape(matrix.shape[0], mix.shape[0], mix.shape[1])
+        return torch.einsum("mni,nij->mnj", blocks, mix).reshape(matrix.shape)
 
     def turned(self, inputs: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
-        """`inputs right^T`: what the weight is multiplied with at run time."""
-        if self.right is None:
+        """`inputs mix^T`: what the weight is multiplied with at run time."""
+        if self.mix is None:
             return inputs
-        right = self.right.to(inputs.dtype)
+        mix = self.mix.to(inputs.dtype)
         if not self.is_block_diagonal:
-            return inputs * right
-        blocks = inputs.reshape(*inputs.shape[:-1], right.shape[0], right.shape[1])
-        return torch.einsum("...nj,nij->...ni", blocks, right).reshape(inputs.shape)
+            return inputs * mix
+        blocks = inputs.reshape(*inputs.shape[:-1], mix.shape[0], mix.shape[1])
+        return torch.einsum("...nj,nij->...ni", blocks, mix).reshape(inputs.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +158,10 @@ class Delta:
         cls,
         shape: tuple[int, ...],
         row: Float[Tensor, " out"] | None = None,
-        right: Float[Tensor, " in"] | Float[Tensor, "blocks size size"] | None = None,
+        mix: Float[Tensor, " in"] | Float[Tensor, "blocks size size"] | None = None,
     ) -> Delta:
-        """`diag(row) W right`, both given as differences from the identity that they replace."""
-        term = BaseTerm(*(None if part is None else part.to(torch.float32).contiguous() for part in (row, right)))
+        """`diag(row) W mix`, both given as differences from the identity that they replace."""
+        term = BaseTerm(*(None if part is None else part.to(torch.float32).contiguous() for part in (row, mix)))
         term.require_shape(shape)
         zero = cls.zero(shape, term.parts[0].device)
         return cls(zero.left, zero.right, None, (term,))
@@ -219,21 +220,11 @@ class Delta:
             dense = other.dense if self.dense is None else self.dense
         else:
             dense = self.dense + other.dense
-        left = torch.cat([self.left, other.left], dim=-1)
-        right = torch.cat([self.right, other.right], dim=-2)
+        left, right = _sum_of_products(self.left, self.right, other.left, other.right)
         return Delta(*_compressed(left, right), dense, _merged([*self.base_terms, *other.base_terms]))
 
     def __sub__(self, other: Delta) -> Delta:
-        self.require_same_shape(other)
-        left, right = _difference_of_products(self.left, self.right, other.left, other.right)
-        if other.dense is None:
-            dense = self.dense
-        elif self.dense is None:
-            dense = -other.dense
-        else:
-            dense = self.dense - other.dense
-        taken = [term.times(-1.0) for term in other.base_terms]
-        return Delta(*_compressed(left, right), dense, _merged([*self.base_terms, *taken]))
+        return self + -other
 
     def __mul__(self, factor: float) -> Delta:
         terms = tuple(term.times(factor) for term in self.base_terms)
@@ -379,14 +370,14 @@ def per_row(alpha: Alpha, outputs: Float[Tensor, "*rows out"]) -> Alpha:
 
 
 def _merged(terms: Iterable[BaseTerm]) -> tuple[BaseTerm, ...]:
-    """Terms with the same single kind of factor become one; products of two factors stay apart."""
+    """Terms with the same single kind of factor become one; products of two factors stay two, without cancelling."""
     single: dict[tuple[str, tuple[int, ...]], BaseTerm] = {}
     others: list[BaseTerm] = []
     for term in terms:
-        if term.row is not None and term.right is not None:
-            others.append(term)
+        if term.row is not None and term.mix is not None:
+            _append(others, term.row, term.mix)
             continue
-        kind = ("row" if term.right is None else "right", tuple(term.parts[0].shape))
+        kind = ("row" if term.mix is None else "mix", tuple(term.parts[0].shape))
         if kind in single:
             total = single[kind].parts[0] + term.parts[0]
             single[kind] = BaseTerm(total, None) if kind[0] == "row" else BaseTerm(None, total)
@@ -395,12 +386,32 @@ def _merged(terms: Iterable[BaseTerm]) -> tuple[BaseTerm, ...]:
     return (*single.values(), *others)
 
 
+def _append(terms: list[BaseTerm], row: Tensor, mix: Tensor) -> None:
+    """Append `diag(row) W mix`; where it cancels an earlier term, both are written by their differences.
+
+    `diag(r) W M + diag(s) W N = diag(r + s) W M - diag(s) W (M - N)`, as for products of thin factors.
+    """
+    for number, term in enumerate(terms):
+        if term.row is None or term.mix is None or term.mix.shape != mix.shape:
+            continue
+        row_gap, mix_gap = term.row + row, term.mix - mix
+        split = row_gap.norm() * term.mix.norm() + row.norm() * mix_gap.norm()
+        if split < term.row.norm() * term.mix.norm() + row.norm() * mix.norm():
+            terms[number] = BaseTerm(row_gap, term.mix)
+            row, mix = -row, mix_gap
+            break
+    terms.append(BaseTerm(row, mix))
+
+
 def _compressed(
     left: Float[Tensor, "*experts out k"], right: Float[Tensor, "*experts k in"]
 ) -> tuple[Float[Tensor, "*experts out m"], Float[Tensor, "*experts m in"]]:
-    """The same product with at most min(out, in) terms, where sums have piled up more (QR of one factor, fp64)."""
+    """The same product in orthogonal form, where sums have piled up more than min(out, in) terms or terms that cancel.
+
+    One factor is orthonormal (QR in fp64), the other one holds the sum: of the size of the product, rounded once.
+    """
     rows, columns, rank = left.shape[-2], right.shape[-1], left.shape[-1]
-    if rank <= min(rows, columns):
+    if rank <= min(rows, columns) and not _cancels(left, right):
         return left, right
     if rows <= columns:
         orthogonal, triangle = torch.linalg.qr(left.double())
@@ -409,24 +420,36 @@ def _compressed(
     return (left.double() @ triangle.mT).float(), orthogonal.mT.float().contiguous()
 
 
-def _difference_of_products(
+LARGEST_CANCELLATION = 10.0
+"""Root of the sum of squares of all terms, relative to the norm of their sum, that a stored product may have."""
+
+
+def _cancels(left: Float[Tensor, "*experts out k"], right: Float[Tensor, "*experts k in"]) -> bool:
+    """Whether the terms of a product are so much larger than their sum that every use of it would lose a digit."""
+    inner = (left.mT @ left) * (right @ right.mT)  # products of every two terms
+    terms = inner.diagonal(dim1=-2, dim2=-1).sum()
+    return bool(terms > LARGEST_CANCELLATION**2 * inner.sum().clamp(min=0))
+
+
+def _sum_of_products(
     left: Float[Tensor, "*experts out k"],
     right: Float[Tensor, "*experts k in"],
     other_left: Float[Tensor, "*experts out j"],
     other_right: Float[Tensor, "*experts j in"],
 ) -> tuple[Float[Tensor, "*experts out m"], Float[Tensor, "*experts m in"]]:
-    """`left @ right - other_left @ other_right` as one product with the least cancellation.
+    """`left @ right + other_left @ other_right` as one product with little cancellation.
 
-    For equal ranks `B A - C D = (B - C) A + C (A - D)`; where the two products share most of their movement the
-    differences are small and the identity loses nothing, while `[B, -C] [A; D]` subtracts large terms at every use.
-    The form with the smaller sum of term norms is kept.
+    For equal ranks `B A + C D = (B + C) A - C (A - D)`. A difference is a sum with C negated: where the two products
+    share most of their movement, `B + C` and `A - D` are small and the identity loses nothing, while `[B, C] [A; D]`
+    adds large terms of opposite sign at every use. The form with the smaller sum of term norms is kept; it is the same
+    for `p - n` and `p + (-n)`.
     """
     if left.shape[-1] == other_left.shape[-1]:
-        left_gap, right_gap = left - other_left, right - other_right
+        left_gap, right_gap = left + other_left, right - other_right
         split = _term_norms(left_gap, right) + _term_norms(other_left, right_gap)
         if split < _term_norms(left, right) + _term_norms(other_left, other_right):
-            return torch.cat([left_gap, other_left], dim=-1), torch.cat([right, right_gap], dim=-2)
-    return torch.cat([left, -other_left], dim=-1), torch.cat([right, other_right], dim=-2)
+            return torch.cat([left_gap, -other_left], dim=-1), torch.cat([right, right_gap], dim=-2)
+    return torch.cat([left, other_left], dim=-1), torch.cat([right, other_right], dim=-2)
 
 
 def _term_norms(left: Tensor, right: Tensor) -> float:

@@ -29,7 +29,7 @@ from torch import nn
 from ws.algebra import spectrum
 from ws.algebra.delta import BaseTerm, Delta
 from ws.base.errors import BaseMismatchError, UserError
-from ws.base.store import atomic_file, canonical_json, tensors_key
+from ws.base.store import atomic_file, canonical_json, content_key, tensors_key
 from ws.model.loading import ChatModel, fingerprint
 
 FORMAT = "weight-steering direction 1"
@@ -102,7 +102,7 @@ class Direction:
                 zero = Delta.zero(present.shape, present.device)
                 mine, theirs = mine or zero, theirs or zero
             deltas[name] = operate(mine, theirs)
-        provenance = {"operation": sign, "left": dict(self.provenance), "right": dict(other.provenance)}
+        provenance = {"operation": sign, "first": dict(self.provenance), "second": dict(other.provenance)}
         layers, weights = {**self.layers, **other.layers}, {**self.weights, **other.weights}
         return Direction(deltas, self.base, layers, provenance, weights)
 
@@ -217,9 +217,9 @@ class Direction:
     # ---------------------------------------------------------------- files
 
     @cached_property
-    def content(self) -> str:
-        """Digest of all stored numbers, whatever their provenance."""
-        return tensors_key(self._tensors())
+    def content_key(self) -> str:
+        """Digest of what it does: its base and all stored numbers, whatever their provenance."""
+        return content_key("direction", self.base, tensors_key(self._tensors()))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically; equal directions give equal bytes."""
@@ -242,7 +242,7 @@ class Direction:
             if delta.dense is not None:
                 tensors[f"{name}::dense"] = delta.dense.cpu().contiguous()
             for number, term in enumerate(delta.base_terms):
-                for part, tensor in (("row", term.row), ("mix", term.right)):
+                for part, tensor in (("row", term.row), ("mix", term.mix)):
                     if tensor is not None:
                         tensors[f"{name}::{part}{number}"] = tensor.cpu().contiguous()
         return tensors

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ws.algebra.delta import Alpha, per_row
 from ws.base.errors import UserError
-from ws.base.store import atomic_file
+from ws.base.store import atomic_file, content_key, tensors_key
 from ws.edit.condition import Undo
 from ws.edit.steering import Hook
 from ws.fitting import learning_rate, train
@@ -44,6 +44,11 @@ class OutputShift:
 
     vectors: Mapping[str, Float[Tensor, " out"]]
     base: str
+
+    @property
+    def content_key(self) -> str:
+        """Digest of base, modules and vectors."""
+        return content_key("output shift", self.base, tensors_key(self.vectors))
 
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
         """Add `alpha * vector` to every output, in fp32 with one rounding."""

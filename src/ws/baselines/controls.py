@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterable
 
 import polars as pl
 import torch
@@ -51,6 +52,17 @@ def random_like(direction: Direction, seed: int) -> Direction:
 def random_edits(direction: Direction, seeds: int) -> list[Edit]:
     """Norm-matched random directions for seeds 0, 1, ... as Edits named `random`."""
     return [Edit(RANDOM, random_like(direction, seed), seed=seed) for seed in range(seeds)]
+
+
+def control_strengths(alphas: Iterable[float]) -> tuple[float, ...]:
+    """The strengths at which random directions are measured: of each sign 1 if it is asked for, else the largest one.
+
+    One strength of each sign: a band at every strength would cost as much again for each of them.
+    """
+    asked = tuple(alphas)
+    sides = ([alpha for alpha in asked if alpha < 0], [alpha for alpha in asked if alpha > 0])
+    return tuple(unit if unit in side else max(side, key=abs) for unit, side in zip((-1.0, 1.0), sides, strict=True)
+                 if side)  # fmt: skip
 
 
 PERMUTED = "layers permuted"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ws.algebra.delta import Alpha
 from ws.base.errors import UserError
+from ws.base.store import content_key, tensors_key
 from ws.edit.condition import Undo
 from ws.fitting.behaviour import Behaviour
 from ws.model import architecture, forward
@@ -123,6 +124,12 @@ class ActivationDirection:
     def first_layer(self) -> int:
         """The first layer whose output changes."""
         return min(self.vectors)
+
+    @property
+    def content_key(self) -> str:
+        """Digest of base, layers, vectors and the positions where they are added."""
+        vectors = tensors_key({str(layer): vector for layer, vector in self.vectors.items()})
+        return content_key("activation direction", self.base, self.edited, vectors)
 
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
         """Put the vectors on the network; the result takes them off. alpha: a number, or one per row."""

@@ -70,5 +70,5 @@ def _input_direction(weight: Tensor, source: Input, key: str) -> Tensor:
     if source == "random":
         drawn = torch.randn(weight.shape[1], generator=keyed_random.generator(key)).double()
         return drawn / drawn.norm()
-    _, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    return right[0] if source == "first" else right[-1]
+    vectors = torch.linalg.svd(weight.double(), full_matrices=False).Vh
+    return vectors[0] if source == "first" else vectors[-1]

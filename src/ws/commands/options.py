@@ -150,7 +150,7 @@ class EvalOptions:
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths; 0 is always included."""
     control_seeds: int = 10
-    """Norm-matched random directions at -1 and +1."""
+    """Norm-matched random directions, at alpha -1 and +1; without those, at the outermost alphas."""
     dilemmas: str = "own"
     """own, a CSV/JSONL/parquet file, or a hub id."""
     rows: int | None = None

@@ -19,14 +19,11 @@ from typing import Any
 import polars as pl
 
 from ws import adapters
-from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import RunFolder, Shards, content_key, read_json, tensors_key, write_json, write_table
+from ws.base.store import RunFolder, Shards, content_key, read_json, write_json, write_table
 from ws.baselines import repe
-from ws.baselines.bias_only import OutputShift
 from ws.baselines.controls import RANDOM
-from ws.baselines.repe import ActivationDirection
 from ws.comparing import methods, numbers, page
 from ws.comparing.dev_split import split
 from ws.comparing.methods import FittedRun, Method, Sources
@@ -164,7 +161,7 @@ class Comparison:
         path = self.folder / f"{stage}.parquet"
         inputs = {
             "probes": [probe.key for probe in probes],
-            "conditions": [[condition.key(), _identity(condition)] for condition in conditions],
+            "conditions": [[condition.key(), condition.content_key] for condition in conditions],
         }
 
         def make(shards: Shards) -> None:
@@ -194,7 +191,7 @@ class Comparison:
         wanted = [method for method in compared if method.edits and method.kind != "controls"]
         edits = [(method.name, edit) for method in wanted for edit in method.edits]
         inputs = {"target": target, "texts": texts, "tokens": tokens, "prompts": prompted,
-                  "edits": [_identity(Condition.of(edit, 1.0)) for _, edit in edits]}  # fmt: skip
+                  "edits": [[name, Condition.of(edit, 1.0).content_key] for name, edit in edits]}  # fmt: skip
         file = self.folder / "calibration.json"
 
         def make(_: Shards) -> None:
@@ -350,15 +347,3 @@ def _folder_name(source: str) -> str:
         return "compare"
     readable = re.sub(r"[^\w.-]+", "-", Path(source.partition("@")[0]).stem).strip("-")
     return f"compare-{readable}-{content_key(source)[:6]}"
-
-
-def _identity(condition: Condition) -> list[Any]:
-    """What the Edits of a Condition are made of, for stage keys."""
-    found: list[Any] = [condition.context.system]
-    for edit, alpha in condition.active:
-        effect = edit.effect
-        if isinstance(effect, Direction):
-            found.append([alpha, effect.content])
-        elif isinstance(effect, OutputShift | ActivationDirection):
-            found.append([alpha, tensors_key({str(place): v for place, v in effect.vectors.items()})])
-    return found

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
 from ws.algebra.delta import Alpha
 from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.base.store import content_key
 
+BaseMismatch = Literal["refuse", "allow"]
+"""What happens where an edit was made on another base model than the one it is put on."""
 Undo = Callable[[], None]
 """Takes an effect off again, restoring the network bit for bit."""
 
@@ -31,6 +36,14 @@ class Effect(Protocol):
     @property
     def base(self) -> str:
         """Fingerprint of the model that it belongs to."""
+        ...
+
+    @property
+    def content_key(self) -> str:
+        """Digest of everything that decides what it does: its numbers, where and at which positions it acts, its base.
+
+        Two Effects of one name are the same Effect only if their keys are equal.
+        """
         ...
 
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
@@ -52,12 +65,23 @@ PLAIN = Context("plain")
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A named Direction or Effect; `name` is its label in tables, the seeds tell replicates apart."""
+    """A named Direction or Effect; `name` is its label in tables, the seeds tell replicates apart.
+
+    `base_mismatch` "allow": it may be put on another base model than its own, such as a fine-tune of it.
+    """
 
     name: str
     effect: Direction | Effect
     seed: int | None = None
     data_seed: int | None = None
+    base_mismatch: BaseMismatch = "refuse"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.effect, Direction) and not getattr(self.effect, "content_key", None):
+            raise UserError(
+                f"the effect of edit {self.name!r}, a {type(self.effect).__name__}, has no content_key",
+                "Give its class a content_key: a digest of everything that decides what it does.",
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +106,36 @@ class Condition:
         """Whether the model is left as it is."""
         return not self.active
 
+    @cached_property
+    def content_key(self) -> str:
+        """Digest of all that it does to a model and of how it is labelled; equal only for the same Condition."""
+        edits = [
+            [edit.name, float(alpha), edit.seed, edit.data_seed, edit.base_mismatch, edit.effect.content_key]
+            for edit, alpha in self.active
+        ]
+        return content_key(self.context, edits)
+
     def key(self) -> dict[str, Any]:
-        """The columns that identify it in a scores table: context, edit, alpha, seed, data_seed."""
+        """The columns that name it in a scores table: context, edit, alpha, seed, data_seed.
+
+        Several edits are one label at alpha 1, with exact strengths; a seed that they share stands in its column, and
+        seeds that differ stand in the label.
+        """
+        seeds, data_seeds = ({getattr(edit, name) for edit, _ in self.active} for name in ("seed", "data_seed"))
+        seed = next(iter(seeds)) if len(seeds) == 1 else None
+        data_seed = next(iter(data_seeds)) if len(data_seeds) == 1 else None
         if self.is_base:
-            edit, alpha, seed, data_seed = "none", 0.0, None, None
+            edit, alpha = "none", 0.0
         elif len(self.active) == 1:
             (only, alpha) = self.active[0]
-            edit, seed, data_seed = only.name, only.seed, only.data_seed
+            edit = only.name
         else:
-            first = self.active[0][0]
-            edit = " + ".join(f"{strength:g}*{part.name}" for part, strength in self.active)
-            alpha, seed, data_seed = 1.0, first.seed, first.data_seed
+            alpha = 1.0
+            edit = " + ".join(
+                f"{float(strength)!r}".removesuffix(".0") + f"*{part.name}"
+                + _bracketed(("seed", part.seed, seeds), ("data seed", part.data_seed, data_seeds))
+                for part, strength in self.active
+            )  # fmt: skip
         return {
             "context": self.context.name,
             "edit": edit,
@@ -100,3 +143,9 @@ class Condition:
             "seed": seed,
             "data_seed": data_seed,
         }
+
+
+def _bracketed(*seeds: tuple[str, int | None, set[int | None]]) -> str:
+    """` (seed 1, data seed 2)`: the seeds of an edit, each where there are others beside it."""
+    shown = [f"{name} {value}" for name, value, others in seeds if len(others) > 1 and value is not None]
+    return f" ({', '.join(shown)})" if shown else ""

@@ -4,8 +4,8 @@
     baked      W' = round(W_fp32 + alpha * dW)    one rounding, whatever the dtype of the weights
 
 Laws: alpha = 0 is the base model bit for bit; leaving a `steer` block restores every weight bit for bit, also after an
-exception or a failure half-way in; a Direction of another base is refused. Several directions add up, and blocks nest:
-what is a function of the base weights is always taken of the pristine ones.
+exception or a failure half-way in; an edit of another base is refused unless it is allowed. Several directions add up,
+and blocks nest: what is a function of the base weights is always taken of the pristine ones.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from ws.algebra.delta import Alpha, Delta, per_row
 from ws.algebra.direction import Direction, as_matrix
 from ws.base import console
 from ws.base.errors import BaseMismatchError, UnsupportedFeatureError, UserError
-from ws.edit.condition import Condition, Effect
+from ws.edit.condition import BaseMismatch, Condition, Effect
 from ws.model import architecture
 from ws.model.loading import ChatModel, fingerprint, forget_fingerprint
 
 Mode = Literal["auto", "runtime", "baked"]
 Edits = Direction | Effect | Mapping[Any, Alpha]
 Parts = dict[str, list[tuple[Delta, Alpha]]]
+Strength = tuple[Direction | Effect, Alpha, BaseMismatch]
+"""What is put on a model, how strongly, and whether it may be there on another base than its own."""
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def steer(
     alpha: Alpha = 1.0,
     *,
     mode: Mode = "auto",
-    base_mismatch: Literal["refuse", "allow"] = "refuse",
+    base_mismatch: BaseMismatch = "refuse",
 ) -> Iterator[None]:
     """Run the block with the model at `W + alpha * dW`.
 
@@ -56,14 +58,15 @@ def steer(
     if isinstance(model, ChatModel):
         _ = model.split  # its check belongs to the unedited model
     strengths = list(edits.items()) if isinstance(edits, Mapping) else [(edits, alpha)]
-    with _applied(network, strengths, mode, base_mismatch):
+    with _applied(network, [(edit, strength, base_mismatch) for edit, strength in strengths], mode):
         yield
 
 
 @contextmanager
 def under(model: ChatModel, condition: Condition, *, mode: Mode = "auto") -> Iterator[None]:
     """Run the block under a Condition's edits (its Context is a matter of rendering, not of the model)."""
-    with _applied(model.network, [(edit.effect, alpha) for edit, alpha in condition.active], mode, "refuse"):
+    strengths: list[Strength] = [(edit.effect, alpha, edit.base_mismatch) for edit, alpha in condition.active]
+    with _applied(model.network, strengths, mode):
         yield
 
 
@@ -86,7 +89,7 @@ def under_each(model: ChatModel, conditions: Sequence[Condition]) -> Iterator[No
     terms: dict[str, dict[int, tuple[Delta, float]]] = defaultdict(dict)
     for block, condition in enumerate(conditions):
         ((edit, alpha),) = condition.active
-        _require_base(edit.effect, model.network, "refuse")
+        _require_base(edit.effect, model.network, edit.base_mismatch)
         assert isinstance(edit.effect, Direction)
         for name, delta in edit.effect.deltas.items():
             terms[name][block] = delta, alpha
@@ -101,12 +104,10 @@ def under_each(model: ChatModel, conditions: Sequence[Condition]) -> Iterator[No
 
 
 @contextmanager
-def _applied(
-    network: nn.Module, strengths: Sequence[tuple[Direction | Effect, Alpha]], mode: Mode, base_mismatch: str
-) -> Iterator[None]:
+def _applied(network: nn.Module, strengths: Sequence[Strength], mode: Mode) -> Iterator[None]:
     with ExitStack() as stack:
         directions = []
-        for edit, strength in strengths:
+        for edit, strength, base_mismatch in strengths:
             on_another_base = _require_base(edit, network, base_mismatch)
             if isinstance(edit, Direction):
                 directions.append((_transplanted(edit) if on_another_base else edit, strength))
@@ -158,7 +159,11 @@ def _base_values(network: nn.Module, name: str) -> Tensor:
     return edited_now[name] if name in edited_now else network.get_parameter(name).data
 
 
-def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: str) -> bool:
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""Fingerprints of other bases whose edits were allowed, by the network that they are on: said once each."""
+
+
+def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: BaseMismatch) -> bool:
     """Whether the edit was made on another base, where that is allowed; an error where it is not."""
     own = fingerprint(network)
     if edit.base == own:
@@ -168,7 +173,10 @@ def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: s
         raise BaseMismatchError(
             problem, "Load that base, or pass base_mismatch='allow' to apply its deltas as they are."
         )
-    console.warn(problem + "; applied as asked")
+    told = _told.setdefault(network, set())
+    if edit.base not in told:
+        console.warn(problem + "; applied as asked")
+        told.add(edit.base)
     return True
 
 
@@ -347,13 +355,19 @@ def _block_path(by_block: Mapping[int, tuple[Delta, float]], blocks: int, weight
     ]  # fmt: skip
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        size = len(output) // blocks
+        size, rest = divmod(len(output), blocks)
+        if rest:
+            raise UnsupportedFeatureError(
+                f"a linear map gets {len(output)} rows for {blocks} conditions in one pass, which it must not mix",
+                "Score them one by one: score(..., per_pass=1).",
+            )
+        changed = output.contiguous()  # the sums are added in place, and a view of other strides would be a copy
         for run, left, right, alphas in placed:
             rows = slice(run.start * size, run.stop * size)
-            thin = nn.functional.linear(inputs[0][rows], right)
-            scaled = thin.view(len(alphas), -1, left.shape[-1]) * alphas  # in fp32: a strength is not to be rounded
-            output[rows].flatten(0, -2).addmm_(scaled.flatten(0, -2).to(thin), left.mT)
-        return output
+            thin = nn.functional.linear(inputs[0][rows], right).flatten(0, -2)
+            scaled = thin.unflatten(0, (len(alphas), len(thin) // len(alphas))) * alphas  # in fp32: not to be rounded
+            changed[rows].view(-1, changed.shape[-1]).addmm_(scaled.flatten(0, 1).to(thin), left.mT)
+        return changed
 
     return hook
 

@@ -238,7 +238,8 @@ def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
         ["probe, alpha", "trained direction", "random band", "effect is", "change per random seed"],
         rows,
         "Change against the base, nats. The random directions have the shape, rank and Frobenius norm of the trained "
-        "one in every parameter. Band: 95 % prediction for one more seed.",
+        f"one in every parameter. Band: 95 % prediction for one more seed. Measured at alpha "
+        f"{', '.join(signed(key) for key in bands) or 'none'}; no other strength has a band.",
     )
     prompts = Table(
         ["system prompt, alpha 0", behaviour, "dilemmas"],

@@ -332,12 +332,12 @@ def _mean(rows: pl.DataFrame) -> float:
 def headline(summary: Mapping[str, Any], behaviour: str) -> str:
     """One sentence from the numbers: what moved, with intervals, against the control band, and what it cost."""
     own, moral = summary[behaviour], summary["dilemmas"]
-    shown = [key for key in ("-1", "0", "1") if key in own] or list(own)
+    shown = headline_strengths(own)
     parts = [f"{behaviour} on held-out {summary['noun']}: " + ", ".join(_at(key, own[key]) for key in shown)]
     parts.append("dilemmas (honest side): " + ", ".join(_at(key, moral[key]) for key in shown))
     bands = summary["controls"][RANDOM]
-    for key in ("1", "-1"):
-        if key in bands and bands[key][behaviour]["low"] is not None:
+    for key in sorted(bands, key=float, reverse=True):
+        if bands[key][behaviour]["low"] is not None:
             band = bands[key][behaviour]
             worst = max((abs(value) for entry in bands.values() for value in entry[behaviour]["seeds"]), default=0.0)
             limits = f"{band['low']:+.2f} to {band['high']:+.2f}"
@@ -346,6 +346,12 @@ def headline(summary: Mapping[str, Any], behaviour: str) -> str:
     costs = [f"{100 * summary['side_effects'][key]['facts']:.1f} % at {signed(key)}" for key in shown]
     parts.append("facts kept " + ", ".join(costs))
     return "; ".join(parts)
+
+
+def headline_strengths(curve: Mapping[str, Any]) -> list[str]:
+    """Keys of the strengths that the headline names: -1, 0 and 1, or all where neither -1 nor 1 was measured."""
+    shown = [key for key in ("-1", "0", "1") if key in curve]
+    return shown if len(shown) > 1 else list(curve)
 
 
 def _at(key: str, entry: Mapping[str, Any]) -> str:
@@ -371,6 +377,11 @@ def doubts(summary: Mapping[str, Any], behaviour: str) -> list[str]:
             ],
         }
         found += [f"{probe} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys]
+    measured = list(summary["controls"][RANDOM])
+    bare = [key for key in headline_strengths(summary[behaviour]) if key not in ("0", *measured)]
+    if bare:
+        where = f"only at alpha {_listed(measured)}" if measured else "nowhere"
+        found.append(f"no random directions stand beside alpha {_listed(bare)}: they were measured {where}")
     counts = summary["dilemma_counts"]
     if max(counts["honest_yes"], counts["honest_no"]) > UNBALANCED * counts["counted"]:
         found.append(

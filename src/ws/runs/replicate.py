@@ -30,7 +30,6 @@ from ws.report import behaviours, page, summary
 from ws.runs import samples
 from ws.subspace import alignment
 
-CONTROL_ALPHAS = (-1.0, 1.0)
 PERSONA_CONTEXTS = ("prompt +", "prompt -")
 
 
@@ -68,11 +67,10 @@ class Replication(Fitting):
         ]
 
     def control_conditions(self, direction: Direction) -> list[Condition]:
-        """Random directions at -1 and +1."""
+        """Random directions at -1 and +1, or at the outermost strengths where those are not asked for."""
         edits = controls.random_edits(direction, self.settings.control_seeds)
-        return [
-            Condition.of(edit, alpha) for edit in edits for alpha in CONTROL_ALPHAS if alpha in self.settings.alphas
-        ]
+        strengths = controls.control_strengths(self.settings.alphas)
+        return [Condition.of(edit, alpha) for edit in edits for alpha in strengths]
 
     @property
     def edit_name(self) -> str:
@@ -88,6 +86,7 @@ class Replication(Fitting):
             "probes": [probe.key for probe in probes],
             "alphas": self.settings.alphas,
             "control_seeds": self.settings.control_seeds,
+            "control_alphas": controls.control_strengths(self.settings.alphas),
             "controls_on": [probe.name for probe in probes[:2]],
             "personas": self.behaviour.personas,
             "rendering": self.model.chat.template_key,

@@ -1,0 +1,185 @@
+"""What a scoring run will do, settled before anything is edited: which Conditions, and how each probe is read.
+
+A Condition is known by its content: the same one twice is scored once, two different ones under one label are an
+error. The Condition without edits is part of every Context and comes first. A probe is rendered once per Context and
+batched by length under a token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ws.algebra.direction import Direction
+from ws.base.errors import UserError
+from ws.base.store import content_key
+from ws.edit.condition import Condition, Context
+from ws.edit.steering import Mode, can_share_a_pass
+from ws.measure import last_layer, lower_layers
+from ws.measure.choice import Answers, Choices
+from ws.measure.lower_layers import Memory, Recordings
+from ws.measure.probe import WRITTEN, Probe
+from ws.model import architecture, forward
+from ws.model.chat import Message
+from ws.model.loading import ChatModel
+
+SHARED_PASS = 4_096
+"""Padded tokens at which the matrix products of a pass are about as fast as they get."""
+
+
+@dataclass(frozen=True)
+class PlannedCondition:
+    """A Condition, the first layer that it changes, and whether it may share passes with others."""
+
+    condition: Condition
+    first_layer: int
+    can_share: bool
+
+    @classmethod
+    def of(cls, model: ChatModel, condition: Condition) -> PlannedCondition:
+        """What running the Condition on this model needs to know."""
+        first = lower_layers.first_edited(model.network, condition)
+        return cls(condition, first, can_share_a_pass(model, condition))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first pass.
+
+    contexts: the distinct Conditions of each Context, its base first. budget: padded tokens per batch. memory: bytes
+    for recorded states. per_pass: Conditions that share a pass where they can. split: final hidden states stand for
+    logits, because no edit reaches the head.
+    """
+
+    contexts: tuple[tuple[Context, tuple[PlannedCondition, ...]], ...]
+    mode: Mode
+    budget: int
+    memory: Memory
+    per_pass: int
+    split: bool
+
+    @classmethod
+    def of(
+        cls, model: ChatModel, conditions: Iterable[Condition], *, mode: Mode, token_budget: int | None,
+        cache_memory: int | None, per_pass: int | None,
+    ) -> Plan:  # fmt: skip
+        """The plan for these Conditions; None stands for what fits the model."""
+        distinct = _distinct_with_bases(conditions)
+        last_layer.is_exact(model)  # tried out while nothing is edited
+        budget = token_budget or default_token_budget(model)
+        if per_pass is None:
+            per_pass = 1 if model.dtype == torch.float32 or mode == "baked" else max(1, SHARED_PASS // budget)
+        split = model.split.is_split and not any(_edits_head(model, condition) for condition in distinct)
+        groups: dict[str, list[PlannedCondition]] = {}
+        for condition in distinct:
+            groups.setdefault(condition.context.name, []).append(PlannedCondition.of(model, condition))
+        contexts = tuple((group[0].condition.context, tuple(group)) for group in groups.values())
+        memory = Memory(model.cache_memory if cache_memory is None else cache_memory)
+        return cls(contexts, mode, budget, memory, per_pass, split)
+
+    @property
+    def condition_count(self) -> int:
+        """How many Conditions are scored, bases included."""
+        return sum(len(group) for _, group in self.contexts)
+
+    def prepared(
+        self, model: ChatModel, probes: Sequence[Probe], context: Context, group: Sequence[PlannedCondition]
+    ) -> list[PreparedProbe]:
+        """The probes rendered under one Context, for the Conditions of that Context."""
+        return [PreparedProbe.of(model, probe, context, group, self) for probe in probes]
+
+
+def default_token_budget(model: ChatModel) -> int:
+    """Padded tokens per batch: small where arithmetic binds at once, large where launching does."""
+    if model.device.type != "cpu":
+        return 16_384
+    return 4_096 if model.parameter_count < 50_000_000 else 1_024
+
+
+# -------------------------------------------------------------------- conditions
+
+
+def _distinct_with_bases(conditions: Iterable[Condition]) -> list[Condition]:
+    seen: dict[str, Condition] = {}
+    for wanted in conditions:
+        for condition in (Condition(wanted.context), wanted):
+            known = seen.setdefault(content_key(condition.key()), condition)
+            if known.context != condition.context:
+                raise UserError(f"two contexts share the name {condition.context.name!r}", "Name them apart.")
+            if known is not condition and known.content_key != condition.content_key:
+                raise UserError(f"two different edits share the name {condition.key()}", "Name or seed them apart.")
+    return list(seen.values())
+
+
+def _edits_head(model: ChatModel, condition: Condition) -> bool:
+    head = {id(parameter) for parameter in model.split.head.parameters()}
+    names = {name for name, parameter in model.network.named_parameters() if id(parameter) in head}
+    return any(isinstance(edit.effect, Direction) and names & edit.effect.deltas.keys() for edit, _ in condition.active)
+
+
+# -------------------------------------------------------------------- probes
+
+
+@dataclass(frozen=True)
+class PreparedProbe:
+    """A probe rendered under one Context: token rows, and batches of their indices."""
+
+    probe: Probe
+    tokens: list[list[int]]
+    starts: list[int]  # first position whose next token is scored
+    batches: list[list[int]]
+    budget: int  # padded tokens per batch
+    answers: Answers
+    split: bool  # final hidden states stand for logits, because no edit reaches the head
+    choices: Choices | None  # choice: how its rows are read
+    recordings: Recordings  # states that enter the first edited layer
+    base_states: dict[int, Tensor] = field(default_factory=dict)  # divergence: those of the base, per batch
+
+    @classmethod
+    def of(
+        cls, model: ChatModel, probe: Probe, context: Context, group: Sequence[PlannedCondition], plan: Plan
+    ) -> PreparedProbe:
+        """Render and batch a probe; room for recorded states is taken from the plan's memory."""
+        tokens, starts = [], []
+        for row in probe.rows:
+            system = [Message(role="system", content=context.system)] if context.system.strip() else []
+            messages = [*system, *row.messages]
+            if probe.kind in WRITTEN:
+                ids = (model.chat.thinking_prompt if probe.kind == "guided" else model.chat.prompt)(messages)
+                tokens.append(ids)
+                starts.append(len(ids) - 1)
+            elif probe.kind == "choice":
+                ids = model.chat.prompt(messages, row.continuation)
+                tokens.append(ids)
+                starts.append(len(ids) - 1)
+            else:
+                ids, prompt_length = model.chat.supervised(messages, row.continuation)
+                tokens.append(ids)
+                starts.append(prompt_length - 1)
+        _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)
+        answers: Answers = ([], [])
+        if probe.kind in ("choice", "guided"):
+            answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
+        batches = forward.plan_batches([len(ids) for ids in tokens], plan.budget)
+        choices = Choices.of(model, tokens, answers, plan.budget) if probe.kind == "choice" else None
+        padded = sum(len(tokens[batch[0]]) * len(batch) for batch in batches)
+        # what a model writes differs between Conditions, so there is nothing to play back
+        begins = () if probe.kind in WRITTEN else [planned.first_layer for planned in group]
+        recordings = Recordings(model, begins, choices.padded_tokens if choices else padded, plan.memory)
+        return cls(probe, tokens, starts, batches, plan.budget, answers, plan.split, choices, recordings)
+
+    @property
+    def can_be_shared(self) -> bool:
+        """Whether Conditions may be read in the same passes: choices of single tokens through a tree."""
+        return self.choices is not None and self.choices.tree is not None and not self.choices.beginnings
+
+
+def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
+    limit = getattr(architecture.text_config(model.network), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"probe {probe.name!r} has a row of {longest} tokens, the model reads {limit}", "Shorten the row."
+        )
