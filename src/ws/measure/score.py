@@ -35,7 +35,7 @@ from ws.base.errors import UserError
 from ws.base.store import Shards, content_key, write_table
 from ws.edit.condition import Condition, Context
 from ws.edit.steering import Mode, can_share_a_pass, under, under_each
-from ws.measure import choice, last_layer, lower_layers
+from ws.measure import choice, divergence, last_layer, lower_layers
 from ws.measure.choice import Choices
 from ws.measure.generate import Request, Sample, Sampling, sample
 from ws.measure.lower_layers import Memory, Recordings
@@ -318,7 +318,7 @@ def _run_reply(model: ChatModel, piece: _Prepared, _condition: Condition) -> Val
     values: Values = {}
     for row, reply in zip(piece.probe.rows, _written(model, piece, model.chat.stop_ids), strict=True):
         values[row.row] = {
-            "distinct3": distinct_ngrams(reply.ids),
+            "distinct3": divergence.distinct_ngrams(reply.ids),
             "tokens": float(len(reply.ids)),
             "finished": float(reply.finish == "eos"),
         }
@@ -332,12 +332,6 @@ def _written(model: ChatModel, piece: _Prepared, ends: frozenset[int]) -> list[S
     requests = [Request(ids, (row.row,)) for ids, row in zip(piece.tokens, piece.probe.rows, strict=True)]
     greedy = Sampling(max_new_tokens=piece.probe.tokens, temperature=0)
     return [one for (one,) in sample(model, requests, greedy, seed=0, stops=ends)]
-
-
-def distinct_ngrams(ids: Sequence[int], n: int = 3) -> float:
-    """Share of distinct n-grams among all of a text; 1 where it is too short to have two."""
-    grams = [tuple(ids[at : at + n]) for at in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def holds_json(text: str) -> bool:
@@ -398,7 +392,7 @@ def _run_divergence(model: ChatModel, piece: _Prepared, condition: Condition) ->
         parts = []
         for some, base_states in _in_blocks(model, states, piece.base_states[number]):
             edited, base = _log_probabilities(model, piece, some), _log_probabilities(model, piece, base_states)
-            parts.append((edited.exp() * (edited - base)).sum(dim=-1))
+            parts.append(divergence.kl(edited, base))
         divergences = torch.cat(parts)
         for index, part in zip(batch, divergences.split(counts), strict=True):
             for position, value in enumerate(part.tolist()):
