@@ -73,6 +73,24 @@ def whole(size: str, found: float) -> Iterator[Aim]:
         yield Aim(WHOLE, bound, found, at_least=False)
 
 
+# -------------------------------------------------------------------- fast paths
+
+PAYS = 1.2
+"""How many times longer some work must take without a fast path, or the path is to be deleted."""
+
+
+def unpaid(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for every fast path that pays on none of its works and sizes; "" where no path was tried."""
+    best: dict[str, float] = {}
+    for line in rows:
+        if line["comparison"] == "paths":
+            path = line["work"].partition(": ")[0]
+            best[path] = max(best.get(path, 0.0), line["ratio"])
+    unpaid = [f"- {path}: pays at most {ratio:.2f}, less than {PAYS:g}: to be deleted." for path, ratio in best.items()
+              if ratio < PAYS]  # fmt: skip
+    return "\n".join(unpaid) or (f"Every fast path pays {PAYS:g} or more somewhere." if best else "")
+
+
 # -------------------------------------------------------------------- text
 
 

@@ -72,7 +72,7 @@ def as_text(record: Mapping[str, Any]) -> str:
 def _of_machine(record: Mapping[str, Any]) -> str:
     facts = "\n".join(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in record["machine"].items())
     missed = aims.misses(record["rows"], record.get("spending", []))
-    return f"{facts}\n\n{as_table(record['rows'])}\n\n{missed}"
+    return "\n\n".join(part for part in (facts, as_table(record["rows"]), missed, aims.unpaid(record["rows"])) if part)
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:

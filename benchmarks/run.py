@@ -31,6 +31,7 @@ import spending
 import workload
 from algebra import Algebra
 from comparison import Comparison
+from fast_paths import FastPaths
 from generating import Generating
 from inputs import Inputs
 from pipeline import EndToEnd
@@ -43,7 +44,7 @@ from ws.base.store import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results.json"
 COMPARISONS: dict[str, type[Comparison]] = {
-    kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, EndToEnd)
+    kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, EndToEnd, FastPaths)
 }
 OTHER_PARTS = ("spending", "growth", "fixed")
 MODELS = (aims.POCKET, aims.SHAPE)

@@ -71,20 +71,22 @@ class Row:
         return {**self.__dict__, "aims": [aim.as_record() for aim in self.aims], "ratio": self.ratio}
 
 
-def in_turn(ways: Iterable[Way], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+def in_turn(
+    ways: Iterable[Way], repeats: int, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every way, run in turn up to `repeats` times after `warm_up` rounds that are thrown away.
 
-    A way that takes long is left out of later rounds.
+    A way that takes long is left out of later rounds. `clock` tells the seconds.
     """
     chosen = list(ways)
     times: dict[str, list[float]] = {way.name: [] for way in chosen}
     for _ in range(warm_up):
         for way in chosen:
-            _say(way, seconds(way.warm_up or way.work), " (warm-up)")
+            _say(way, seconds(way.warm_up or way.work, clock), " (warm-up)")
     for number in range(repeats):
         for way in chosen:
             if number < repetitions(repeats, times[way.name]):
-                times[way.name].append(seconds(way.work))
+                times[way.name].append(seconds(way.work, clock))
                 _say(way, times[way.name][-1])
     return times
 
@@ -95,14 +97,14 @@ def repetitions(wanted: int, known: Sequence[float]) -> int:
     return min(wanted, 1 if longest > VERY_SLOW else 2 if longest > SLOW else wanted)
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one run, after the garbage of earlier ones has been collected; an accelerator has finished by then."""
     gc.collect()
     _finish()
-    started = time.perf_counter()
+    started = clock()
     work()
     _finish()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _finish() -> None:

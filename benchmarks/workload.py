@@ -48,6 +48,19 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class Paths:
+    """The works on which fast paths are tried: rows of a probe at `alphas` strengths, samples, and one fit of pairs."""
+
+    rows: int
+    alphas: int
+    prompts: int
+    samples: int
+    new_tokens: int
+    pairs: int
+    repeats: int
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is compared on one model, and on how much.
 
@@ -66,6 +79,7 @@ class Workload:
     scoring_rows: int
     generation: Generation
     seeds: tuple[int, ...]
+    paths: Paths
     checked_rows: int = 10_000
     families: tuple[str, ...] = FAMILIES
     sweep_every: int = 1
@@ -76,11 +90,12 @@ class Workload:
     has_aims: bool = True
 
 
-COMPARISONS = ("scoring", "training", "sweeping", "generating", "algebra", "pipeline")
+COMPARISONS = ("scoring", "training", "sweeping", "generating", "algebra", "pipeline", "paths")
 
 FULL = Workload(
     name="full", comparisons=COMPARISONS, repeats=3, grid=Grid(samples=10), written=0, scoring_rows=10_000,
     generation=Generation(200, 10, (50, 100, 200)), seeds=(0, 1, 2), sweep_every=4, sweeps=2,
+    paths=Paths(200, 4, 20, 10, 48, 128, 5),
     pipeline=Pipeline(Grid(samples=10), None),
     growth=Growth(
         repeats=2, alphas=(1, 2, 4, 8, 16), directions=(1, 2, 4, 8), families=FAMILIES, seeds=(1, 2, 4),
@@ -91,7 +106,7 @@ FULL = Workload(
 )  # fmt: skip
 QUICK = Workload(
     name="quick", comparisons=COMPARISONS, repeats=1, grid=Grid(topics=6, personas=2, samples=3), written=0,
-    scoring_rows=48, generation=Generation(10, 4, (20, 40)), seeds=(0,),
+    scoring_rows=48, generation=Generation(10, 4, (20, 40)), seeds=(0,), paths=Paths(24, 2, 3, 4, 8, 8, 1),
     pipeline=Pipeline(Grid(topics=4, personas=1, samples=4), 12),
     growth=Growth(
         repeats=1, alphas=(1, 2), directions=(1, 2), families=FAMILIES[:2], seeds=(1, 2), rows=(20, 40),
@@ -100,8 +115,9 @@ QUICK = Workload(
     fixed_repeats=1, has_aims=False,
 )  # fmt: skip
 SHAPE = Workload(
-    name="shape", comparisons=("scoring", "training", "generating", "algebra"), repeats=3, grid=None, written=32,
-    scoring_rows=32, checked_rows=8, generation=Generation(10, 10, (50, 100), searched_tokens=4), seeds=(0,),
+    name="shape", comparisons=("scoring", "training", "generating", "algebra", "paths"), repeats=3, grid=None,
+    written=32, scoring_rows=32, checked_rows=8, seeds=(0,), paths=Paths(12, 3, 3, 8, 12, 8, 3),
+    generation=Generation(10, 10, (50, 100), searched_tokens=4),
 )  # fmt: skip
 WORKLOADS = {one.name: one for one in (FULL, QUICK, SHAPE)}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import aims
+import fast_paths
 import fixed_costs
 import flops
 import growth
@@ -165,6 +166,47 @@ def test_memory_that_is_missed_is_not_blamed_on_time() -> None:
     assert line.endswith("peak MiB <= 100 is missed, it is 2000.")
 
 
+# -------------------------------------------------------------------- fast paths
+
+
+def test_a_fast_path_that_pays_nowhere_is_said() -> None:
+    def tried(path: str, work: str, ratio: float) -> dict[str, object]:
+        return {**record("paths"), "work": f"{path}: {work}", "ratio": ratio}
+
+    rows = [tried("tree", "choices", 1.1), tried("tree", "texts", 1.2), tried("cache", "samples", 1.19)]
+    assert aims.unpaid(rows) == "- cache: pays at most 1.19, less than 1.2: to be deleted."
+    assert aims.unpaid(rows[:2]) == "Every fast path pays 1.2 or more somewhere."
+    assert aims.unpaid([record()]) == ""
+    assert "- cache: pays" in results.as_text({"machine": MACHINE, "rows": rows})
+
+
+def test_rows_as_they_come_keep_their_order_within_the_budget() -> None:
+    assert fast_paths.as_they_come([3, 9, 2, 2, 2, 30, 1], 12) == [[0], [1], [2, 3, 4], [5], [6]]
+    assert sorted(i for batch in forward.plan_batches([3, 9, 2, 2, 2, 30, 1], 12) for i in batch) == list(range(7))
+    assert fast_paths.as_they_come([], 12) == []
+
+
+@pytest.mark.parametrize("path", fast_paths.PATHS, ids=lambda path: path.name)
+def test_without_a_fast_path_the_work_is_the_same_and_everything_is_put_back(
+    tiny_inputs: inputs.Inputs, path: fast_paths.FastPath
+) -> None:
+    """The same table of scores and the same samples up to rounding; afterwards nothing is switched off."""
+    tried = fast_paths.FastPaths(tiny_inputs)
+    network = tried.model.network
+    before = [type(module) for module in network.modules()], network.config._attn_implementation
+    for work in set(path.works) - {"fit", "samples", "replies"}:
+        whole = tried._works[work]()
+        with path.off(tried):
+            without = tried._works[work]()
+        torch.testing.assert_close(without["value"].to_torch(), whole["value"].to_torch(), rtol=1e-3, atol=1e-4)
+    if "samples" in path.works:
+        whole = tried._works["samples"]()
+        with path.off(tried):
+            without = tried._works["samples"]()
+        assert [one for samples in without for one in samples] == [one for samples in whole for one in samples]
+    assert ([type(module) for module in network.modules()], network.config._attn_implementation) == before
+
+
 # -------------------------------------------------------------------- growth
 
 
@@ -289,7 +331,7 @@ def test_random_adapters_make_a_direction_on_the_default_slice(tiny_folders: dic
 def tiny_inputs(tiny_folders: dict[str, Path], tmp_path: Path) -> inputs.Inputs:
     given = replace(
         workload.SHAPE, written=4, sweeps=2, seeds=(0, 1), families=("lora", "ia3"), has_aims=False,
-        generation=workload.Generation(2, 3, (4,), 5, 2),
+        generation=workload.Generation(2, 3, (4,), 5, 2), paths=workload.Paths(6, 2, 2, 3, 5, 2, 1),
     )  # fmt: skip
     made = inputs.Inputs("tiny", str(tiny_folders["qwen3"]), given, tmp_path)
     made._write_random()

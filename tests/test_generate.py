@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from transformers import DynamicCache
 
+from making import hook_count, random_direction
 from ws.base.errors import UserError
+from ws.edit.steering import steer
 from ws.measure import generate
 from ws.measure.generate import Request, Sample, Sampling
 from ws.model import loading
@@ -83,6 +86,26 @@ def test_greedy_sampling_equals_the_library_when_rows_leave_the_batch(stopping: 
     lengths = {len(sample.ids) for (sample,) in expected}
     assert len(lengths) > 2, "else no row leaves before another"
     assert generate.sample(stopping, ask(prompts), GREEDY, seed=0) == expected
+
+
+@pytest.mark.parametrize("cache_tokens", [1, 400, 10**6])
+def test_every_request_keeps_its_own_strength_when_rows_leave_the_batch(stopping: ChatModel, cache_tokens: int) -> None:
+    direction = random_direction(stopping, relative_norm=0.5)
+    requests = ask([random_prompt(length) for length in (9, 3, 12, 3, 7, 5, 11, 4)], keys="ab")
+    strengths = torch.linspace(-2, 2, len(requests))
+    alone = []
+    for request, strength in zip(requests, strengths.tolist(), strict=True):
+        with steer(stopping, direction, strength, mode="runtime"):
+            alone += generate.sample(stopping, [request], WARM, seed=0)
+    plain = generate.sample(stopping, requests, WARM, seed=0)
+    assert len({len(one.ids) for samples in alone for one in samples}) > 2, "else no row leaves before another"
+    assert sum(one != other for one, other in zip(alone, plain, strict=True)) > len(requests) // 2
+
+    def edited(rows: Sequence[int]) -> AbstractContextManager[None]:
+        return steer(stopping, direction, strengths[list(rows)], mode="runtime")
+
+    together = generate.sample(stopping, requests, WARM, seed=0, cache_tokens=cache_tokens, edited=edited)
+    assert together == alone and hook_count(stopping.network) == 0
 
 
 def test_the_models_of_these_tests_read_their_whole_context(lively: ChatModel) -> None:

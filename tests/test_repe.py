@@ -16,7 +16,7 @@ from ws.comparing import dev_split
 from ws.edit.condition import Condition, Edit
 from ws.edit.steering import steer
 from ws.fitting import behaviour
-from ws.measure import calibrate
+from ws.measure import divergence
 from ws.measure.probe import Probe, ProbeRow
 from ws.measure.score import score
 from ws.model import architecture, forward
@@ -297,7 +297,7 @@ def test_an_edit_of_the_last_token_costs_on_texts_what_it_does_while_writing(qwe
     effect = ActivationDirection({1: vector}, qwen.fingerprint, edited="last")
     rows = [qwen.chat.prompt(ask(text)) for text in ("Hi.", "A much longer question than the other one?")]
     with steer(qwen, effect, 1.0, mode="runtime"):
-        texts = calibrate.greedy(qwen, rows, 6)
+        texts = divergence.greedy(qwen, rows, 6)
         for row, text in zip(rows, texts, strict=True):
             with forward.scoring_from(torch.tensor([len(row) - 1])):
                 read = logits(qwen.network, torch.tensor([[*row, *text]]))[0, len(row) - 1 : -1]
@@ -311,7 +311,7 @@ def test_an_edit_of_the_last_token_costs_on_texts_what_it_does_while_writing(qwe
     assert (edited.filter(metric="kl")["value"] > 1e-4).all()
     assert edited.filter(metric="nll")["value"].item() != pytest.approx(base.filter(metric="nll")["value"].item())
     prompts = ["Hi.", "What is tea?"]
-    (spent,) = calibrate.divergences(qwen, effect, [1.0], prompts, tokens=4)
+    (spent,) = divergence.divergences(qwen, effect, [1.0], prompts, tokens=4)
     assert spent.mean > 1e-3 and hook_count(qwen.network) == 0
 
 

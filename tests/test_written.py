@@ -19,8 +19,9 @@ from ws.base.errors import UserError
 from ws.edit.condition import Condition, Edit, Undo
 from ws.edit.steering import steer
 from ws.eval import side_effects
+from ws.measure.divergence import distinct_ngrams
 from ws.measure.probe import Probe, ProbeRow
-from ws.measure.score import distinct_ngrams, holds_json, score
+from ws.measure.score import holds_json, score
 from ws.model import loading
 from ws.model.chat import Chat, ask
 from ws.model.loading import ChatModel

@@ -124,11 +124,9 @@ class Calibrate(RunOptions):
                 raise UserError(f"the run in {run.folder.path} has no direction yet", "Make it with: ws replicate.")
             texts = calibrate.neutral_prompts(self.prompts)
             record = {
-                name: calibrate.as_record(
-                    calibrate.to_budget(
-                        run.model, Direction.load(path), self.target, texts, sign=sign, tokens=self.tokens
-                    )
-                )
+                name: calibrate.to_budget(
+                    run.model, Direction.load(path), self.target, texts, sign=sign, tokens=self.tokens
+                ).as_record(with_history=True)
                 for name, sign in (("1", 1), ("-1", -1))
             }
             write_json(run.folder / "calibration.json", {"target": self.target, **record})
@@ -136,9 +134,11 @@ class Calibrate(RunOptions):
                 console.print_json(json.dumps(record))
                 return
             for name, found in record.items():
-                sure = "" if found["converged"] else "   NOT CONVERGED: the closest strength that was seen"
+                sure = "" if found["converged"] else "   NOT CONVERGED: the closest coherent strength that was seen"
+                low, high = found["alpha_low"], found["alpha_high"]
+                limits = "" if low is None else f" [{low:+.3g}, {high:+.3g}]"
                 console.say(
-                    f"sign {name:>2}   alpha {found['alpha']:+.4g}   KL p95 {found['p95']:.3f}   mean "
+                    f"sign {name:>2}   alpha {found['alpha']:+.4g}{limits}   KL p95 {found['p95']:.3f}   mean "
                     f"{found['mean']:.3f}   max {found['maximum']:.2f}{sure}"
                 )
             console.say(

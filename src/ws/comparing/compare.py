@@ -32,6 +32,7 @@ from ws.edit.condition import PLAIN, Condition
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.fitting.run_settings import Settings, shared_base
 from ws.measure import calibrate
+from ws.measure.divergence import prompt_divergence
 from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.model.loading import ChatModel
@@ -178,7 +179,7 @@ class Comparison:
         tokens = self.plan.calibration_tokens
         prompted = {
             method.name: {
-                str(sign): _plain(calibrate.prompt_divergence(self.model, context, texts, tokens=tokens))
+                str(sign): prompt_divergence(self.model, context, texts, tokens=tokens).as_record()
                 for sign, context in method.contexts.items()
             }
             for method in compared
@@ -190,7 +191,7 @@ class Comparison:
         target = self.plan.target or float(prompted[anchor]["1"]["p95"] if anchor else 0.5)
         wanted = [method for method in compared if method.edits and method.kind != "controls"]
         edits = [(method.name, edit) for method in wanted for edit in method.edits]
-        inputs = {"target": target, "texts": texts, "tokens": tokens, "prompts": prompted,
+        inputs = {"version": calibrate.VERSION, "target": target, "texts": texts, "tokens": tokens, "prompts": prompted,
                   "edits": [[name, Condition.of(edit, 1.0).content_key] for name, edit in edits]}  # fmt: skip
         file = self.folder / "calibration.json"
 
@@ -199,10 +200,9 @@ class Comparison:
             for name, edit in console.track(edits, "calibrating", len(edits)):
                 for sign in (1, -1):
                     solved = calibrate.to_budget(self.model, edit.effect, target, texts, sign=sign, tokens=tokens)
-                    at_own = next((_plain(seen) for seen in solved.history if abs(seen.alpha) == 1), None)
+                    at_own = next((seen.as_record() for seen in solved.history if abs(seen.alpha) == 1), None)
                     found.setdefault(name, {}).setdefault(str(sign), []).append({
-                        "seed": edit.seed, "alpha": solved.alpha, "converged": solved.converged,
-                        "tolerance": solved.tolerance, **_plain(solved.reached), "at_own_strength": at_own,
+                        "seed": edit.seed, **solved.as_record(), "at_own_strength": at_own,
                     })  # fmt: skip
             family, seed = self.sources.first
             write_json(file, {"target": target, "anchor": anchor, "reference": f"dW:{family}, seed {seed}",
@@ -334,11 +334,6 @@ def _mean_spent(seen: Sequence[Mapping[str, Any]], converged: bool | None) -> Sp
 
 def _kl(known: Mapping[str, Any]) -> tuple[float, float, float]:
     return known["p95"], known["mean"], known["maximum"]
-
-
-def _plain(divergence: calibrate.Divergence) -> dict[str, float]:
-    """A Divergence as JSON, without its strength: a prompt has none."""
-    return {name: value for name, value in divergence._asdict().items() if name != "alpha"}
 
 
 def _folder_name(source: str) -> str:

@@ -23,6 +23,7 @@ from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
 from ws.base.store import atomic_folder, write_json
 from ws.edit.steering import steer
+from ws.measure.divergence import kl
 from ws.model import architecture, forward
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
@@ -158,9 +159,8 @@ def logit_error(model: ChatModel, direction: Direction, alpha: float, folder: Pa
         exported = log_probabilities(wrapped)
     finally:
         wrapped.unload()
-    log_exact, log_exported = exact.log_softmax(-1), exported.log_softmax(-1)
-    kl = (log_exact.exp() * (log_exact - log_exported)).sum(-1).mean()
-    return {"max": float((exact - exported).abs().max()), "kl": float(kl), "positions": float(len(exact))}
+    spent = kl(exact.log_softmax(-1), exported.log_softmax(-1)).mean()
+    return {"max": float((exact - exported).abs().max()), "kl": float(spent), "positions": float(len(exact))}
 
 
 def _at_least_rank_one(delta: Delta) -> tuple[Tensor, Tensor]:

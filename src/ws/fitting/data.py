@@ -27,6 +27,7 @@ from ws.base.store import Shards, write_table
 from ws.fitting import responses
 from ws.fitting.behaviour import Behaviour, TrainPrompt
 from ws.fitting.responses import Asked, EngineSettings
+from ws.measure.divergence import distinct_ngrams
 from ws.measure.generate import Sampling
 from ws.model.loading import ChatModel
 
@@ -231,7 +232,7 @@ def with_flags(pairs: pl.DataFrame, personas: tuple[Sequence[str], Sequence[str]
     identical = (pairs["response_pos"] == pairs["response_neg"]).to_list()
     for side, texts in zip(SIDES, personas, strict=True):
         responses = pairs[f"response_{side}"].to_list()
-        variety = [_distinct_trigrams(text) for text in responses]
+        variety = [distinct_ngrams(_words(text)) for text in responses]
         floor = 0.5 * median(variety)
         copied = {phrase for text in texts for phrase in _word_runs(text, 6)}
         flags = []
@@ -279,11 +280,10 @@ def keep_rates(pairs: pl.DataFrame, by: str) -> pl.DataFrame:
     return pairs.group_by(by, maintain_order=True).agg(*(pl.col(f"keep_{side}").mean() for side in SIDES), pl.len())
 
 
-def _distinct_trigrams(text: str) -> float:
-    runs = _word_runs(text, 3)
-    return len(set(runs)) / len(runs) if runs else 1.0
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.casefold())
 
 
 def _word_runs(text: str, length: int) -> list[tuple[str, ...]]:
-    words = re.findall(r"[\w']+", text.casefold())
+    words = _words(text)
     return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]

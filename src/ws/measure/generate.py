@@ -9,6 +9,7 @@ depend on the batch that it was made in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -55,6 +56,10 @@ class Request(NamedTuple):
     keys: tuple[str, ...]
 
 
+EditOfRows = Callable[[Sequence[int]], AbstractContextManager[None]]
+"""Puts an edit on the model for one batch, given the number of the request that every row of it belongs to."""
+
+
 @torch.no_grad()
 def sample(
     model: ChatModel,
@@ -65,23 +70,32 @@ def sample(
     stops: frozenset[int] | None = None,
     cache_tokens: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    edited: EditOfRows = lambda _: nullcontext(),
 ) -> list[list[Sample]]:
     """Sample every request; results in the order of `requests` and of their keys.
 
     `stops` are the ids that end a sample (None: those of the chat template). `cache_tokens` bounds the attention cache
     (None: what `model.cache_memory` holds), though one request is always in one batch, and has no effect on results.
-    `advance` is told how many samples have
-    been finished since it was last called.
+    `advance` is told how many samples have been finished since it was last called. `edited` holds an edit whose
+    strength differs between requests: it is entered anew whenever rows leave the batch.
     """
     ending = model.chat.stop_ids if stops is None else stops
     results: list[list[Sample]] = [[] for _ in requests]
     most = affordable_tokens(model) if cache_tokens is None else cache_tokens
     for batch in _plan(requests, sampling.max_new_tokens, most):
-        done = _sample_batch(model, [requests[index] for index in batch], sampling, seed, ending)
+        done = _sample_batch(
+            model, [requests[index] for index in batch], sampling, seed, ending,
+            _of_requests(edited, batch),
+        )  # fmt: skip
         for index, samples in zip(batch, done, strict=True):
             results[index] = samples
         advance(sum(len(samples) for samples in done))
     return results
+
+
+def _of_requests(edited: EditOfRows, batch: Sequence[int]) -> EditOfRows:
+    """The same edit for rows that know their place in a batch of requests."""
+    return lambda places: edited([batch[place] for place in places])
 
 
 def affordable_tokens(model: ChatModel) -> int:
@@ -111,8 +125,9 @@ def _plan(requests: Sequence[Request], max_new_tokens: int, cache_tokens: int) -
 
 
 def _sample_batch(
-    model: ChatModel, requests: Sequence[Request], sampling: Sampling, seed: int, ending: frozenset[int]
-) -> list[list[Sample]]:
+    model: ChatModel, requests: Sequence[Request], sampling: Sampling, seed: int, ending: frozenset[int],
+    edited: EditOfRows,
+) -> list[list[Sample]]:  # fmt: skip
     from ws.measure import sample_cache  # noqa: PLC0415 - imports transformers
 
     device = model.device
@@ -123,7 +138,8 @@ def _sample_batch(
     mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in requests], device=device)
     prompts = sample_cache.prompt_cache(model.network, width + sampling.max_new_tokens)
     rows_of_prompts = torch.arange(len(requests), device=device)
-    logits = _next_logits(model, ids, mask, prompts)
+    with edited(range(len(requests))):
+        logits = _next_logits(model, ids, mask, prompts)
 
     # from prompts to samples: row i of the expanded batch continues prompt owner[i]
     owner = torch.repeat_interleave(rows_of_prompts, copies)
@@ -137,24 +153,28 @@ def _sample_batch(
     alive = torch.ones_like(rows, dtype=torch.bool)
     stops = torch.tensor(sorted(ending), device=device)
 
-    for step in range(sampling.max_new_tokens):
-        tokens = _draw(logits, uniforms[rows, step], sampling)
-        stopped = torch.isin(tokens, stops)
-        for row, token, lives, stop in zip(*(one.tolist() for one in (rows, tokens, alive, stopped)), strict=True):
-            if lives and stop:
-                ended[row] = token
-            elif lives:
-                written[row].append(token)
-        alive &= ~stopped
-        left = int(alive.sum())
-        if not left or step + 1 == sampling.max_new_tokens:
-            break
-        if left <= (1 - sample_cache.LEAST_ENDED) * len(rows):
-            keep = torch.nonzero(alive).flatten()
-            rows, alive, tokens, mask = rows[keep], alive[keep], tokens[keep], mask[keep]
-            cache.reorder_cache(keep)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = _next_logits(model, tokens[:, None], mask, cache)
+    with ExitStack() as stack:
+        stack.enter_context(edited(owner.tolist()))
+        for step in range(sampling.max_new_tokens):
+            tokens = _draw(logits, uniforms[rows, step], sampling)
+            stopped = torch.isin(tokens, stops)
+            for row, token, lives, stop in zip(*(one.tolist() for one in (rows, tokens, alive, stopped)), strict=True):
+                if lives and stop:
+                    ended[row] = token
+                elif lives:
+                    written[row].append(token)
+            alive &= ~stopped
+            left = int(alive.sum())
+            if not left or step + 1 == sampling.max_new_tokens:
+                break
+            if left <= (1 - sample_cache.LEAST_ENDED) * len(rows):
+                keep = torch.nonzero(alive).flatten()
+                rows, alive, tokens, mask = rows[keep], alive[keep], tokens[keep], mask[keep]
+                cache.reorder_cache(keep)
+                stack.close()
+                stack.enter_context(edited(owner[rows].tolist()))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = _next_logits(model, tokens[:, None], mask, cache)
 
     flat = [Sample(ids, "length" if end is None else "eos", end) for ids, end in zip(written, ended, strict=True)]
     starts = [0, *torch.cumsum(copies, 0).tolist()]

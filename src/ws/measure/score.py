@@ -33,7 +33,7 @@ from ws.base.errors import UserError
 from ws.base.store import Shards, content_key, write_table
 from ws.edit.condition import Condition
 from ws.edit.steering import Mode, under, under_each
-from ws.measure import choice
+from ws.measure import choice, divergence
 from ws.measure.choice import Choices
 from ws.measure.generate import Request, Sample, Sampling, sample
 from ws.measure.plan import Plan, PlannedCondition, PreparedProbe
@@ -202,7 +202,7 @@ def _run_reply(model: ChatModel, piece: PreparedProbe, _condition: Condition) ->
     values: Values = {}
     for row, reply in zip(piece.probe.rows, _written(model, piece, model.chat.stop_ids), strict=True):
         values[row.row] = {
-            "distinct3": distinct_ngrams(reply.ids),
+            "distinct3": divergence.distinct_ngrams(reply.ids),
             "tokens": float(len(reply.ids)),
             "finished": float(reply.finish == "eos"),
         }
@@ -216,12 +216,6 @@ def _written(model: ChatModel, piece: PreparedProbe, ends: frozenset[int]) -> li
     requests = [Request(ids, (row.row,)) for ids, row in zip(piece.tokens, piece.probe.rows, strict=True)]
     greedy = Sampling(max_new_tokens=piece.probe.tokens, temperature=0)
     return [one for (one,) in sample(model, requests, greedy, seed=0, stops=ends)]
-
-
-def distinct_ngrams(ids: Sequence[int], n: int = 3) -> float:
-    """Share of distinct n-grams among all of a text; 1 where it is too short to have two."""
-    grams = [tuple(ids[at : at + n]) for at in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def holds_json(text: str) -> bool:
@@ -282,7 +276,7 @@ def _run_divergence(model: ChatModel, piece: PreparedProbe, condition: Condition
         parts = []
         for some, base_states in _in_blocks(model, states, piece.base_states[number]):
             edited, base = _log_probabilities(model, piece, some), _log_probabilities(model, piece, base_states)
-            parts.append((edited.exp() * (edited - base)).sum(dim=-1))
+            parts.append(divergence.kl(edited, base))
         divergences = torch.cat(parts)
         for index, part in zip(batch, divergences.split(counts), strict=True):
             for position, value in enumerate(part.tolist()):

@@ -16,7 +16,6 @@ from typing import Any
 from rich.table import Table
 
 from ws import adapters
-from ws.algebra.direction import Direction
 from ws.base import console, stats
 from ws.base.errors import UserError
 from ws.base.store import atomic_file, read_json, write_json, write_text
@@ -175,20 +174,6 @@ def rank_stability(rows: Sequence[Mapping[str, Any]], measure: str = "delta") ->
         if len(families) > 2
     ]
     return {"ranks": ranks, "mean_rho": sum(rhos) / len(rhos) if rhos else None}
-
-
-def overlap(outcomes: Sequence[Outcome], model: ChatModel | None = None) -> dict[str, float]:
-    """Mean cosine of dW between runs of one family, over all pairs of seeds: how much of a direction is the seed."""
-    found = {}
-    for family in dict.fromkeys(outcome.cell.family for outcome in outcomes):
-        files = [o.folder / "direction.safetensors" for o in outcomes if o.cell.family == family and o.folder]
-        directions = [Direction.load(file) for file in files]
-        if model is not None:
-            directions = [direction.bind(model) for direction in directions]
-        cosines = [a.cosine(b) for number, a in enumerate(directions) for b in directions[number + 1 :]]
-        if cosines:
-            found[family] = sum(cosines) / len(cosines)
-    return found
 
 
 def write_tables(folder: Path, outcomes: Sequence[Outcome]) -> None:
