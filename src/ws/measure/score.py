@@ -197,7 +197,7 @@ class _Prepared:
         _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)
         answers: choice.Answers = ([], [])
         if probe.kind in ("choice", "guided"):
-            answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
+            answers = choice.answers_of(model, probe.answers)
         batches = forward.plan_batches([len(ids) for ids in tokens], budget)
         choices = Choices.of(model, tokens, answers, budget) if probe.kind == "choice" else None
         padded = sum(len(tokens[batch[0]]) * len(batch) for batch in batches)
