@@ -11,7 +11,8 @@ by PEFT it would hold a part of the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,21 +149,50 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
     if settings.roles is None and (missed := architecture.linear_maps_without_role(network, layers)):
         console.warn(f"{name}: not adapted, because their role is unknown: {', '.join(missed)}")
     config = _configuration(settings, chosen, prefix, layers)
-    with console.library_noise_muted():
-        wrapped = peft.get_peft_model(network, config)
-    wrapped.peft_config[_ADAPTER].base_model_name_or_path = name
-    attached = Attached(wrapped, {})
-    try:
-        _require_exactly(wrapped, chosen)
+    with _put_back_on_failure(network):
+        try:
+            with console.library_noise_muted():
+                wrapped = peft.get_peft_model(network, config)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UnsupportedFeatureError(
+                f"PEFT cannot put {settings.family} on this model ({reason})", _way_out(network)
+            ) from error
+        wrapped.peft_config[_ADAPTER].base_model_name_or_path = name
+        attached = Attached(wrapped, {})
+        _require_exactly(wrapped, chosen, _way_out(network))
         if settings.family == "pissa":
             attached._shifts = {site.module: _start_from_principal(wrapped, site) for site in chosen}
         if settings.family == "dora":
             for site in chosen:
                 _exact_magnitude(wrapped, site)
-    except BaseException:
-        attached.detach()
-        raise
     return attached
+
+
+@contextmanager
+def _put_back_on_failure(network: nn.Module) -> Iterator[None]:
+    """Leave the network as it was if the block fails, however far PEFT had come: it replaces modules one by one."""
+    children = [(module, dict(module._modules)) for module in network.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    attributes = set(vars(network))
+    try:
+        yield
+    except BaseException:
+        for module, before in children:
+            module._modules.clear()
+            module._modules.update(before)
+        for parameter, before_training in trained:
+            parameter.requires_grad_(before_training)
+        for added in vars(network).keys() - attributes:
+            delattr(network, added)
+        raise
+
+
+def _way_out(network: nn.Module) -> str:
+    """What works instead: in mixtures PEFT moves the adapters of feed-forward maps to the experts."""
+    if any(name.endswith("experts") for name, _ in network.named_modules()):
+        return "PEFT moves adapters of feed-forward maps to the fused experts here: give --roles q k v o."
+    return "Give other --roles, or use another family."
 
 
 def _require_positive(settings: AdapterSettings) -> None:
@@ -226,7 +256,7 @@ def _configuration(settings: AdapterSettings, chosen: Sequence[Site], prefix: st
         raise UserError(f"PEFT refuses this {settings.family} ({error})", "Change the adapter settings.") from error
 
 
-def _require_exactly(wrapped: Any, chosen: Sequence[Site]) -> None:
+def _require_exactly(wrapped: Any, chosen: Sequence[Site], remedy: str) -> None:
     """Raise unless precisely the modules of the slice carry the adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415
 
@@ -237,7 +267,8 @@ def _require_exactly(wrapped: Any, chosen: Sequence[Site]) -> None:
     if odd:
         raise UnsupportedFeatureError(
             f"PEFT adapts another set of modules than the slice holds ({len(adapted)} instead of {len(chosen)}, "
-            f"for example {odd[0]})"
+            f"for example {odd[0]})",
+            remedy,
         )
 
 

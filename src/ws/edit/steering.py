@@ -199,7 +199,7 @@ def _require_parameters(parts: Parts, network: nn.Module) -> None:
     parameters = dict(network.named_parameters())
     for name, terms in parts.items():
         if name not in parameters:
-            raise UserError(f"the direction changes {name}, which the model does not have", "Load its own base model.")
+            raise architecture.no_own_parameter(network, name)
         for delta, _ in terms:
             wanted = tuple(as_matrix(parameters[name]).shape)
             if delta.shape != wanted:

@@ -47,7 +47,10 @@ def low_rank_form(direction: Direction, network: nn.Module, rank: int | None = N
     """
     modules = dict(network.named_modules())
     forms = []
+    parameters = dict(network.named_parameters())
     for name, delta in direction.deltas.items():
+        if name not in parameters:
+            raise architecture.no_own_parameter(network, name)
         module_name, _, leaf = name.rpartition(".")
         module = modules.get(module_name)
         if leaf != "weight" or module is None or not architecture.is_linear_map(module):
