@@ -31,7 +31,8 @@ from ws.algebra.delta import BaseTerm, Delta
 from ws.base.errors import BaseMismatchError, UserError
 from ws.base.store import atomic_file, canonical_json, tensors_key
 from ws.model import architecture
-from ws.model.loading import ChatModel, fingerprint
+from ws.model.fingerprint import fingerprint
+from ws.model.loading import ChatModel
 
 FORMAT = "weight-steering direction 1"
 HEADER_KEY = "weight_steering"

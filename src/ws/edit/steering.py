@@ -25,7 +25,8 @@ from ws.base import console
 from ws.base.errors import BaseMismatchError, UnsupportedFeatureError, UserError
 from ws.edit.condition import Condition, Effect
 from ws.model import architecture
-from ws.model.loading import ChatModel, fingerprint, forget_fingerprint
+from ws.model.fingerprint import fingerprint, forget_fingerprint
+from ws.model.loading import ChatModel
 
 Mode = Literal["auto", "runtime", "baked"]
 Edits = Direction | Effect | Mapping[Any, Alpha]
