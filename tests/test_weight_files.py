@@ -221,6 +221,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "an index cut off": ("sharded", shards_cut_off, r"index\.json is damaged"),
     "an index of nothing": ("sharded", lambda f: (f / INDEX).write_text("[]"), r"index\.json is damaged"),
     "a shard lost": ("sharded", shard_lost, r"lacks model-00001-of-\d+\.safetensors"),
+    "an adapter beside the model": ("llama", lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
     "only leftovers": ("llama", lambda f: (f / WEIGHTS).rename(f / "copy.safetensors"), "no safetensors weights"),
 }  # fmt: skip
 

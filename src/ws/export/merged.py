@@ -28,7 +28,7 @@ from ws.model.weight_files import INDEX, WHOLE, Checkpoint
 
 _BESIDE_WEIGHTS = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".md", ""})
 """Endings of files that belong to a model and hold no weights: configuration, tokenizer, templates, licence."""
-_NOT_OF_THE_COPY = frozenset({RECORD_FILE, "README.md", "adapter_config.json"})
+_NOT_OF_THE_COPY = frozenset({RECORD_FILE, "README.md"})
 _TEMPLATES = "additional_chat_templates"
 
 

@@ -154,6 +154,8 @@ def load(
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _explain(name, place, error) from error
+    if getattr(network, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} is an adapter, not a model", "Give its base model; ws diff reads adapters.")
     for parameter, stored, described in sorted(loading["mismatched_keys"]):
         weight_files.require_shape(name, parameter, stored, described)
     if absent := sorted(loading["missing_keys"]):

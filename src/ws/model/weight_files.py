@@ -31,7 +31,7 @@ from ws.base.store import read_json
 from ws.model.fingerprint import fingerprint_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG = "config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -42,6 +42,8 @@ def names_in(folder: Path) -> list[str]:
     """Names of the weight files that the library reads from a model folder."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a model folder (no {CONFIG})", "Give a folder made by save_pretrained.")
+    if (folder / ADAPTER_CONFIG).is_file():  # the library would load it with the model
+        raise UserError(f"{folder} holds an adapter ({ADAPTER_CONFIG}) beside a model", "Move one of them elsewhere.")
     if (folder / WHOLE).is_file():
         return [WHOLE]
     if not (folder / INDEX).is_file():
