@@ -136,8 +136,13 @@ def randomise(wrapped: nn.Module, seed: int, scale: float = 0.1) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=fresh) * scale)
 
 
-def save_lora(base: Path, target: Path, seed: int = 0, scale: float = 0.1, **options: Any) -> Path:
-    """A randomised LoRA on layers 1 and 2 of a fresh copy of `base`, saved by PEFT; options are `LoraConfig`'s."""
+def save_lora(
+    base: Path, target: Path, seed: int = 0, scale: float = 0.1, save: dict[str, Any] | None = None, **options: Any
+) -> Path:
+    """A randomised LoRA on layers 1 and 2 of a fresh copy of `base`, saved by PEFT; options are `LoraConfig`'s.
+
+    `save` holds options of PEFT's `save_pretrained`.
+    """
     import peft  # noqa: PLC0415 - heavy import, late
 
     settings: dict[str, Any] = {
@@ -151,7 +156,7 @@ def save_lora(base: Path, target: Path, seed: int = 0, scale: float = 0.1, **opt
     }
     wrapped = peft.get_peft_model(loading.load(str(base)).network, peft.LoraConfig(**settings))
     randomise(wrapped, seed, scale)
-    wrapped.save_pretrained(str(target))
+    wrapped.save_pretrained(str(target), **(save or {}))
     return target
 
 

@@ -39,12 +39,16 @@ def test_rows_have_what_the_file_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "mentioned"),
     [
-        ("{", "no JSON"),
-        ("[1]", "no JSON object"),
+        ("{", "not valid JSON"),
+        ("[1]", "not a JSON object"),
         ({"label": 1}, "no prompt"),
+        ({"prompt": None, "label": 1}, "no prompt"),
         ({"prompt": " ", "label": 1}, "no prompt"),
         ({"prompt": "Why?"}, "label is None"),
         ({"prompt": "Why?", "label": 0}, "label is 0"),
+        ({"prompt": "Why?", "label": True}, "label is True"),
+        ({"prompt": "Why?", "label": 1, "anchor": ""}, "anchor is ''"),
+        ({"prompt": "Why?", "label": 1, "cluster": ["a"]}, "cluster is ['a']"),
         ({"prompt": "Why?", "label": 1, "lable": 1}, "'lable'"),
     ],
 )
@@ -52,7 +56,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, mentioned: str) -> None:
     path = write(tmp_path / "own.jsonl", {"prompt": "Why?", "label": 1}, line)
     with pytest.raises(UserError) as caught:
         custom.read(path)
-    assert_one_line(caught.value, f"{path}:2", mentioned)
+    assert_one_line(caught.value, f"{path}, line 2: ", mentioned)
 
 
 def test_no_file_and_no_rows_are_errors(tmp_path: Path) -> None:

@@ -410,9 +410,9 @@ def test_read_pairs_have_the_columns_of_sampled_ones(
         ('{"response_pos": "b", "response_neg": "c"}', "key 'prompt' is missing or no text"),
         ('{"prompt": "a", "response_pos": 5, "response_neg": "c"}', "key 'response_pos' is missing or no text"),
         ('{"prompt": "a", "response_pos": null, "response_neg": "c"}', "key 'response_pos' is missing or no text"),
-        ("[1, 2]", "key 'prompt' is missing or no text"),
-        ('"prompt"', "key 'prompt' is missing or no text"),
-        ("3", "key 'prompt' is missing or no text"),
+        ("[1, 2]", "not a JSON object"),
+        ('"prompt"', "not a JSON object"),
+        ("3", "not a JSON object"),
     ],
 )
 @pytest.mark.parametrize("before", ["", "\n"])
@@ -442,20 +442,6 @@ def test_a_pairs_file_without_use_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=problem):
         data.read_pairs(make(tmp_path), sycophancy)
-
-
-def test_a_pairs_file_that_is_not_utf8_is_a_user_error(sycophancy: Behaviour, tmp_path: Path) -> None:
-    path = write(tmp_path, lines_of(["schön", *YES], ["nö", *NO]).encode("latin-1"))
-    with pytest.raises(UserError, match=r"pairs\.jsonl"):
-        data.read_pairs(path, sycophancy)
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
-def test_a_line_separator_within_a_text_does_not_break_a_line(
-    sycophancy: Behaviour, tmp_path: Path, separator: str
-) -> None:
-    pairs = data.read_pairs(write(tmp_path, lines_of([f"Ja,{separator}ja.", *YES], ["Nein.", *NO])), sycophancy)
-    assert pairs["response_pos"][0] == f"Ja,{separator}ja."
 
 
 def test_a_topic_of_null_is_no_topic(sycophancy: Behaviour, tmp_path: Path) -> None:

@@ -255,15 +255,17 @@ def test_rows_without_names_are_numbered(tmp_path: Path) -> None:
         ("set.csv", b"dilemma_situation,action,label\na,b,1\n", "no known format of dilemmas"),
         ("set.csv", b"", "cannot be read"),
         ("set.csv", b"situation,action,label\na,b,1\na,b,c,d,e\n", "cannot be read"),
-        ("set.csv", "situation,action,label\nö,b,1\n".encode("latin-1"), "cannot be read"),
+        ("set.csv", "situation,action,label\nö,b,1\n".encode("latin-1"), "line 2: not UTF-8 text"),
         ("set.csv", b"situation,action,label\na,b,0\n", "none of 1 rows can be used"),
         ("set.csv", b"situation,action,label\na,b,yes\n", "none of 1 rows can be used"),
         ("set.csv", b"situation,action,label\n", "none of 0 rows can be used"),
-        ("set.jsonl", b'{"situation": "a"', "cannot be read"),
-        ("set.jsonl", b"\xff\xfe", "cannot be read"),
+        ("set.jsonl", b'{"situation": "a"', "line 1: not valid JSON"),
+        ("set.jsonl", b"\xff\xfe", "not UTF-8"),
         ("set.jsonl", b"", "no known format"),
-        ("set.jsonl", b"[1, 2]", "no known format"),
-        ("set.jsonl", b'{"situation": null, "action": "b", "label": 1}', "none of 1 rows can be used"),
+        ("set.jsonl", b"[1, 2]", "line 1: not a JSON object"),
+        ("set.jsonl", b'{"situation": null, "action": "b", "label": 1}', "no known format"),
+        ("set.jsonl", b'{"situation": "a", "action": null, "label": 1}\n{"action": "b"}', "none of 2 rows can be used"),
+        ("set.csv", b"situation,action,label\na,,1\n", "none of 1 rows can be used"),
         ("set.parquet", b"not parquet", "cannot be read"),
         ("set.txt", b"situation,action,label\na,b,1\n", "is of an unknown kind"),
         ("set", b"situation,action,label\na,b,1\n", "is of an unknown kind"),
@@ -284,11 +286,6 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
 def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="there is no dilemma file"):
         dilemmas.read(str(tmp_path / name))
-
-
-def test_a_line_separator_within_a_text_does_not_break_a_line(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "set.jsonl", [{**MINE[0], "situation": "You see\u2028it."}])
-    assert dilemmas.read(str(tmp_path / "set.jsonl"))[0].situation == "You see\u2028it."
 
 
 # ---------------------------------------------------------------- the aggregated table

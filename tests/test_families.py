@@ -25,6 +25,7 @@ from ws.measure.probe import Probe, ProbeRow
 from ws.measure.score import score
 from ws.model import loading
 from ws.model.chat import ask
+from ws.model.fingerprint import forget_fingerprint
 from ws.model.loading import ChatModel
 from ws.pocket import tiny
 
@@ -249,7 +250,7 @@ def test_a_direction_can_be_moved_to_another_base_as_the_update_that_it_is(
     other = loading.load(model.name)
     for parameter in other.network.parameters():
         parameter.data.mul_(1.5)
-    loading.forget_fingerprint(other.network)
+    forget_fingerprint(other.network)
     start = {name: other.network.get_parameter(name).data.double().clone() for name in made.meaning}
     with steer(other, direction, 1.0, base_mismatch="allow", mode="baked"):
         for name, change in made.meaning.items():

@@ -26,7 +26,8 @@ from ws.base import precision
 from ws.base.errors import UserError
 from ws.edit.steering import steer
 from ws.model import loading
-from ws.model.loading import ChatModel, fingerprint, forget_fingerprint, model_slug
+from ws.model.fingerprint import fingerprint, forget_fingerprint
+from ws.model.loading import ChatModel, model_slug
 from ws.pocket import tiny
 
 WEIGHTS = "model.safetensors"

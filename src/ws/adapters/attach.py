@@ -30,7 +30,7 @@ FAMILIES = ("lora", "rslora", "dora", "pissa", "delora", "oft", "boft", "ia3")
 _BLOCKED_ON_CONV1D = ("delora", "oft", "boft")
 _IA3_ROLES = ("k", "v", "down")
 _ADAPTER = "default"
-_REFUSALS_OF_PEFT = (ValueError, TypeError, NotImplementedError, AttributeError, KeyError)
+_REFUSALS_OF_PEFT = (ValueError, TypeError, RuntimeError, AttributeError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
             wrapped = peft.get_peft_model(network, config)
         wrapped.peft_config[_ADAPTER].base_model_name_or_path = name
         attached = Attached(wrapped, take_off)
-        _require_exactly(wrapped, chosen)
+        _require_exactly(wrapped, chosen, _way_out(network))
         for site in chosen:
             if settings.family == "pissa":
                 attached._shifts[site.module] = _start_from_principal(wrapped, site)
@@ -160,25 +160,35 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
     except BaseException as error:
         (attached.detach if attached else take_off)()
         if isinstance(error, _REFUSALS_OF_PEFT) and attached is None:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise UnsupportedFeatureError(
-                f"PEFT cannot put {settings.family} on {type(network).__name__} ({error})",
-                "Use lora, or other --roles.",
+                f"PEFT cannot put {settings.family} on {type(network).__name__} ({reason})", _way_out(network)
             ) from error
         raise
     return attached
 
 
 def _taking_off(network: nn.Module) -> Callable[[], None]:
-    """What gives every module of the network the children that it has now; PEFT undoes nothing where it fails."""
+    """What gives the network its own modules and its trainable flags back; PEFT undoes nothing where it fails."""
     children = [(module, dict(module._modules)) for module in network.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
 
     def take_off() -> None:
         for module, own in children:
             module._modules.clear()
             module._modules.update(own)
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
         network.__dict__.pop("peft_config", None)
 
     return take_off
+
+
+def _way_out(network: nn.Module) -> str:
+    """What works instead: in mixtures PEFT moves the adapters of feed-forward maps to the experts."""
+    if any(name.endswith("experts") for name, _ in network.named_modules()):
+        return "PEFT moves adapters of feed-forward maps to the fused experts here: give --roles q k v o."
+    return "Give other --roles, or use another family."
 
 
 def _require_positive(settings: AdapterSettings) -> None:
@@ -242,7 +252,7 @@ def _configuration(settings: AdapterSettings, chosen: Sequence[Site], prefix: st
         raise UserError(f"PEFT refuses this {settings.family} ({error})", "Change the adapter settings.") from error
 
 
-def _require_exactly(wrapped: Any, chosen: Sequence[Site]) -> None:
+def _require_exactly(wrapped: Any, chosen: Sequence[Site], remedy: str) -> None:
     """Raise unless precisely the modules of the slice carry the adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415
 
@@ -253,7 +263,8 @@ def _require_exactly(wrapped: Any, chosen: Sequence[Site]) -> None:
     if odd:
         raise UnsupportedFeatureError(
             f"PEFT adapts another set of modules than the slice holds ({len(adapted)} instead of {len(chosen)}, "
-            f"for example {odd[0]})"
+            f"for example {odd[0]})",
+            remedy,
         )
 
 

@@ -1,4 +1,4 @@
-"""Full checkpoints, tensor by tensor: the difference of two, and a copy with directions baked in.
+"""Full checkpoints, tensor by tensor: the difference of two, and files that are written as they are computed.
 
 Nothing here holds more than one parameter at a time, so memory is bounded by the largest tensor, whatever the size of
 the model. A difference of checkpoints is dense; where only low-rank adapters differ, `ws diff` on the adapter folders
@@ -10,100 +10,20 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ws.algebra.direction import FORMAT, HEADER_KEY, as_matrix
 from ws.base import console
 from ws.base.errors import UserError
 from ws.base.store import atomic_file, canonical_json
-from ws.model import loading
+from ws.model.weight_files import DTYPES, Checkpoint, Stored
 
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-
-
-class Entry(NamedTuple):
-    """One stored tensor: its file, shape and dtype."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Checkpoint:
-    """The safetensors files of a model folder, read one tensor at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries = dict(sorted(self._scan()))
-
-    def _scan(self) -> Iterator[tuple[str, Entry]]:
-        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not (self.folder / "config.json").is_file() or not files:
-            raise UserError(f"{self.folder} is no model folder with safetensors weights",
-                            "Give a folder made by save_pretrained.")  # fmt: skip
-        index = self.folder / _INDEX
-        if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(listed.values()))
-        for name in files:
-            with self._opened(name) as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    piece = file.get_slice(key)
-                    code = piece.get_dtype()
-                    if code not in _DTYPES:
-                        raise UserError(f"{self.folder / name}: {key} is stored as {code}", "Only floats are read.")
-                    yield key, Entry(name, tuple(piece.get_shape()), _DTYPES[code])
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        try:
-            with safe_open(self.folder / name, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.folder / name} cannot be read ({error})", "Save the model again.") from error
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the weight files."""
-        return sorted({entry.file for entry in self.entries.values()})
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor in its stored dtype."""
-        with self._opened(self.entries[name].file) as file:
-            found: Tensor = file.get_tensor(name)
-        return found
-
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter of the model, as its class names them; tied ones once."""
-        from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy import, late
-
-        try:
-            with console.library_noise_muted(), torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.folder / 'config.json'} describes no known model ({reason})") from error
-        network.tie_weights()
-        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        if absent := sorted(shapes.keys() - self.entries.keys()):
-            raise UserError(
-                f"{self.folder} stores its weights under other names than the model has (for example no {absent[0]})",
-                "Load the model and save it again with save_pretrained; fused experts are not read here.",
-            )
-        return shapes
-
-    def fingerprint(self) -> str:
-        """The fingerprint that the loaded model would have."""
-        return loading.fingerprint_of((name, self.tensor(name)) for name in self.parameters())
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def difference(
@@ -116,12 +36,7 @@ def difference(
     own, positive, negative = (Checkpoint(Path(folder)) for folder in (base, pos, neg))
     shapes = own.parameters()
     for side in (positive, negative):
-        for name, shape in side.parameters().items():
-            if shapes.get(name) != shape:
-                raise UserError(
-                    f"{side.folder}: {name} has shape {shape}, the base has {shapes.get(name)}",
-                    "Both checkpoints must be of the base's architecture.",
-                )
+        _require_same_parameters(own, shapes, side)
     changed = []
     with console.progress("comparing", total=len(shapes)) as bar:
         for name in shapes:
@@ -130,8 +45,7 @@ def difference(
             bar.advance()
     if not changed:
         raise UserError(f"{pos} and {neg} hold the same weights", "There is no direction between them.")
-    coarse = [entry.dtype for entry in (positive.entries[changed[0]], negative.entries[changed[0]])]
-    if torch.float32 not in coarse:
+    if torch.float32 not in [side.dtype(changed[0]) for side in (positive, negative)]:
         console.warn("both checkpoints are in half precision: what their rounding lost is not in the difference")
     header = {
         "format": FORMAT,
@@ -152,11 +66,22 @@ def difference(
     keys = {}
     for name in changed:
         rows = shapes[name] if len(shapes[name]) > 1 else (*shapes[name], 1)
-        keys[f"{name}::left"] = Entry("", (*rows[:-1], 0), torch.float32)
-        keys[f"{name}::right"] = Entry("", (*rows[:-2], 0, rows[-1]), torch.float32)
-        keys[f"{name}::dense"] = Entry("", rows, torch.float32)
+        keys[f"{name}::left"] = Stored("", (*rows[:-1], 0), torch.float32)
+        keys[f"{name}::right"] = Stored("", (*rows[:-2], 0, rows[-1]), torch.float32)
+        keys[f"{name}::dense"] = Stored("", rows, torch.float32)
     write_streamed(out, keys, part, {HEADER_KEY: canonical_json(header)}, "writing the direction")
     return changed
+
+
+def _require_same_parameters(base: Checkpoint, shapes: Mapping[str, tuple[int, ...]], side: Checkpoint) -> None:
+    found = side.parameters()
+    for name in [*shapes, *found]:
+        if found.get(name) != shapes.get(name):
+            has, wanted = (f"has shape {s[name]}" if name in s else "is absent" for s in (found, shapes))
+            raise UserError(
+                f"{side.folder}: {name} {has}, but in the base {base.folder} it {wanted}",
+                "Base and both sides must be checkpoints of one architecture, with heads tied in all or in none.",
+            )
 
 
 def _layers(names: Sequence[str]) -> dict[str, int]:
@@ -170,7 +95,7 @@ def _layers(names: Sequence[str]) -> dict[str, int]:
 
 def write_streamed(
     path: Path,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, Stored],
     produce: Callable[[str], Tensor],
     metadata: Mapping[str, str],
     description: str,

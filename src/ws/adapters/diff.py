@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ws import adapters
+from ws.adapters.folder import AdapterFolder
+from ws.adapters.provenance import require_one_base
 from ws.algebra import spectrum
 from ws.algebra.direction import Direction, as_matrix
 from ws.base import console
@@ -123,6 +125,11 @@ def _dense(tau: Direction, name: str, weight: Tensor) -> Tensor:
 def task_vector(model: ChatModel, folder: str | Path) -> Direction:
     """The exact update tau of one adapter folder, bound to this base."""
     read = adapters.read(folder)
+    require_one_base(model, [read])
+    return _task_vector(model, read)
+
+
+def _task_vector(model: ChatModel, read: AdapterFolder) -> Direction:
     deltas = adapters.deltas(read, model.network)
     prefix, _ = architecture.decoder_layers(model.network)
     layers = {name: int(name[len(prefix) + 1 :].split(".")[0]) for name in deltas if name.startswith(prefix + ".")}
@@ -137,7 +144,9 @@ def direction(
 
     Parameters that only one side touches count as zero on the other; how many do is recorded, and said when it is odd.
     """
-    tau_pos, tau_neg = task_vector(model, pos), task_vector(model, neg)
+    sides = [adapters.read(folder) for folder in (pos, neg)]
+    require_one_base(model, sides)
+    tau_pos, tau_neg = (_task_vector(model, side) for side in sides)
     one_sided = sorted(tau_pos.deltas.keys() ^ tau_neg.deltas.keys())
     if one_sided:
         console.warn(f"{len(one_sided)} parameters are touched by one side only, for example {one_sided[0]}")

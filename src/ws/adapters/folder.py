@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from ws.model import architecture
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MERGE_EXPERTS = (
+    "Merge each side into the base with PEFT (merge_and_unload, save_pretrained) and give the two checkpoints."
+)
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 
 
 class AdapterFolder(NamedTuple):
@@ -58,7 +63,8 @@ class AdapterFolder(NamedTuple):
         for option, value in self.config.items():
             if option in _NEVER_MATTERS or option in harmless or not value or value == "none":
                 continue
-            self.unsupported(f"{self.config.get('peft_type')} with {option} = {json.dumps(value)}")
+            remedy = {"remedy": MERGE_EXPERTS} if option == "target_parameters" else {}
+            self.unsupported(f"{self.config.get('peft_type')} with {option} = {json.dumps(value)}", **remedy)
 
 
 _NEVER_MATTERS = frozenset({
@@ -162,14 +168,17 @@ class AdaptedModule:
 def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collection[str]) -> list[AdaptedModule]:
     """The adapter's tensors by module; `endings` are the names that the family gives to its tensors.
 
-    Tensors of `modules_to_save` are left out: `saved_modules` turns them into dense updates.
+    Tensors of `modules_to_save` are left out: `saved_modules` turns them into dense updates. So are copies of base
+    weights that PEFT saves beside an adapter of the embeddings or the head.
     """
     modules = dict(network.named_modules())
     saved = set(_saved_parameters(folder, network))
+    base = dict(network.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, base.values()))
     ordered = sorted(endings, key=len, reverse=True)
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, tensor in folder.tensors.items():
-        if name in saved:
+        if name in saved or _is_copy(tensor, base.get(name.replace(".base_layer.", "."))):
             continue
         ending = next((e for e in ordered if name.endswith(f".{e}")), None)
         if ending is None:
@@ -178,12 +187,23 @@ def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collecti
     found = []
     for name in sorted(grouped):
         module = modules.get(name)
+        if module is None and (fused := _EXPERT.fullmatch(name)) and fused[1] in modules:
+            folder.unsupported(f"an adapter on the single expert {name}, which the model keeps fused in {fused[1]},",
+                               MERGE_EXPERTS)  # fmt: skip
         if module is None or not architecture.is_linear_map(module):
             folder.fail(f"it adapts {name}, which the model does not have", "Give the base model it was made on.")
+        if uses[id(module.weight)] > 1:
+            other = architecture.tied_to(network, f"{name}.weight")
+            folder.unsupported(f"an adapter on {name}, whose weight the model ties to {other},")
         found.append(AdaptedModule(folder, name, grouped[name], module))
     if not found and not saved:
         folder.fail("it holds no adapter tensors")
     return found
+
+
+def _is_copy(tensor: Tensor, base: Tensor | None) -> bool:
+    """Whether a tensor is a base weight, unchanged (rounded to the dtype that the base has here)."""
+    return base is not None and base.shape == tensor.shape and torch.equal(tensor.to(base), base.data)
 
 
 def saved_modules(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:

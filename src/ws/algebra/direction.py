@@ -30,7 +30,9 @@ from ws.algebra import spectrum
 from ws.algebra.delta import BaseTerm, Delta
 from ws.base.errors import BaseMismatchError, UserError
 from ws.base.store import atomic_file, canonical_json, content_key, tensors_key
-from ws.model.loading import ChatModel, fingerprint
+from ws.model import architecture
+from ws.model.fingerprint import fingerprint
+from ws.model.loading import ChatModel
 
 FORMAT = "weight-steering direction 1"
 HEADER_KEY = "weight_steering"
@@ -61,6 +63,8 @@ class Direction:
                 "Load its own base.",
             )
         parameters = dict(network.named_parameters())
+        if absent := sorted(self.deltas.keys() - parameters.keys()):
+            raise architecture.no_own_parameter(network, absent[0])
         needed = [name for name, delta in self.deltas.items() if delta.needs_weight]
         return replace(self, weights={name: as_matrix(parameters[name].data) for name in needed})
 

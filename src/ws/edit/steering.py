@@ -25,7 +25,8 @@ from ws.base import console
 from ws.base.errors import BaseMismatchError, UnsupportedFeatureError, UserError
 from ws.edit.condition import BaseMismatch, Condition, Effect
 from ws.model import architecture
-from ws.model.loading import ChatModel, fingerprint, forget_fingerprint
+from ws.model.fingerprint import fingerprint, forget_fingerprint
+from ws.model.loading import ChatModel
 
 Mode = Literal["auto", "runtime", "baked"]
 Edits = Direction | Effect | Mapping[Any, Alpha]
@@ -207,7 +208,7 @@ def _require_parameters(parts: Parts, network: nn.Module) -> None:
     parameters = dict(network.named_parameters())
     for name, terms in parts.items():
         if name not in parameters:
-            raise UserError(f"the direction changes {name}, which the model does not have", "Load its own base model.")
+            raise architecture.no_own_parameter(network, name)
         for delta, _ in terms:
             wanted = tuple(as_matrix(parameters[name]).shape)
             if delta.shape != wanted:

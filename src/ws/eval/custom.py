@@ -8,11 +8,11 @@ belong together in intervals; default: each row is its own), `group` (reported a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from ws.base import user_files
 from ws.base.errors import UserError
+from ws.base.user_files import Line, given
 from ws.measure.probe import Probe, ProbeRow
 from ws.model.chat import ask
 
@@ -24,37 +24,27 @@ def read(
     path: Path, *, answers: tuple[str, str] = ("Yes", "No"), anchor: str = ANCHOR, limit: int | None = None
 ) -> Probe:
     """The probe in a JSONL file, named after it; errors name the line."""
-    if not path.is_file():
-        raise UserError(f"there is no probe file {path}", "Give a JSONL file with prompt and label per line.")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            rows.append(_row(f"{path}:{number}", number, _parsed(f"{path}:{number}", line), anchor))
+    lines = user_files.json_lines(path, "probe file", "Give a JSONL file with prompt and label per line.")
+    rows = [_row(line, anchor) for line in lines]
     if not rows:
         raise UserError(f"{path} has no rows", "Give one JSON object with prompt and label per line.")
     return Probe(path.stem, "choice", tuple(rows[:limit]), answers)
 
 
-def _parsed(where: str, line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON ({error.msg})", "Write one object per line.") from error
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is no JSON object", 'Write {"prompt": ..., "label": 1}.')
-    return entry
-
-
-def _row(where: str, number: int, entry: dict[str, Any], anchor: str) -> ProbeRow:
+def _row(line: Line, anchor: str) -> ProbeRow:
+    where, number, entry = line
     if unknown := sorted(entry.keys() - KNOWN):
-        raise UserError(f"{where} has the unknown key {unknown[0]!r}", f"Known: {', '.join(sorted(KNOWN))}.")
+        raise UserError(f"{where}: unknown key {unknown[0]!r}", f"Known: {', '.join(sorted(KNOWN))}.")
     prompt, label = entry.get("prompt"), entry.get("label")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where} has no prompt", "Give prompt as a text.")
-    if label not in (1, -1):
+        raise UserError(f"{where}: there is no prompt", "Give prompt as a text.")
+    if not user_files.is_sign(label):
         raise UserError(f"{where}: label is {label!r}", "It is 1 (first answer is positive) or -1.")
-    name = str(entry.get("row", number))
+    for key in sorted(entry.keys() - {"prompt", "label"}):
+        if not isinstance(entry[key], str | int) or isinstance(entry[key], bool) or (key, entry[key]) == ("anchor", ""):
+            raise UserError(f"{where}: {key} is {entry[key]!r}", "Give a text, or leave the key out.")
+    name = str(given(entry, "row", number))
     return ProbeRow(
-        name, tuple(ask(prompt)), str(entry.get("anchor", anchor)), str(entry.get("cluster", name)),
-        str(entry.get("group", "all")), int(label),
+        name, tuple(ask(prompt)), str(given(entry, "anchor", anchor)), str(given(entry, "cluster", name)),
+        str(given(entry, "group", "all")), int(entry["label"]),
     )  # fmt: skip

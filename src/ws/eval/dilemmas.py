@@ -24,7 +24,6 @@ work: from the values of the acting person, party `You`, and not by a proxy.
 from __future__ import annotations
 
 import ast
-import json
 import random
 import re
 from collections import Counter
@@ -36,8 +35,9 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from ws import world
-from ws.base import console
+from ws.base import console, user_files
 from ws.base.errors import UserError
+from ws.base.user_files import given
 from ws.measure.probe import Probe, ProbeRow
 from ws.model.chat import ask
 
@@ -59,7 +59,6 @@ DISHONEST = frozenset({"dishonesty", "deception", "deceit", "deceptive"})
 STATED, FILLER = "stated", "filler"
 """Groups of rows whose own action touches honesty, and of rows that are labelled only by their counterpart."""
 
-_FILE_KINDS = (".csv", ".jsonl", ".parquet")
 _PER_NEAR_SITUATION = 2
 _PER_FAR_CATEGORY = 10
 
@@ -196,7 +195,7 @@ def _load(source: str) -> Loaded:
     path = Path(source).expanduser()
     if path.is_dir() or source.partition("@")[0] == REBUILT_HUB_ID:
         return _rebuild(source)
-    is_file = path.exists() or path.suffix.casefold() in _FILE_KINDS
+    is_file = path.exists() or path.suffix.casefold() in user_files.TABLE_KINDS
     table, revision = (_read_file(path), None) if is_file else _read_hub(source)
     columns = set(table.columns)
     if {"dilemma_situation", "action", "honesty_label"} <= columns:
@@ -222,19 +221,7 @@ def _load(source: str) -> Loaded:
 
 
 def _read_file(path: Path) -> pl.DataFrame:
-    if not path.is_file():
-        raise UserError(f"there is no dilemma file {path}", "Give a CSV, JSONL or parquet file, a hub id, or own.")
-    try:
-        match path.suffix.casefold():
-            case ".csv":
-                return pl.read_csv(path, infer_schema_length=None)
-            case ".parquet":
-                return pl.read_parquet(path)
-            case ".jsonl":
-                return pl.DataFrame([json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()])
-    except (pl.exceptions.PolarsError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})", "Check the file.") from error
-    raise UserError(f"{path} is of an unknown kind", "Give a CSV, JSONL or parquet file.")
+    return user_files.table(path, "dilemma file", "Give a CSV, JSONL or parquet file, a hub id, or own.")
 
 
 def _read_hub(source: str, config: str | None = None) -> tuple[pl.DataFrame, str | None]:
@@ -287,7 +274,7 @@ def _rebuild(source: str) -> Loaded:
 
 
 def _in_folder(folder: Path, name: str) -> Path:
-    for kind in _FILE_KINDS:
+    for kind in user_files.TABLE_KINDS:
         if (folder / f"{name}{kind}").is_file():
             return folder / f"{name}{kind}"
     raise UserError(f"{folder} holds no {name}.csv, .jsonl or .parquet", "Put both tables there, or name one file.")
@@ -300,6 +287,8 @@ def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemm
     of dishonesty count with the sign turned. Votes of several values are summed; a tie keeps nothing. `stated` rows
     have such a value on their own side, `filler` rows only on the other.
     """
+    situations = _without_gaps(situations, SITUATIONS, "dilemma_idx", "action_type", "dilemma_situation", "action")
+    values = _without_gaps(values, VALUES, "dilemma_idx", "action_type", "party", "value")
     touched: dict[Any, dict[str, set[str]]] = {}
     for entry in values.filter(pl.col("party") == "You").iter_rows(named=True):
         mine = {part.strip().casefold() for part in str(entry["value"]).split(",")} & (HONEST | DISHONEST)
@@ -315,7 +304,7 @@ def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemm
         for side, sign in (("to_do", 1), ("not_to_do", -1)):
             if votes:
                 rows.append(Dilemma(
-                    row=str(sides[side].get("idx", f"{key}/{side}")),
+                    row=str(given(sides[side], "idx", f"{key}/{side}")),
                     cluster=str(key),
                     group=STATED if touched[key].get(side) else FILLER,
                     situation=sides[side]["dilemma_situation"],
@@ -325,14 +314,21 @@ def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemm
     return rows
 
 
+def _without_gaps(table: pl.DataFrame, name: str, *columns: str) -> pl.DataFrame:
+    """The rows that have all of these columns: what is not there cannot be asked."""
+    if absent := [column for column in columns if column not in table.columns]:
+        raise UserError(f"{name} has no column {absent[0]}", f"It needs {', '.join(columns)}.")
+    return table.drop_nulls(columns)
+
+
 def _labelled(table: pl.DataFrame, situation: str, label: str, cluster: str, row: str) -> list[Dilemma]:
     rows = []
     for number, entry in enumerate(table.iter_rows(named=True)):
         value = entry[label]
-        if value in (1, -1) and isinstance(entry[situation], str) and isinstance(entry["action"], str):
+        if user_files.is_sign(value) and isinstance(entry[situation], str) and isinstance(entry["action"], str):
             rows.append(Dilemma(
-                row=str(entry.get(row, number)),
-                cluster=str(entry.get(cluster, number)),
+                row=str(given(entry, row, number)),
+                cluster=str(given(entry, cluster, number)),
                 group=_stated(entry),
                 situation=entry[situation],
                 action=entry["action"],
@@ -352,6 +348,7 @@ def _stated(entry: Mapping[str, Any]) -> str:
 
 def _aggregated(table: pl.DataFrame) -> list[Dilemma]:
     rows = []
+    table = _without_gaps(table, "the table", "dilemma_idx", "action_type", "dilemma_situation", "action")
     for _, pair in table.group_by("dilemma_idx", maintain_order=True):
         sides = {entry["action_type"]: entry for entry in pair.iter_rows(named=True)}
         if set(sides) != {"to_do", "not_to_do"} or not sides["to_do"]["dilemma_situation"].startswith("You"):
@@ -364,7 +361,7 @@ def _aggregated(table: pl.DataFrame) -> list[Dilemma]:
         for name, sign in (("to_do", label), ("not_to_do", -label)):
             entry = sides[name]
             rows.append(Dilemma(
-                row=str(entry.get("idx", f"{entry['dilemma_idx']}/{name}")),
+                row=str(given(entry, "idx", f"{entry['dilemma_idx']}/{name}")),
                 cluster=str(entry["dilemma_idx"]),
                 group=STATED if set(values[name]) & (HONEST | DISHONEST) else FILLER,
                 situation=entry["dilemma_situation"],

@@ -9,8 +9,9 @@ from ws.algebra.direction import Direction
 from ws.base.errors import UserError
 from ws.base.store import read_json, write_json
 from ws.export.card import write_card
-from ws.export.lora import RECORD_FILE, logit_error, write_peft
+from ws.export.lora import logit_error, write_peft
 from ws.export.merged import write_merged
+from ws.export.target import RECORD_FILE
 from ws.model import loading
 
 Format = Literal["peft", "merged", "gguf-lora"]

@@ -9,13 +9,14 @@ and stored. A bias has no place in a plain LoRA and is an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ws import world
+from ws import adapters, world
 from ws.algebra import spectrum
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
@@ -23,14 +24,15 @@ from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
 from ws.base.store import atomic_folder, write_json
 from ws.edit.steering import steer
+from ws.export.target import RECORD_FILE, require_free
 from ws.measure.divergence import kl
 from ws.model import architecture, forward
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
-RECORD_FILE = "weight_steering_export.json"
 _PREFIX = "base_model.model."
 _PROMPTS = 8
+_ROUNDING = 1e-5
 
 
 class LowRankForm(NamedTuple):
@@ -48,7 +50,10 @@ def low_rank_form(direction: Direction, network: nn.Module, rank: int | None = N
     """
     modules = dict(network.named_modules())
     forms = []
+    parameters = dict(network.named_parameters())
     for name, delta in direction.deltas.items():
+        if name not in parameters:
+            raise architecture.no_own_parameter(network, name)
         module_name, _, leaf = name.rpartition(".")
         module = modules.get(module_name)
         if leaf != "weight" or module is None or not architecture.is_linear_map(module):
@@ -95,6 +100,7 @@ def write_peft(
 
     if alpha == 0:
         raise UserError("alpha 0 exports no change", "Give the strength that the adapter should have: --alpha 1.")
+    require_free(folder)
     forms = low_rank_form(direction, network, rank)
     ranks = {form.module: max(1, form.delta.rank) for form in forms}
     largest = max(ranks.values())
@@ -130,8 +136,22 @@ def write_peft(
     with atomic_folder(folder) as temporary, console.library_noise_muted():
         config.save_pretrained(temporary)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        _require_same(temporary, network, {form.module: form.delta * alpha for form in forms})
         write_json(temporary / RECORD_FILE, record)
     return record
+
+
+def _require_same(folder: Path, network: nn.Module, meant: Mapping[str, Delta]) -> None:
+    """The folder, read back as any PEFT folder, means the update that was to be written."""
+    found = adapters.deltas(adapters.read(folder), network)
+    for module, delta in meant.items():
+        read = found.pop(f"{module}.weight", Delta.zero(delta.shape))
+        read = read.T if architecture.is_conv1d(network.get_submodule(module)) else read
+        gap = spectrum.norm(read - delta.to(read.device))
+        if gap > _ROUNDING * spectrum.norm(delta):
+            raise UserError(f"{folder}: the update of {module} is not what was written", "Export again.")
+    if found:
+        raise UserError(f"{folder}: it also changes {min(found)}", "Export again.")
 
 
 @torch.no_grad()

@@ -1,31 +1,45 @@
 """A Direction baked into a copy of its base, file by file: `W + alpha dW` in fp32, rounded once to the stored dtype.
 
-The copy has the shards, names and dtypes of the base folder, its tokenizer and configuration. One parameter is in
-memory at a time.
+The copy has the shards, names and dtypes of the base folder, its tokenizer and configuration, and nothing else: of the
+weights only what the library reads, of the other files only those that belong to a model. One parameter is in memory
+at a time. What was written is read back as the library reads it, and compared.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ws.adapters.checkpoints import Checkpoint, write_streamed
+from ws.adapters.checkpoints import write_streamed
 from ws.algebra.direction import Direction
 from ws.base.errors import BaseMismatchError, UserError
 from ws.base.store import atomic_folder, write_json
 from ws.edit.steering import edited
+from ws.export.target import RECORD_FILE, require_free
+from ws.model import architecture
+from ws.model.fingerprint import fingerprint_of
+from ws.model.weight_files import INDEX, WHOLE, Checkpoint
 
-RECORD_FILE = "weight_steering_export.json"
+_BESIDE_WEIGHTS = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".md", ""})
+"""Endings of files that belong to a model and hold no weights: configuration, tokenizer, templates, licence."""
+_NOT_OF_THE_COPY = frozenset({RECORD_FILE, "README.md"})
+_TEMPLATES = "additional_chat_templates"
 
 
 def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> dict[str, Any]:
-    """Write the checkpoint of `base` with all `edits` (direction -> alpha) baked in, and return its record."""
+    """Write the checkpoint of `base` with all `edits` (direction -> alpha) baked in, and return its record.
+
+    `fingerprint` in the record is that of the written model.
+    """
     if folder.resolve() == base.resolve():
         raise UserError(f"{folder} is the base itself", "Give another folder; the base is never overwritten.")
+    require_free(folder)
     source = Checkpoint(base)
     own = source.fingerprint()
     for direction in edits:
@@ -35,14 +49,10 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
                 "Give the folder of its own base.",
             )
     touched = {name for direction in edits for name in direction.deltas}
-    if absent := sorted(touched - source.entries.keys()):
-        raise UserError(f"{base} has no tensor {absent[0]}", "Give the folder of the direction's base.")
-
-    def produce(name: str) -> torch.Tensor:
-        stored = source.tensor(name)
-        terms = [(direction.deltas[name], alpha) for direction, alpha in edits.items() if name in direction.deltas]
-        return edited(stored, terms, stored) if terms else stored
-
+    parameters = source.parameters()
+    if absent := sorted(touched - parameters.keys()):
+        raise architecture.no_own_parameter(source.network, absent[0])
+    merged = _Merged(source, edits)
     record = {
         "format": "merged",
         "base": own,
@@ -50,11 +60,64 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
         "changed": sorted(touched),
     }
     with atomic_folder(folder) as temporary:
-        for file in sorted(base.iterdir()):
-            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith((".bin", ".pt")):
-                shutil.copyfile(file, temporary / file.name)
-        for file_name in source.files:
-            entries = {name: entry for name, entry in source.entries.items() if entry.file == file_name}
-            write_streamed(temporary / file_name, entries, produce, {"format": "pt"}, f"merging {file_name}")
+        _copy_beside_weights(base, temporary)
+        for file in merged.files:
+            names = [name for name in merged.parameter_of if source.entries[name].file == file]
+            entries = {name: source.entries[name] for name in names}
+            write_streamed(temporary / file, entries, merged.stored, {"format": "pt"}, f"merging {file}")
+        if merged.files != [WHOLE]:
+            written = {name: source.entries[name] for name in merged.parameter_of}
+            size = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in written.values())
+            files = {name: entry.file for name, entry in written.items()}
+            write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
+        copy = Checkpoint(temporary)
+        record["fingerprint"] = fingerprint_of((name, merged.checked(name, copy)) for name in parameters)
         write_json(temporary / RECORD_FILE, record)
     return record
+
+
+class _Merged:
+    """The tensors of the copy, by their stored names; those of one parameter lie together, so that it is made once."""
+
+    def __init__(self, source: Checkpoint, edits: Mapping[Direction, float]) -> None:
+        self._source, self._edits = source, edits
+        self.parameter_of = {stored: target for target, origin in source.origins.items() for stored in origin.stored}
+        self._at_hand: tuple[str, dict[str, Tensor]] = ("", {})
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({self._source.entries[stored].file for stored in self.parameter_of})
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor of the copy; those that no direction touches are the base's, bit for bit."""
+        parameter = self.parameter_of[name]
+        if not self._terms(parameter):
+            return self._source.stored(name)
+        if self._at_hand[0] != parameter:
+            self._at_hand = ("", {})
+            self._at_hand = (parameter, self._source.as_stored(parameter, self._value(parameter)))
+        return self._at_hand[1][name]
+
+    def checked(self, parameter: str, copy: Checkpoint) -> Tensor:
+        """A parameter of the copy as read back; an error where it is not what it should be."""
+        found = copy.tensor(parameter)
+        wanted = self._value(parameter) if self._terms(parameter) else self._source.tensor(parameter)
+        if not torch.equal(found, wanted.to(found.dtype)):
+            raise UserError(f"{copy.folder}: {parameter} is not what was written", "Check the disk and export again.")
+        return found
+
+    def _terms(self, parameter: str) -> list[tuple[Any, float]]:
+        return [(d.deltas[parameter], alpha) for d, alpha in self._edits.items() if parameter in d.deltas]
+
+    def _value(self, parameter: str) -> Tensor:
+        base = self._source.tensor(parameter)
+        return edited(base, self._terms(parameter), base)
+
+
+def _copy_beside_weights(base: Path, folder: Path) -> None:
+    for file in sorted([*base.iterdir(), *(base / _TEMPLATES).glob("*.jinja")]):
+        listed = file.name.endswith(".index.json") or file.name in _NOT_OF_THE_COPY
+        if file.is_file() and file.suffix in _BESIDE_WEIGHTS and not listed:
+            target = folder / file.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import string
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ws.base import user_files
 from ws.base.errors import UserError
 from ws.base.store import content_key
 
@@ -103,11 +103,7 @@ def load(name_or_file: str) -> Behaviour:
                 f"unknown behaviour {name_or_file!r}",
                 f"{hint}Shipped: {', '.join(names())}; or give the path of a .toml file (ws behaviour new NAME).",
             )
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML ({error})", "Correct the file.") from error
-    return _Reader(path).behaviour(content)
+    return _Reader(path).behaviour(user_files.toml(path, "behaviour file", "Give the path of a .toml file."))
 
 
 class _Reader:
@@ -168,7 +164,7 @@ class _Reader:
         reverse = self.template(table, "probe.reversed") if "reversed" in table else None
         opened = self.template(table, "probe.open") if "open" in table else question
         answers = self.texts(table, "probe.answers")
-        if len(answers) != 2 or answers[0] == answers[1]:
+        if len(answers) != 2 or len({answer.strip().casefold() for answer in answers}) != 2:
             self.fail("probe.answers", f"is {list(answers)}", 'Give two different answers, such as ["Yes", "No"].')
         items = []
         for position, entry in enumerate(self.entries(table, "probe.rows")):
@@ -176,7 +172,7 @@ class _Reader:
             extra = {"row", "cluster", "group", "label"}
             fields = self.fields(entry, key, question, reverse or "", opened, extra=extra)
             label = fields.get("label", 1)
-            if label not in (1, -1):
+            if not user_files.is_sign(label):
                 self.fail(f"{key}.label", f"is {label!r}", "It is 1 (first answer shows the behaviour) or -1.")
             row = str(fields.get("row", f"{position:03d}"))
             items.append(ProbeItem(

@@ -11,7 +11,6 @@ JSONL.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from ws.base import console
+from ws.base import console, user_files
 from ws.base.errors import UserError
 from ws.base.store import Shards, write_table
 from ws.fitting import responses
@@ -161,33 +160,16 @@ def _sample_side(
 
 def read_pairs(path: str | Path, behaviour: Behaviour) -> pl.DataFrame:
     """Pairs of one's own: JSONL with prompt, response_pos, response_neg and optionally topic."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no pairs file {path}", "Check --pairs.")
-    records = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})", "Save it as UTF-8."
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not valid JSON ({error.msg})", "Write one object per line."
-            ) from error
+    lines = user_files.json_lines(Path(path), "pairs file", "Check --pairs.")
+    for line in lines:
         for key in ("prompt", "response_pos", "response_neg"):
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                raise UserError(f"{path}, line {number}: key {key!r} is missing or no text", "Every line needs it.")
-        records.append(record)
+            if not isinstance(line.content.get(key), str):
+                raise UserError(f"{line.where}: key {key!r} is missing or no text", "Every line needs it.")
+    records = [line.content for line in lines]
     if not records:
         raise UserError(f"{path} holds no pairs", "Write one JSON object per line.")
     pairs = pl.DataFrame({
-        "topic": [str(record["prompt"] if record.get("topic") is None else record["topic"]) for record in records],
+        "topic": [str(record.get("topic", record["prompt"])) for record in records],
         "persona": [0] * len(records),
         "sample": list(range(len(records))),
         "prompt": [record["prompt"] for record in records],

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ws.base.errors import UserError
 from ws.measure import last_layer, shared_prefix
 from ws.measure.shared_prefix import Tree
 from ws.model import forward
@@ -23,6 +25,19 @@ Answers = tuple[list[list[int]], list[list[int]]]
 """The token sequences of both answers."""
 Reading = dict[str, float]
 """metric -> value of one row."""
+
+
+def answers_of(model: ChatModel, words: tuple[str, str]) -> Answers:
+    """The token sequences of two answers; an error where one begins the other, because then nothing is chosen."""
+    found = model.chat.answers(words[0]), model.chat.answers(words[1])
+    for first, second in product(*found):
+        shorter = min(len(first), len(second))
+        if first[:shorter] == second[:shorter]:
+            raise UserError(
+                f"the answer {words[1]!r} begins with the same tokens as {words[0]!r}, so one contains the other",
+                "Give two answers that differ from their first word on.",
+            )
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ws.base.store import content_key
 from ws.edit.condition import Condition, Context
 from ws.edit.steering import Mode, can_share_a_pass
 from ws.measure import last_layer, lower_layers
-from ws.measure.choice import Answers, Choices
+from ws.measure.choice import Answers, Choices, answers_of
 from ws.measure.lower_layers import Memory, Recordings
 from ws.measure.probe import WRITTEN, Probe
 from ws.model import architecture, forward
@@ -162,7 +162,7 @@ class PreparedProbe:
         _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)
         answers: Answers = ([], [])
         if probe.kind in ("choice", "guided"):
-            answers = (model.chat.answers(probe.answers[0]), model.chat.answers(probe.answers[1]))
+            answers = answers_of(model, probe.answers)
         batches = forward.plan_batches([len(ids) for ids in tokens], plan.budget)
         choices = Choices.of(model, tokens, answers, plan.budget) if probe.kind == "choice" else None
         padded = sum(len(tokens[batch[0]]) * len(batch) for batch in batches)

@@ -59,6 +59,12 @@ class Probe:
         names = [row.row for row in self.rows]
         if len(set(names)) != len(names):
             raise UserError(f"probe {self.name!r} has rows of the same id")
+        first, second = (answer.strip().casefold() for answer in self.answers)
+        if not first or not second or first == second:
+            raise UserError(
+                f"probe {self.name!r} has the answers {self.answers[0]!r} and {self.answers[1]!r}, which are no choice",
+                "Give two different words; space and case make no difference.",
+            )
         if (self.kind in WRITTEN) != (self.tokens > 0):
             raise UserError(
                 f"probe {self.name!r} of kind {self.kind} lets the model write {self.tokens} tokens",

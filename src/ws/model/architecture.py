@@ -147,6 +147,26 @@ def linear_maps_without_role(network: nn.Module, layers: Iterable[int]) -> list[
     return sorted(missed)
 
 
+def tied_to(network: nn.Module, parameter: str) -> str:
+    """Another name under which the network holds this very parameter (a head tied to the embeddings), or ""."""
+    named = dict(network.named_parameters(remove_duplicate=False))
+    own = named.get(parameter)
+    return next((name for name, other in named.items() if other is own and name != parameter), "")
+
+
+def no_own_parameter(network: nn.Module, parameter: str) -> UserError:
+    """Why a direction cannot change a parameter that `network.named_parameters()` does not list.
+
+    An update of a tied head alone is none of the shared matrix, which the embeddings read too.
+    """
+    if other := tied_to(network, parameter):
+        return UnsupportedFeatureError(
+            f"the direction changes {parameter}, which the model ties to {other}",
+            "Make it from adapters that leave the tied matrix alone.",
+        )
+    return UserError(f"the direction changes {parameter}, which the model does not have", "Load its own base model.")
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear map, whose weight is stored as in x out."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - heavy import, late

@@ -3,17 +3,12 @@
 `load("pocket")`, `load("Qwen/Qwen3-0.6B")` and `load("./folder")` go through the same `from_pretrained`. A folder may
 carry `weight_steering.json` with recommended settings (per adapter family and behaviour, for sampling); the embedded
 models do.
-
-The fingerprint is a digest of all parameters by name, rounded to bfloat16, so that one checkpoint has one fingerprint
-whether it is loaded in fp32 or bf16, and every other checkpoint another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import weakref
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +16,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from ws.base import console, precision
 from ws.base.errors import UserError
 from ws.base.store import read_json
-from ws.model import architecture, norms
+from ws.model import architecture, norms, weight_files
 from ws.model.attention import EAGER, use_grouped
 from ws.model.chat import Chat, Thinking
+from ws.model.fingerprint import fingerprint
 from ws.model.forward import SplitForward
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -154,15 +149,21 @@ def load(
                 attn_implementation=_choose_attention(attention, target_device),
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are an error all the same, but one that says which
                 **common,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _explain(name, place, error) from error
+    if getattr(network, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} is an adapter, not a model", "Give its base model; ws diff reads adapters.")
+    for parameter, stored, described in sorted(loading["mismatched_keys"]):
+        weight_files.require_shape(name, parameter, stored, described)
     if absent := sorted(loading["missing_keys"]):
         raise UserError(
             f"the weights of {name} lack {len(absent)} tensors that the model needs, for example {absent[0]}",
             "Save the model again with save_pretrained.",
         )
+    weight_files.require_all_used(name, loading["unexpected_keys"])
     slow = not precision.bfloat16_is_fast(target_device.type)
     if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):
         network.to(torch.float32)
@@ -184,49 +185,6 @@ def load(
     )
 
 
-# -------------------------------------------------------------------- identity
-
-_fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-
-
-def fingerprint(network: nn.Module) -> str:
-    """Digest of names, shapes and bf16-rounded values of all parameters.
-
-    Remembered per module object, so that edits made by `steer` do not change it; call `forget_fingerprint` after
-    changing weights for good.
-    """
-    known = _fingerprints.get(network)
-    if known is None:
-        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-            digests = dict(pool.map(lambda item: (item[0], _tensor_digest(*item)), network.named_parameters()))
-        known = _fingerprints[network] = _joint(digests)
-    return known
-
-
-def fingerprint_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The same digest of parameters that come one by one, for weights that are never in memory together."""
-    return _joint({name: _tensor_digest(name, tensor) for name, tensor in named})
-
-
-def _joint(digests: Mapping[str, str]) -> str:
-    ordered = "".join(digests[name] for name in sorted(digests))
-    return hashlib.blake2b(ordered.encode(), digest_size=12).hexdigest()
-
-
-def forget_fingerprint(network: nn.Module) -> None:
-    """The weights have changed for good: compute the fingerprint anew when next asked."""
-    _fingerprints.pop(network, None)
-
-
-def _tensor_digest(name: str, tensor: torch.Tensor) -> str:
-    hasher = hashlib.blake2b(f"{name}{tuple(tensor.shape)}".encode(), digest_size=16)
-    values = tensor.detach().reshape(-1)
-    for start in range(0, values.numel(), 1 << 24):  # bounded memory on large embeddings
-        block = values[start : start + (1 << 24)].to("cpu", torch.bfloat16).view(torch.int16)
-        hasher.update(block.numpy().data)
-    return hasher.hexdigest()
-
-
 # -------------------------------------------------------------------- choices
 
 
@@ -241,15 +199,7 @@ def _locate(name: str) -> str:
         return str(folder)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder} is not a model folder (no config.json)", "Give a folder made by save_pretrained."
-            )
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"{folder} holds no safetensors weights",
-                "Save the model there with save_pretrained (other formats are not read).",
-            )
+        weight_files.names_in(folder)
         return str(folder)
     if name.startswith((".", "/", "~")) or folder.is_file():
         raise UserError(f"there is no model folder {name}", "Check the path given to --model.")

@@ -114,6 +114,14 @@ def _qwen3_moe(layers: int) -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_sizes(layers), num_key_value_heads=2, head_dim=16, **experts))
 
 
+def _glm4_moe(layers: int) -> Any:
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+               "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**_sizes(layers), num_key_value_heads=2, head_dim=16, **experts))
+
+
 def _sizes(layers: int) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
@@ -135,5 +143,6 @@ OTHERS: dict[str, Callable[[int], Any]] = {
     "phi3": _phi3,
     "gpt-neox": _gpt_neox,
     "qwen3-moe": _qwen3_moe,
+    "glm4-moe": _glm4_moe,
 }
 """More architectures that the adapter families are tested on."""

@@ -1,0 +1,71 @@
+"""Whether adapters were made on the base that they are read on. A PEFT folder knows its base by name only.
+
+Where a name is another than that of the model, the weights under that name decide, if they are on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ws.adapters.folder import AdapterFolder
+from ws.base import console
+from ws.base.errors import BaseMismatchError, UserError
+from ws.model import loading
+from ws.model.loading import ChatModel
+from ws.model.weight_files import Checkpoint
+
+
+def require_one_base(model: ChatModel, folders: Sequence[AdapterFolder]) -> None:
+    """Raise for adapters of another base than `model`, and for sides whose bases cannot be told to be one.
+
+    A folder that names no base is taken as it is. Names that differ for the same weights are a warning.
+    """
+    named = [folder for folder in folders if _name(folder)]
+    unknown = {folder.path: folder for folder in named if not _has_weights_of(model, folder)}
+    for folder in named[1:]:
+        first = named[0]
+        names_decide = folder.path in unknown or first.path in unknown
+        if (names_decide and _name(folder) != _name(first)) or _revisions_differ(first, folder):
+            raise BaseMismatchError(
+                f"{first.path} was made on the base {_described(first)}, but {folder.path} on {_described(folder)}",
+                "Give adapters of one base. If these are one model, name it alike in both adapter_config.json "
+                "(base_model_name_or_path, revision).",
+            )
+    if unknown:
+        console.warn(
+            f"the adapters name the base {_name(next(iter(unknown.values())))}, which is not on this machine: "
+            f"not checked that it is {model.name}"
+        )
+
+
+def _has_weights_of(model: ChatModel, folder: AdapterFolder) -> bool:
+    """True where the named base is the model, False where it cannot be known; another base is an error."""
+    name = _name(folder)
+    if name == model.name or Path(name).expanduser().resolve() == Path(model.name).expanduser().resolve():
+        return True
+    try:
+        found = Checkpoint(loading.folder_of(name)).fingerprint()
+    except UserError:  # not here, or not readable
+        return False
+    if found != model.fingerprint:
+        raise BaseMismatchError(
+            f"{folder.path} was made on the base {name}, which has other weights than {model.name}",
+            f"Give --model {name}, or adapters of {model.name}.",
+        )
+    console.warn(f"{folder.path} names the base {name}; it has the same weights as {model.name}")
+    return True
+
+
+def _name(folder: AdapterFolder) -> str:
+    return str(folder.config.get("base_model_name_or_path") or "")
+
+
+def _revisions_differ(one: AdapterFolder, other: AdapterFolder) -> bool:
+    revisions = {folder.config.get("revision") for folder in (one, other)} - {None, ""}
+    return len(revisions) > 1
+
+
+def _described(folder: AdapterFolder) -> str:
+    revision = folder.config.get("revision")
+    return f"{_name(folder)} at revision {revision}" if revision else _name(folder)
