@@ -84,14 +84,7 @@ class Checkpoint:
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the model, as its class names them; tied ones once."""
-        from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy import, late
-
-        try:
-            with console.library_noise_muted(), torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.folder / 'config.json'} describes no known model ({reason})") from error
+        network = loading.without_weights(str(self.folder))
         network.tie_weights()
         shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         if absent := sorted(shapes.keys() - self.entries.keys()):

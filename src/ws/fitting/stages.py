@@ -90,7 +90,7 @@ class Fitting:
         inputs: dict[str, Any] = {
             "model": self.model.fingerprint,
             **self._arithmetic,
-            "rendering": self.model.chat.template_key,
+            "rendering": self.model.chat.rendering_key,
             "behaviour": self.behaviour.key,
             "grid": settings.grid,
             "sampling": self.sampling,
@@ -179,7 +179,7 @@ class Fitting:
             "data_seed": self.settings.data_seed,
             "model": self.model.fingerprint,
             **self._arithmetic,
-            "rendering": self.model.chat.template_key,
+            "rendering": self.model.chat.rendering_key,
         }
 
     def missing_sides(self) -> list[Side]:
