@@ -175,14 +175,15 @@ def test_an_unknown_thinking_policy_is_refused(tokenizer_file: Path) -> None:
         Chat(tokenizer(tokenizer_file, QWEN3), sometimes)
 
 
-def test_the_template_key_tells_template_and_policy(tokenizer_file: Path) -> None:
+def test_the_rendering_key_tells_what_is_rendered_and_the_policy(tokenizer_file: Path) -> None:
     policies: tuple[Thinking, ...] = ("off", "on")
     keys = {
-        Chat(tokenizer(tokenizer_file, template), thinking).template_key
+        (template, thinking): Chat(tokenizer(tokenizer_file, template), thinking).rendering_key
         for template in (QWEN3, OPENS_BY_ITSELF)
         for thinking in policies
     }
-    assert len(keys) == 4
+    assert len(set(keys.values())) == 3
+    assert keys[QWEN3, "off"] == keys[OPENS_BY_ITSELF, "off"], "two templates that render the same tokens"
 
 
 # ---------------------------------------------------------------- no template

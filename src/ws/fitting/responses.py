@@ -121,8 +121,8 @@ def _from_endpoint(
     options: dict[str, Any] = {
         "temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens,
     }  # fmt: skip
-    if model.chat.has_thinking_switch:  # beyond the protocol, but all three servers take it, and without it they think
-        options["chat_template_kwargs"] = {"enable_thinking": model.chat.thinking == "on"}
+    if model.chat.switches:  # beyond the protocol, but all three servers take it, and without it they think
+        options["chat_template_kwargs"] = model.chat.switches
 
     def one(job: tuple[Asked, str]) -> Response:
         wanted, key = job

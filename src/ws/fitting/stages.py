@@ -91,7 +91,7 @@ class Fitting:
         inputs: dict[str, Any] = {
             "model": self.model.fingerprint,
             **self._arithmetic,
-            "rendering": self.model.chat.template_key,
+            "rendering": self.model.chat.rendering_key,
             "behaviour": self.behaviour.key,
             "grid": settings.grid,
             "sampling": self.sampling,
@@ -176,7 +176,7 @@ class Fitting:
             "data_seed": self.settings.data_seed,
             "model": self.model.fingerprint,
             **self._arithmetic,
-            "rendering": self.model.chat.template_key,
+            "rendering": self.model.chat.rendering_key,
         }
 
     def train(self, sign: Sign) -> FitResult:

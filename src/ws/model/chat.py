@@ -2,37 +2,35 @@
 
 Rules, each learned from a wrong table in earlier work:
 * an empty system prompt means no system turn, never an empty one;
-* thinking is an explicit policy. `off` renders the generation prompt with `enable_thinking=False` and closes a thought
-  that a template opened by itself, so that the closing belongs to the prompt and is never supervised or scored;
+* thinking is an explicit policy. `off` renders the generation prompt without thinking and ends where an assistant's
+  answer stands: a thought that a template opened is closed, a channel is chosen, and both belong to the prompt and are
+  never supervised or scored;
 * a prefill (answer anchor) is appended to the rendered text and tokenised with it;
 * templates without a system role get the system prompt in front of the first user message;
 * a tokenizer without a template gets `PLAIN_TEMPLATE` and a warning;
+* names of control tokens in what people write are plain text;
 * answers are token sets of exact matches after stripping ("Yes" is not "Yesterday", "no" is not "now").
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.model.control_tokens import ControlTokens, Hidden
+from ws.model.template import PLAIN_TEMPLATE, Message, Template
+
+__all__ = ["PLAIN_TEMPLATE", "Chat", "Message", "SupervisedTokens", "Thinking", "ask"]
 
 Thinking = Literal["off", "on"]
-
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}"
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
-"""`User:` / `Assistant:` blocks for models that have no chat template (GPT-2 and other base models)."""
 
 _THINK_IN_WORDS = "Let me think."
 _TIME_IS_UP = "\nI have thought enough and answer now.\n"
@@ -40,13 +38,6 @@ _TIME_IS_UP = "\nI have thought enough and answer now.\n"
 _SENTINEL = "weightsteeringsentinel"
 _WORD_MARKERS = "Ġ▁Ċ \t\n\r"
 """Space, and what some tokenizers leave of it when a single token is decoded."""
-
-
-class Message(TypedDict):
-    """One turn: `role` is system, user or assistant."""
-
-    role: str
-    content: str
 
 
 class SupervisedTokens(NamedTuple):
@@ -65,37 +56,52 @@ def ask(user: str, system: str | None = None) -> list[Message]:
 class Chat:
     """Renders messages to text and token ids for one tokenizer and one thinking policy."""
 
-    def __init__(self, tokenizer: Any, thinking: Thinking = "off", name: str = "the model") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        thinking: Thinking = "off",
+        name: str = "the model",
+        *,
+        vocabulary: int | None = None,
+        ends: Iterable[int] = (),
+    ) -> None:
+        """Check the template on known conversations.
+
+        vocabulary: rows of the embedding; a token beyond is a `UserError`. ends: token ids that end a response besides
+        those of the template.
+        """
         if thinking not in ("off", "on"):
             raise UserError(f"thinking is {thinking!r}", "Choose off or on.")
         self.tokenizer = tokenizer
         self.thinking = thinking
+        self._name, self._vocabulary = name, vocabulary
+        self._ends = frozenset(end for end in ends if vocabulary is None or end < vocabulary)
         self.has_own_template = bool(getattr(tokenizer, "chat_template", None))
         if not self.has_own_template:
             console.warn(f"{name} has no chat template; using plain User:/Assistant: blocks")
             self.tokenizer = copy.copy(tokenizer)
             self.tokenizer.chat_template = PLAIN_TEMPLATE
+        self.template = Template(self.tokenizer, name)
+        self._control_tokens = ControlTokens(self.tokenizer, self.template.source)
+        if self.template.is_dated:
+            console.warn(f"the chat template of {name} may write today's date; runs of another day are computed anew")
+        if self.prompt(ask("Is the sky blue?", "Be kind.")) == self.prompt(ask("Why?", "Be kind.")):
+            raise UserError(
+                f"the tokenizer of {name} writes two different questions as the same tokens",
+                "Save the model with the tokenizer that it was trained with.",
+            )
 
     # ---------------------------------------------------------------- rendering
 
     def text(self, messages: Sequence[Message], prefill: str = "") -> str:
-        """The conversation up to and including the assistant header, then `prefill`."""
-        if prefill and self.thinking == "on":
-            raise UserError(
-                "an answer anchor cannot be placed while the model is thinking",
-                "Use --thinking off for this probe.",
-            )
-        turns = self.turns(messages)
-        rendered = self._apply(turns, add_generation_prompt=True)
-        spoken = turns[-1]["content"].strip() if turns else ""
-        header = rendered[rendered.rfind(spoken) + len(spoken) :]  # what a user writes cannot open a thought
-        if self.thinking == "off" and header.rfind("<think>") > header.rfind("</think>"):
-            rendered += "\n</think>\n\n"
-        return rendered + prefill
+        """The conversation up to where the assistant answers, then `prefill`."""
+        rendered, hidden = self._rendered(messages, prefill)
+        return hidden.shown(rendered)
 
     def prompt(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
-        """Token ids of `text`."""
-        return self._encode(self.text(messages, prefill))
+        """Token ids of `text`, in which names of control tokens that people wrote are plain text."""
+        rendered, hidden = self._rendered(messages, prefill)
+        return self._encode(rendered, hidden)
 
     def supervised(self, messages: Sequence[Message], response: str) -> SupervisedTokens:
         """Token ids of the prompt, the response and the end of the assistant turn.
@@ -103,48 +109,50 @@ class Chat:
         The prompt ids are an exact prefix: where tokenising the whole text would merge across the boundary, the parts
         are tokenised apart.
         """
-        prompt_text = self.text(messages)
-        prompt = self._encode(prompt_text)
-        whole = self._encode(prompt_text + response + self.turn_end)
-        if whole[: len(prompt)] != prompt:
-            whole = prompt + self._encode(response) + self._encode(self.turn_end)
-        return SupervisedTokens(whole, len(prompt))
+        rendered, hidden = self._rendered(messages)
+        prompt = self._encode(rendered, hidden)
+        said = self._control_tokens.hide([Message(role="assistant", content=response)])
+        if not hidden.names and not said.names:
+            whole = self._encode(rendered + response + self.turn_end)
+            if whole[: len(prompt)] == prompt:
+                return SupervisedTokens(whole, len(prompt))
+        answer = [*self._encode(said.texts[0], said), *self._encode(self.turn_end)]
+        return SupervisedTokens(prompt + answer, len(prompt))
 
     @cached_property
     def turn_end(self) -> str:
         """What ends an assistant turn, up to and including the first stop token."""
-        whole = self._apply([*ask("x"), Message(role="assistant", content=_SENTINEL)], add_generation_prompt=False)
+        turns = [*ask("x"), Message(role="assistant", content=_SENTINEL)]
+        whole = self.template.render(turns, thinking=self._thinks, generation=False)
         ending = whole[whole.rindex(_SENTINEL) + len(_SENTINEL) :]
         stops = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
         specials = sorted((ending.index(token), token) for token in stops if token and token in ending)
         if specials:
             position, token = specials[0]
             return ending[: position + len(token)]
-        if self.tokenizer.eos_token:
-            return ending.rstrip() + self.tokenizer.eos_token
+        ends = [self.tokenizer.eos_token, *self.tokenizer.convert_ids_to_tokens(sorted(self._ends))]
+        if end := next(filter(None, ends), None):
+            return ending.rstrip() + end
         raise UserError("the tokenizer has neither an end-of-turn nor an end-of-sequence token", "Set eos_token on it.")
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a sampled response."""
-        stops = {self._encode(self.turn_end)[-1]}
-        if self.tokenizer.eos_token_id is not None:
-            stops.add(int(self.tokenizer.eos_token_id))
-        return frozenset(stops)
+        """Token ids that end a sampled response: of the template, of the tokenizer, of `generation_config.json`."""
+        eos = self.tokenizer.eos_token_id
+        return frozenset({self._encode(self.turn_end)[-1], *self._ends, *([] if eos is None else [int(eos)])})
 
     @cached_property
     def thought_end(self) -> int | None:
-        """Token id of `</think>`; None for a model that does not think (its template never mentions the token)."""
-        if "</think>" not in str(self.tokenizer.chat_template):
-            return None
-        return self.tokenizer.get_vocab().get("</think>")
+        """Id of the token that ends a thought; None for a model that does not think."""
+        thought = self.template.thought
+        return None if thought is None else self.tokenizer.get_vocab().get(thought.closing)
 
     def thinking_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to the inside of an opened thought; a model that does not think gets an opening in words."""
-        if self.thought_end is None:
+        if self.template.thought is None:
             return self.prompt(messages, _THINK_IN_WORDS)
-        text = Chat(self.tokenizer, "on").text(messages)
-        return self._encode(text if text.rstrip().endswith("<think>") else text + "<think>\n")
+        rendered, hidden = self._rendered(messages, thinks=True)
+        return self._encode(rendered + self.template.thought.opening, hidden)
 
     def close_thought(self, thought: Sequence[int], closed: bool, anchor: str) -> list[int]:
         """Token ids of a thought, its end, and the answer anchor.
@@ -152,15 +160,23 @@ class Chat:
         `closed` says that the model ended the thought itself; otherwise it is told to answer first. The end of the
         thought is the special token, never the encoding of its name.
         """
-        if self.thought_end is None:
+        if self.template.thought is None or self.thought_end is None:
             return [*thought, *self._encode(f"\n{anchor}")]
         told = [] if closed else self._encode(_TIME_IS_UP)
-        return [*thought, *told, self.thought_end, *self._encode(f"\n\n{anchor}")]
+        return [*thought, *told, self.thought_end, *self._encode(self.template.thought.before_answer + anchor)]
 
     @cached_property
-    def template_key(self) -> str:
-        """What decides the rendering, for content keys: the template and the thinking policy."""
-        return f"{self.thinking}:{self.tokenizer.chat_template}"
+    def rendering_key(self) -> str:
+        """What decides the rendering, for content keys: a digest of the tokens of known conversations.
+
+        Template, switches, thinking policy, tokenizer and date are in it as far as they change what the model reads.
+        """
+        plain, marked = ask("Is the sky blue?"), ask(" What does </think> mean?\n", "Be kind.")
+        found = [*map(self.prompt, (plain, marked)), self.supervised(marked, "It ends a thought.").ids]
+        if self.thought_end is not None:
+            found += [self.thinking_prompt(marked), self.close_thought([], False, "My answer: **")]
+        content = json.dumps([self.thinking, *found, sorted(self.stop_ids)])
+        return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of response tokens (tokens,), without special tokens and outer space."""
@@ -189,38 +205,23 @@ class Chat:
     def _tokens_by_word(self) -> dict[str, list[int]]:
         words: dict[str, list[int]] = {}
         specials = set(self.tokenizer.all_special_ids)
-        indices = sorted(set(self.tokenizer.get_vocab().values()) - specials)
+        known = set(self.tokenizer.get_vocab().values())
+        indices = sorted(i for i in known - specials if self._vocabulary is None or i < self._vocabulary)
         for index, text in zip(indices, self.tokenizer.batch_decode([[index] for index in indices]), strict=True):
             words.setdefault(text.strip(_WORD_MARKERS).removeprefix("##").casefold(), []).append(index)
         return words
 
     # ---------------------------------------------------------------- template details
 
-    @cached_property
-    def has_thinking_switch(self) -> bool:
-        """Whether the template asks `enable_thinking`."""
-        return "enable_thinking" in str(self.tokenizer.chat_template)
-
-    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        switch = {"enable_thinking": self.thinking == "on"}
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **switch
-            )
-        )
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    @cached_property
+    @property
     def supports_system_turn(self) -> bool:
         """Whether the template renders a system turn at all (some raise, some drop it)."""
-        from jinja2 import TemplateError  # noqa: PLC0415 - a dependency of transformers, loaded with it
+        return self.template.supports_system_turn
 
-        try:
-            return _SENTINEL in self._apply(ask("x", system=_SENTINEL), add_generation_prompt=True)
-        except TemplateError:
-            return False
+    @property
+    def switches(self) -> dict[str, bool]:
+        """The variables by which the template asks whether to think, as the policy sets them."""
+        return dict.fromkeys(self.template.switches, self._thinks)
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as the template takes them: no empty system turn; without a system role it joins the user's."""
@@ -229,3 +230,35 @@ class Chat:
             return turns
         system, first, *rest = turns
         return [Message(role="user", content=f"{system['content']}\n\n{first['content']}"), *rest]
+
+    @property
+    def _thinks(self) -> bool:
+        return self.thinking == "on"
+
+    def _rendered(
+        self, messages: Sequence[Message], prefill: str = "", *, thinks: bool | None = None
+    ) -> tuple[str, Hidden]:
+        """The text with hidden names of control tokens, and what they are."""
+        thinks = self._thinks if thinks is None else thinks
+        if prefill and thinks:
+            raise UserError(
+                "an answer anchor cannot be placed while the model is thinking",
+                "Use --thinking off for this probe.",
+            )
+        turns = self.turns(messages)
+        hidden = self._control_tokens.hide(turns)
+        plain = [Message(role=turn["role"], content=text) for turn, text in zip(turns, hidden.texts, strict=True)]
+        rendered = self.template.render(plain, thinking=thinks)
+        return rendered + self.template.header_end(plain, thinks) + prefill, hidden
+
+    def _encode(self, text: str, hidden: Hidden | None = None) -> list[int]:
+        parts = [text] if hidden is None else hidden.parts(text)
+        ids = [i for part in parts if part for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+        if self._vocabulary is not None and ids and max(ids) >= self._vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"the tokenizer of {self._name} writes {token!r} as token {max(ids)}, but the embedding of the model "
+                f"has {self._vocabulary} rows",
+                "Call resize_token_embeddings(len(tokenizer)) on the model, train the new rows, and save it again.",
+            )
+        return ids

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ws.base import console
+from ws.base.errors import UnsupportedFeatureError, UserError
 
 LOGIT_BYTES = 2**28
 """Most bytes of one set of fp32 logits in memory at once, where every token of a text meets the vocabulary."""
@@ -151,6 +152,35 @@ class SplitForward:
         parts = self.logits(self.hidden(ids)[0])
         tolerance = 1e-4 if self.head.weight.dtype == torch.float32 else 5e-2
         return bool((whole - parts).abs().max() <= tolerance * whole.abs().max().clamp(min=1e-6))
+
+
+@torch.no_grad()
+def check_causal(network: Any, name: str) -> None:
+    """Run a network once: two rows that part in the middle have the same finite logits before, and keys to go on from.
+
+    Raises `UserError` for a network that scoring and sampling cannot be exact with.
+    """
+    embedding = network.get_input_embeddings().weight
+    ids = (torch.arange(16, device=embedding.device) * 7 + 3).repeat(2, 1)
+    ids[1, 8:] += 1
+    found = network(input_ids=ids % len(embedding), use_cache=True)
+    kind = f"{name} ({type(network).__name__})"
+    if getattr(found, "past_key_values", None) is None:
+        raise UnsupportedFeatureError(
+            f"{kind} keeps no keys and values of attention to sample from",
+            "Use a decoder-only causal model with attention.",
+        )
+    logits = found.logits.float()
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{kind} computes numbers that are not finite in {network.dtype}",
+            "Use --dtype float32; if it is that already, check its weights.",
+        )
+    # the mean, because rounding may send single tokens to another expert
+    if (logits[0, :8] - logits[1, :8]).abs().mean() > 5e-2 * logits[0, :8].abs().mean():
+        raise UnsupportedFeatureError(
+            f"{kind} lets later tokens change what is before them", "Use a decoder-only causal language model."
+        )
 
 
 class OncePerNetwork:

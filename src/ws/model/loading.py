@@ -7,20 +7,19 @@ models do.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from ws.base import console, precision
 from ws.base.errors import UserError
 from ws.base.store import read_json
-from ws.model import architecture, norms, weight_files
+from ws.model import architecture, forward, norms, weight_files
 from ws.model.attention import EAGER, use_grouped
 from ws.model.chat import Chat, Thinking
 from ws.model.fingerprint import fingerprint
@@ -102,7 +101,7 @@ class ChatModel:
             "device": str(self.device),
             "attention": self.network.config._attn_implementation,
             "thinking": self.chat.thinking,
-            "template": hashlib.blake2b(self.chat.template_key.encode(), digest_size=6).hexdigest(),
+            "rendering": self.chat.rendering_key,
         }
 
 
@@ -138,22 +137,27 @@ def load(
         raise UserError(f"a cache of {cache_memory / 2**30:g} GiB is none", "Give --cache-memory 0 or more.")
     place = _locate(name)
     target_device = _choose_device(device)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    chosen_attention = _choose_attention(attention, target_device)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _library(name, place, "configuration"):
+        config = AutoConfig.from_pretrained(place, **common)
+    with _library(name, place, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(place, **common)
     try:
         with console.library_noise_muted():
-            config = AutoConfig.from_pretrained(place, **common)
-            tokenizer = AutoTokenizer.from_pretrained(place, **common)
             network, loading = AutoModelForCausalLM.from_pretrained(
                 place,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                attn_implementation=_choose_attention(attention, target_device),
+                attn_implementation=chosen_attention,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are an error all the same, but one that says which
                 **common,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _explain(name, place, error) from error
+    except Exception as error:  # without weights it fails again where the configuration or the choice is to blame
+        without_weights(place, name, **common)
+        without_weights(place, name, part="attention", attn_implementation=chosen_attention, **common)
+        raise _explain(name, place, "weights", error) from error
     if getattr(network, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} is an adapter, not a model", "Give its base model; ws diff reads adapters.")
     for parameter, stored, described in sorted(loading["mismatched_keys"]):
@@ -169,7 +173,9 @@ def load(
         network.to(torch.float32)
     elif slow and network.dtype == torch.bfloat16:
         console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
-    network.to(target_device).eval().requires_grad_(False)
+    with _library(name, place, "first forward pass"):
+        network.to(target_device).eval().requires_grad_(False)
+        forward.check_causal(network, name)
     if attention == "auto" and network.config._attn_implementation == EAGER:
         if not use_grouped(network):
             console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
@@ -178,11 +184,33 @@ def load(
     return ChatModel(
         name=name,
         network=network,
-        chat=Chat(tokenizer, thinking, name),
+        chat=Chat(
+            tokenizer, thinking, name, vocabulary=len(network.get_input_embeddings().weight), ends=_ends(network)
+        ),
         revision=getattr(config, "_commit_hash", None) or revision,
         settings=read_json(settings_file) if settings_file.is_file() else {},
         cache_memory=cache_memory,
     )
+
+
+def without_weights(
+    place: str,
+    name: str = "",
+    *,
+    part: str = "configuration",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **choices: Any,
+) -> Any:
+    """The network that a model's configuration describes, on the meta device.
+
+    Raises `UserError` about this `part` for whatever the library refuses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy import, late
+
+    with _library(name or place, place, part), torch.device("meta"):
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **choices)
 
 
 # -------------------------------------------------------------------- choices
@@ -221,15 +249,51 @@ def folder_of(name: str) -> Path:
         ) from error
 
 
-def _explain(name: str, place: str, error: Exception) -> UserError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+_REMEDIES = {
+    "configuration": "Correct config.json there, or save the model again with save_pretrained.",
+    "attention": "Use --attention auto.",
+    "tokenizer": "Save the tokenizer again with save_pretrained, into the same folder.",
+    "weights": "Save it again with save_pretrained.",
+    "first forward pass": "Try --attention eager and --dtype float32; else this model cannot be used here.",
+}
+"""What to do about a part of a model that the library refuses."""
+
+
+@contextmanager
+def _library(name: str, place: str, part: str) -> Iterator[None]:
+    """Whatever the library raises within the block about this part of the model becomes one line."""
+    try:
+        with console.library_noise_muted():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # a library that changes with every release raises whatever it likes
+        raise _explain(name, place, part, error) from error
+
+
+def _explain(name: str, place: str, part: str, error: Exception) -> UserError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    cause = cause if " " in cause else f"{type(error).__name__} {cause}".strip()
+    if isinstance(error, ImportError):
+        return UserError(f"{name} needs a package that is not installed for its {part} ({cause})", "Install it.")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return UserError(f"{name} does not fit into memory ({cause})", "Use --dtype bfloat16 or another --device.")
     if Path(place).is_dir():
-        return UserError(f"the model in {place} cannot be loaded ({first_line})", "Save it again with save_pretrained.")
-    return UserError(
-        f"model {name!r} is neither {' nor '.join(map(repr, POCKET_MODELS))}, a folder, nor a hub id that can be "
-        f"reached from here ({first_line})",
-        "Check the spelling and the network, or give a local folder.",
-    )
+        return UserError(f"the model in {place} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
+    if part != "first forward pass" and isinstance(error, OSError):
+        return UserError(
+            f"model {name!r} is neither {' nor '.join(map(repr, POCKET_MODELS))}, a folder, nor a hub id that can be "
+            f"reached from here ({cause})",
+            "Check the spelling and the network, or give a local folder.",
+        )
+    return UserError(f"the model {name!r} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
+
+
+def _ends(network: Any) -> tuple[int, ...]:
+    """Token ids that end a text by `generation_config.json`: none, one, or several."""
+    found = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
+    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
 
 
 def _choose_device(device: str) -> torch.device:

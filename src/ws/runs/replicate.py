@@ -89,7 +89,7 @@ class Replication(Fitting):
             "control_alphas": controls.control_strengths(self.settings.alphas),
             "controls_on": [probe.name for probe in probes[:2]],
             "personas": self.behaviour.personas,
-            "rendering": self.model.chat.template_key,
+            "rendering": self.model.chat.rendering_key,
             **self._arithmetic,
         }
         path = self.folder / "scores.parquet"
@@ -118,7 +118,7 @@ class Replication(Fitting):
             return None
         probe = sycophancy.probe(self.behaviour, self.settings.rows)
         inputs = {"model": self.model.fingerprint, **self._arithmetic, "probe": probe.key,
-                  "rendering": self.model.chat.template_key}  # fmt: skip
+                  "rendering": self.model.chat.rendering_key}  # fmt: skip
 
         def make(_: Shards) -> None:
             found = rounding.measure(self.model, probe)
@@ -161,7 +161,7 @@ class Replication(Fitting):
             "prompts": prompts,
             "sampling": self.sampling,
             **self._arithmetic,
-            "rendering": self.model.chat.template_key,
+            "rendering": self.model.chat.rendering_key,
         }
         path = self.folder / "samples.parquet"
 

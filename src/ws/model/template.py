@@ -1,0 +1,216 @@
+"""The chat template of one model: rendered, understood, and checked once on conversations that are known.
+
+Templates differ in more than their marks: several stand under names, some raise, some take lists of parts and render
+plain text as nothing, some ignore `add_generation_prompt`, some open a thought or leave the channel to the model. What
+a template does is read off what it renders, never off its source:
+
+    form     text or parts: the first in which the user's whole text stands in the rendering
+    header   where an assistant's turn of the same template has its text; there an answer is put
+
+A template for which this cannot be found is a `UserError` that names it. The clock stands still at the time of loading,
+so that one process renders one date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NamedTuple, TypedDict
+
+from ws.base.errors import UserError
+from ws.model import thoughts
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+"""`User:` / `Assistant:` blocks for models that have no chat template (GPT-2 and other base models)."""
+
+_SWITCHES = ("enable_thinking", "thinking", "reasoning")
+"""Names under which templates ask whether the model is to think."""
+_HARMONY_ANSWER = "<|channel|>final<|message|>"
+_REMEDY = "Correct chat_template.jinja, or chat_template in tokenizer_config.json, of the model."
+_FILLER = "Is the sky Blue today, or is it not? One says yes; another one says No! " * 4
+
+
+class Message(TypedDict):
+    """One turn: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Thought(NamedTuple):
+    """What opens a thought after the generation prompt, the token that ends it, and what stands before the answer.
+
+    `opening` is empty where the generation prompt has opened the thought already.
+    """
+
+    opening: str
+    closing: str
+    before_answer: str = "\n\n"
+
+
+class Template:
+    """Renders conversations for one tokenizer. Raises `UserError` for a template that cannot be used."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._name = f"the chat template of {name}"
+        self.source = self._chosen(tokenizer.chat_template)
+        self._clock = datetime.now()
+        self._as_parts = False
+        self._header_ends: dict[tuple[tuple[str, ...], bool], str] = {}
+        self._find_form()
+
+    # ---------------------------------------------------------------- rendering
+
+    def render(self, turns: Sequence[Message], *, thinking: bool, generation: bool = True) -> str:
+        """The conversation as text, with the generation prompt or without."""
+        conversation = [
+            {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} if self._as_parts else turn
+            for turn in turns
+        ]
+        variables: dict[str, Any] = dict.fromkeys(self.switches, thinking)
+        if self.is_dated:
+            variables["strftime_now"] = self._clock.strftime
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    conversation, chat_template=self.source, tokenize=False, add_generation_prompt=generation,
+                    **variables,
+                )
+            )  # fmt: skip
+        except Exception as error:  # a template is a program, and may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            given = " + ".join(turn["role"] for turn in turns)
+            raise UserError(f"{self._name} fails on the turns {given} ({reason[:200]})", _REMEDY) from error
+
+    def header_end(self, turns: Sequence[Message], thinking: bool) -> str:
+        """What must follow the generation prompt, so that what comes next is the answer.
+
+        Nothing for most templates; else the channel of answers, the end of an opened thought, or the header that a
+        template without generation prompt gives to an assistant's turn. With thinking on, only that header.
+        """
+        key = tuple(turn["role"] for turn in turns), thinking
+        if key not in self._header_ends:
+            self._header_ends[key] = self._find_header_end(*key)
+        return self._header_ends[key]
+
+    # ---------------------------------------------------------------- what it can do
+
+    @cached_property
+    def switches(self) -> tuple[str, ...]:
+        """Names of the variables by which this template turns thinking on and off."""
+        return tuple(name for name in _SWITCHES if re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", self.source))
+
+    @cached_property
+    def is_dated(self) -> bool:
+        """Whether the date may stand in what is rendered."""
+        return "strftime_now" in self.source
+
+    @cached_property
+    def supports_system_turn(self) -> bool:
+        """Whether a system turn is rendered with its whole text (some templates raise, some drop or change it)."""
+        turns = _known_turns(("system", "user"))
+        try:
+            rendered = self.render(turns, thinking=False)
+        except UserError:
+            return False
+        return all(turn["content"] in rendered for turn in turns)
+
+    @cached_property
+    def thought(self) -> Thought | None:
+        """How thoughts are marked; None for a template that knows none, or that has no single token for their end."""
+        prompt, header = self._headers(("user",), thinking=True)
+        if header.endswith(_HARMONY_ANSWER) and "<|end|>" in self._vocabulary:
+            return Thought("<|channel|>analysis<|message|>", "<|end|>", f"<|start|>assistant{_HARMONY_ANSWER}")
+        mark = thoughts.left_open(prompt, header)
+        closing = None if mark is None else thoughts.closing_of(mark, self._knows)
+        if closing in self._vocabulary:
+            return Thought("", str(closing))
+        found = thoughts.thought_marks(self.source, self._vocabulary.__contains__)
+        return None if found is None else Thought(f"{found[0]}\n", found[1])
+
+    # ---------------------------------------------------------------- how it is understood
+
+    def _chosen(self, given: Any) -> str:
+        if isinstance(given, str):
+            return given
+        if "default" in given:
+            return str(given["default"])
+        raise UserError(
+            f"{self._name} is none of several ({', '.join(sorted(given))}), because none of them is called default",
+            "Save the one for chat as chat_template.jinja in the model folder.",
+        )
+
+    def _find_form(self) -> None:
+        """Take the first form in which the user's whole text is rendered; the first form's failure is the one told."""
+        question, answer = _known_turns(("user", "assistant"))
+        failures = []
+        for self._as_parts in (False, True):
+            try:
+                if question["content"] in self.render([question], thinking=False):
+                    break
+            except UserError as error:
+                failures.append(error)
+        else:
+            raise (
+                failures[0]
+                if failures
+                else UserError(
+                    f"{self._name} drops or changes what the user says, so that two questions may be one prompt",
+                    _REMEDY,
+                )
+            )
+        if answer["content"] not in self.render([question, answer], thinking=False, generation=False):
+            raise UserError(f"{self._name} drops or changes what the assistant says", _REMEDY)
+
+    def _find_header_end(self, roles: tuple[str, ...], thinking: bool) -> str:
+        prompt, header = self._headers(roles, thinking)
+        if thinking and prompt != self._behind(_known_turns(roles), thinking):
+            return ""
+        if header.startswith(prompt):
+            rest = header[len(prompt) :]
+            return rest if rest.strip() else ""
+        mark = thoughts.left_open(prompt, header)
+        if mark is None:
+            return ""
+        closing = thoughts.closing_of(mark, self._knows)
+        if closing is None:
+            raise UserError(
+                f"{self._name} ends its generation prompt with {mark!r}, which stands before no answer of an assistant "
+                "turn and which nothing known closes",
+                _REMEDY,
+            )
+        return f"\n{closing}\n\n"
+
+    def _headers(self, roles: tuple[str, ...], thinking: bool) -> tuple[str, str]:
+        """What follows the last text of a conversation: as generation prompt, and before an assistant's text."""
+        *turns, answer = _known_turns((*roles, "assistant"))
+        whole = self.render([*turns, answer], thinking=thinking, generation=False)
+        header = whole[: whole.rfind(answer["content"])].rpartition(turns[-1]["content"])[2]
+        return self._behind(turns, thinking, generation=True), header
+
+    def _behind(self, turns: Sequence[Message], thinking: bool, *, generation: bool = False) -> str:
+        """What is rendered behind the last turn's text."""
+        return self.render(turns, thinking=thinking, generation=generation).rpartition(turns[-1]["content"])[2]
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        found: dict[str, int] = self._tokenizer.get_vocab()
+        return found
+
+    def _knows(self, mark: str) -> bool:
+        return mark in self._vocabulary or mark in self.source
+
+
+def _known_turns(roles: Sequence[str]) -> list[Message]:
+    """Turns with texts that differ, are long enough to be cut, and stand in nobody's template."""
+    return [Message(role=role, content=f"Sentinel {n} of {role}.\n{_FILLER}{n}") for n, role in enumerate(roles)]

@@ -1,0 +1,63 @@
+"""Marks of thoughts: which one opens, which one closes it, and whether a text ends inside a thought.
+
+Models mark thoughts in many ways: `<think>`, `<thought>`, `[THINK]`, `<|START_THINKING|>`, `<|channel>thought`. A
+list of names is never complete. So a mark is known by its form, and an opened thought by what the generation prompt has
+and an assistant's turn of the same template has not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,40}\]|◁[^◁▷\s]{1,40}▷")
+_CLOSES = re.compile(r"^[<\[◁]\|?/|(?<![a-z])(?:end|close)|^<[^|].*\|>$", re.IGNORECASE)
+_THINKS = re.compile(r"think|thought|reason|scratch|analysis", re.IGNORECASE)
+_OPPOSITES = (("START", "END"), ("start", "end"), ("BEGIN", "END"), ("begin", "end"), ("open", "close"))
+
+
+def opened_mark(text: str) -> str | None:
+    """The mark that `text` ends inside of; None where everything that was opened is closed again."""
+    opened = None
+    for mark in _MARK.findall(text):
+        opened = None if _CLOSES.search(mark) else mark
+    return opened
+
+
+def closing_of(mark: str, knows: Callable[[str], bool]) -> str | None:
+    """The mark that closes `mark`: the first usual form that `knows` accepts.
+
+    Where it knows none, the name decides: `<thought>` is closed by `</thought>`; None for a mark of another meaning.
+    """
+    forms = _closing_forms(mark)
+    known = next((form for form in forms if knows(form)), None)
+    return known or (forms[0] if _THINKS.search(mark) and "|" not in mark else None)
+
+
+def thought_marks(template: str, knows: Callable[[str], bool]) -> tuple[str, str] | None:
+    """Opening and closing mark of the thoughts that a template speaks of; None where it speaks of none."""
+    for mark in filter(_THINKS.search, _MARK.findall(template)):
+        opening = mark.replace("/", "", 1)
+        closing = closing_of(opening, knows)
+        if not _CLOSES.search(opening) and closing is not None and knows(closing):
+            return opening, closing
+    return None
+
+
+def left_open(prompt: str, header: str) -> str | None:
+    """The mark that a generation prompt ends inside of, unless the header of an assistant's turn does so too."""
+    mark = opened_mark(prompt)
+    return None if mark == opened_mark(header) else mark
+
+
+def is_thought_mark(name: str) -> bool:
+    """Whether a token's name says that it opens or closes a thought."""
+    return bool(_MARK.fullmatch(name) and _THINKS.search(name))
+
+
+def _closing_forms(mark: str) -> list[str]:
+    inner, bar = mark[1:-1], "|" if mark.startswith("<|") else ""
+    forms = [f"{mark[0]}{bar}/{inner.removeprefix('|')}{mark[-1]}"]  # </think> [/THINK] <|/think|>
+    if bar and not inner.endswith("|"):
+        forms.append(f"<{inner[1:]}|>")  # <|channel> <channel|>
+    return forms + [mark.replace(first, last) for first, last in _OPPOSITES if first in mark]
