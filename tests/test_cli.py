@@ -308,8 +308,8 @@ def test_the_pocket_model_that_is_not_built_says_how_to_build_it(
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "polars", "matplotlib")
-    code = f"import sys; from ws import cli; print([name for name in {heavy} if name in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={})
+    code = f"import sys; from ws.commands import cli; print([name for name in {heavy} if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
 
 

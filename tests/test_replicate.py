@@ -268,7 +268,7 @@ def test_own_pairs_replace_sampling(tiny_folders: dict[str, Path], tmp_path: Pat
 def test_settings_survive_the_config_file(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     chosen = settings(tiny_folders["qwen3"], tmp_path, pairs=None)
     plain = json.loads(json.dumps(stored_settings(chosen)))
-    restored = restore_settings(plain, tmp_path)
+    restored = restore_settings(plain, replace(Settings(), model=chosen.model, out=tmp_path))
     assert stored_settings(restored) == stored_settings(chosen)
 
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ws.base import console
 from ws.base.errors import BaseMismatchError, UserError
 
 if TYPE_CHECKING:
@@ -274,6 +275,8 @@ class RunFolder:
         record_file, key = self._record_file(stage), content_key(stage, inputs)
         if self.is_done(stage, inputs):
             return StageResult(False, read_json(record_file)["seconds"])
+        if changed := self.changed_inputs(stage, inputs):
+            console.say(f"{stage}: rebuilding, because {', '.join(changed)} changed")
         record_file.unlink(missing_ok=True)
         shards = self.shards(stage, inputs)
         started = time.perf_counter()

@@ -31,7 +31,8 @@ class BehaviourNew:
         if not re.fullmatch(r"[\w-]+", self.name):
             raise UserError(f"{self.name!r} cannot be a behaviour's name", "Use letters, digits, - and _.")
         write_text(path, behaviour.TEMPLATE.format(name=self.name))
-        console.say(f"wrote {path}\nnext  edit it, then: ws behaviour check {path}")
+        console.say(f"wrote {path}; now edit it")
+        console.say_next(console.command("behaviour", "check", path))
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class BehaviourCheck:
         console.say(
             f"{len(found.personas.positive)} persona pairs, {len(found.train)} training prompts, probe rows: {listed}"
         )
-        console.say(f"next  ws replicate --behaviour {self.file}")
+        console.say_next(console.command("replicate", "--behaviour", self.file))
 
 
 @dataclass(frozen=True)

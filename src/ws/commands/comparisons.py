@@ -38,7 +38,8 @@ class Sweep(RunOptions):
             console.print_json((place / "sweep.json").read_text(encoding="utf-8").strip())
         else:
             sweep.show(sweep.by_family(rows))
-            console.say(f"\ntables      {place / 'sweep.md'}\nnext        ws show {outcomes[0].folder or place}")
+            console.say(f"\ntables      {place / 'sweep.md'}")
+            console.say_next(*(console.command("show", one.folder) for one in outcomes if one.folder is not None))
         if failed := [outcome for outcome in outcomes if outcome.row is None]:
             raise UserError(f"{len(failed)} of {len(outcomes)} cells failed; the first, {failed[0].cell.name}: "
                             f"{failed[0].error}")  # fmt: skip
@@ -113,21 +114,18 @@ class Calibrate(RunOptions):
 
     def run(self) -> None:
         """Search both signs, write `calibration.json` into the run, and print the strengths."""
-        from ws.algebra.direction import Direction  # noqa: PLC0415
         from ws.base.store import write_json  # noqa: PLC0415
+        from ws.fitting.run_settings import command  # noqa: PLC0415
         from ws.measure import calibrate  # noqa: PLC0415
+        from ws.runs.evaluate import direction_of  # noqa: PLC0415
 
         calibrate.require_budget(self.target)
         with self.replication() as run:
-            path = run.folder / "direction.safetensors"
-            if not path.is_file():
-                raise UserError(f"the run in {run.folder.path} has no direction yet", "Make it with: ws replicate.")
+            direction = direction_of(run).effect
             texts = calibrate.neutral_prompts(self.prompts)
             record = {
                 name: calibrate.as_record(
-                    calibrate.to_budget(
-                        run.model, Direction.load(path), self.target, texts, sign=sign, tokens=self.tokens
-                    )
+                    calibrate.to_budget(run.model, direction, self.target, texts, sign=sign, tokens=self.tokens)
                 )
                 for name, sign in (("1", 1), ("-1", -1))
             }
@@ -141,6 +139,6 @@ class Calibrate(RunOptions):
                     f"sign {name:>2}   alpha {found['alpha']:+.4g}   KL p95 {found['p95']:.3f}   mean "
                     f"{found['mean']:.3f}   max {found['maximum']:.2f}{sure}"
                 )
-            console.say(
-                f"\nnext        ws eval sycophancy --alphas {record['-1']['alpha']:.3g} {record['1']['alpha']:.3g}"
-            )
+            console.say()
+            alphas = (f"{record[sign]['alpha']:.3g}" for sign in ("-1", "1"))
+            console.say_next(command(run.settings, "eval", "sycophancy", "--alphas", *alphas))

@@ -38,7 +38,8 @@ class PocketBuild:
         build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
               compiled=None if self.compile else False)  # fmt: skip
         card.finish_build(self.out)
-        console.say(f"model       {self.out}\nnext        ws pocket check --model {self.out}")
+        console.say(f"model       {self.out}")
+        console.say_next(console.command("pocket", "check", "--model", self.out))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ws.runs.replicate import Replication
 
 Sign = Literal["pos", "neg"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "eager", "sdpa"]
 Judge = Literal["auto", "none", "persona", "local-logit", "http"]
 Engine = Literal["local", "openai"]
 
@@ -24,11 +26,11 @@ class ModelOptions:
 
     model: str = "pocket"
     """Embedded model, hub id, or folder."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """auto: float32 up to 200 M parameters and where bfloat16 is emulated, else the checkpoint's own."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    attention: Attention = "auto"
     """Attention implementation; auto: eager on the CPU, with grouped keys where the model allows, sdpa elsewhere."""
     thinking: Literal["off", "on"] = "off"
     """Whether a thinking model may think before it responds."""
@@ -68,17 +70,15 @@ class RunOptions(ModelOptions):
     """Print the result as JSON and nothing else."""
 
     def replication(self, fit: FitOptions | None = None) -> Replication:
-        """The run that the options name; its stored settings hold where it exists and `fit` says nothing."""
-        from ws.base.store import read_json  # noqa: PLC0415
+        """The run that the options name. What they leave open is as an existing run was made."""
         from ws.fitting import behaviour  # noqa: PLC0415
-        from ws.fitting.run_settings import restore_settings, run_path  # noqa: PLC0415
+        from ws.fitting.run_settings import restore_settings, run_path, stored_in  # noqa: PLC0415
         from ws.runs.replicate import Replication  # noqa: PLC0415
 
-        given = fit or FitOptions()
-        settings = run_settings(self, given, EvalOptions())
-        stored = run_path(settings, behaviour.load(self.behaviour)) / "config.json"
-        if given == FitOptions() and stored.is_file():
-            settings = restore_settings(read_json(stored)["settings"], self.out)
+        settings = run_settings(self, fit or FitOptions(), EvalOptions())
+        folder = run_path(settings, behaviour.load(self.behaviour))
+        if (folder / "config.json").is_file():
+            settings = restore_settings(stored_in(folder), settings)
         return Replication(settings)
 
 

@@ -36,6 +36,8 @@ class Replicate(RunOptions):
 
 def finish(replication: Replication, summary: dict[str, Any], as_json: bool) -> None:
     """Print what a finished run found, and what to do next."""
+    from ws.fitting.run_settings import command  # noqa: PLC0415
+
     if as_json:
         console.print_json(json.dumps(summary))
         return
@@ -49,7 +51,8 @@ def finish(replication: Replication, summary: dict[str, Any], as_json: bool) -> 
     if replication.behaviours_page is not None:
         console.say(f"behaviours  {replication.behaviours_page}")
     console.say(f"direction   {folder / 'direction.safetensors'}")
-    console.say(f"next        ws show {folder}   |   ws eval dilemmas --alphas -3 3 --out {replication.settings.out}")
+    again = command(replication.settings, "eval", "dilemmas", "--alphas", -3, 3)
+    console.say_next(console.command("show", folder), again)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Data(StageOptions):
     def run(self) -> None:
         """Make the pairs and say what they are like."""
         from ws.fitting import data  # noqa: PLC0415
+        from ws.fitting.run_settings import command  # noqa: PLC0415
 
         with self.replication(self.fit) as run:
             pairs = run.data()
@@ -74,7 +78,8 @@ class Data(StageOptions):
             console.say(
                 f"\nprompt  {first['prompt']}\n  pos   {first['response_pos']}\n  neg   {first['response_neg']}"
             )
-            console.say(f"\nnext    ws train --sign pos   ({run.folder / 'pairs.parquet'})")
+            console.say(f"\npairs       {run.folder / 'pairs.parquet'}")
+            console.say_next(command(run.settings, "train", "--sign", "pos"))
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,16 @@ class Train(StageOptions):
 
     def run(self) -> None:
         """Fit it and say where it is."""
+        from ws.fitting.run_settings import command  # noqa: PLC0415
+
         with self.replication(self.fit) as run:
             record = run.train(self.sign)
             if self.json:
                 console.print_json(json.dumps(record))
                 return
-            other = "ws train --sign neg" if self.sign == "pos" else "ws diff"
-            console.say(f"\nadapter {run.folder / self.sign}\nnext    {other}")
+            console.say(f"\nadapter     {run.folder / self.sign}")
+            other = ("train", "--sign", "neg") if self.sign == "pos" else ("diff",)
+            console.say_next(command(run.settings, *other))
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,15 @@ class Diff(StageOptions):
         if (self.pos is None) != (self.neg is None):
             raise UserError("--pos and --neg go together", "Give both folders, or neither for the run's own.")
         from ws.adapters import diff  # noqa: PLC0415
+        from ws.fitting.run_settings import command  # noqa: PLC0415
 
+        next_commands = []
         if self.pos is None or self.neg is None:
             with self.replication(self.fit) as run:
                 direction, geometry = run.diff()
                 target, model = run.folder / "direction.safetensors", run.model
                 sides = run.folder / "pos", run.folder / "neg"
+                next_commands = [command(run.settings, "eval", "sycophancy")]
         else:
             target = Path("direction.safetensors") if self.out == Path("out") else self.out
             sides = self.pos, self.neg
@@ -139,7 +150,8 @@ class Diff(StageOptions):
             f"|tau pos| {geometry.norm_pos:.4g}   |tau neg| {geometry.norm_neg:.4g}   |dW| {geometry.norm_dw:.4g}   "
             f"cos(tau pos, tau neg) {-geometry.cos_anti:+.3f}   drift ratio {geometry.drift_ratio:.2f}"
         )
-        console.say(f"\ndirection   {target}\nnext        ws eval sycophancy   |   ws export {target}")
+        console.say(f"\ndirection   {target}")
+        console.say_next(*next_commands, console.command("export", target))
 
     def _checkpoints(self, target: Path, pos: Path, neg: Path) -> None:
         from ws.adapters import checkpoints  # noqa: PLC0415
@@ -151,9 +163,8 @@ class Diff(StageOptions):
         if self.json:
             console.print_json(json.dumps({"changed": changed}))
             return
-        console.say(
-            f"{len(changed)} parameters differ\n\ndirection   {target}\nnext        ws export {target} --format merged"
-        )
+        console.say(f"{len(changed)} parameters differ\n\ndirection   {target}")
+        console.say_next(console.command("export", target, "--format", "merged"))
 
     def _numerics(self, rows: list[dict[str, Any]]) -> None:
         import polars as pl  # noqa: PLC0415
@@ -248,4 +259,4 @@ class Smoke:
             console.print_json(json.dumps(summary))
         else:
             console.say("\nsmoke run passed: the numbers above are of a random model and mean nothing", style="bold")
-            console.say("next        ws replicate")
+            console.say_next(console.command("replicate"))

@@ -33,7 +33,7 @@ from ws.comparing.methods import FittedRun, Method, Sources
 from ws.comparing.numbers import Line, Place, Spent
 from ws.edit.condition import PLAIN, Condition
 from ws.eval import dilemmas, side_effects, sycophancy
-from ws.fitting.run_settings import Settings, shared_base
+from ws.fitting.run_settings import Settings, scored_with, shared_base
 from ws.fitting.stages import train_together
 from ws.measure import calibrate
 from ws.measure.probe import Probe
@@ -169,6 +169,7 @@ class Comparison:
         inputs = {
             "probes": [probe.key for probe in probes],
             "conditions": [[condition.key(), _identity(condition)] for condition in conditions],
+            **scored_with(self.model),
         }
 
         def make(shards: Shards) -> None:
@@ -198,7 +199,8 @@ class Comparison:
         wanted = [method for method in compared if method.edits and method.kind != "controls"]
         edits = [(method.name, edit) for method in wanted for edit in method.edits]
         inputs = {"target": target, "texts": texts, "tokens": tokens, "prompts": prompted,
-                  "edits": [_identity(Condition.of(edit, 1.0)) for _, edit in edits]}  # fmt: skip
+                  "edits": [_identity(Condition.of(edit, 1.0)) for _, edit in edits],
+                  **scored_with(self.model)}  # fmt: skip
         file = self.folder / "calibration.json"
 
         def make(_: Shards) -> None:

@@ -24,7 +24,7 @@ from ws.base.store import RunFolder, Shards, StageResult, digest, move_folder, r
 from ws.fitting import behaviour, data, judge, train
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.responses import LOCAL
-from ws.fitting.run_settings import Settings, run_path, stored_settings
+from ws.fitting.run_settings import Settings, arithmetic, run_path, stored_settings
 from ws.fitting.train import Side, Sign, TrainSettings
 from ws.measure.generate import Sampling
 from ws.model import loading
@@ -55,8 +55,8 @@ class Fitting:
         self.judge = settings.judge if settings.pairs else judge.resolve(settings.judge, self.model)
         self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
         self.warnings: list[str] = []
+        self.seconds: dict[str, float] = {}
         self._told: set[str] = set()
-        write_json(self.folder / "config.json", {"settings": stored_settings(settings)})
 
     def __enter__(self: Run) -> Run:
         return self
@@ -76,17 +76,14 @@ class Fitting:
 
     @property
     def _arithmetic(self) -> dict[str, str]:
-        """What decides how the same formulas are rounded."""
-        return {
-            "dtype": str(self.model.dtype), "device": self.model.device.type,
-            "attention": self.model.network.config._attn_implementation,
-        }  # fmt: skip
+        return arithmetic(self.model)
 
     # ---------------------------------------------------------------- stages
 
     def data(self) -> pl.DataFrame:
         """Sample or read the pairs, judge them, and write `pairs.parquet`."""
         settings = self.settings
+        self._record_settings()
         inputs: dict[str, Any] = {
             "model": self.model.fingerprint,
             **self._arithmetic,
@@ -248,15 +245,23 @@ class Fitting:
         )  # fmt: skip
         return direction, geometry
 
+    def _record_settings(self) -> None:
+        """Put the settings on record before anything is built, so that stage commands find them after a kill.
+
+        Only what builds the run writes there: a command that measures it further leaves its record alone.
+        """
+        file = self.folder / "config.json"
+        known = read_json(file) if file.is_file() else {}
+        write_json(file, {**known, "settings": stored_settings(self.settings)})
+
     # ---------------------------------------------------------------- talking
 
     def _build(
         self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[str], make: Any, siblings: Sequence[Path] = ()
     ) -> StageResult:
-        changed = self.folder.changed_inputs(stage, inputs)
-        if changed and stage not in self._told:
-            console.say(f"{stage}: rebuilding, because {', '.join(changed)} changed")
-        return self.folder.build(stage, inputs, outputs, make, siblings)
+        result = self.folder.build(stage, inputs, outputs, make, siblings)
+        self.seconds[stage] = result.seconds
+        return result
 
     def _say(self, stage: str, result: StageResult, text: str) -> None:
         if stage not in self._told:

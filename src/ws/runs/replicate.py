@@ -20,7 +20,7 @@ from ws.baselines import controls
 from ws.edit.condition import Condition, Context, Edit
 from ws.eval import dilemmas, feedback, side_effects, sycophancy
 from ws.fitting import behaviour, data, train
-from ws.fitting.run_settings import shared_base, stored_settings
+from ws.fitting.run_settings import scored_with, shared_base, stored_settings
 from ws.fitting.stages import SIGNS, Fitting
 from ws.measure import rounding
 from ws.measure.probe import Probe
@@ -89,8 +89,7 @@ class Replication(Fitting):
             "control_seeds": self.settings.control_seeds,
             "controls_on": [probe.name for probe in probes[:2]],
             "personas": self.behaviour.personas,
-            "rendering": self.model.chat.template_key,
-            **self._arithmetic,
+            **scored_with(self.model),
         }
         path = self.folder / "scores.parquet"
 
@@ -117,8 +116,7 @@ class Replication(Fitting):
         if self.model.dtype == torch.float32:
             return None
         probe = sycophancy.probe(self.behaviour, self.settings.rows)
-        inputs = {"model": self.model.fingerprint, **self._arithmetic, "probe": probe.key,
-                  "rendering": self.model.chat.template_key}  # fmt: skip
+        inputs = {"model": self.model.fingerprint, "probe": probe.key, **scored_with(self.model)}
 
         def make(_: Shards) -> None:
             found = rounding.measure(self.model, probe)
@@ -196,7 +194,6 @@ class Replication(Fitting):
     def _summary(self, scores: pl.DataFrame, geometry: Geometry) -> dict[str, Any]:
         name, group = self.behaviour.name, self.behaviour.probe.headline
         numbers = summary.summarise(scores, self.edit_name, name, group)
-        stages = sorted((self.folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
         head: dict[str, Any] = {
             "model": self.model.name,
             "behaviour": name,
@@ -208,8 +205,7 @@ class Replication(Fitting):
             "direction_norm": geometry.norm_dw,
             "geometry": asdict(geometry),
         }
-        seconds = {path.stem: read_json(path)["seconds"] for path in stages}
-        content = head | numbers | {"seconds": seconds}
+        content = head | numbers | {"seconds": dict(self.seconds)}
         content["warnings"] = [*dict.fromkeys(self.warnings), *summary.doubts(content, name)]
         content["headline"] = summary.headline(content, name)
         return content

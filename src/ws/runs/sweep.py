@@ -23,7 +23,7 @@ from ws.base.errors import UserError
 from ws.base.store import atomic_file, read_json, write_json, write_text
 from ws.eval import dilemmas
 from ws.fitting import behaviour
-from ws.fitting.run_settings import Settings, run_path
+from ws.fitting.run_settings import Settings, run_path, stored_in
 from ws.fitting.stages import train_together
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
@@ -85,7 +85,7 @@ def _settings_of(settings: Settings, cell: Cell) -> Settings:
     config = run_path(wanted, behaviour.load(wanted.behaviour)) / "config.json"
     if not config.is_file():
         return wanted
-    earlier = read_json(config)["settings"]
+    earlier = stored_in(config.parent)
     return replace(
         wanted,
         alphas=tuple(sorted({*wanted.alphas, *earlier["alphas"]})),
