@@ -13,9 +13,11 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.records import plain
 from ws.commands.options import EvalOptions, FitOptions, RunOptions, Sign, StageOptions, run_settings
 
 if TYPE_CHECKING:
+    from ws.report.findings import Summary
     from ws.runs.replicate import Replication
 
 
@@ -34,17 +36,17 @@ class Replicate(RunOptions):
             finish(replication, replication.report(), self.json)
 
 
-def finish(replication: Replication, summary: dict[str, Any], as_json: bool) -> None:
+def finish(replication: Replication, summary: Summary, as_json: bool) -> None:
     """Print what a finished run found, and what to do next."""
     from ws.fitting.run_settings import command  # noqa: PLC0415
 
     if as_json:
-        console.print_json(json.dumps(summary))
+        console.print_json(json.dumps(plain(summary)))
         return
     folder = replication.folder.path
     console.say()
-    console.say(summary["headline"][0].upper() + summary["headline"][1:] + ".", style="bold")
-    for warning in summary["warnings"]:
+    console.say(summary.sentence, style="bold")
+    for warning in summary.warnings:
         console.warn(warning)
     console.say()
     console.say(f"report      {folder / 'report.html'}")
@@ -256,7 +258,7 @@ class Smoke:
 
         summary = smoke.run(self.architecture, self.out)
         if self.json:
-            console.print_json(json.dumps(summary))
+            console.print_json(json.dumps(plain(summary)))
         else:
             console.say("\nsmoke run passed: the numbers above are of a random model and mean nothing", style="bold")
             console.say_next(console.command("replicate"))

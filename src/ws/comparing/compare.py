@@ -29,12 +29,12 @@ from ws.baselines.controls import RANDOM
 from ws.baselines.repe import ActivationDirection
 from ws.comparing import methods, numbers, page
 from ws.comparing.dev_split import split
-from ws.comparing.methods import FittedRun, Method, Sources
+from ws.comparing.methods import Method, Sources
 from ws.comparing.numbers import Line, Place, Spent
 from ws.edit.condition import PLAIN, Condition
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.fitting.run_settings import Settings, scored_with, shared_base
-from ws.fitting.stages import train_together
+from ws.fitting.stages import FittedRun, train_together
 from ws.measure import calibrate
 from ws.measure.probe import Probe
 from ws.measure.score import score
@@ -120,8 +120,7 @@ class Comparison:
             runs = [stack.enter_context(Replication(one, self.model)) for one in settings]
             train_together(runs)
             for seed, run in zip(self.plan.seeds, runs, strict=True):
-                direction, _ = run.diff()
-                found[seed] = FittedRun(run.folder.path, run.behaviour, direction, run.data(), run.training)
+                found[seed] = run.fitted
         return found
 
     def methods(self) -> list[Method]:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-
 from ws.adapters import diff
 from ws.algebra.direction import Direction
 from ws.base.store import RunFolder, Shards, digest
@@ -22,7 +20,7 @@ from ws.comparing import dev_split
 from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
-from ws.fitting.stages import SIGNS
+from ws.fitting.stages import SIGNS, FittedRun
 from ws.model.loading import ChatModel
 
 
@@ -41,17 +39,6 @@ class Method:
         if self.contexts is not None:
             return [Condition(context) for context in self.contexts.values()]
         return [Condition.of(edit, sign * alpha) for edit in self.edits for sign in (1, -1)]
-
-
-@dataclass(frozen=True)
-class FittedRun:
-    """What is used of a finished replication."""
-
-    folder: Path
-    behaviour: Behaviour
-    direction: Direction
-    pairs: pl.DataFrame
-    training: train.TrainSettings
 
 
 @dataclass(frozen=True)

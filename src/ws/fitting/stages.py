@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,23 @@ Run = TypeVar("Run", bound="Fitting")
 SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 MANY_IDENTICAL = 0.2
 """Share of identical pairs above which the personas are said to be ignored."""
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """A run up to its Direction, resolved once: all that those need who measure, compare or describe it.
+
+    `direction` is bound to its base. `records` holds per sign what training wrote; `data` counts the pairs.
+    """
+
+    folder: Path
+    behaviour: Behaviour
+    direction: Direction
+    geometry: Geometry
+    pairs: pl.DataFrame
+    data: Mapping[str, Any]
+    training: TrainSettings
+    records: Mapping[Sign, Mapping[str, Any]]
 
 
 class Fitting:
@@ -244,6 +262,16 @@ class Fitting:
             f"|dW| = {geometry.norm_dw:.3g}, cos(tau pos, tau neg) {-geometry.cos_anti:+.2f}, rank <= {direction.rank}",
         )  # fmt: skip
         return direction, geometry
+
+    @cached_property
+    def fitted(self) -> FittedRun:
+        """The run up to its Direction; what is missing is built on the first use."""
+        direction, geometry = self.diff()
+        pairs = pl.read_parquet(self.folder / "pairs.parquet")
+        return FittedRun(
+            self.folder.path, self.behaviour, direction, geometry, pairs, data.describe(pairs), self.training,
+            {sign: read_json(self.folder / sign / train.RESULT_FILE) for sign in SIGNS},
+        )  # fmt: skip
 
     def _record_settings(self) -> None:
         """Put the settings on record before anything is built, so that stage commands find them after a kill.
