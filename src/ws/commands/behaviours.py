@@ -37,10 +37,10 @@ class BehaviourNew:
 
 @dataclass(frozen=True)
 class BehaviourCheck:
-    """Check a behaviour file."""
+    """Check a behaviour file and say what it holds."""
 
     file: Positional[str]
-    """Shipped behaviour, or a .toml file."""
+    """Name of a shipped behaviour, or a .toml file."""
 
     def run(self) -> None:
         """Say what it holds."""
@@ -72,7 +72,7 @@ class BehaviourList:
 
 @dataclass(frozen=True)
 class BehaviourCommand:
-    """Behaviour files: new, check, list."""
+    """Write, check or list behaviour files."""
 
     action: OmitSubcommandPrefixes[
         Annotated[BehaviourNew, subcommand("new")]

@@ -14,7 +14,8 @@ from ws.commands.options import EvalOptions, FitOptions, RunOptions, run_setting
 
 @dataclass(frozen=True)
 class Sweep(RunOptions):
-    """Adapter families x training seeds x data seeds: a run each, and the table that compares them."""
+    """Make a run for every combination of adapter families, training seeds and data seeds, and compare them in a
+    table."""
 
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     """Adapter families."""
@@ -47,29 +48,30 @@ class Sweep(RunOptions):
 
 @dataclass(frozen=True)
 class Compare(RunOptions):
-    """Weight directions, activation steering, prompts and controls on identical rows, also at equal divergence."""
+    """Measure weight directions, activation steering, prompts and controls on the same rows: at their own strength,
+    and at equal KL to the base model."""
 
     models: tuple[str, ...] = ()
-    """Several models (default: --model)."""
+    """Models to compare on; --model alone if left out."""
     behaviours: tuple[str, ...] = ()
-    """Several behaviours (default: --behaviour)."""
+    """Behaviours to compare on; --behaviour alone if left out."""
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     """Adapter families."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
-    """Variants of activation steering; also pca-center, all-positions, response, residual-norm, and original: the
-    replicated work's own, one layer at the last token."""
+    """Kinds of activation steering.
+    There are also pca-center, all-positions, response, residual-norm, and original (the replicated work's own)."""
     random_seeds: int = 10
-    """Norm-matched random directions, at least two: a verdict needs their band."""
+    """How many random directions of equal norm are measured. A verdict needs at least two."""
     shuffles: int = 5
-    """Directions trained on shuffled personas."""
+    """How many directions are trained on shuffled personas, as controls."""
     target: float | None = None
-    """KL budget in nats per token, 95th percentile (default: that of the engineered prompt)."""
+    """KL to the base that every method may cost, nats per token (p95). If left out: that of the engineered prompt."""
     dilemmas: str = "own"
-    """own, a CSV/JSONL/parquet file, or a hub id; others than own have a folder each, `compare-<source>-<digest>`."""
+    """own, a CSV, JSONL or parquet file, or a hub id. Others than own get a folder each: compare-SOURCE-DIGEST."""
     rows: int | None = None
-    """Use only the first rows of every probe (for quick looks)."""
+    """Use only the first rows of every probe, for a quick look."""
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
 
     def run(self) -> None:
@@ -103,14 +105,14 @@ class Compare(RunOptions):
 
 @dataclass(frozen=True)
 class Calibrate(RunOptions):
-    """The strengths at which a run's direction spends a KL budget on neutral text, per sign."""
+    """Find the strengths, one per sign, at which a run's direction costs a given KL on neutral text."""
 
     target: float = 0.5
-    """Budget: 95th percentile of KL to the base, nats per token."""
+    """KL to the base that the direction may cost, in nats per token (95th percentile)."""
     prompts: int | None = None
-    """How many neutral prompts are continued greedily under steering (default: all that there are)."""
+    """How many neutral prompts are continued; all if left out."""
     tokens: int = 50
-    """Length of the continuations."""
+    """Length of the continuations, in tokens."""
 
     def run(self) -> None:
         """Search both signs, write `calibration.json` into the run, and print the strengths."""

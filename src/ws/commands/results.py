@@ -23,19 +23,19 @@ class Export:
     """Write a direction in a format that other programs load, with a model card."""
 
     source: Positional[Path]
-    """Run folder, or a direction file."""
+    """A run folder, or a direction file."""
     format: Literal["peft", "merged", "gguf-lora"] = "peft"
-    """PEFT adapter folder, merged checkpoint, or GGUF LoRA for llama.cpp."""
+    """peft: an adapter folder for PEFT. merged: a whole checkpoint. gguf-lora: a GGUF LoRA for llama.cpp."""
     alpha: float = 1.0
     """Strength that is exported."""
     rank: int | None = None
-    """Cut every update to this rank by its singular values (needed where it is not low-rank)."""
+    """Cut every update to this rank. Needed where an update is not low-rank; the energy that is kept is reported."""
     fold: bool = True
-    """Multiply alpha into the factors; otherwise it stays the adapter's scale."""
+    """Multiply the strength into the weights of the adapter. With --no-fold it is stored as the adapter's scale."""
     model: str | None = None
-    """Base model (default: the run's)."""
+    """Base model; the run's own if left out."""
     out: Path | None = None
-    """Where to write (default: beside the run, named after format and alpha)."""
+    """Where to write. If left out: beside the run, named after format and strength."""
     json: bool = False
     """Print the record as JSON and nothing else."""
 
@@ -56,22 +56,22 @@ class Export:
 
 @dataclass(frozen=True)
 class Report:
-    """Write summary and report of existing runs anew."""
+    """Write the summary and the report of existing runs again. Stages that are missing are run first."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders."""
     dtype: Dtype | None = None
-    """Dtype of the model's weights (default: as the run was made)."""
+    """Number format of the weights; as the run was made if left out."""
     device: str | None = None
-    """auto, cpu, cuda or mps (default: as the run was made)."""
+    """Where the model runs: auto, cpu, cuda or mps; as the run was made if left out."""
     attention: Attention | None = None
-    """Attention implementation (default: as the run was made)."""
+    """How attention is computed; as the run was made if left out."""
     revision: str | None = None
-    """Revision of a hub model (default: as the run was made)."""
+    """Branch, tag or commit of a hub model; as the run was made if left out."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Say it again each time: a run folder cannot grant it."""
+    """Run Python code that comes with the model. It holds for this command only and is never stored."""
     cache_memory: float = 1.0
-    """GiB of memory for hidden states that are needed again. No effect on results."""
+    """Memory in GiB for hidden states that are needed again. It has no effect on results."""
     json: bool = False
     """Print the summaries as JSON, one per line, and nothing else."""
 
@@ -98,7 +98,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Show:
-    """Print what a run found, from its summary."""
+    """Print what a finished run found."""
 
     path: Positional[Path]
     """Run folder."""

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replicate(RunOptions):
-    """The whole pipeline: data, train pos, train neg, diff, eval, alignment, samples, report."""
+    """Do everything: sample responses, train both adapters, subtract them, measure the direction, write the report.
+    Stages that are done are skipped."""
 
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
     evaluation: OmitArgPrefixes[EvalOptions] = field(default_factory=EvalOptions)
@@ -59,7 +60,7 @@ def finish(replication: Replication, summary: Summary, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Data(StageOptions):
-    """Sample responses under opposed personas: D+ and D-, in pairs."""
+    """Sample responses under opposed personas and pair them."""
 
     def run(self) -> None:
         """Make the pairs and say what they are like."""
@@ -86,10 +87,10 @@ class Data(StageOptions):
 
 @dataclass(frozen=True)
 class Train(StageOptions):
-    """Fit the adapter of one sign on its responses, persona removed."""
+    """Train the adapter of one sign on its responses, with the persona left out of the prompt."""
 
     sign: Sign = "pos"
-    """Which branch."""
+    """Which adapter: pos or neg."""
 
     def run(self) -> None:
         """Fit it and say where it is."""
@@ -107,14 +108,15 @@ class Train(StageOptions):
 
 @dataclass(frozen=True)
 class Diff(StageOptions):
-    """Subtract exactly: a run's two adapters, or any two PEFT adapter folders or checkpoints of one base."""
+    """Subtract two adapters exactly: those of a run, or any two PEFT adapter folders or checkpoints of one base
+    model."""
 
     pos: Path | None = None
-    """PEFT folder or checkpoint of the positive side (with --neg; then --out is the file to write)."""
+    """Adapter folder or checkpoint of the positive side. Give --neg too; --out is then the file to write."""
     neg: Path | None = None
-    """PEFT folder or checkpoint of the negative side."""
+    """Adapter folder or checkpoint of the negative side."""
     numerics: bool = False
-    """Also tell what merging both adapters in bf16 and subtracting would have lost, by layer."""
+    """Also show, by layer, how much would be lost by merging both adapters in bf16 and subtracting the results."""
 
     def run(self) -> None:
         """Write the direction and print its geometry."""
@@ -186,24 +188,25 @@ class Diff(StageOptions):
 
 @dataclass(frozen=True)
 class Eval(RunOptions):
-    """Score one kind of probe on an existing run: a shipped one, a JSONL file of your own, or an lm-eval task."""
+    """Measure an existing run further: a shipped probe, your own questions, or a task of lm-evaluation-harness.
+    Continues where it was interrupted."""
 
     probe: Positional[str] = "sycophancy"
-    """sycophancy (the behaviour's own), dilemmas, feedback, side-effects, or a FILE.jsonl of prompts and labels."""
+    """sycophancy (the behaviour's own probe), dilemmas, feedback, side-effects, or a FILE.jsonl of prompts and labels."""
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
-    """Strengths; 0 is always included."""
+    """Strengths of the direction. 0, the unedited model, is always included."""
     dilemmas: str = "own"
-    """own, a CSV/JSONL/parquet file, or a hub id."""
+    """Where the dilemmas come from: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
     rows: int | None = None
     """Use only the first rows."""
     think: int = 0
-    """Let the steered model write a thought of so many tokens before each choice (guided chain of thought)."""
+    """Let the steered model write a thought of up to this many tokens before each choice."""
     answers: tuple[str, str] = ("Yes", "No")
-    """The two answers of a probe of your own."""
+    """The two answers of your own probe; label 1 stands for the first."""
     task: str | None = None
-    """A task of lm-evaluation-harness instead of a probe: lm-eval:NAME."""
+    """Run this task of lm-evaluation-harness instead of a probe: lm-eval:NAME."""
     task_folder: Path | None = None
-    """Folder with task files of your own for --task."""
+    """Folder with your own task files for --task."""
 
     def run(self) -> None:
         """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
@@ -224,7 +227,7 @@ class Eval(RunOptions):
 
 @dataclass(frozen=True)
 class Subspace(StageOptions):
-    """Where a run's direction lies relative to the singular directions of the weights."""
+    """Show which singular directions of the weights a run's direction lies in."""
 
     def run(self) -> None:
         """Print the alignment table."""
@@ -240,7 +243,7 @@ class Subspace(StageOptions):
 
 @dataclass(frozen=True)
 class Smoke:
-    """The whole pipeline on a random two-layer model that it makes, with run-time shape checks; under a minute."""
+    """Try the whole pipeline on a small random model that it makes. Takes under a minute; the numbers mean nothing."""
 
     architecture: Literal["qwen3", "llama", "gemma3", "gpt2"] = "qwen3"
     """Architecture of the random model."""

@@ -129,7 +129,8 @@ def _effect_tables(summary: Summary) -> list[Block]:
         ["alpha", *(f"{name} (n={curve['0'].n})" for name, curve in groups.items()), "answer mass"],
         rows,
         f"{summary.behaviour}: log-ratio towards the behaviour, nats, with 95 % intervals. Reversed questions are "
-        "signed so that the behaviour counts positive: a mere Yes-bias would raise plain columns and lower reversed ones.",
+        "signed so that the behaviour counts positive: a mere Yes-bias would raise plain columns and lower reversed "
+        "ones.",
     )
     moral = _dilemma_table(numbers)
     flips = []
