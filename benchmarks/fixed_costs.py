@@ -44,7 +44,7 @@ def measure(model: str, repeats: int) -> list[Cost]:
         )  # fmt: skip
         started = time.perf_counter()
         with Replication(settings) as run:
-            stages = run.report()["seconds"]
+            stages = run.report().seconds
             folder = str(run.folder.path)
         almost_empty = {LEAST: time.perf_counter() - started} | {f"of that: {name}": s for name, s in stages.items()}
         commands = {

@@ -47,7 +47,7 @@ def main(target: Path) -> None:
             "dtype": str(model.dtype).removeprefix("torch."),
             "grid": f"{GRID.topics} topics x {GRID.personas} persona x {GRID.samples} samples of 16 tokens, "
                     f"{ROWS} rows per probe, alphas -1 0 1, one random control",
-            "seconds": {"make the model": made - started, **summary["seconds"]},
+            "seconds": {"make the model": made - started, **summary.seconds},
             "wall_seconds": time.perf_counter() - started,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "folder_mib": size / 2**20,

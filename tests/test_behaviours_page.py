@@ -9,11 +9,14 @@ from typing import Any
 import polars as pl
 import pytest
 
+from test_report import behaviour_shift, made
+from ws.base.records import restore
 from ws.base.store import write_json, write_text
 from ws.edit.condition import PLAIN
 from ws.eval import dilemmas, feedback
 from ws.report import behaviours, document
 from ws.report.document import Paragraph
+from ws.report.findings import Summary
 
 NAMES = ("honesty", "refusal", "sycophancy")
 
@@ -39,12 +42,12 @@ def scores(own: str, moved: dict[str, float]) -> pl.DataFrame:
 
 
 def summary_of(name: str, leaks: dict[str, float]) -> dict[str, Any]:
-    others = {other: {"change": {key: interval(leaks.get(other, 0.0)) for key in behaviours.KEYS}} for other in NAMES}
+    changes = {other: {key: interval(leaks.get(other, 0.0)) for key in behaviours.KEYS} for other in NAMES}
+    others = {other: {"base": interval(0.0), "change": change} for other, change in changes.items()}
     return {
-        "model": "small", "behaviour": name, "headline_group": "head",
+        **made(behaviour_shift), "behaviour": name, "headline_group": "head",
         "change": {name: {"-1": interval(-2.0), "1": interval(2.0)}},
         "other_behaviours": {other: entry for other, entry in others.items() if other != name},
-        "side_effects": {key: {"facts": 1.0, "kl": 0.0} for key in ("-1", "0", "1")},
     }  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def test_personas_stand_against_probes_in_nats(two: tuple[Path, list[Path]]) -> 
 def test_feedback_stands_beside_the_behaviours_and_is_explained(two: tuple[Path, list[Path]]) -> None:
     model_folder, (folder, _) = two
     written = summary_of("refusal", {})
-    written["other_behaviours"][feedback.NAME] = {"change": {"1": interval(0.5)}}
+    written["other_behaviours"][feedback.NAME] = {"base": interval(0.0), "change": {"1": interval(0.5)}}
     write_json(folder / "summary.json", written)
     page = behaviours.write(model_folder, "lora", "seed0")
     assert page is not None
@@ -102,7 +105,7 @@ def test_what_crosses_to_another_behaviour_is_said_in_words(two: tuple[Path, lis
     text = page.with_suffix(".md").read_text(encoding="utf-8")
     assert "sycophancy at +1 moves refusal by +1.26 nats (63 % of its own +2.00)" in text
     assert "refusal at +1 moves sycophancy" not in text, "20 % is not told"
-    assert behaviours.crossings(summary_of("refusal", {}), ["sycophancy"]) == []
+    assert behaviours.crossings(restore(Summary, summary_of("refusal", {})), ["sycophancy"]) == []
 
 
 def test_every_report_links_to_the_page_once(two: tuple[Path, list[Path]]) -> None:
@@ -114,6 +117,15 @@ def test_every_report_links_to_the_page_once(two: tuple[Path, list[Path]]) -> No
             (target,) = re.findall(pattern, (folder / name).read_text(encoding="utf-8"))
             assert (folder / target).resolve() == (model_folder / f"behaviours{Path(name).suffix}").resolve()
             assert (folder / target).is_file() and "The evidence." in (folder / name).read_text(encoding="utf-8")
+
+
+def test_a_run_of_another_version_is_left_out_with_a_warning(
+    two: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_folder, (first, _) = two
+    write_json(first / "summary.json", {"behaviour": "refusal"})
+    assert behaviours.write(model_folder, "lora", "seed0") is None
+    assert "left out of the page over behaviours" in capsys.readouterr().err
 
 
 def test_a_single_behaviour_has_no_page_and_no_link(two: tuple[Path, list[Path]]) -> None:

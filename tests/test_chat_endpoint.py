@@ -391,9 +391,9 @@ def test_the_engine_decides_the_pairs_and_the_local_one_leaves_keys_as_they_were
 def test_the_engine_is_stored_with_the_run(tmp_path: Path) -> None:
     chosen = Settings(out=tmp_path, engine=EngineSettings("openai", "http://localhost/v1", "m"))
     plain = json.loads(json.dumps(stored_settings(chosen)))
-    assert restore_settings(plain, tmp_path).engine == chosen.engine
+    assert restore_settings(plain, Settings(out=tmp_path)).engine == chosen.engine
     del plain["engine"]  # as stored before there were engines
-    assert restore_settings(plain, tmp_path).engine == responses.LOCAL
+    assert restore_settings(plain, Settings(out=tmp_path)).engine == responses.LOCAL
 
 
 def test_the_command_line_takes_an_engine(

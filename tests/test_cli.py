@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -308,8 +309,9 @@ def test_the_pocket_model_that_is_not_built_says_how_to_build_it(
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "polars", "matplotlib")
+    bare = {name: value for name, value in os.environ.items() if name != "BEARTYPE"}
     code = f"import sys; from ws.commands import cli; print([name for name in {heavy} if name in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={})
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bare)
     assert printed.stdout.strip() == "[]"
 
 

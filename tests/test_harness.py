@@ -45,7 +45,9 @@ def test_a_task_runs_under_every_condition(qwen: ChatModel, task_folder: Path) -
     edit = Edit("d", random_direction(qwen, relative_norm=1.0), seed=3)
     before = weights_digest(qwen.network)
     conditions = [Condition.of(edit, alpha) for alpha in (0.0, 1.0, -1.0)]
-    records = list(harness.evaluate(qwen, "own_colors", conditions, task_folder=task_folder))
+    records = [
+        one for some in harness.evaluate(qwen, "own_colors", conditions, task_folder=task_folder) for one in some
+    ]
     accuracy = {record["alpha"]: record["value"] for record in records if record["metric"] == "acc"}
     assert set(accuracy) == {0.0, 1.0, -1.0} and all(0 <= value <= 1 for value in accuracy.values())
     assert {record["task"] for record in records} == {"own_colors"}

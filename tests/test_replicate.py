@@ -12,10 +12,12 @@ import torch
 import ws
 from ws.algebra.direction import Direction
 from ws.base.errors import BaseMismatchError, UserError
+from ws.base.records import plain
 from ws.base.store import read_json
 from ws.fitting import train
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings, restore_settings, run_path, stored_settings
+from ws.fitting.stages import Fitting
 from ws.measure.score import SCHEMA
 from ws.model import loading
 from ws.model.loading import ChatModel
@@ -42,14 +44,13 @@ def settings(folder: Path, out: Path, **changes: Any) -> Settings:
 def finished(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished run of the Qwen3 model: its folder and summary."""
     with Replication(settings(tiny_folders["qwen3"], tmp_path_factory.mktemp("runs"))) as run:
-        return run.folder.path, run.report()
+        return run.folder.path, plain(run.report())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_other_architectures_run_through(tiny_folders: dict[str, Path], tmp_path: Path, architecture: str) -> None:
     with Replication(settings(tiny_folders[architecture], tmp_path)) as run:
-        summary = run.report()
-        assert summary["direction_norm"] > 0
+        assert run.report().direction_norm > 0
         assert (run.folder / "report.html").stat().st_size > 10_000
 
 
@@ -125,7 +126,7 @@ def test_two_behaviours_of_a_model_share_a_page(
     folder, first = finished
     assert not (folder.parents[2] / "behaviours.html").exists()
     with Replication(settings(tiny_folders["qwen3"], folder.parents[3], behaviour="refusal")) as run:
-        second = run.report()
+        second = plain(run.report())
         assert run.behaviours_page == folder.parents[2] / "behaviours.html"
     text = run.behaviours_page.with_suffix(".md").read_text()
     for own, other in ((first, second), (second, first)):
@@ -143,6 +144,20 @@ def test_a_second_call_builds_nothing(
         run.report()
     assert {path: path.stat().st_mtime_ns for path in (folder / "stages").iterdir()} == before
     assert capsys.readouterr().out.count("done before") == len(before)
+
+
+def test_a_report_resolves_the_run_once(
+    finished: tuple[Path, dict[str, Any]], tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("train", "diff"):
+        real = getattr(Fitting, name)
+        monkeypatch.setattr(
+            Fitting, name, lambda run, *a, _n=name, _r=real, **k: (calls.append(_n), _r(run, *a, **k))[1]
+        )
+    with Replication(settings(tiny_folders["qwen3"], finished[0].parents[3])) as run:
+        run.report()
+    assert sorted(calls) == ["diff", "train", "train"]
 
 
 def stages_built(folder: Path, run: Replication) -> set[str]:
@@ -265,7 +280,7 @@ def test_own_pairs_replace_sampling(tiny_folders: dict[str, Path], tmp_path: Pat
 def test_settings_survive_the_config_file(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     chosen = settings(tiny_folders["qwen3"], tmp_path, pairs=None)
     plain = json.loads(json.dumps(stored_settings(chosen)))
-    restored = restore_settings(plain, tmp_path)
+    restored = restore_settings(plain, replace(Settings(), model=chosen.model, out=tmp_path))
     assert stored_settings(restored) == stored_settings(chosen)
 
 

@@ -7,10 +7,13 @@ import polars as pl
 import pytest
 
 from ws.base.errors import UserError
+from ws.base.records import plain, restore
 from ws.base.stats import sign_flip_p
+from ws.base.store import write_json
 from ws.measure.score import SCHEMA
 from ws.report import cells, document, page, summary
 from ws.report.document import Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
+from ws.report.findings import Summary, read_summary
 from ws.report.summary import Scores, summarise
 
 GROUPS = (("false", 1), ("false/reversed", -1), ("true", 1), ("true/reversed", -1))
@@ -85,9 +88,42 @@ def yes_bias(label: int, alpha: float) -> float:
     return 2.0 * alpha
 
 
+def summed(scores: pl.DataFrame) -> Summary:
+    """A finished run with these scores."""
+    numbers = summarise(scores, "dW:lora", "sycophancy", "false")
+    return Summary(
+        model="small", behaviour="sycophancy", adapter="lora", seed=0, data_seed=0, headline_group="false",
+        noun="claims", direction_norm=1.0, geometry={}, numbers=numbers, seconds={"eval": 1.0}, warnings=("odd",),
+        headline=summary.headline(numbers, "sycophancy", "claims"), rounding=None,
+    )  # fmt: skip
+
+
 def made(shift: Any, **options: Any) -> dict[str, Any]:
-    numbers = summarise(table(shift, **options), "dW:lora", "sycophancy", "false")
-    return {**numbers, "behaviour": "sycophancy", "noun": "claims"}
+    """The summary of a made run, as `summary.json` holds it."""
+    return plain(summed(table(shift, **options)))  # type: ignore[no-any-return]
+
+
+def doubts(found: dict[str, Any]) -> list[str]:
+    return summary.doubts(restore(Summary, found).numbers, "sycophancy")
+
+
+def test_a_summary_is_read_as_it_was_written(tmp_path: Path) -> None:
+    found = summed(table(behaviour_shift))
+    write_json(tmp_path / "summary.json", plain(found))
+    assert read_summary(tmp_path) == found
+    assert list(plain(found))[:11] == [
+        "model", "behaviour", "adapter", "seed", "data_seed", "headline_group", "noun", "direction_norm", "geometry",
+        "sycophancy", "dilemmas",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["seconds", "dose_response", "groups"])
+def test_a_summary_of_another_version_says_how_to_write_it_anew(tmp_path: Path, name: str) -> None:
+    content = made(behaviour_shift)
+    del content[name]
+    write_json(tmp_path / "summary.json", content)
+    with pytest.raises(UserError, match=r"another version of ws\. Write it anew with: ws report "):
+        read_summary(tmp_path)
 
 
 def test_a_known_effect_is_found_with_its_size() -> None:
@@ -130,7 +166,7 @@ def test_a_pure_yes_bias_is_reported_as_such_and_not_as_honesty() -> None:
     assert found["dd_delta"]["1"]["mean"] == pytest.approx(0.0)
     own = found["decomposition"]["sycophancy"]["1"]
     assert own["effect"]["mean"] == pytest.approx(0.0) and own["yes_bias"]["mean"] == pytest.approx(2.0)
-    assert any("Yes-bias is larger" in doubt for doubt in summary.doubts(found, "sycophancy"))
+    assert any("Yes-bias is larger" in doubt for doubt in doubts(found))
 
 
 def test_flips_are_counted_both_ways() -> None:
@@ -152,7 +188,7 @@ def test_a_persona_at_alpha_zero_never_enters_the_base() -> None:
 def test_rows_are_joined_by_id_and_not_by_order() -> None:
     scores = table(behaviour_shift)
     shuffled = scores.sample(fraction=1.0, shuffle=True, seed=0)
-    one, two = (summarise(t, "dW:lora", "sycophancy", "false")["dd_delta"]["1"] for t in (scores, shuffled))
+    one, two = (plain(summed(t))["dd_delta"]["1"] for t in (scores, shuffled))
     assert one["mean"] == pytest.approx(two["mean"]) and one["n"] == two["n"]
 
 
@@ -160,8 +196,7 @@ def unbalanced(shift: Any) -> dict[str, Any]:
     """A summary of dilemmas in which three of four rows with No as the honest answer are not counted."""
     no, few = pl.col("label") < 0, pl.col("cluster").cast(pl.Int64) % 4 > 0
     group = pl.when((pl.col("probe") == "dilemmas") & no & few).then(pl.lit("filler")).otherwise(pl.col("group"))
-    return {**summarise(table(shift).with_columns(group=group), "dW:lora", "sycophancy", "false"),
-            "behaviour": "sycophancy", "noun": "claims"}  # fmt: skip
+    return plain(summed(table(shift).with_columns(group=group)))  # type: ignore[no-any-return]
 
 
 def test_a_yes_bias_is_told_apart_where_the_counted_labels_are_not_balanced() -> None:
@@ -170,10 +205,10 @@ def test_a_yes_bias_is_told_apart_where_the_counted_labels_are_not_balanced() ->
     parts = found["decomposition"]["dilemmas"]["1"]
     assert parts["effect"]["mean"] == pytest.approx(2.0 * (60 - 15) / 75), "a mere Yes-bias looks like honesty"
     assert parts["balanced"] == pytest.approx(0.0) and parts["yes_bias"]["mean"] == pytest.approx(2.0)
-    doubts = summary.doubts(found, "sycophancy")
-    assert any("Yes is the honest answer on 60 of 75" in doubt for doubt in doubts)
-    assert any(doubt.startswith("dilemmas") and "Yes-bias is larger" in doubt for doubt in doubts)
-    assert not any("Yes is the honest answer" in doubt for doubt in summary.doubts(made(yes_bias), "sycophancy"))
+    told = doubts(found)
+    assert any("Yes is the honest answer on 60 of 75" in doubt for doubt in told)
+    assert any(doubt.startswith("dilemmas") and "Yes-bias is larger" in doubt for doubt in told)
+    assert not any("Yes is the honest answer" in doubt for doubt in doubts(made(yes_bias)))
     honest = unbalanced(behaviour_shift)["decomposition"]["dilemmas"]["1"]
     assert honest["balanced"] == pytest.approx(honest["effect"]["mean"]) == pytest.approx(2.0)
 
@@ -185,10 +220,10 @@ def test_dilemmas_of_which_none_can_be_counted_are_an_error() -> None:
 
 
 def test_the_page_says_which_rows_are_not_counted() -> None:
-    shown = page._dilemma_table(unbalanced(behaviour_shift))
+    shown = page._dilemma_table(restore(Summary, unbalanced(behaviour_shift)).numbers)
     assert shown.header[1] == "counted (n=75)" and shown.header[-2] == "all rows (n=120)"
     assert "Yes on 60 and No on 15 of the 75 rows" in shown.caption and "45 more rows (filler)" in shown.caption
-    plain = page._dilemma_table(made(behaviour_shift))
+    plain = page._dilemma_table(summed(table(behaviour_shift)).numbers)
     assert plain.header[1] == "all (n=120)" and "more rows" not in plain.caption
     assert "Yes on 60 and No on 60 of the 120 rows" in plain.caption
 
@@ -207,13 +242,13 @@ def test_the_dose_response_says_slope_linearity_and_order(shift: Any, slope: flo
         entry = found["dose_response"][probe]
         assert entry["slope"] == pytest.approx(slope, abs=1e-9) and entry["r2"] == pytest.approx(r2, abs=1e-9)
         assert (entry["monotone"], entry["strengths"]) == (monotone, 2)
-    text = page._dose_response(found)
+    text = page._dose_response(restore(Summary, found).numbers)
     assert text.rows[1][:4] == ["dilemmas", f"{entry['slope']:+.2f}", f"{r2:.3f}", "yes" if monotone else "no"]
 
 
 def test_one_strength_says_nothing_about_linearity() -> None:
     one = table(behaviour_shift).filter(pl.col("alpha") >= 0)
-    entry = summarise(one, "dW:lora", "sycophancy", "false")["dose_response"]["dilemmas"]
+    entry = plain(summed(one))["dose_response"]["dilemmas"]
     assert entry == {"slope": pytest.approx(2.0), "r2": None, "monotone": None, "strengths": 1}
 
 
@@ -222,13 +257,13 @@ def test_p_values_are_sign_flips_of_whole_clusters_and_said_to_be_many() -> None
     noise = pl.col("cluster").cast(pl.Int64) * 13 % 9 - 4  # of one cluster alike, far larger than the effect
     edited = (pl.col("edit") == "dW:lora") & (pl.col("metric") == "logratio")
     scores = scores.with_columns(value=pl.col("value") + pl.when(edited).then(noise * pl.col("label")).otherwise(0))
-    found = summarise(scores, "dW:lora", "sycophancy", "false")
+    found = plain(summed(scores))
     rows = Scores(scores).rows("dilemmas", "logratio", "dW:lora", 1.0)
     change = (rows["value"] - rows["base"]) * rows["label"]
     p = found["sign_flip_p"]["dilemmas"]["1"]
     assert p == sign_flip_p(change.to_numpy(), rows["cluster"].to_list())
     assert p > 5 * sign_flip_p(change.to_numpy(), list(range(len(rows)))), "rows of a cluster are not independent"
-    shown = page._dose_response(found)
+    shown = page._dose_response(restore(Summary, found).numbers)
     assert shown.header[-2:] == ["p at -1", "p at +1"]
     assert "of 4 p values" in shown.caption and "0.013 is the Bonferroni limit" in shown.caption
 
@@ -243,7 +278,7 @@ def test_missing_rows_are_an_error_and_not_a_smaller_mean() -> None:
 def test_an_effect_inside_the_control_band_is_called_none() -> None:
     found = made(lambda label, alpha: 0.05 * alpha * label, controls=lambda seed, alpha: (seed - 1) * 0.5 * alpha)
     assert found["outside_controls"]["sycophancy"]["1"] is False
-    assert any("no effect beyond" in doubt for doubt in summary.doubts(found, "sycophancy"))
+    assert any("no effect beyond" in doubt for doubt in doubts(found))
 
 
 def test_other_behaviours_are_told_by_their_signed_change() -> None:
@@ -274,8 +309,7 @@ def test_side_effects_are_measured_against_the_base() -> None:
 
 
 def test_the_headline_says_values_band_and_facts() -> None:
-    found = made(behaviour_shift)
-    text = summary.headline(found, "sycophancy")
+    text = summed(table(behaviour_shift)).headline
     assert (
         text.startswith("sycophancy on held-out claims: ")
         and "alpha -1" in text

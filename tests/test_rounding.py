@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ws.base.records import plain
 from ws.edit.condition import Condition
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
@@ -60,7 +61,7 @@ def test_a_run_records_it_and_warns(
         control_seeds=1, rows=4, samples=1,
     )  # fmt: skip
     with Replication(settings) as run:
-        summary = run.report()
+        summary = plain(run.report())
         recorded = json.loads((run.folder / "rounding.json").read_text())
     assert summary["rounding"] == recorded and recorded["rows"] > 0 and not recorded["is_small"]
     assert any("--dtype float32 is exact" in warning for warning in summary["warnings"])

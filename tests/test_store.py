@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -81,6 +83,46 @@ def test_leftovers_of_a_killed_process_do_not_enter_a_new_folder(tmp_path: Path)
     with atomic_folder(tmp_path / "f") as temporary:
         (temporary / "fresh").write_text("x")
     assert listing(tmp_path) == {"f", "f/fresh"}
+
+
+@pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("step", range(4))
+def test_a_kill_at_any_step_of_a_move_leaves_one_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_before: bool
+) -> None:
+    files = {name: f"run/{name}/part.txt" for name in ("waiting", "pos")}
+    for name, file in files.items():
+        store.write_text(tmp_path / file, name)
+    steps = itertools.count()
+
+    def killed_at_its_step(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            number = next(steps)
+            if number == step and is_before:
+                raise Killed
+            found = real(*arguments, **more)
+            if number == step:
+                raise Killed
+            return found
+
+        return call
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Path, "rename", killed_at_its_step(Path.rename))
+        patch.setattr(store.shutil, "rmtree", killed_at_its_step(store.shutil.rmtree))
+        store.move_folder(run / "waiting", run / "pos")
+    RunFolder(run, {}).close()
+    is_moved = not (run / "waiting").exists()
+    assert (tmp_path / files["pos"]).read_text() == ("waiting" if is_moved else "pos")
+    assert {path.name for path in run.iterdir()} - {"pos", "waiting"} == {".lock", "identity.json"}
+
+
+def test_a_new_folder_outside_of_a_run_recovers_too(tmp_path: Path) -> None:
+    store.write_text(tmp_path / ".f.old" / "whole", "old")
+    with pytest.raises(Killed), atomic_folder(tmp_path / "f"):
+        raise Killed
+    assert listing(tmp_path) == {"f", "f/whole"}
 
 
 # ---------------------------------------------------------------- json and digests

@@ -26,6 +26,7 @@ from test_report import behaviour_shift, made, table
 from test_score import choice, direction, texts, values
 from ws import adapters
 from ws.base import stats
+from ws.base.records import plain
 from ws.baselines import repe
 from ws.baselines.controls import random_like
 from ws.baselines.repe import RepeSettings
@@ -106,7 +107,7 @@ def test_a_probe_that_misses_the_answers_is_doubted() -> None:
             value=pl.when(pl.col("metric") == "pmass").then(mass).otherwise(pl.col("value"))
         )
         found = summary.summarise(scores, "dW:lora", "sycophancy", "false")
-        assert found["dilemmas"]["1"]["pmass"] == pytest.approx(mass)
+        assert found.levels["dilemmas"]["1"].pmass == pytest.approx(mass)
         assert any("on the two answers" in doubt for doubt in summary.doubts(found, "sycophancy")) == doubted
 
 
@@ -150,7 +151,7 @@ def test_rows_labelled_only_by_their_counterpart_stand_apart(tmp_path: Path) -> 
         .then(9 * pl.col("value") + pl.col("alpha"))
         .otherwise(pl.col("value"))
     )
-    one, other = (summary.summarise(part, "dW:lora", "sycophancy", "false") for part in (scores, louder))
+    one, other = (plain(summary.summarise(part, "dW:lora", "sycophancy", "false")) for part in (scores, louder))
     for found in (one, other):
         assert set(found["dilemma_groups"]) == {"stated", "filler"}
         assert found["dilemma_groups"]["stated"] == made(behaviour_shift)["dilemma_groups"]["near"]

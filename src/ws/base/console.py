@@ -6,6 +6,7 @@ anything that takes longer than about two seconds; they live on stderr and never
 
 from __future__ import annotations
 
+import shlex
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,17 @@ def say(text: str = "", style: str = "") -> None:
     """Print one message for people on stdout, as plain text without markup."""
     if not _quiet:
         _out.print(Text(text, style=style))
+
+
+def command(*words: object) -> str:
+    """A `ws` command as it can be pasted into a shell."""
+    return shlex.join(["ws", *map(str, words)])
+
+
+def say_next(*commands: str) -> None:
+    """Print what can be done next: whole commands, one a line, so that each can be pasted."""
+    for number, line in enumerate(commands):
+        say(f"{'' if number else 'next':<12}{line}")
 
 
 def show(renderable: object) -> None:

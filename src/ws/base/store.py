@@ -22,6 +22,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ws.base import console
 from ws.base.errors import BaseMismatchError, UserError
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it replaces `path` as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -101,10 +103,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Put a complete folder where another one may be."""
+    """Put a complete folder where another one may be. A kill at any moment leaves one of the two whole.
+
+    The old folder is renamed aside first and deleted last; `recover_folder` ends what a kill has interrupted.
+    """
+    recover_folder(target)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(_aside(target))
     source.rename(target)
+    recover_folder(target)
+
+
+def recover_folder(target: Path) -> None:
+    """Finish an interrupted `move_folder`: the old folder comes back where no new one took its place, or goes."""
+    aside = _aside(target)
+    if not aside.exists():
+        return
+    if target.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(target)
+
+
+_ASIDE = ".old"
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{_ASIDE}")
 
 
 @contextmanager
@@ -199,6 +224,8 @@ class RunFolder:
             ) from error
         self._lock = _lock(path)
         try:
+            for aside in path.rglob(f".*{_ASIDE}"):
+                recover_folder(aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE)))
             self._check_identity()
         except BaseException:
             self.close()
@@ -248,6 +275,8 @@ class RunFolder:
         record_file, key = self._record_file(stage), content_key(stage, inputs)
         if self.is_done(stage, inputs):
             return StageResult(False, read_json(record_file)["seconds"])
+        if changed := self.changed_inputs(stage, inputs):
+            console.say(f"{stage}: rebuilding, because {', '.join(changed)} changed")
         record_file.unlink(missing_ok=True)
         shards = self.shards(stage, inputs)
         started = time.perf_counter()

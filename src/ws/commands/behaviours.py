@@ -31,15 +31,16 @@ class BehaviourNew:
         if not re.fullmatch(r"[\w-]+", self.name):
             raise UserError(f"{self.name!r} cannot be a behaviour's name", "Use letters, digits, - and _.")
         write_text(path, behaviour.TEMPLATE.format(name=self.name))
-        console.say(f"wrote {path}\nnext  edit it, then: ws behaviour check {path}")
+        console.say(f"wrote {path}; now edit it")
+        console.say_next(console.command("behaviour", "check", path))
 
 
 @dataclass(frozen=True)
 class BehaviourCheck:
-    """Check a behaviour file."""
+    """Check a behaviour file and say what it holds."""
 
     file: Positional[str]
-    """Shipped behaviour, or a .toml file."""
+    """Name of a shipped behaviour, or a .toml file."""
 
     def run(self) -> None:
         """Say what it holds."""
@@ -54,7 +55,7 @@ class BehaviourCheck:
         console.say(
             f"{len(found.personas.positive)} persona pairs, {len(found.train)} training prompts, probe rows: {listed}"
         )
-        console.say(f"next  ws replicate --behaviour {self.file}")
+        console.say_next(console.command("replicate", "--behaviour", self.file))
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class BehaviourList:
 
 @dataclass(frozen=True)
 class BehaviourCommand:
-    """Behaviour files: new, check, list."""
+    """Write, check or list behaviour files."""
 
     action: OmitSubcommandPrefixes[
         Annotated[BehaviourNew, subcommand("new")]

@@ -96,8 +96,9 @@ def _parse(arguments: list[str]) -> Any:
                 Command,
                 prog="ws",
                 description=(
-                    "Contrastive weight steering: two opposite personas in, one signed, exact, evidenced weight "
-                    "direction out."
+                    "Contrastive weight steering. Two opposite personas give a direction in weight space; adding it to "
+                    "the weights, with a strength and a sign, makes the model more like one persona or the other. "
+                    "Start with: ws replicate"
                 ),
                 args=arguments,
                 config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),

@@ -14,7 +14,8 @@ from ws.commands.options import EvalOptions, FitOptions, RunOptions, run_setting
 
 @dataclass(frozen=True)
 class Sweep(RunOptions):
-    """Adapter families x training seeds x data seeds: a run each, and the table that compares them."""
+    """Make a run for every combination of adapter families, training seeds and data seeds, and compare them in a
+    table."""
 
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     """Adapter families."""
@@ -38,7 +39,8 @@ class Sweep(RunOptions):
             console.print_json((place / "sweep.json").read_text(encoding="utf-8").strip())
         else:
             sweep.show(sweep.by_family(rows))
-            console.say(f"\ntables      {place / 'sweep.md'}\nnext        ws show {outcomes[0].folder or place}")
+            console.say(f"\ntables      {place / 'sweep.md'}")
+            console.say_next(*(console.command("show", one.folder) for one in outcomes if one.folder is not None))
         if failed := [outcome for outcome in outcomes if outcome.row is None]:
             raise UserError(f"{len(failed)} of {len(outcomes)} cells failed; the first, {failed[0].cell.name}: "
                             f"{failed[0].error}")  # fmt: skip
@@ -46,29 +48,30 @@ class Sweep(RunOptions):
 
 @dataclass(frozen=True)
 class Compare(RunOptions):
-    """Weight directions, activation steering, prompts and controls on identical rows, also at equal divergence."""
+    """Measure weight directions, activation steering, prompts and controls on the same rows: at their own strength,
+    and at equal KL to the base model."""
 
     models: tuple[str, ...] = ()
-    """Several models (default: --model)."""
+    """Models to compare on; --model alone if left out."""
     behaviours: tuple[str, ...] = ()
-    """Several behaviours (default: --behaviour)."""
+    """Behaviours to compare on; --behaviour alone if left out."""
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     """Adapter families."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
-    """Variants of activation steering; also pca-center, all-positions, response, residual-norm, and original: the
-    replicated work's own, one layer at the last token."""
+    """Kinds of activation steering.
+    There are also pca-center, all-positions, response, residual-norm, and original (the replicated work's own)."""
     random_seeds: int = 10
-    """Norm-matched random directions, at least two: a verdict needs their band."""
+    """How many random directions of equal norm are measured. A verdict needs at least two."""
     shuffles: int = 5
-    """Directions trained on shuffled personas."""
+    """How many directions are trained on shuffled personas, as controls."""
     target: float | None = None
-    """KL budget in nats per token, 95th percentile (default: that of the engineered prompt)."""
+    """KL to the base that every method may cost, nats per token (p95). If left out: that of the engineered prompt."""
     dilemmas: str = "own"
-    """own, a CSV/JSONL/parquet file, or a hub id; others than own have a folder each, `compare-<source>-<digest>`."""
+    """own, a CSV, JSONL or parquet file, or a hub id. Others than own get a folder each: compare-SOURCE-DIGEST."""
     rows: int | None = None
-    """Use only the first rows of every probe (for quick looks)."""
+    """Use only the first rows of every probe, for a quick look."""
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
 
     def run(self) -> None:
@@ -102,30 +105,29 @@ class Compare(RunOptions):
 
 @dataclass(frozen=True)
 class Calibrate(RunOptions):
-    """The strengths at which a run's direction spends a KL budget on neutral text, per sign."""
+    """Find the strengths, one per sign, at which a run's direction costs a given KL on neutral text."""
 
     target: float = 0.5
-    """Budget: 95th percentile of KL to the base, nats per token."""
+    """KL to the base that the direction may cost, in nats per token (95th percentile)."""
     prompts: int | None = None
-    """How many neutral prompts are continued greedily under steering (default: all that there are)."""
+    """How many neutral prompts are continued; all if left out."""
     tokens: int = 50
-    """Length of the continuations."""
+    """Length of the continuations, in tokens."""
 
     def run(self) -> None:
         """Search both signs, write `calibration.json` into the run, and print the strengths."""
-        from ws.algebra.direction import Direction  # noqa: PLC0415
         from ws.base.store import write_json  # noqa: PLC0415
+        from ws.fitting.run_settings import command  # noqa: PLC0415
         from ws.measure import calibrate  # noqa: PLC0415
+        from ws.runs.evaluate import direction_of  # noqa: PLC0415
 
         calibrate.require_budget(self.target)
         with self.replication() as run:
-            path = run.folder / "direction.safetensors"
-            if not path.is_file():
-                raise UserError(f"the run in {run.folder.path} has no direction yet", "Make it with: ws replicate.")
+            direction = direction_of(run).effect
             texts = calibrate.neutral_prompts(self.prompts)
             record = {
                 name: calibrate.to_budget(
-                    run.model, Direction.load(path), self.target, texts, sign=sign, tokens=self.tokens
+                    run.model, direction, self.target, texts, sign=sign, tokens=self.tokens
                 ).as_record(with_history=True)
                 for name, sign in (("1", 1), ("-1", -1))
             }
@@ -141,6 +143,6 @@ class Calibrate(RunOptions):
                     f"sign {name:>2}   alpha {found['alpha']:+.4g}{limits}   KL p95 {found['p95']:.3f}   mean "
                     f"{found['mean']:.3f}   max {found['maximum']:.2f}{sure}"
                 )
-            console.say(
-                f"\nnext        ws eval sycophancy --alphas {record['-1']['alpha']:.3g} {record['1']['alpha']:.3g}"
-            )
+            console.say()
+            alphas = (f"{record[sign]['alpha']:.3g}" for sign in ("-1", "1"))
+            console.say_next(command(run.settings, "eval", "sycophancy", "--alphas", *alphas))

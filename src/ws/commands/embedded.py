@@ -13,18 +13,18 @@ from ws.base import console
 
 @dataclass(frozen=True)
 class PocketBuild:
-    """Train the embedded model: one seeded run, resumable."""
+    """Train the embedded model. Continues where it was interrupted."""
 
     architecture: Literal["qwen3", "gemma3"] = "qwen3"
     """Architecture of the model: pocket is a qwen3, pocket-gemma a gemma3."""
     seed: int = 0
-    """Seed of corpus, initialisation and order."""
+    """Seed of the corpus, the initial weights and the order of rows."""
     steps: int | None = None
-    """Optimiser steps (default: the recipe's)."""
+    """Training steps; those of the recipe if left out."""
     out: Path = Path("pocket-build")
-    """Model folder to write; the shipped weights are replaced by copying it there."""
+    """Model folder to write. To replace the shipped weights, copy it there."""
     compile: bool = True
-    """Fuse layers with torch.compile where a C++ compiler is installed."""
+    """Speed training up with torch.compile, where a C++ compiler is installed."""
 
     def run(self) -> None:
         """Build, then check."""
@@ -38,15 +38,16 @@ class PocketBuild:
         build(recipe, self.out, workspace=self.out.with_name(self.out.name + ".unfinished"),
               compiled=None if self.compile else False)  # fmt: skip
         card.finish_build(self.out)
-        console.say(f"model       {self.out}\nnext        ws pocket check --model {self.out}")
+        console.say(f"model       {self.out}")
+        console.say_next(console.command("pocket", "check", "--model", self.out))
 
 
 @dataclass(frozen=True)
 class PocketCheck:
-    """Measure the embedded model against its thresholds; exit code 2 if it misses one."""
+    """Measure the embedded model against its thresholds. The exit code is 2 if it misses one."""
 
     model: str = "pocket"
-    """Embedded model or model folder."""
+    """Name of an embedded model, or a model folder."""
     json: bool = False
     """Print the metrics as JSON and nothing else."""
 
@@ -59,10 +60,11 @@ class PocketCheck:
 
 @dataclass(frozen=True)
 class PocketCard:
-    """Print the model card: what is planted, how it was trained, what it reaches, what it is not for."""
+    """Print the model card: what was planted in the model, how it was trained, which thresholds it passes, and what it
+    is not for."""
 
     model: str = "pocket"
-    """Embedded model or model folder."""
+    """Name of an embedded model, or a model folder."""
 
     def run(self) -> None:
         """Print the card as Markdown."""
@@ -73,7 +75,7 @@ class PocketCard:
 
 @dataclass(frozen=True)
 class Pocket:
-    """The embedded model: build, check, card."""
+    """Build, check or describe the embedded model."""
 
     action: OmitSubcommandPrefixes[
         Annotated[PocketBuild, subcommand("build")]

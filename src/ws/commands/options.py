@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ws.runs.replicate import Replication
 
 Sign = Literal["pos", "neg"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "eager", "sdpa"]
 Judge = Literal["auto", "none", "persona", "local-logit", "http"]
 Engine = Literal["local", "openai"]
 
@@ -23,21 +25,21 @@ class ModelOptions:
     """Which model, and how it is loaded."""
 
     model: str = "pocket"
-    """Embedded model, hub id, or folder."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: float32 up to 200 M parameters and where bfloat16 is emulated, else the checkpoint's own."""
+    """Name of an embedded model (pocket, pocket-gemma), a hub id, or a model folder."""
+    dtype: Dtype = "auto"
+    """Number format of the weights. auto: float32 up to 200 M parameters or where bfloat16 is slow, else the file's."""
     device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """Attention implementation; auto: eager on the CPU, with grouped keys where the model allows, sdpa elsewhere."""
+    """Where the model runs: auto, cpu, cuda or mps."""
+    attention: Attention = "auto"
+    """How attention is computed. auto means eager on a CPU and sdpa elsewhere."""
     thinking: Literal["off", "on"] = "off"
-    """Whether a thinking model may think before it responds."""
+    """Whether a thinking model thinks before it responds."""
     revision: str | None = None
-    """Revision of a hub model."""
+    """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
-    """Run code that comes with a hub model."""
+    """Run Python code that comes with the model. It holds for this command only and is never stored."""
     cache_memory: float = 1.0
-    """GiB for hidden states that are needed again; 0 computes everything anew. No effect on results."""
+    """Memory in GiB for hidden states that are needed again; 0 recomputes them. It has no effect on results."""
 
     def load(self) -> ChatModel:
         """Load the model."""
@@ -55,90 +57,90 @@ class RunOptions(ModelOptions):
     """Which run: model, behaviour, adapter family and seeds name the run folder."""
 
     behaviour: str = "sycophancy"
-    """Shipped behaviour, or a .toml file."""
+    """Name of a shipped behaviour, or a .toml file."""
     adapter: str = "lora"
-    """Adapter family."""
+    """Adapter family: lora, rslora, dora, pissa, delora, oft, boft or ia3."""
     seed: int = 0
-    """Training seed: initialisation and order."""
+    """Training seed: decides how adapters start and the order of the rows."""
     data_seed: int = 0
-    """Data seed: which responses are sampled."""
+    """Data seed: decides which responses are sampled."""
     out: Path = Path("out")
-    """Where run folders lie."""
+    """Folder that holds the run folders."""
     json: bool = False
     """Print the result as JSON and nothing else."""
 
     def replication(self, fit: FitOptions | None = None) -> Replication:
-        """The run that the options name; its stored settings hold where it exists and `fit` says nothing."""
-        from ws.base.store import read_json  # noqa: PLC0415
+        """The run that the options name. What they leave open is as an existing run was made."""
         from ws.fitting import behaviour  # noqa: PLC0415
-        from ws.fitting.run_settings import restore_settings, run_path  # noqa: PLC0415
+        from ws.fitting.run_settings import restore_settings, run_path, stored_in  # noqa: PLC0415
         from ws.runs.replicate import Replication  # noqa: PLC0415
 
-        given = fit or FitOptions()
-        settings = run_settings(self, given, EvalOptions())
-        stored = run_path(settings, behaviour.load(self.behaviour)) / "config.json"
-        if given == FitOptions() and stored.is_file():
-            settings = restore_settings(read_json(stored)["settings"], self.out)
+        settings = run_settings(self, fit or FitOptions(), EvalOptions())
+        folder = run_path(settings, behaviour.load(self.behaviour))
+        if (folder / "config.json").is_file():
+            settings = restore_settings(stored_in(folder), settings)
         return Replication(settings)
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How pairs are made and adapters are trained; what is not given comes from the model folder or the defaults."""
+    """How pairs are made and adapters are trained. What you leave out comes from the model folder, or has a general
+    default."""
 
     topics: int | None = None
-    """Training prompts used (default all)."""
+    """How many training prompts to use; all if left out."""
     personas: int | None = None
-    """Persona pairs used (default all)."""
+    """How many persona pairs to use; all if left out."""
     samples: int = 10
-    """Samples per prompt and persona."""
+    """Responses sampled per prompt and persona."""
     pairs: Path | None = None
-    """Your own pairs: JSONL with prompt, response_pos, response_neg."""
+    """Use your own pairs instead of sampling: a JSONL file with prompt, response_pos and response_neg."""
     max_new_tokens: int | None = None
-    """Length limit of sampled responses."""
+    """Longest sampled response, in tokens."""
     temperature: float | None = None
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0 always takes the likeliest token."""
     top_p: float | None = None
-    """Nucleus of the sampling distribution."""
+    """Sample only from the likeliest tokens that together have this probability."""
     engine: Engine = "local"
-    """Who writes the responses: the sampler here, or an OpenAI-compatible endpoint (vLLM, transformers serve, ...)."""
+    """What writes the responses: the loaded model (local), or an OpenAI-compatible endpoint such as vLLM (openai)."""
     engine_url: str = ""
-    """Endpoint of the openai engine, up to and including /v1."""
+    """Address of the endpoint, up to and including /v1."""
     engine_model: str = ""
-    """Model name at that endpoint. Serve the same model as --model: responses of another one make it distillation."""
+    """Model name at the endpoint. Serve the same model as --model: training on another's responses is distillation."""
     judge: Judge = "auto"
-    """Judge responses with this backend and keep the clear ones; persona: the model's own likelihoods under both sides;
-    auto: what the model folder recommends, else none."""
+    """What rates the responses; only clear ones are kept. none: keep all. auto: what the model folder recommends, else
+    none. persona: the model's likelihoods under both personas. local-logit: the model answers a rubric. http: an
+    endpoint."""
     judge_threshold: float = 0.5
-    """Judged probability from which a response counts as positive."""
+    """A response counts as positive from this rated probability on."""
     judge_url: str = ""
-    """Endpoint of the http judge (OpenAI-compatible)."""
+    """Address of the http judge (OpenAI-compatible)."""
     judge_model: str = ""
-    """Model name for the http judge."""
+    """Name of the model at the http judge."""
     rank: int | None = None
-    """Adapter rank."""
+    """Rank of the adapter."""
     lora_alpha: float | None = None
-    """Adapter scale: alpha / rank multiplies the product."""
+    """Scale of the adapter: its update is multiplied by lora_alpha / rank."""
     layers: tuple[float, float] | None = None
-    """Slice of the depth that is adapted, as fractions (default 0.3 0.8)."""
+    """Which layers are adapted, as two fractions of the depth. The general default is 0.3 0.8."""
     roles: tuple[str, ...] | None = None
-    """Roles that are adapted, of q k v o gate up down (default all)."""
+    """Which matrices are adapted, of: q k v o gate up down. All if left out."""
     delora_lambda: float | None = None
-    """Bound of a DeLoRA update's norm at the start."""
+    """DeLoRA: bound on the norm of the update at the start."""
     block_size: int | None = None
-    """Size of the rotated blocks of OFT and BOFT."""
+    """OFT and BOFT: size of the rotated blocks."""
     ia3_all_layers: bool = False
-    """Give IA3 every layer, as PEFT does, instead of the slice."""
+    """IA3: adapt every layer, as PEFT does, instead of the slice."""
     lr: float | Literal["auto"] | None = None
-    """Peak learning rate; auto: try a few and keep the one with the lowest validation loss."""
+    """Peak learning rate. auto tries a few and keeps the one with the lowest validation loss."""
     epochs: int | None = None
-    """Passes over the data."""
+    """How often training goes through the data."""
     batch_size: int | None = None
-    """Rows per optimiser step."""
+    """Rows per training step."""
     max_length: int | None = None
     """Longest training row, in tokens."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up."""
+    """Steps over which the learning rate rises to its peak."""
     weight_decay: float | None = None
     """Decoupled weight decay."""
 
@@ -148,15 +150,16 @@ class EvalOptions:
     """What is measured."""
 
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
-    """Strengths; 0 is always included."""
+    """Strengths of the direction. 0, the unedited model, is always included."""
     control_seeds: int = 10
-    """Norm-matched random directions, at alpha -1 and +1; without those, at the outermost alphas."""
+    """How many random directions of equal norm are measured beside it: at alpha -1 and +1, or at the outermost alphas
+    where neither is asked for."""
     dilemmas: str = "own"
-    """own, a CSV/JSONL/parquet file, or a hub id."""
+    """Where the dilemmas come from: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
     rows: int | None = None
-    """Use only the first rows of every probe (for quick looks)."""
+    """Use only the first rows of every probe, for a quick look."""
     shown: int = 6
-    """Prompts sampled for the report."""
+    """How many prompts are sampled for the report."""
 
 
 def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Settings:
@@ -188,6 +191,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
 
 @dataclass(frozen=True)
 class StageOptions(RunOptions):
-    """A stage of a run; settings that are not given are those of the run, if it exists."""
+    """One stage of a run. On an existing run, options that you leave out are as the run was made; only the options
+    that say how the model is loaded never are."""
 
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)

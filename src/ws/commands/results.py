@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.commands.options import Attention, Dtype
 from ws.commands.stages import finish
+
+if TYPE_CHECKING:
+    from ws.fitting.run_settings import Settings
 
 
 @dataclass(frozen=True)
@@ -19,19 +23,19 @@ class Export:
     """Write a direction in a format that other programs load, with a model card."""
 
     source: Positional[Path]
-    """Run folder, or a direction file."""
+    """A run folder, or a direction file."""
     format: Literal["peft", "merged", "gguf-lora"] = "peft"
-    """PEFT adapter folder, merged checkpoint, or GGUF LoRA for llama.cpp."""
+    """peft: an adapter folder for PEFT. merged: a whole checkpoint. gguf-lora: a GGUF LoRA for llama.cpp."""
     alpha: float = 1.0
     """Strength that is exported."""
     rank: int | None = None
-    """Cut every update to this rank by its singular values (needed where it is not low-rank)."""
+    """Cut every update to this rank. Needed where an update is not low-rank; the energy that is kept is reported."""
     fold: bool = True
-    """Multiply alpha into the factors; otherwise it stays the adapter's scale."""
+    """Multiply the strength into the weights of the adapter. With --no-fold it is stored as the adapter's scale."""
     model: str | None = None
-    """Base model (default: the run's)."""
+    """Base model; the run's own if left out."""
     out: Path | None = None
-    """Where to write (default: beside the run, named after format and alpha)."""
+    """Where to write. If left out: beside the run, named after format and strength."""
     json: bool = False
     """Print the record as JSON and nothing else."""
 
@@ -52,29 +56,49 @@ class Export:
 
 @dataclass(frozen=True)
 class Report:
-    """Write summary and report of existing runs anew."""
+    """Write the summary and the report of existing runs again. Stages that are missing are run first."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders."""
+    dtype: Dtype | None = None
+    """Number format of the weights; as the run was made if left out."""
+    device: str | None = None
+    """Where the model runs: auto, cpu, cuda or mps; as the run was made if left out."""
+    attention: Attention | None = None
+    """How attention is computed; as the run was made if left out."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; as the run was made if left out."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. It holds for this command only and is never stored."""
+    cache_memory: float = 1.0
+    """Memory in GiB for hidden states that are needed again. It has no effect on results."""
     json: bool = False
     """Print the summaries as JSON, one per line, and nothing else."""
 
     def run(self) -> None:
         """Rebuild what is missing and print each headline."""
-        from ws.fitting.run_settings import restore_settings  # noqa: PLC0415
         from ws.runs.replicate import Replication  # noqa: PLC0415
 
         for path in self.runs:
-            stored = _stored_config(path)
-            # <out>/<model>/<behaviour>/<adapter>/seed<k>
-            settings = restore_settings(stored["settings"], path.resolve().parents[3])
-            with Replication(settings) as run:
+            with Replication(self._settings(path)) as run:
                 finish(run, run.report(), self.json)
+
+    def _settings(self, path: Path) -> Settings:
+        """The settings of the run in a folder, the model loaded as the options say."""
+        from ws.fitting.run_settings import Settings, restore_settings, stored_in  # noqa: PLC0415
+
+        stored = stored_in(path)
+        naming = {name: stored[name] for name in ("model", "behaviour", "adapter", "seed", "data_seed")}
+        given = {name: getattr(self, name) or stored[name] for name in ("dtype", "device", "attention", "revision")}
+        return restore_settings(stored, Settings(
+            **naming, **given, out=path.resolve().parents[3],  # <out>/<model>/<behaviour>/<adapter>/seed<k>
+            trust_remote_code=self.trust_remote_code, cache_memory=self.cache_memory,
+        ))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Show:
-    """Print what a run found, from its summary."""
+    """Print what a finished run found."""
 
     path: Positional[Path]
     """Run folder."""
@@ -85,18 +109,12 @@ class Show:
         """Print headline, strengths and samples."""
         from ws.report import terminal  # noqa: PLC0415
 
-        _stored_config(self.path)
+        if not (self.path / "config.json").is_file():
+            raise UserError(f"{self.path} is not a run folder", "Give one, such as out/pocket/sycophancy/lora/seed0.")
         if not (self.path / "summary.json").is_file():
-            raise UserError(f"the run in {self.path} is not finished", f"Continue it with: ws report {self.path}")
+            remedy = f"Continue it with: {console.command('report', self.path)}"
+            raise UserError(f"the run in {self.path} is not finished", remedy)
         if self.json:
             console.print_json((self.path / "summary.json").read_text(encoding="utf-8").strip())
         else:
             terminal.show_run(self.path)
-
-
-def _stored_config(path: Path) -> dict[str, Any]:
-    from ws.base.store import read_json  # noqa: PLC0415
-
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
-    return dict(read_json(path / "config.json"))

@@ -13,15 +13,18 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.records import plain
 from ws.commands.options import EvalOptions, FitOptions, RunOptions, Sign, StageOptions, run_settings
 
 if TYPE_CHECKING:
+    from ws.report.findings import Summary
     from ws.runs.replicate import Replication
 
 
 @dataclass(frozen=True)
 class Replicate(RunOptions):
-    """The whole pipeline: data, train pos, train neg, diff, eval, alignment, samples, report."""
+    """Do everything: sample responses, train both adapters, subtract them, measure the direction, write the report.
+    Stages that are done are skipped."""
 
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
     evaluation: OmitArgPrefixes[EvalOptions] = field(default_factory=EvalOptions)
@@ -34,31 +37,35 @@ class Replicate(RunOptions):
             finish(replication, replication.report(), self.json)
 
 
-def finish(replication: Replication, summary: dict[str, Any], as_json: bool) -> None:
+def finish(replication: Replication, summary: Summary, as_json: bool) -> None:
     """Print what a finished run found, and what to do next."""
+    from ws.fitting.run_settings import command  # noqa: PLC0415
+
     if as_json:
-        console.print_json(json.dumps(summary))
+        console.print_json(json.dumps(plain(summary)))
         return
     folder = replication.folder.path
     console.say()
-    console.say(summary["headline"][0].upper() + summary["headline"][1:] + ".", style="bold")
-    for warning in summary["warnings"]:
+    console.say(summary.sentence, style="bold")
+    for warning in summary.warnings:
         console.warn(warning)
     console.say()
     console.say(f"report      {folder / 'report.html'}")
     if replication.behaviours_page is not None:
         console.say(f"behaviours  {replication.behaviours_page}")
     console.say(f"direction   {folder / 'direction.safetensors'}")
-    console.say(f"next        ws show {folder}   |   ws eval dilemmas --alphas -3 3 --out {replication.settings.out}")
+    again = command(replication.settings, "eval", "dilemmas", "--alphas", -3, 3)
+    console.say_next(console.command("show", folder), again)
 
 
 @dataclass(frozen=True)
 class Data(StageOptions):
-    """Sample responses under opposed personas: D+ and D-, in pairs."""
+    """Sample responses under opposed personas and pair them."""
 
     def run(self) -> None:
         """Make the pairs and say what they are like."""
         from ws.fitting import data  # noqa: PLC0415
+        from ws.fitting.run_settings import command  # noqa: PLC0415
 
         with self.replication(self.fit) as run:
             pairs = run.data()
@@ -74,37 +81,42 @@ class Data(StageOptions):
             console.say(
                 f"\nprompt  {first['prompt']}\n  pos   {first['response_pos']}\n  neg   {first['response_neg']}"
             )
-            console.say(f"\nnext    ws train --sign pos   ({run.folder / 'pairs.parquet'})")
+            console.say(f"\npairs       {run.folder / 'pairs.parquet'}")
+            console.say_next(command(run.settings, "train", "--sign", "pos"))
 
 
 @dataclass(frozen=True)
 class Train(StageOptions):
-    """Fit the adapter of one sign on its responses, persona removed."""
+    """Train the adapter of one sign on its responses, with the persona left out of the prompt."""
 
     sign: Sign = "pos"
-    """Which branch."""
+    """Which adapter: pos or neg."""
 
     def run(self) -> None:
         """Fit it and say where it is."""
+        from ws.fitting.run_settings import command  # noqa: PLC0415
+
         with self.replication(self.fit) as run:
             record = run.train(self.sign)
             if self.json:
                 console.print_json(json.dumps(record))
                 return
-            other = "ws train --sign neg" if self.sign == "pos" else "ws diff"
-            console.say(f"\nadapter {run.folder / self.sign}\nnext    {other}")
+            console.say(f"\nadapter     {run.folder / self.sign}")
+            other = ("train", "--sign", "neg") if self.sign == "pos" else ("diff",)
+            console.say_next(command(run.settings, *other))
 
 
 @dataclass(frozen=True)
 class Diff(StageOptions):
-    """Subtract exactly: a run's two adapters, or any two PEFT adapter folders or checkpoints of one base."""
+    """Subtract two adapters exactly: those of a run, or any two PEFT adapter folders or checkpoints of one base
+    model."""
 
     pos: Path | None = None
-    """PEFT folder or checkpoint of the positive side (with --neg; then --out is the file to write)."""
+    """Adapter folder or checkpoint of the positive side. Give --neg too; --out is then the file to write."""
     neg: Path | None = None
-    """PEFT folder or checkpoint of the negative side."""
+    """Adapter folder or checkpoint of the negative side."""
     numerics: bool = False
-    """Also tell what merging both adapters in bf16 and subtracting would have lost, by layer."""
+    """Also show, by layer, how much would be lost by merging both adapters in bf16 and subtracting the results."""
 
     def run(self) -> None:
         """Write the direction and print its geometry."""
@@ -113,12 +125,15 @@ class Diff(StageOptions):
         if (self.pos is None) != (self.neg is None):
             raise UserError("--pos and --neg go together", "Give both folders, or neither for the run's own.")
         from ws.adapters import diff  # noqa: PLC0415
+        from ws.fitting.run_settings import command  # noqa: PLC0415
 
+        next_commands = []
         if self.pos is None or self.neg is None:
             with self.replication(self.fit) as run:
                 direction, geometry = run.diff()
                 target, model = run.folder / "direction.safetensors", run.model
                 sides = run.folder / "pos", run.folder / "neg"
+                next_commands = [command(run.settings, "eval", "sycophancy")]
         else:
             target = Path("direction.safetensors") if self.out == Path("out") else self.out
             sides = self.pos, self.neg
@@ -139,7 +154,8 @@ class Diff(StageOptions):
             f"|tau pos| {geometry.norm_pos:.4g}   |tau neg| {geometry.norm_neg:.4g}   |dW| {geometry.norm_dw:.4g}   "
             f"cos(tau pos, tau neg) {-geometry.cos_anti:+.3f}   drift ratio {geometry.drift_ratio:.2f}"
         )
-        console.say(f"\ndirection   {target}\nnext        ws eval sycophancy   |   ws export {target}")
+        console.say(f"\ndirection   {target}")
+        console.say_next(*next_commands, console.command("export", target))
 
     def _checkpoints(self, target: Path, pos: Path, neg: Path) -> None:
         from ws.adapters import checkpoints  # noqa: PLC0415
@@ -151,9 +167,8 @@ class Diff(StageOptions):
         if self.json:
             console.print_json(json.dumps({"changed": changed}))
             return
-        console.say(
-            f"{len(changed)} parameters differ\n\ndirection   {target}\nnext        ws export {target} --format merged"
-        )
+        console.say(f"{len(changed)} parameters differ\n\ndirection   {target}")
+        console.say_next(console.command("export", target, "--format", "merged"))
 
     def _numerics(self, rows: list[dict[str, Any]]) -> None:
         import polars as pl  # noqa: PLC0415
@@ -173,24 +188,25 @@ class Diff(StageOptions):
 
 @dataclass(frozen=True)
 class Eval(RunOptions):
-    """Score one kind of probe on an existing run: a shipped one, a JSONL file of your own, or an lm-eval task."""
+    """Measure an existing run further: a shipped probe, your own questions, or a task of lm-evaluation-harness.
+    Continues where it was interrupted."""
 
     probe: Positional[str] = "sycophancy"
-    """sycophancy (the behaviour's own), dilemmas, feedback, side-effects, or a FILE.jsonl of prompts and labels."""
+    """sycophancy (the behaviour's own probe), dilemmas, feedback, side-effects, or a FILE.jsonl of your own."""
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
-    """Strengths; 0 is always included."""
+    """Strengths of the direction. 0, the unedited model, is always included."""
     dilemmas: str = "own"
-    """own, a CSV/JSONL/parquet file, or a hub id."""
+    """Where the dilemmas come from: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
     rows: int | None = None
     """Use only the first rows."""
     think: int = 0
-    """Let the steered model write a thought of so many tokens before each choice (guided chain of thought)."""
+    """Let the steered model write a thought of up to this many tokens before each choice."""
     answers: tuple[str, str] = ("Yes", "No")
-    """The two answers of a probe of your own."""
+    """The two answers of your own probe; label 1 stands for the first."""
     task: str | None = None
-    """A task of lm-evaluation-harness instead of a probe: lm-eval:NAME."""
+    """Run this task of lm-evaluation-harness instead of a probe: lm-eval:NAME."""
     task_folder: Path | None = None
-    """Folder with task files of your own for --task."""
+    """Folder with your own task files for --task."""
 
     def run(self) -> None:
         """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
@@ -211,7 +227,7 @@ class Eval(RunOptions):
 
 @dataclass(frozen=True)
 class Subspace(StageOptions):
-    """Where a run's direction lies relative to the singular directions of the weights."""
+    """Show which singular directions of the weights a run's direction lies in."""
 
     def run(self) -> None:
         """Print the alignment table."""
@@ -227,7 +243,7 @@ class Subspace(StageOptions):
 
 @dataclass(frozen=True)
 class Smoke:
-    """The whole pipeline on a random two-layer model that it makes, with run-time shape checks; under a minute."""
+    """Try the whole pipeline on a small random model that it makes. Takes under a minute; the numbers mean nothing."""
 
     architecture: Literal["qwen3", "llama", "gemma3", "gpt2"] = "qwen3"
     """Architecture of the random model."""
@@ -245,7 +261,7 @@ class Smoke:
 
         summary = smoke.run(self.architecture, self.out)
         if self.json:
-            console.print_json(json.dumps(summary))
+            console.print_json(json.dumps(plain(summary)))
         else:
             console.say("\nsmoke run passed: the numbers above are of a random model and mean nothing", style="bold")
-            console.say("next        ws replicate")
+            console.say_next(console.command("replicate"))

@@ -26,11 +26,12 @@ from ws.baselines import repe
 from ws.baselines.controls import RANDOM
 from ws.comparing import methods, numbers, page
 from ws.comparing.dev_split import split
-from ws.comparing.methods import FittedRun, Method, Sources
+from ws.comparing.methods import Method, Sources
 from ws.comparing.numbers import Line, Place, Spent
 from ws.edit.condition import PLAIN, Condition
 from ws.eval import dilemmas, side_effects, sycophancy
-from ws.fitting.run_settings import Settings, shared_base
+from ws.fitting.run_settings import Settings, scored_with, shared_base
+from ws.fitting.stages import FittedRun
 from ws.measure import calibrate
 from ws.measure.divergence import prompt_divergence
 from ws.measure.probe import Probe
@@ -114,8 +115,7 @@ class Comparison:
         found = {}
         for seed in self.plan.seeds:
             with Replication(replace(self.settings, adapter=family, seed=seed), self.model) as run:
-                direction, _ = run.diff()
-                found[seed] = FittedRun(run.folder.path, run.behaviour, direction, run.data(), run.training)
+                found[seed] = run.fitted
         return found
 
     def methods(self) -> list[Method]:
@@ -163,6 +163,7 @@ class Comparison:
         inputs = {
             "probes": [probe.key for probe in probes],
             "conditions": [[condition.key(), condition.content_key] for condition in conditions],
+            **scored_with(self.model),
         }
 
         def make(shards: Shards) -> None:
@@ -192,7 +193,8 @@ class Comparison:
         wanted = [method for method in compared if method.edits and method.kind != "controls"]
         edits = [(method.name, edit) for method in wanted for edit in method.edits]
         inputs = {"version": calibrate.VERSION, "target": target, "texts": texts, "tokens": tokens, "prompts": prompted,
-                  "edits": [[name, Condition.of(edit, 1.0).content_key] for name, edit in edits]}  # fmt: skip
+                  "edits": [[name, Condition.of(edit, 1.0).content_key] for name, edit in edits],
+                  **scored_with(self.model)}  # fmt: skip
         file = self.folder / "calibration.json"
 
         def make(_: Shards) -> None:

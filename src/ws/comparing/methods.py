@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-
 from ws.adapters import diff
 from ws.algebra.direction import Direction
 from ws.base.store import RunFolder, Shards, digest
@@ -22,8 +20,8 @@ from ws.comparing import dev_split
 from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
+from ws.fitting.stages import FittedRun
 from ws.fitting.train import SIGNS
-from ws.fitting.train_settings import TrainSettings
 from ws.model.loading import ChatModel
 
 
@@ -42,17 +40,6 @@ class Method:
         if self.contexts is not None:
             return [Condition(context) for context in self.contexts.values()]
         return [Condition.of(edit, sign * alpha) for edit in self.edits for sign in (1, -1)]
-
-
-@dataclass(frozen=True)
-class FittedRun:
-    """What is used of a finished replication."""
-
-    folder: Path
-    behaviour: Behaviour
-    direction: Direction
-    pairs: pl.DataFrame
-    training: TrainSettings
 
 
 @dataclass(frozen=True)

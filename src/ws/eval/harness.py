@@ -7,6 +7,7 @@ same model that the probes measure.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def evaluate(
     task_folder: Path | None = None,
     batch_size: int = 16,
     seed: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """One record per Condition and numeric metric: the Condition's key, task, metric, value, stderr (or None).
+) -> Iterator[list[dict[str, Any]]]:
+    """Records of each Condition in turn, one per numeric metric: its key, task, metric, value, stderr (or None).
 
     `task_folder` holds task files of one's own; `limit` takes the first documents only. The chat template is used
     where the tokenizer has one. Raises `UserError` for an unknown task or without the optional dependency.
@@ -39,7 +40,7 @@ def evaluate(
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
     except ImportError as error:
-        raise UserError("lm-evaluation-harness is not installed", "pip install weight-steering[lm-eval].") from error
+        raise _not_installed() from error
     with console.library_noise_muted():
         known = TaskManager(include_path=None if task_folder is None else str(task_folder))
         if not known.match_tasks([task]):
@@ -48,15 +49,29 @@ def evaluate(
     for condition in conditions:
         with under(model, condition), console.library_noise_muted():
             found = _run(lm_eval, wrapped, task, known, limit, seed, model.chat.has_own_template)
+        records: list[dict[str, Any]] = []
         for name, metrics in found["results"].items():
             for label, value in metrics.items():
                 metric, _, variant = label.partition(",")
                 if isinstance(value, int | float) and not metric.endswith("_stderr") and metric != "sample_len":
                     spread = metrics.get(f"{metric}_stderr,{variant}")
-                    yield {
+                    records.append({
                         **condition.key(), "task": name, "metric": metric, "value": float(value),
                         "stderr": float(spread) if isinstance(spread, int | float) else None,
-                    }  # fmt: skip
+                    })  # fmt: skip
+        yield records
+
+
+def version() -> str:
+    """Version of the harness, which decides what it measures."""
+    try:
+        return metadata.version("lm_eval")
+    except metadata.PackageNotFoundError as error:
+        raise _not_installed() from error
+
+
+def _not_installed() -> UserError:
+    return UserError("lm-evaluation-harness is not installed", "Install it with: pip install weight-steering[lm-eval]")
 
 
 def _run(

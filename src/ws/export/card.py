@@ -8,7 +8,8 @@ from typing import Any
 
 from ws.algebra.direction import Direction
 from ws.base.store import write_text
-from ws.report.cells import signed, with_limits
+from ws.report.cells import signed
+from ws.report.findings import Summary
 
 _LOADING = {
     "peft": (
@@ -30,7 +31,7 @@ def write_card(
     *,
     base: str,
     place: str,
-    summary: Mapping[str, Any] | None = None,
+    summary: Summary | None = None,
 ) -> None:
     """Write a Markdown card; `summary` is that of the run the direction is from, where there is one."""
     write_text(path, card(direction, record, base=base, place=place, summary=summary))
@@ -42,7 +43,7 @@ def card(
     *,
     base: str,
     place: str,
-    summary: Mapping[str, Any] | None = None,
+    summary: Summary | None = None,
 ) -> str:
     """The card as Markdown."""
     source = dict(direction.provenance)
@@ -93,25 +94,25 @@ def _exactness(record: Mapping[str, Any]) -> str:
     return text
 
 
-def _evidence(summary: Mapping[str, Any]) -> list[str]:
-    name = summary["behaviour"]
+def _evidence(summary: Summary) -> list[str]:
+    costs = summary.numbers.side_effects
     rows = [
-        f"| {signed(key)} | {with_limits(entry)} | {with_limits(summary['dilemmas'][key])} "
-        f"| {100 * summary['side_effects'][key]['facts']:.1f} % | {summary['side_effects'][key]['kl']:.3f} |"
-        for key, entry in summary[name].items()
+        f"| {signed(key)} | {level.text} | {summary.dilemmas[key].text} "
+        f"| {100 * costs[key].facts:.1f} % | {costs[key].kl:.3f} |"
+        for key, level in summary.own.items()
     ]
     return [
         "## What it does",
         "",
-        f"Held-out probes, log-ratios in nats with 95 % intervals (n = {summary[name]['0']['n']} and "
-        f"{summary['dilemmas']['0']['n']} rows, training seed {summary['seed']}).",
+        f"Held-out probes, log-ratios in nats with 95 % intervals (n = {summary.own['0'].n} and "
+        f"{summary.dilemmas['0'].n} rows, training seed {summary.seed}).",
         "",
-        f"| alpha | {name} | dilemmas, honest side | facts right | KL |",
+        f"| alpha | {summary.behaviour} | dilemmas, honest side | facts right | KL |",
         "|---|---|---|---|---|",
         *rows,
         "",
-        *(f"- {warning}" for warning in summary["warnings"]),
-        *([""] if summary["warnings"] else []),
+        *(f"- {warning}" for warning in summary.warnings),
+        *([""] if summary.warnings else []),
     ]
 
 

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
-from ws.base.store import read_json, write_json
+from ws.base.store import write_json
 from ws.export.card import write_card
 from ws.export.lora import logit_error, write_peft
 from ws.export.merged import write_merged
 from ws.export.target import RECORD_FILE
 from ws.model import loading
+from ws.report.findings import SUMMARY_FILE, Summary, read_summary
 
 Format = Literal["peft", "merged", "gguf-lora"]
 
@@ -34,7 +35,7 @@ def export(
     """
     file, summary = _find(source)
     direction = Direction.load(file)
-    base = model or (summary or {}).get("model") or direction.provenance.get("base", {}).get("name")
+    base = model or (summary and summary.model) or direction.provenance.get("base", {}).get("name")
     if not base:
         raise UserError(f"{file} does not say which model it belongs to", "Give it: --model NAME.")
     name = f"{source.stem if source.is_file() else source.name}-{kind}-alpha{alpha:g}"
@@ -59,12 +60,11 @@ def export(
     return record, target
 
 
-def _find(source: Path) -> tuple[Path, dict[str, Any] | None]:
+def _find(source: Path) -> tuple[Path, Summary | None]:
     """The direction file, and the summary of the run that it is part of, where there is one."""
     if source.is_dir():
         file = source / "direction.safetensors"
         if not file.is_file():
             raise UserError(f"{source} holds no direction.safetensors", "Give a run folder or a direction file.")
-        summary = source / "summary.json"
-        return file, read_json(summary) if summary.is_file() else None
+        return file, read_summary(source) if (source / SUMMARY_FILE).is_file() else None
     return source, None

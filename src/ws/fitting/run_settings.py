@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ws.base import console
+from ws.base.errors import UserError
 from ws.base.settings import make as make_settings
-from ws.base.store import Shards, content_key
+from ws.base.store import Shards, content_key, read_json
 from ws.base.version import __version__
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.data import Grid
@@ -26,7 +28,7 @@ DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 class Settings:
     """Everything that decides a run. `train` and `sampling` hold what the user gave; the model folder adds the rest.
 
-    `out` and `cache_memory` (GiB) decide where and how fast, not what.
+    `LOADING` says how the model is loaded. `out` and `cache_memory` (GiB) decide where and how fast, not what.
     """
 
     model: str = "pocket"
@@ -69,25 +71,95 @@ def run_path(settings: Settings, subject: Behaviour) -> Path:
     return settings.out / loading.model_slug(settings.model) / subject.name / settings.adapter / seed
 
 
+def command(settings: Settings, *words: object) -> str:
+    """`ws WORDS` for the run that the settings name, as it can be pasted: with every option that is not the default."""
+    default = Settings()
+    options: list[object] = []
+    for name in (*_NAMING, "thinking", *LOADING):
+        value = getattr(settings, name)
+        if value != getattr(default, name):
+            options += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    return console.command(*words, *options)
+
+
+def arithmetic(model: ChatModel) -> dict[str, str]:
+    """What decides how the same formulas are rounded."""
+    return {
+        "dtype": str(model.dtype), "device": model.device.type,
+        "attention": model.network.config._attn_implementation,
+    }  # fmt: skip
+
+
+def scored_with(model: ChatModel) -> dict[str, Any]:
+    """What decides scores beside probes and Conditions: part of the key of every stage that holds scores.
+
+    It names the version of the engine, so that scores of an older one are never taken for those of this one.
+    """
+    return {"engine": SCORES_VERSION, "rendering": model.chat.rendering_key, **arithmetic(model)}
+
+
 def shared_base(model: ChatModel, out: Path) -> Shards:
     """Scores of the unedited model that all its runs share, `out/<model>/base/<key of what decides them>/`."""
     key = content_key(model.describe(), __version__, SCORES_VERSION)
     return Shards(out / model.slug / "base" / key)
 
 
+LOADING = ("dtype", "device", "attention", "revision", "trust_remote_code", "cache_memory")
+"""How the model is loaded: always as the user says now, never as an earlier run was."""
+_NAMING = ("model", "behaviour", "adapter", "seed", "data_seed", "out")
+_NOT_STORED = ("out", "cache_memory", "trust_remote_code")
+"""Without effect on results, or a permission, which only the user may give, and for one call."""
+
+
+def stored_in(folder: Path) -> Mapping[str, Any]:
+    """The settings on record in a run folder."""
+    file = folder / "config.json"
+    found = read_json(file).get("settings") if file.is_file() else None
+    if not found:
+        raise UserError(f"{folder} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
+    return dict(found)
+
+
 def stored_settings(settings: Settings) -> dict[str, Any]:
-    """Settings as plain data, without what has no effect on results."""
-    plain = asdict(settings)
-    del plain["out"], plain["cache_memory"]
+    """Settings as plain data, for `config.json`."""
+    plain = {name: value for name, value in asdict(settings).items() if name not in _NOT_STORED}
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
-def restore_settings(stored: Mapping[str, Any], out: Path) -> Settings:
-    """Settings of an existing run, for single stages on it."""
-    known = {f.name for f in fields(Settings)}
-    values = {name: value for name, value in stored.items() if name in known}
-    values["grid"] = make_settings(Grid, values["grid"], "config.json, grid")
-    values["judge"] = make_settings(JudgeSettings, values["judge"], "config.json, judge")
-    values["engine"] = make_settings(EngineSettings, values.get("engine", {}), "config.json, engine")
-    values["pairs"] = Path(values["pairs"]) if values["pairs"] else None
-    return make_settings(Settings, {**values, "out": out}, "config.json")
+def restore_settings(stored: Mapping[str, Any], given: Settings) -> Settings:
+    """Settings of the existing run that `given` names: what was not given there is as the run was made.
+
+    What equals its default counts as not given. How the model is loaded is always as given.
+    """
+    default = Settings()
+    found = {}
+    for name in (one.name for one in fields(Settings) if one.name not in (*_NAMING, *LOADING)):
+        if name in stored:
+            known = _restored(name, stored[name])
+            found[name] = _merged(known, getattr(given, name), getattr(default, name))
+    return make_settings(Settings, {**{one.name: getattr(given, one.name) for one in fields(Settings)}, **found},
+                         "config.json")  # fmt: skip
+
+
+_PARTS: dict[str, type[Grid] | type[JudgeSettings] | type[EngineSettings]] = {
+    "grid": Grid, "judge": JudgeSettings, "engine": EngineSettings,
+}  # fmt: skip
+
+
+def _restored(name: str, value: Any) -> Any:
+    """A stored value in the form that `Settings` has it in."""
+    if name in _PARTS:
+        return make_settings(_PARTS[name], value, f"config.json, {name}")
+    return Path(value) if name == "pairs" and value else tuple(value) if isinstance(value, list) else value
+
+
+def _merged(known: Any, given: Any, default: Any) -> Any:
+    """`given` over `known`, part by part where there are parts."""
+    if isinstance(given, Mapping):
+        return {**known, **given}
+    if is_dataclass(given) and not isinstance(given, type):
+        parts = (one.name for one in fields(given))
+        return replace(known, **{
+            name: _merged(getattr(known, name), getattr(given, name), getattr(default, name)) for name in parts
+        })  # fmt: skip
+    return known if given == default else given

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from ws.fitting import behaviour, data, judge, learning_rate, train, train_setti
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.learning_rate import RateChoice
 from ws.fitting.responses import LOCAL
-from ws.fitting.run_settings import Settings, run_path, stored_settings
+from ws.fitting.run_settings import Settings, arithmetic, run_path, stored_settings
 from ws.fitting.train import SIGNS, FitResult, Sign
 from ws.fitting.train_settings import TrainSettings
 from ws.measure.generate import Sampling
@@ -35,6 +36,23 @@ from ws.model.loading import ChatModel
 Run = TypeVar("Run", bound="Fitting")
 MANY_IDENTICAL = 0.2
 """Share of identical pairs above which the personas are said to be ignored."""
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """A run up to its Direction, resolved once: all that those need who measure, compare or describe it.
+
+    `direction` is bound to its base. `records` holds per sign what training wrote; `data` counts the pairs.
+    """
+
+    folder: Path
+    behaviour: Behaviour
+    direction: Direction
+    geometry: Geometry
+    pairs: pl.DataFrame
+    data: Mapping[str, Any]
+    training: TrainSettings
+    records: Mapping[Sign, FitResult]
 
 
 class Fitting:
@@ -56,8 +74,8 @@ class Fitting:
         self.judge = settings.judge if settings.pairs else judge.resolve(settings.judge, self.model)
         self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
         self.warnings: list[str] = []
+        self.seconds: dict[str, float] = {}
         self._told: set[str] = set()
-        write_json(self.folder / "config.json", {"settings": stored_settings(settings)})
 
     def __enter__(self: Run) -> Run:
         return self
@@ -77,17 +95,14 @@ class Fitting:
 
     @property
     def _arithmetic(self) -> dict[str, str]:
-        """What decides how the same formulas are rounded."""
-        return {
-            "dtype": str(self.model.dtype), "device": self.model.device.type,
-            "attention": self.model.network.config._attn_implementation,
-        }  # fmt: skip
+        return arithmetic(self.model)
 
     # ---------------------------------------------------------------- stages
 
     def data(self) -> pl.DataFrame:
         """Sample or read the pairs, judge them, and write `pairs.parquet`."""
         settings = self.settings
+        self._record_settings()
         inputs: dict[str, Any] = {
             "model": self.model.fingerprint,
             **self._arithmetic,
@@ -223,15 +238,33 @@ class Fitting:
         )  # fmt: skip
         return direction, geometry
 
+    @cached_property
+    def fitted(self) -> FittedRun:
+        """The run up to its Direction; what is missing is built on the first use."""
+        direction, geometry = self.diff()
+        pairs = pl.read_parquet(self.folder / "pairs.parquet")
+        return FittedRun(
+            self.folder.path, self.behaviour, direction, geometry, pairs, data.describe(pairs), self.training,
+            {sign: FitResult.read(self.folder / sign) for sign in SIGNS},
+        )  # fmt: skip
+
+    def _record_settings(self) -> None:
+        """Put the settings on record before anything is built, so that stage commands find them after a kill.
+
+        Only what builds the run writes there: a command that measures it further leaves its record alone.
+        """
+        file = self.folder / "config.json"
+        known = read_json(file) if file.is_file() else {}
+        write_json(file, {**known, "settings": stored_settings(self.settings)})
+
     # ---------------------------------------------------------------- talking
 
     def _build(
         self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[str], make: Any, siblings: Sequence[Path] = ()
     ) -> StageResult:
-        changed = self.folder.changed_inputs(stage, inputs)
-        if changed and stage not in self._told:
-            console.say(f"{stage}: rebuilding, because {', '.join(changed)} changed")
-        return self.folder.build(stage, inputs, outputs, make, siblings)
+        result = self.folder.build(stage, inputs, outputs, make, siblings)
+        self.seconds[stage] = result.seconds
+        return result
 
     def _say(self, stage: str, result: StageResult, text: str) -> None:
         if stage not in self._told:

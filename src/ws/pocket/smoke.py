@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
 from ws.pocket import tiny
+from ws.report.findings import Summary
 from ws.runs.replicate import Replication
 
 
-def run(architecture: str, out: Path | None = None) -> dict[str, Any]:
+def run(architecture: str, out: Path | None = None) -> Summary:
     """Make the model, replicate on it with a small grid, and return the summary."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / f"tiny-{architecture}"

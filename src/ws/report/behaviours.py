@@ -11,16 +11,18 @@ import html
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
+from ws.base import console
+from ws.base.errors import UserError
 from ws.base.store import read_json, write_text
 from ws.eval import dilemmas, feedback, side_effects
 from ws.report import document
-from ws.report.cells import signed, with_limits
+from ws.report.cells import signed
 from ws.report.document import Block, Heading, Paragraph, Samples, Table
-from ws.report.summary import BASE, Scores, as_dict, signed_change
+from ws.report.findings import Curve, Estimate, Summary, read_summary
+from ws.report.summary import BASE, Scores, signed_change
 
 PAGE = "behaviours.html"
 KEYS = ("-1", "1")
@@ -32,70 +34,58 @@ _LINK = "What this model says when it is steered, for all its behaviours"
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the page needs of one run; `personas` is what `persona_changes` finds in its scores."""
+    """A finished run as its folder holds it; `personas` is what `persona_changes` finds in its scores."""
 
     folder: Path
-    behaviour: str
     positive_means: str
-    summary: Mapping[str, Any]
+    summary: Summary
     samples: pl.DataFrame
-    personas: Mapping[str, Mapping[str, Any]]
+    personas: Mapping[str, Curve]
 
     @classmethod
     def read(cls, folder: Path) -> FinishedRun:
         """A run folder with a summary."""
-        summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
+        summary, config = read_summary(folder), read_json(folder / "config.json")
         scores = pl.read_parquet(folder / "scores.parquet")
         return cls(
-            folder, summary["behaviour"], config["behaviour"]["positive_means"], summary,
-            pl.read_parquet(folder / "samples.parquet"),
-            persona_changes(scores, summary["behaviour"], summary["headline_group"]),
+            folder, config["behaviour"]["positive_means"], summary, pl.read_parquet(folder / "samples.parquet"),
+            persona_changes(scores, summary.behaviour, summary.headline_group),
         )  # fmt: skip
 
-    def change(self, behaviour: str, key: str) -> Mapping[str, Any] | None:
-        """Change of a behaviour's probe at a strength, with its interval; None where the run did not measure it."""
-        return change(self.summary, behaviour, key)
+    @property
+    def behaviour(self) -> str:
+        """What the run is about."""
+        return self.summary.behaviour
 
 
-def change(summary: Mapping[str, Any], behaviour: str, key: str) -> Mapping[str, Any] | None:
-    """Change of a behaviour's probe at a strength in the summary of a run of this or of another behaviour."""
-    if behaviour == summary["behaviour"]:
-        found = summary["change"][behaviour]
-    else:
-        found = summary["other_behaviours"].get(behaviour, {}).get("change", {})
-    entry: Mapping[str, Any] | None = found.get(key)
-    return entry
-
-
-def persona_changes(scores: pl.DataFrame, behaviour: str, headline_group: str) -> dict[str, dict[str, Any]]:
+def persona_changes(scores: pl.DataFrame, behaviour: str, headline_group: str) -> dict[str, dict[str, Estimate]]:
     """System prompt of a run -> behaviour -> change of its probe in the unedited model, nats, with its interval."""
     table = Scores(scores)
     probes = [
         name for name in scores["probe"].unique(maintain_order=True) if name not in (dilemmas.NAME, *side_effects.NAMES)
     ]
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Estimate]] = {}
     for context in table.contexts():
         found[context] = {}
         for probe in probes:
             rows = table.rows(probe, "logratio", BASE, 0.0, context=context)
             if probe == behaviour:
                 rows = rows.filter(pl.col("group") == headline_group)
-            found[context][probe] = as_dict(signed_change(rows))
+            found[context][probe] = Estimate.of(signed_change(rows))
     return found
 
 
-def crossings(summary: Mapping[str, Any], others: Collection[str]) -> list[str]:
+def crossings(summary: Summary, others: Collection[str]) -> list[str]:
     """Where a direction moves one of `others` by more than `CROSSED` of what it does to its own behaviour, in words."""
     found = []
     for key in KEYS:
-        own = change(summary, summary["behaviour"], key)
+        own = summary.change_of(summary.behaviour, key)
         for other in others:
-            entry = change(summary, other, key)
-            if own and entry and abs(entry["mean"]) > CROSSED * abs(own["mean"]):
-                share = abs(entry["mean"] / own["mean"])
+            entry = summary.change_of(other, key)
+            if own and entry and abs(entry.mean) > CROSSED * abs(own.mean):
                 found.append(
-                    f"{summary['behaviour']} at {signed(key)} moves {other} by {entry['mean']:+.2f} nats "
-                    f"({100 * share:.0f} % of its own {own['mean']:+.2f})"
+                    f"{summary.behaviour} at {signed(key)} moves {other} by {entry.mean:+.2f} nats "
+                    f"({100 * abs(entry.mean / own.mean):.0f} % of its own {own.mean:+.2f})"
                 )
     return found
 
@@ -106,10 +96,16 @@ def write(model_folder: Path, adapter: str, seed: str) -> Path | None:
     Each of those runs gets a link to it at the top of its report: also runs whose report is older than the page.
     """
     folders = sorted(path.parent for path in model_folder.glob(f"*/{adapter}/{seed}/summary.json"))
-    runs = [FinishedRun.read(folder) for folder in folders if (folder / "samples.parquet").is_file()]
+    runs = []
+    for folder in folders:
+        if (folder / "samples.parquet").is_file():
+            try:
+                runs.append(FinishedRun.read(folder))
+            except UserError as error:
+                console.warn(f"left out of the page over behaviours: {error}")
     if len(runs) < 2:
         return None
-    title = f"What {runs[0].summary['model']} says when it is steered"
+    title = f"What {runs[0].summary.model} says when it is steered"
     subtitle = f"{len(runs)} behaviours, {adapter} directions, {seed}; no system prompt anywhere"
     blocks = _blocks(runs)
     write_text(model_folder / "behaviours.md", document.to_markdown(title, [Paragraph(subtitle, note=True), *blocks]))
@@ -173,11 +169,11 @@ def _leak(runs: Sequence[FinishedRun]) -> Table:
     rows = [
         [
             f"{run.behaviour} at {signed(key)}",
-            *(with_limits(run.change(name, key)) for name in measured),
+            *(_text(run.summary.change_of(name, key)) for name in measured),
         ]
         for run in runs
         for key in KEYS
-        if run.change(run.behaviour, key) is not None
+        if run.summary.change_of(run.behaviour, key) is not None
     ]
     return Table(
         ["direction", *measured],
@@ -186,6 +182,10 @@ def _leak(runs: Sequence[FinishedRun]) -> Table:
         "intervals over clusters of rows. A direction's own behaviour stands on the diagonal; the rest is its leak. "
         f"{feedback.MEANING}",
     )
+
+
+def _text(entry: Estimate | None) -> str:
+    return "-" if entry is None else entry.text
 
 
 def _measured(runs: Sequence[FinishedRun]) -> list[str]:
@@ -203,7 +203,7 @@ def _crossed(runs: Sequence[FinishedRun]) -> str:
 def _persona_leak(runs: Sequence[FinishedRun]) -> Table:
     measured = _measured(runs)
     rows = [
-        [f"{run.behaviour}, {context}", *(with_limits(moved.get(name)) for name in measured)]
+        [f"{run.behaviour}, {context}", *(_text(moved.get(name)) for name in measured)]
         for run in runs
         for context, moved in run.personas.items()
     ]
@@ -219,12 +219,12 @@ def _costs(runs: Sequence[FinishedRun]) -> Table:
     rows = [
         [
             f"{run.behaviour} at {signed(key)}",
-            f"{100 * entry['facts']:.1f} %",
-            f"{100 * run.summary['side_effects']['0']['facts']:.1f} %",
-            f"{entry['kl']:.3f}",
+            f"{100 * entry.facts:.1f} %",
+            f"{100 * run.summary.numbers.side_effects['0'].facts:.1f} %",
+            f"{entry.kl:.3f}",
         ]
         for run in runs
-        for key, entry in run.summary["side_effects"].items()
+        for key, entry in run.summary.numbers.side_effects.items()
         if key in KEYS
     ]
     return Table(["direction", "facts right", "base", "KL on neutral text, nats"], rows)

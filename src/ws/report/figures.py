@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ws.base.store import atomic_file
-from ws.baselines.controls import RANDOM
 from ws.eval import dilemmas
+from ws.report.findings import DILEMMAS, Curve, Numbers, Summary
 
 _BLUE, _ORANGE, _GREEN, _GREY, _INK = "#0b5cad", "#c2570c", "#2f7d4f", "#8b949e", "#1b1f24"
-Curve = Mapping[str, Mapping[str, Any]]
 
 
-def dose_response(summary: Mapping[str, Any], behaviour: str, headline_group: str, path: Path) -> None:
+def dose_response(summary: Summary, path: Path) -> None:
     """Log-ratios over alpha with intervals, control band and prompts; answer mass below; side effects on the right."""
     import matplotlib as mpl  # noqa: PLC0415 - slow import, only where something is drawn
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
+    behaviour, numbers = summary.behaviour, summary.numbers
     style: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.top": False,
@@ -35,37 +35,37 @@ def dose_response(summary: Mapping[str, Any], behaviour: str, headline_group: st
             2, 3, figsize=(12.5, 5.6), sharex=True, height_ratios=(3.4, 1), constrained_layout=True
         )
         own, moral, cost = axes[0]
-        groups = [name for name in summary["groups"] if "/" not in name]
-        ordered = [headline_group, *(name for name in groups if name != headline_group)]
+        groups = [name for name in numbers.groups if "/" not in name]
+        ordered = [summary.headline_group, *(name for name in groups if name != summary.headline_group)]
         for name, colour in zip(ordered, (_BLUE, _GREEN, _ORANGE), strict=False):
             label = f"{name} claims" if behaviour == "sycophancy" else name
-            _curve(own, summary["groups"][name], colour, label)
-        _band(own, summary, behaviour, summary[behaviour]["0"]["mean"])
-        _prompts(own, summary, behaviour)
+            _curve(own, numbers.groups[name], colour, label)
+        _band(own, numbers, behaviour)
+        _prompts(own, numbers, behaviour)
         own.set_title(f"{behaviour}, held out")
         own.set_ylabel("log-ratio towards the behaviour, nats")
-        apart = summary["dilemma_counts"]["not_counted"]
-        _curve(moral, summary[dilemmas.NAME], _INK, "counted rows" if apart else "all")
+        apart = numbers.dilemma_counts.not_counted
+        _curve(moral, summary.dilemmas, _INK, "counted rows" if apart else "all")
         # where some rows are not counted, `stated` is the curve of the counted ones
-        groups_shown = {name: c for name, c in summary["dilemma_groups"].items() if name != dilemmas.STATED}
+        groups_shown = {name: c for name, c in numbers.dilemma_groups.items() if name != dilemmas.STATED}
         for (group, curve), colour in zip(groups_shown.items(), (_BLUE, _ORANGE, _GREEN), strict=False):
             _curve(moral, curve, colour, f"{group} (not counted)" if group == dilemmas.FILLER else group)
-        _band(moral, summary, dilemmas.NAME, summary[dilemmas.NAME]["0"]["mean"])
-        _prompts(moral, summary, dilemmas.NAME)
+        _band(moral, numbers, DILEMMAS)
+        _prompts(moral, numbers, DILEMMAS)
         moral.set_title("everyday dilemmas, held out")
         moral.set_ylabel("log-ratio towards honesty, nats")
-        alphas = _alphas(summary["side_effects"])
-        kept = [100 * entry["facts"] for entry in summary["side_effects"].values()]
+        alphas = _alphas(numbers.side_effects)
+        kept = [100 * entry.facts for entry in numbers.side_effects.values()]
         cost.plot(alphas, kept, "o-", color=_GREEN, label="facts answered right, %")
         cost.set_title("what it costs")
         cost.set_ylabel("facts answered right, %")
         cost.set_ylim(min(45, min(kept) - 3), 101)
-        for axis, name in ((axes[1][0], behaviour), (axes[1][1], dilemmas.NAME)):
-            curve = summary[name]
-            axis.fill_between(_alphas(curve), [entry["pmass"] for entry in curve.values()], color=_GREY, alpha=0.35)
+        for axis, name in ((axes[1][0], behaviour), (axes[1][1], DILEMMAS)):
+            curve = numbers.levels[name]
+            axis.fill_between(_alphas(curve), [entry.pmass for entry in curve.values()], color=_GREY, alpha=0.35)
             axis.set_ylim(0, 1.02)
             axis.set_ylabel("answer\nmass")
-        kl = [entry["kl"] for entry in summary["side_effects"].values()]
+        kl = [entry.kl for entry in numbers.side_effects.values()]
         axes[1][2].fill_between(alphas, kl, color=_ORANGE, alpha=0.35)
         axes[1][2].set_ylim(0, max(0.1, 1.1 * max(kl)))
         axes[1][2].set_ylabel("KL, nats")
@@ -85,34 +85,34 @@ def _alphas(curve: Mapping[str, Any]) -> list[float]:
 
 def _curve(axis: Any, curve: Curve, colour: str, label: str) -> None:
     alphas = _alphas(curve)
-    means = [entry["mean"] for entry in curve.values()]
-    low = [entry["mean"] if entry["low"] is None else entry["low"] for entry in curve.values()]
-    high = [entry["mean"] if entry["high"] is None else entry["high"] for entry in curve.values()]
+    means = [entry.mean for entry in curve.values()]
+    low = [entry.mean if entry.low is None else entry.low for entry in curve.values()]
+    high = [entry.mean if entry.high is None else entry.high for entry in curve.values()]
     axis.fill_between(alphas, low, high, color=colour, alpha=0.18, linewidth=0)
     axis.plot(alphas, means, "o-", color=colour, label=label, markersize=4.5)
 
 
-def _band(axis: Any, summary: Mapping[str, Any], probe: str, base: float) -> None:
+def _band(axis: Any, numbers: Numbers, probe: str) -> None:
     """The prediction band of the random controls around the base, and every control seed as a tick."""
-    bands = {float(key): entry[probe] for key, entry in summary["controls"][RANDOM].items()}
+    base = numbers.levels[probe]["0"].mean
+    bands = {float(key): entry[probe] for key, entry in numbers.bands.items()}
     if not bands:
         return
-    points = sorted([*((alpha, band["low"], band["high"]) for alpha, band in bands.items()), (0.0, 0.0, 0.0)])
-    drawn = [(a, low, high) for a, low, high in points if low is not None]
+    points = sorted([*((alpha, band.low, band.high) for alpha, band in bands.items()), (0.0, 0.0, 0.0)])
+    drawn = [(a, low, high) for a, low, high in points if low is not None and high is not None]
     alphas, lows, highs = zip(*drawn, strict=True)
     axis.fill_between(
         alphas, [base + v for v in lows], [base + v for v in highs], color=_GREY, alpha=0.4, linewidth=0,
         label="random directions, 95 %",
     )  # fmt: skip
     for alpha, band in bands.items():
-        values: Sequence[float] = band["seeds"]
-        axis.plot([alpha] * len(values), [base + v for v in values], "_", color=_INK, markersize=7, alpha=0.6)
+        axis.plot([alpha] * len(band.seeds), [base + v for v in band.seeds], "_", color=_INK, markersize=7, alpha=0.6)
 
 
-def _prompts(axis: Any, summary: Mapping[str, Any], probe: str) -> None:
+def _prompts(axis: Any, numbers: Numbers, probe: str) -> None:
     """Persona prompts on the unedited model, as dashed lines."""
-    for name, effects in summary["contexts"].items():
-        value = effects[probe]["mean"]
+    for name, effects in numbers.contexts.items():
+        value = effects[probe].mean
         axis.axhline(value, color=_GREY, linestyle=(0, (4, 3)), linewidth=1)
         axis.annotate(
             name,

@@ -9,32 +9,30 @@ from typing import Any
 import polars as pl
 
 from ws.base.store import write_text
-from ws.baselines.controls import RANDOM
 from ws.eval import dilemmas, feedback
 from ws.fitting.train import FitResult, Sign
 from ws.report import document, figures
-from ws.report.cells import limits, signed, with_limits
+from ws.report.cells import signed
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
-from ws.report.summary import headline
+from ws.report.findings import DILEMMAS, Curve, Numbers, Summary
 
 FIGURE_FILE = "dose_response.png"
 
 
 def write(
     folder: Path,
-    summary: Mapping[str, Any],
+    summary: Summary,
     config: Mapping[str, Any],
     samples: pl.DataFrame,
     alignment: pl.DataFrame,
     training: Mapping[Sign, FitResult],
 ) -> None:
     """Write `dose_response.png`, `report.md` and `report.html` into the run folder."""
-    behaviour = summary["behaviour"]
-    figures.dose_response(summary, behaviour, summary["headline_group"], folder / FIGURE_FILE)
-    title = f"{behaviour} in {summary['model']}"
+    figures.dose_response(summary, folder / FIGURE_FILE)
+    title = f"{summary.behaviour} in {summary.model}"
     subtitle = (
-        f"{summary['adapter']} direction, training seed {summary['seed']}, data seed {summary['data_seed']}, "
-        f"|dW| = {summary['direction_norm']:.3g} over layers {config['direction']['layers']}"
+        f"{summary.adapter} direction, training seed {summary.seed}, data seed {summary.data_seed}, "
+        f"|dW| = {summary.direction_norm:.3g} over layers {config['direction']['layers']}"
     )
     blocks = _blocks(folder, summary, config, samples, alignment, training)
     write_text(folder / "report.md", document.to_markdown(title, [Paragraph(subtitle, note=True), *blocks]))
@@ -43,19 +41,19 @@ def write(
 
 def _blocks(
     folder: Path,
-    summary: Mapping[str, Any],
+    summary: Summary,
     config: Mapping[str, Any],
     samples: pl.DataFrame,
     alignment: pl.DataFrame,
     training: Mapping[Sign, FitResult],
 ) -> list[Block]:
-    behaviour = summary["behaviour"]
+    behaviour = summary.behaviour
     blocks: list[Block] = [
-        Paragraph(_sentence(headline(summary, behaviour)), strong=True),
-        Tiles(_tiles(summary, behaviour)),
+        Paragraph(summary.sentence, strong=True),
+        Tiles(_tiles(summary)),
     ]
-    if summary["warnings"]:
-        blocks.append(Bullets(summary["warnings"], warning=True))
+    if summary.warnings:
+        blocks.append(Bullets(summary.warnings, warning=True))
     blocks += [
         Figure(
             folder / FIGURE_FILE,
@@ -72,11 +70,11 @@ def _blocks(
         ),
         _samples(samples),
         Heading("On what it never saw"),
-        *_effect_tables(summary, behaviour),
+        *_effect_tables(summary),
         Heading("Controls and prompts"),
-        *_control_tables(summary, behaviour),
+        *_control_tables(summary),
         Heading("Side effects"),
-        _side_effects(summary),
+        _side_effects(summary.numbers),
         *_other_behaviours(summary),
         Heading("Where the direction lies in the weights"),
         *_geometry(summary, alignment),
@@ -86,24 +84,21 @@ def _blocks(
     return blocks
 
 
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
-
-
-def _tiles(summary: Mapping[str, Any], behaviour: str) -> list[Tile]:
+def _tiles(summary: Summary) -> list[Tile]:
     tiles = []
+    numbers = summary.numbers
     for name, change in (
-        (behaviour, summary["change"][behaviour]),
-        ("dilemmas, honest side", summary["dd_delta"]),
+        (summary.behaviour, numbers.change[summary.behaviour]),
+        ("dilemmas, honest side", numbers.dd_delta),
     ):
         for key in ("1", "-1"):
             if key in change:
                 entry = change[key]
-                tiles.append(Tile(f"{entry['mean']:+.2f} nats", f"{name} at {signed(key)}", f"95 % {limits(entry)}"))
-    side = summary["side_effects"]
+                tiles.append(Tile(f"{entry.mean:+.2f} nats", f"{name} at {signed(key)}", f"95 % {entry.limits}"))
+    side = numbers.side_effects
     if "1" in side and "-1" in side:
-        kept = f"{100 * side['-1']['facts']:.1f} / {100 * side['1']['facts']:.1f} %"
-        tiles.append(Tile(kept, "facts right at -1 / +1", f"base {100 * side['0']['facts']:.1f} %"))
+        kept = f"{100 * side['-1'].facts:.1f} / {100 * side['1'].facts:.1f} %"
+        tiles.append(Tile(kept, "facts right at -1 / +1", f"base {100 * side['0'].facts:.1f} %"))
     return tiles
 
 
@@ -120,36 +115,36 @@ def _alpha_name(alpha: float) -> str:
     return "alpha 0 (base)" if alpha == 0 else f"alpha {alpha:+g}"
 
 
-def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
-    group_names = list(summary["groups"])
+def _effect_tables(summary: Summary) -> list[Block]:
+    numbers, groups = summary.numbers, summary.numbers.groups
     rows = [
         [
             signed(key),
-            *(with_limits(summary["groups"][name][key]) for name in group_names),
-            f"{entry['pmass']:.3f}",
+            *(curve[key].text for curve in groups.values()),
+            f"{level.pmass:.3f}",
         ]
-        for key, entry in summary[behaviour].items()
+        for key, level in summary.own.items()
     ]
-    n = {name: summary["groups"][name]["0"]["n"] for name in group_names}
     own = Table(
-        ["alpha", *(f"{name} (n={n[name]})" for name in group_names), "answer mass"],
+        ["alpha", *(f"{name} (n={curve['0'].n})" for name, curve in groups.items()), "answer mass"],
         rows,
-        f"{behaviour}: log-ratio towards the behaviour, nats, with 95 % intervals. Reversed questions are signed so "
-        "that the behaviour counts positive: a mere Yes-bias would raise plain columns and lower reversed ones.",
+        f"{summary.behaviour}: log-ratio towards the behaviour, nats, with 95 % intervals. Reversed questions are "
+        "signed so that the behaviour counts positive: a mere Yes-bias would raise plain columns and lower reversed "
+        "ones.",
     )
-    moral = _dilemma_table(summary)
+    moral = _dilemma_table(numbers)
     flips = []
-    for probe, by_key in summary["decomposition"].items():
+    for probe, by_key in numbers.decomposition.items():
         for key, entry in by_key.items():
             flips.append(
                 [
                     f"{probe} {signed(key)}",
-                    with_limits(entry["effect"]),
-                    "-" if entry["balanced"] is None else f"{entry['balanced']:+.2f}",
-                    with_limits(entry["yes_bias"]),
-                    f"{entry['up']}",
-                    f"{entry['down']}",
-                    f"{entry['n']}",
+                    entry.effect.text,
+                    "-" if entry.balanced is None else f"{entry.balanced:+.2f}",
+                    entry.yes_bias.text,
+                    f"{entry.up}",
+                    f"{entry.down}",
+                    f"{entry.n}",
                 ]
             )
     decomposition = Table(
@@ -160,20 +155,21 @@ def _effect_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
         "Yes-bias cancels. Yes-bias: towards Yes whatever it means. Gained and lost: rows whose answer flips to and "
         "from that side.",
     )
-    return [own, moral, decomposition, _dose_response(summary)]
+    return [own, moral, decomposition, _dose_response(numbers)]
 
 
-def _dilemma_table(summary: Mapping[str, Any]) -> Table:
+def _dilemma_table(numbers: Numbers) -> Table:
     """Means of the counted rows and of every group; rows that are not counted are shown, and said to be."""
-    counts = summary["dilemma_counts"]
-    apart = counts["not_counted"]
+    counts = numbers.dilemma_counts
+    apart = counts.not_counted
     # where some rows are not counted, `stated` is another name of the counted ones
-    parts = {name: means for name, means in summary["dilemma_groups"].items() if name != dilemmas.STATED}
-    everything = {"all rows": summary["all_dilemmas"]} if apart else {}
-    columns = {"counted" if apart else "all": summary[dilemmas.NAME], **parts, **everything}
+    parts = {name: means for name, means in numbers.dilemma_groups.items() if name != dilemmas.STATED}
+    counted = numbers.levels[DILEMMAS]
+    everything: dict[str, Curve] = {"all rows": numbers.all_dilemmas} if apart else {}
+    columns: dict[str, Curve] = {"counted" if apart else "all": counted, **parts, **everything}
     caption = (
-        f"Dilemmas: log-ratio towards the honest answer, which is Yes on {counts['honest_yes']} and No on "
-        f"{counts['honest_no']} of the {counts['counted']} rows that are counted."
+        f"Dilemmas: log-ratio towards the honest answer, which is Yes on {counts.honest_yes} and No on "
+        f"{counts.honest_no} of the {counts.counted} rows that are counted."
     )
     if apart:
         caption += (
@@ -182,24 +178,26 @@ def _dilemma_table(summary: Mapping[str, Any]) -> Table:
             "comparison with work that counts them."
         )
     return Table(
-        ["alpha", *(f"{name} (n={column['0']['n']})" for name, column in columns.items()), "answer mass"],
+        ["alpha", *(f"{name} (n={column['0'].n})" for name, column in columns.items()), "answer mass"],
         [
-            [signed(key), *(with_limits(column[key]) for column in columns.values()), f"{entry['pmass']:.3f}"]
-            for key, entry in summary[dilemmas.NAME].items()
+            [signed(key), *(column[key].text for column in columns.values()), f"{level.pmass:.3f}"]
+            for key, level in counted.items()
         ],
         caption,
     )
 
 
-def _dose_response(summary: Mapping[str, Any]) -> Table:
+def _dose_response(numbers: Numbers) -> Table:
     """Slope, linearity and monotonicity over the strengths, and a p of each strength, with what many p values mean."""
-    p_values = summary["sign_flip_p"]
+    p_values = numbers.sign_flip_p
     keys = list(dict.fromkeys(key for by_key in p_values.values() for key in by_key))
     rows = []
-    for probe, found in summary["dose_response"].items():
-        monotone = {True: "yes", False: "no", None: "-"}[found["monotone"]]
-        numbers = ("-" if found[name] is None else f"{found[name]:{form}}" for name, form in _DOSE_FORMS)
-        rows.append([probe, *numbers, monotone, *(_p_value(p_values[probe].get(key)) for key in keys)])
+    for probe, found in numbers.dose_response.items():
+        monotone = {True: "yes", False: "no", None: "-"}[found.monotone]
+        line = (
+            "-" if value is None else f"{value:{form}}" for value, form in ((found.slope, "+.2f"), (found.r2, ".3f"))
+        )
+        rows.append([probe, *line, monotone, *(_p_value(p_values[probe].get(key)) for key in keys)])
     tests = sum(len(by_key) for by_key in p_values.values())
     return Table(
         ["probe", "slope", "R2", "monotone", *(f"p at {signed(key)}" for key in keys)], rows,
@@ -211,25 +209,22 @@ def _dose_response(summary: Mapping[str, Any]) -> Table:
     )  # fmt: skip
 
 
-_DOSE_FORMS = (("slope", "+.2f"), ("r2", ".3f"))
-
-
 def _p_value(p: float | None) -> str:
     return "-" if p is None else f"{p:.2g}"
 
 
-def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
-    bands = summary["controls"][RANDOM]
+def _control_tables(summary: Summary) -> list[Block]:
+    behaviour, numbers = summary.behaviour, summary.numbers
     rows = []
-    for key, band in bands.items():
-        for probe in (behaviour, dilemmas.NAME):
-            seeds = ", ".join(f"{value:+.3f}" for value in band[probe]["seeds"])
-            outside = {True: "outside", False: "inside", None: "?"}[summary["outside_controls"][probe].get(key)]
+    for key, band in numbers.bands.items():
+        for probe in (behaviour, DILEMMAS):
+            seeds = ", ".join(f"{value:+.3f}" for value in band[probe].seeds)
+            outside = {True: "outside", False: "inside", None: "?"}[numbers.outside_controls[probe].get(key)]
             rows.append(
                 [
                     f"{probe} {signed(key)}",
-                    with_limits(summary["change"][probe][key]),
-                    limits(band[probe]),
+                    numbers.change[probe][key].text,
+                    band[probe].limits,
                     outside,
                     seeds,
                 ]
@@ -239,20 +234,17 @@ def _control_tables(summary: Mapping[str, Any], behaviour: str) -> list[Block]:
         rows,
         "Change against the base, nats. The random directions have the shape, rank and Frobenius norm of the trained "
         f"one in every parameter. Band: 95 % prediction for one more seed. Measured at alpha "
-        f"{', '.join(signed(key) for key in bands) or 'none'}; no other strength has a band.",
+        f"{', '.join(signed(key) for key in summary.numbers.bands) or 'none'}; no other strength has a band.",
     )
     prompts = Table(
         ["system prompt, alpha 0", behaviour, "dilemmas"],
-        [
-            [name, with_limits(entry[behaviour]), with_limits(entry[dilemmas.NAME])]
-            for name, entry in summary["contexts"].items()
-        ],
+        [[name, entry[behaviour].text, entry[DILEMMAS].text] for name, entry in numbers.contexts.items()],
         "The unedited model under the first persona of each side.",
     )
-    return [table, *([prompts] if summary["contexts"] else [])]
+    return [table, *([prompts] if numbers.contexts else [])]
 
 
-def _side_effects(summary: Mapping[str, Any]) -> Block:
+def _side_effects(numbers: Numbers) -> Block:
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "facts": ("facts right", lambda share: f"{100 * share:.1f} %"),
         "kl": ("KL, mean", lambda nats: f"{nats:.4f}"),
@@ -264,10 +256,10 @@ def _side_effects(summary: Mapping[str, Any]) -> Block:
         "reply_tokens": ("reply tokens", lambda count: f"{count:.1f}"),
         "json": ("JSON replies", lambda share: f"{100 * share:.0f} %"),
     }
-    entries = summary["side_effects"]
-    shown = {key: column for key, column in columns.items() if any(e.get(key) is not None for e in entries.values())}
+    entries = {alpha: vars(entry) for alpha, entry in numbers.side_effects.items()}
+    shown = {key: column for key, column in columns.items() if any(e[key] is not None for e in entries.values())}
     rows = [
-        [signed(alpha), *("-" if entry.get(k) is None else write(entry[k]) for k, (_, write) in shown.items())]
+        [signed(alpha), *("-" if entry[k] is None else write(entry[k]) for k, (_, write) in shown.items())]
         for alpha, entry in entries.items()
     ]
     return Table(
@@ -277,25 +269,21 @@ def _side_effects(summary: Mapping[str, Any]) -> Block:
     )  # fmt: skip
 
 
-def _other_behaviours(summary: Mapping[str, Any]) -> list[Block]:
-    others = summary["other_behaviours"]
+def _other_behaviours(summary: Summary) -> list[Block]:
+    others = summary.numbers.other_behaviours
     if not others:
         return []
-    keys = [key for key in summary[summary["behaviour"]] if key != "0"]
+    own = summary.numbers.change[summary.behaviour]
     rows = [
-        [
-            name,
-            *(with_limits(entry["change"][key]) for key in keys),
-            with_limits(entry["base"]),
-            str(entry["base"]["n"]),
-        ]
-        for name, entry in others.items()
+        [f"{summary.behaviour} itself", *(entry.text for entry in own.values()), "", ""],
+        *(
+            [name, *(other.change[key].text for key in own), other.base.text, str(other.base.n)]
+            for name, other in others.items()
+        ),
     ]
-    own = summary["change"][summary["behaviour"]]
-    rows.insert(0, [f"{summary['behaviour']} itself", *(with_limits(own[key]) for key in keys), "", ""])
     return [
         Table(
-            ["behaviour", *(f"change at {signed(key)}" for key in keys), "base", "rows"],
+            ["behaviour", *(f"change at {signed(key)}" for key in own), "base", "rows"],
             rows,
             "How far the direction moves behaviours that it was not made for: change of the log-ratio towards each "
             f"behaviour on its own held-out probe, nats. {feedback.MEANING}",
@@ -303,8 +291,8 @@ def _other_behaviours(summary: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _geometry(summary: Mapping[str, Any], alignment: pl.DataFrame) -> list[Block]:
-    g = summary["geometry"]
+def _geometry(summary: Summary, alignment: pl.DataFrame) -> list[Block]:
+    g = summary.geometry
     shape = Table(
         ["|tau pos|", "|tau neg|", "|dW|", "cos(tau pos, tau neg)", "drift ratio", "cos(dW, M)"],
         [
@@ -336,9 +324,7 @@ def _geometry(summary: Mapping[str, Any], alignment: pl.DataFrame) -> list[Block
     return [shape, kinds]
 
 
-def _provenance(
-    summary: Mapping[str, Any], config: Mapping[str, Any], training: Mapping[Sign, FitResult]
-) -> list[Block]:
+def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[Sign, FitResult]) -> list[Block]:
     data = config["data"]
     fitted = [
         [
@@ -352,7 +338,7 @@ def _provenance(
         ]
         for sign, entry in training.items()
     ]
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
     base, asked = config["model"], config["dilemmas"]
     pinned = f", commit {asked['revision']}" if asked["revision"] else ""
     return [

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ws.base import console
-from ws.base.store import read_json
 from ws.report.cells import limits, with_limits
+from ws.report.findings import read_summary
 
 
 def show(table: pl.DataFrame, title: str) -> None:
@@ -30,25 +30,24 @@ def show(table: pl.DataFrame, title: str) -> None:
 
 def show_run(path: Path) -> None:
     """Print headline, effects by strength, and samples of a finished run."""
-    summary = read_json(path / "summary.json")
-    name = summary["behaviour"]
-    console.say(summary["headline"][0].upper() + summary["headline"][1:] + ".", style="bold")
-    for warning in summary["warnings"]:
+    summary = read_summary(path)
+    console.say(summary.sentence, style="bold")
+    for warning in summary.warnings:
         console.warn(warning)
     lines = [
         {
             "alpha": key,
-            name: entry["mean"],
-            "dilemmas": summary["dilemmas"][key]["mean"],
-            "answer mass": entry["pmass"],
-            "facts": summary["side_effects"][key]["facts"],
-            "KL": summary["side_effects"][key]["kl"],
+            summary.behaviour: level.mean,
+            "dilemmas": summary.dilemmas[key].mean,
+            "answer mass": level.pmass,
+            "facts": summary.numbers.side_effects[key].facts,
+            "KL": summary.numbers.side_effects[key].kl,
         }
-        for key, entry in summary[name].items()
+        for key, level in summary.own.items()
     ]
     show(
         pl.DataFrame(lines),
-        f"{summary['model']}, {summary['adapter']}, seed {summary['seed']}, |dW| {summary['direction_norm']:.3g}",
+        f"{summary.model}, {summary.adapter}, seed {summary.seed}, |dW| {summary.direction_norm:.3g}",
     )
     samples = pl.read_parquet(path / "samples.parquet")
     for prompt in samples["prompt"].unique(maintain_order=True):

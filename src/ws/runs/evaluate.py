@@ -11,12 +11,13 @@ import polars as pl
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
-from ws.base.store import write_json, write_table
+from ws.base.store import Shards, digest, read_json, write_json, write_table
 from ws.edit.condition import Condition, Edit
 from ws.eval import custom, dilemmas, feedback, harness, side_effects, sycophancy
+from ws.fitting.run_settings import arithmetic, command, scored_with, shared_base
 from ws.measure.probe import Kind, Probe
 from ws.measure.score import score
-from ws.report.summary import Scores, signed_mean
+from ws.report.summary import Scores, alpha_key, signed_mean
 from ws.runs.replicate import Replication
 
 SHIPPED = ("sycophancy", "dilemmas", "feedback", "side-effects")
@@ -66,11 +67,22 @@ class Ask:
 
 def existing_run(run: Replication, ask: Ask, alphas: Sequence[float]) -> pl.DataFrame:
     """Score probes under the run's direction; write the rows, return means with intervals by group."""
-    edit = direction_of(run)
-    probes = ask.probes(run)
-    strengths = sorted({0.0, *alphas})
-    table = score(run.model, probes, [Condition.of(edit, alpha) for alpha in strengths])
-    write_table(run.folder / f"scores-{ask.name}.parquet", table)
+    edit, probes, strengths = direction_of(run), ask.probes(run), sorted({0.0, *alphas})
+    path = run.folder / f"scores-{ask.name}.parquet"
+    inputs = {
+        "direction": digest(run.folder / "direction.safetensors"),
+        "probes": [probe.key for probe in probes],
+        "alphas": strengths,
+        **scored_with(run.model),
+    }
+
+    def make(shards: Shards) -> None:
+        conditions = [Condition.of(edit, alpha) for alpha in strengths]
+        base = shared_base(run.model, run.settings.out)
+        write_table(path, score(run.model, probes, conditions, shards=shards, base_shards=base))
+
+    run.folder.build(f"eval-{ask.name}", inputs, [path.name], make)
+    table = pl.read_parquet(path)
     return pl.concat([_means(table, run.edit_name, one.name, metric) for one in probes for metric in METRICS[one.kind]])
 
 
@@ -78,7 +90,8 @@ def direction_of(run: Replication) -> Edit:
     """The run's direction as an Edit."""
     path = run.folder / "direction.safetensors"
     if not path.is_file():
-        raise UserError(f"the run in {run.folder.path} has no direction yet", "Make it with: ws replicate, or ws diff.")
+        remedy = f"Make it with: {command(run.settings, 'diff')}"
+        raise UserError(f"the run in {run.folder.path} has no direction yet", remedy)
     return Edit(run.edit_name, Direction.load(path), run.settings.seed, run.settings.data_seed)
 
 
@@ -88,14 +101,33 @@ def harness_task(
     """Run a task of lm-evaluation-harness (`lm-eval:NAME`) at every strength; writes `lm-eval-<NAME>.json`."""
     if not task.startswith(harness.PREFIX):
         raise UserError(f"{task!r} names no harness", f"Write --task {harness.PREFIX}NAME.")
-    edit, name = direction_of(run), task.removeprefix(harness.PREFIX)
-    conditions = [Condition.of(edit, alpha) for alpha in sorted({0.0, *alphas})]
-    found = [
-        {key: record[key] for key in ("task", "metric", "alpha", "value", "stderr")}
-        for record in harness.evaluate(run.model, name, conditions, limit=limit, task_folder=task_folder)
-    ]
-    write_json(run.folder / f"lm-eval-{name}.json", found)
-    return pl.DataFrame(found, schema_overrides={"stderr": pl.Float64}).sort("task", "metric", "alpha")
+    edit, name, strengths = direction_of(run), task.removeprefix(harness.PREFIX), sorted({0.0, *alphas})
+    path = run.folder / f"lm-eval-{name}.json"
+    inputs = {
+        "direction": digest(run.folder / "direction.safetensors"),
+        "harness": harness.version(),
+        "task_folder": None if task_folder is None else digest(task_folder),
+        "limit": limit,
+        "alphas": strengths,
+        "rendering": run.model.chat.rendering_key,
+        **arithmetic(run.model),
+    }
+
+    def make(shards: Shards) -> None:
+        files = {alpha: shards.path(f"{alpha_key(alpha)}.json") for alpha in strengths}
+        missing = [alpha for alpha, file in files.items() if not file.is_file()]
+        conditions = [Condition.of(edit, alpha) for alpha in missing]
+        measured = harness.evaluate(run.model, name, conditions, limit=limit, task_folder=task_folder)
+        for alpha, records in zip(missing, measured, strict=True):
+            write_json(files[alpha], [{key: record[key] for key in _COLUMNS} for record in records])
+        write_json(path, [record for file in files.values() for record in read_json(file)])
+
+    run.folder.build(f"lm-eval-{name}", inputs, [path.name], make)
+    return pl.DataFrame(read_json(path), schema_overrides={"stderr": pl.Float64}).sort("task", "metric", "alpha")
+
+
+_COLUMNS = ("task", "metric", "alpha", "value", "stderr")
+"""What is kept of a record of the harness."""
 
 
 METRICS: dict[Kind, tuple[str, ...]] = {

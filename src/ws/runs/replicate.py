@@ -13,20 +13,20 @@ from typing import Any
 import polars as pl
 import torch
 
-from ws.adapters.diff import Geometry
 from ws.algebra.direction import Direction
+from ws.base.records import plain
 from ws.base.store import Shards, atomic_file, digest, read_json, write_json, write_table
 from ws.baselines import controls
 from ws.edit.condition import Condition, Context, Edit
 from ws.eval import dilemmas, feedback, side_effects, sycophancy
-from ws.fitting import behaviour, data
-from ws.fitting.run_settings import shared_base, stored_settings
-from ws.fitting.stages import Fitting
-from ws.fitting.train import SIGNS, FitResult
+from ws.fitting import behaviour
+from ws.fitting.run_settings import scored_with, shared_base, stored_settings
+from ws.fitting.stages import FittedRun, Fitting
 from ws.measure import rounding
 from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.report import behaviours, page, summary
+from ws.report.findings import SUMMARY_FILE, Summary
 from ws.runs import samples
 from ws.subspace import alignment
 
@@ -79,8 +79,7 @@ class Replication(Fitting):
 
     def eval(self) -> pl.DataFrame:
         """Score all probes, under the random controls those that have a band, and write `scores.parquet`."""
-        direction, _ = self.diff()
-        probes = self.probes()
+        direction, probes = self.fitted.direction, self.probes()
         inputs = {
             "direction": digest(self.folder / "direction.safetensors"),
             "probes": [probe.key for probe in probes],
@@ -89,8 +88,7 @@ class Replication(Fitting):
             "control_alphas": controls.control_strengths(self.settings.alphas),
             "controls_on": [probe.name for probe in probes[:2]],
             "personas": self.behaviour.personas,
-            "rendering": self.model.chat.rendering_key,
-            **self._arithmetic,
+            **scored_with(self.model),
         }
         path = self.folder / "scores.parquet"
 
@@ -117,8 +115,7 @@ class Replication(Fitting):
         if self.model.dtype == torch.float32:
             return None
         probe = sycophancy.probe(self.behaviour, self.settings.rows)
-        inputs = {"model": self.model.fingerprint, **self._arithmetic, "probe": probe.key,
-                  "rendering": self.model.chat.rendering_key}  # fmt: skip
+        inputs = {"model": self.model.fingerprint, "probe": probe.key, **scored_with(self.model)}
 
         def make(_: Shards) -> None:
             found = rounding.measure(self.model, probe)
@@ -137,7 +134,7 @@ class Replication(Fitting):
 
     def alignment(self) -> pl.DataFrame:
         """Where the direction lies relative to the singular directions of the weights; by kind of module."""
-        direction, _ = self.diff()
+        direction = self.fitted.direction
         names = ["subspace_per_layer.csv", "subspace_summary.csv"]
 
         def make(_: Shards) -> None:
@@ -154,7 +151,7 @@ class Replication(Fitting):
 
     def samples(self) -> pl.DataFrame:
         """The same prompts and random numbers under alpha -1, 0 and +1."""
-        direction, _ = self.diff()
+        direction = self.fitted.direction
         prompts = samples.prompts(self.behaviour, self.settings.samples)
         inputs = {
             "direction": digest(self.folder / "direction.safetensors"),
@@ -176,57 +173,45 @@ class Replication(Fitting):
         )
         return pl.read_parquet(path)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Summary:
         """Run whatever is missing and write `summary.json`, `config.json`, the figure and the two reports."""
         _ = self.dilemma_rows  # a wrong source is told before anything is fitted
-        direction, geometry = self.diff()
-        scores, kinds, said = self.eval(), self.alignment(), self.samples()
-        training = {sign: FitResult.read(self.folder / sign) for sign in SIGNS}
-        rounded = self.rounding()
-        content = self._summary(scores, geometry) | {"rounding": rounded}
-        config = self._config(direction)
+        run = self.fitted
+        scores, kinds, said, rounded = self.eval(), self.alignment(), self.samples(), self.rounding()
+        content, config = self._summary(run, scores, rounded), self._config(run)
         write_json(self.folder / "config.json", config)
-        write_json(self.folder / "summary.json", content)
-        page.write(self.folder.path, content, config, said, kinds, training)
+        write_json(self.folder / SUMMARY_FILE, plain(content))
+        page.write(self.folder.path, content, config, said, kinds, run.records)
         self.behaviours_page = behaviours.write(
             self.folder.path.parents[2], self.settings.adapter, self.folder.path.name
         )
         return content
 
-    def _summary(self, scores: pl.DataFrame, geometry: Geometry) -> dict[str, Any]:
-        name, group = self.behaviour.name, self.behaviour.probe.headline
-        numbers = summary.summarise(scores, self.edit_name, name, group)
-        stages = sorted((self.folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
-        head: dict[str, Any] = {
-            "model": self.model.name,
-            "behaviour": name,
-            "adapter": self.settings.adapter,
-            "seed": self.settings.seed,
-            "data_seed": self.settings.data_seed,
-            "headline_group": group,
-            "noun": self.behaviour.probe.noun,
-            "direction_norm": geometry.norm_dw,
-            "geometry": asdict(geometry),
-        }
-        seconds = {path.stem: read_json(path)["seconds"] for path in stages}
-        content = head | numbers | {"seconds": seconds}
-        content["warnings"] = [*dict.fromkeys(self.warnings), *summary.doubts(content, name)]
-        content["headline"] = summary.headline(content, name)
-        return content
+    def _summary(self, run: FittedRun, scores: pl.DataFrame, rounded: dict[str, Any] | None) -> Summary:
+        name, probe = run.behaviour.name, run.behaviour.probe
+        numbers = summary.summarise(scores, self.edit_name, name, probe.headline)
+        return Summary(
+            model=self.model.name, behaviour=name, adapter=self.settings.adapter, seed=self.settings.seed,
+            data_seed=self.settings.data_seed, headline_group=probe.headline, noun=probe.noun,
+            direction_norm=run.geometry.norm_dw, geometry=asdict(run.geometry), numbers=numbers,
+            seconds=dict(self.seconds), warnings=(*dict.fromkeys(self.warnings), *summary.doubts(numbers, name)),
+            headline=summary.headline(numbers, name, probe.noun), rounding=rounded,
+        )  # fmt: skip
 
-    def _config(self, direction: Direction) -> dict[str, Any]:
+    def _config(self, run: FittedRun) -> dict[str, Any]:
+        direction, subject = run.direction, run.behaviour
         return {
             "settings": stored_settings(self.settings),
             "model": self.model.describe(),
             "behaviour": {
-                "name": self.behaviour.name, "summary": self.behaviour.summary,
-                "positive_means": self.behaviour.positive_means, "key": self.behaviour.key,
+                "name": subject.name, "summary": subject.summary, "positive_means": subject.positive_means,
+                "key": subject.key,
             },
             "dilemmas": self.dilemma_rows.record(),
             "sampling": asdict(self.sampling),
             "judge": asdict(self.judge),
-            "training": asdict(self.training),
-            "data": data.describe(pl.read_parquet(self.folder / "pairs.parquet")),
+            "training": asdict(run.training),
+            "data": run.data,
             "direction": {
                 "layers": f"{direction.layer_numbers[0]}-{direction.layer_numbers[-1]} of {self.model.layer_count}",
                 "parameters": len(direction.deltas), "rank": direction.rank, "bytes": direction.stored_bytes,

@@ -18,12 +18,13 @@ from rich.table import Table
 from ws import adapters
 from ws.base import console, stats
 from ws.base.errors import UserError
-from ws.base.store import atomic_file, read_json, write_json, write_text
+from ws.base.store import atomic_file, write_json, write_text
 from ws.eval import dilemmas
 from ws.fitting import behaviour
-from ws.fitting.run_settings import Settings, run_path
-from ws.fitting.train import FitResult
+from ws.fitting.run_settings import Settings, run_path, stored_in
+from ws.fitting.stages import FittedRun
 from ws.model.loading import ChatModel
+from ws.report.findings import Summary
 from ws.runs.replicate import Replication
 
 
@@ -81,7 +82,7 @@ def _settings_of(settings: Settings, cell: Cell) -> Settings:
     config = run_path(wanted, behaviour.load(wanted.behaviour)) / "config.json"
     if not config.is_file():
         return wanted
-    earlier = read_json(config)["settings"]
+    earlier = stored_in(config.parent)
     return replace(
         wanted,
         alphas=tuple(sorted({*wanted.alphas, *earlier["alphas"]})),
@@ -93,35 +94,33 @@ def _run_cell(settings: Settings, cell: Cell, model: ChatModel) -> Outcome:
     try:
         with Replication(settings, model) as replication:
             summary = replication.report()
-            return Outcome(cell, _row(cell, summary, replication.folder.path), replication.folder.path)
+            return Outcome(cell, _row(cell, summary, replication.fitted), replication.folder.path)
     except UserError as error:
         console.warn(f"{cell.name}: {error}")
         return Outcome(cell, None, error=str(error))
 
 
-def _row(cell: Cell, summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _row(cell: Cell, summary: Summary, run: FittedRun) -> dict[str, Any]:
     """The columns of the replicated work's tables, and what qualifies them."""
-    own, moral = summary[summary["behaviour"]], summary["dilemmas"]
-    changes = summary["change"][summary["behaviour"]]
-    training = {sign: FitResult.read(folder / sign) for sign in ("pos", "neg")}
-    seconds = summary["seconds"]
+    numbers, moral = summary.numbers, summary.dilemmas
+    changes, costs = numbers.change[summary.behaviour], numbers.side_effects["1"]
     return {
         "family": cell.family,
         "seed": cell.seed,
         "data_seed": cell.data_seed,
-        "delta": changes["1"]["mean"],
-        "delta_minus": changes["-1"]["mean"],
-        "min_pmass": min(entry["pmass"] for entry in own.values()),
-        **{f"dilemmas_{key}": moral[key]["mean"] for key in ("-1", "0", "1")},
-        "dd_delta": summary["dd_delta"]["1"]["mean"],
-        "pmass_1": moral["1"]["pmass"],
-        "facts_1": summary["side_effects"]["1"]["facts"],
-        "kl_1": summary["side_effects"]["1"]["kl"],
-        "norm": summary["direction_norm"],
-        **{name: summary["geometry"][name] for name in ("cos_anti", "asymmetry", "drift_ratio", "cos_dw_m")},
-        "lr": training["pos"].settings.lr,
-        "trainable": training["pos"].trainable_parameters,
-        "seconds": sum(result.seconds for result in training.values()) + seconds.get("eval", 0.0),
+        "delta": changes["1"].mean,
+        "delta_minus": changes["-1"].mean,
+        "min_pmass": min(level.pmass for level in summary.own.values()),
+        **{f"dilemmas_{key}": moral[key].mean for key in ("-1", "0", "1")},
+        "dd_delta": numbers.dd_delta["1"].mean,
+        "pmass_1": moral["1"].pmass,
+        "facts_1": costs.facts,
+        "kl_1": costs.kl,
+        "norm": summary.direction_norm,
+        **{name: summary.geometry[name] for name in ("cos_anti", "asymmetry", "drift_ratio", "cos_dw_m")},
+        "lr": run.training.lr,
+        "trainable": run.records["pos"].trainable_parameters,
+        "seconds": sum(record.seconds for record in run.records.values()) + summary.seconds.get("eval", 0.0),
     }
 
 

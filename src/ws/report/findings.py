@@ -1,0 +1,235 @@
+"""What a run found, as records. `summary.json` is their plain form (`base.records`), and reading that gives them back.
+
+Keys of strengths are shortest decimal strings: `-1`, `0`, `0.5`. Two probes stand in most tables, by name: the
+behaviour's own and the dilemmas. Effects are changes against the unedited model on the same rows, in nats, signed so
+that the behaviour (or honesty) counts positive. Nothing heavy is imported here, so `ws show` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ws.base import console
+from ws.base.errors import UserError
+from ws.base.records import FLAT, restore
+from ws.base.store import read_json
+from ws.report import cells
+
+if TYPE_CHECKING:
+    from ws.base.stats import Interval
+
+DILEMMAS, RANDOM = "dilemmas", "random"
+"""Keys of the second probe and of the random control directions."""
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` rows with its 95 % limits, which are None where there are too few clusters for an interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, interval: Interval) -> Estimate:
+        """An interval of `stats`."""
+        return Estimate(**numbers_of(interval))
+
+    @property
+    def limits(self) -> str:
+        """`-0.20, +0.40`; empty where there is no interval."""
+        return cells.limits(vars(self))
+
+    @property
+    def text(self) -> str:
+        """`+0.10 [-0.20, +0.40]`."""
+        return cells.with_limits(vars(self))
+
+
+def numbers_of(interval: Interval) -> dict[str, Any]:
+    """The fields of an `Estimate`: limits that do not exist are None."""
+    limits = {
+        name: None if math.isnan(value) else value for name, value in (("low", interval.low), ("high", interval.high))
+    }
+    return {"mean": interval.mean, **limits, "n": interval.n}
+
+
+@dataclass(frozen=True)
+class Level(Estimate):
+    """A mean log-ratio at one strength, and the mean probability mass on the two answers."""
+
+    pmass: float
+
+
+@dataclass(frozen=True)
+class Band(Estimate):
+    """Where one more random direction would fall (95 % prediction), and the change of every one that was tried."""
+
+    seeds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a mean change consists of: the signed effect, the Yes-bias, and the rows whose answer flips.
+
+    yes_bias: mean change of log p(Yes) - log p(No), whichever answer is right. balanced: the effect with equal weight
+    on rows whose right answer is Yes and on those whose is No, so that a Yes-bias cancels; None without one of the two
+    kinds. up, down: rows that come to answer on the positive side, and rows that leave it.
+    """
+
+    effect: Estimate
+    yes_bias: Estimate
+    balanced: float | None
+    up: int
+    down: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A line through the base: nats per unit of strength, how well it fits, and whether more always moves further.
+
+    One strength beside 0 always lies on a line, so `r2` and `monotone` are None there.
+    """
+
+    slope: float | None
+    r2: float | None
+    monotone: bool | None
+    strengths: int
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What else changes at one strength; None for what has no rows.
+
+    kl: to the base, per token of answers to neutral requests (mean, 95th percentile, largest). nll_delta: change of
+    their negative log-likelihood. facts: share answered right. true_claims: log-ratio of agreeing with them. The rest
+    is of greedy replies: share of distinct 3-grams, length, share that ended, share of JSON requests fulfilled.
+    """
+
+    kl: float
+    kl_p95: float
+    kl_max: float
+    nll_delta: float
+    facts: float
+    true_claims: float | None
+    distinct3: float | None
+    reply_tokens: float | None
+    reply_finished: float | None
+    json: float | None
+
+
+@dataclass(frozen=True)
+class DilemmaCounts:
+    """Dilemma rows that are counted and that are not, and the counted ones by the answer that is honest."""
+
+    counted: int
+    not_counted: int
+    honest_yes: int
+    honest_no: int
+
+
+@dataclass(frozen=True)
+class OtherBehaviour:
+    """A behaviour that the direction was not made for: level of the base, and change by strength."""
+
+    base: Estimate
+    change: Mapping[str, Estimate]
+
+
+Curve = Mapping[str, Estimate]
+"""Strength -> estimate."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Everything that is computed from the scores table of a run.
+
+    levels: by probe; that of the behaviour is over its headline group. change: differences to the base by probe;
+    `dd_delta` is that of the dilemmas. outside_controls: whether the interval of a change lies wholly outside the band
+    of random directions. contexts: the unedited model under a system prompt.
+    """
+
+    levels: Mapping[str, Mapping[str, Level]] = field(metadata=FLAT)
+    dd_delta: Curve
+    near_dilemmas: Curve
+    far_dilemmas: Curve
+    all_dilemmas: Mapping[str, Level]
+    dilemma_counts: DilemmaCounts
+    dilemma_groups: Mapping[str, Curve]
+    side_effects: Mapping[str, SideEffects]
+    controls: Mapping[str, Mapping[str, Mapping[str, Band]]]
+    change: Mapping[str, Curve]
+    sign_flip_p: Mapping[str, Mapping[str, float]]
+    dose_response: Mapping[str, Dose]
+    outside_controls: Mapping[str, Mapping[str, bool | None]]
+    groups: Mapping[str, Curve]
+    decomposition: Mapping[str, Mapping[str, Parts]]
+    other_behaviours: Mapping[str, OtherBehaviour]
+    contexts: Mapping[str, Curve]
+
+    @property
+    def bands(self) -> Mapping[str, Mapping[str, Band]]:
+        """Strength -> probe -> band of the random directions."""
+        return self.controls[RANDOM]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run: what it was, what it found, how long its stages took, and what a careful reader would object to.
+
+    noun: what the items of the behaviour's probe are called. rounding: what a half-precision dtype does to the scores;
+    None in float32.
+    """
+
+    model: str
+    behaviour: str
+    adapter: str
+    seed: int
+    data_seed: int
+    headline_group: str
+    noun: str
+    direction_norm: float
+    geometry: Mapping[str, float]
+    numbers: Numbers = field(metadata=FLAT)
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
+    headline: str
+    rounding: Mapping[str, Any] | None
+
+    @property
+    def own(self) -> Mapping[str, Level]:
+        """Strength -> level of the behaviour's own probe."""
+        return self.numbers.levels[self.behaviour]
+
+    @property
+    def dilemmas(self) -> Mapping[str, Level]:
+        """Strength -> level of the dilemmas."""
+        return self.numbers.levels[DILEMMAS]
+
+    @property
+    def sentence(self) -> str:
+        """The headline as a sentence."""
+        return self.headline[0].upper() + self.headline[1:] + "."
+
+    def change_of(self, behaviour: str, key: str) -> Estimate | None:
+        """Change of a behaviour's probe at a strength, of this or of another behaviour; None where not measured."""
+        if behaviour == self.behaviour:
+            return self.numbers.change[behaviour].get(key)
+        other = self.numbers.other_behaviours.get(behaviour)
+        return other.change.get(key) if other else None
+
+
+def read_summary(folder: Path) -> Summary:
+    """The summary of a finished run. Raises `UserError` for one that another version wrote."""
+    try:
+        return restore(Summary, read_json(folder / SUMMARY_FILE))
+    except (TypeError, KeyError, AttributeError) as error:
+        remedy = f"Write it anew with: {console.command('report', folder)}"
+        raise UserError(f"{folder / SUMMARY_FILE} was written by another version of ws", remedy) from error
