@@ -75,8 +75,7 @@ class Compare(RunOptions):
         """Compare every model and behaviour; print the tables, each headline, and where the pages are."""
         from dataclasses import replace  # noqa: PLC0415
 
-        from ws.comparing import compare  # noqa: PLC0415
-        from ws.report import terminal  # noqa: PLC0415
+        from ws.comparing import across, compare, page, terminal  # noqa: PLC0415
 
         plan = compare.Plan(
             families=self.families, seeds=self.seeds, activations=self.activations, random_seeds=self.random_seeds,
@@ -88,16 +87,17 @@ class Compare(RunOptions):
             for model in self.models or (self.model,)
             for name in self.behaviours or (self.behaviour,)
         ]
+        together = across.write(self.out, [result.found for result in found]) if len(found) > 1 else None
         if self.json:
-            console.print_json(json.dumps([result.summary for result in found]))
+            console.print_json(json.dumps([page.as_json(result.found) for result in found]))
             return
         for result in found:
-            console.say(f"\n{result.behaviour} in {result.model}", style="bold")
-            terminal.show_comparison(result.summary, result.folder)
-            console.say(f"\n{result.headline}.", style="bold")
+            console.say(f"\n{result.found.behaviour} in {result.found.model}", style="bold")
+            terminal.show(result.found, result.folder)
+            console.say(f"\n{page.headline(result.found)}.", style="bold")
             console.say(f"tables      {result.folder / 'comparison.html'}")
-        if len(found) > 1:
-            console.say(f"together    {compare.together(found, self.out)}")
+        if together is not None:
+            console.say(f"together    {together}")
 
 
 @dataclass(frozen=True)
