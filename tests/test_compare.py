@@ -542,7 +542,7 @@ def test_a_page_on_an_embedded_model_says_what_favours_a_method_there() -> None:
     for model in loading.POCKET_MODELS:
         found = found_of(entries, entries, model=model)
         captions = [b.caption for b in page._blocks(found, Path()) if isinstance(b, Table) and "dd_delta" in b.header]
-        assert len(captions) == 3 and all("were tuned on the probe that is reported here" in text for text in captions)
+        assert len(captions) == 3 and all("were tuned on the probe of the behaviour" in text for text in captions)
         assert sum("a linear readout of the residual stream" in text for text in captions) == 2, "where RepE stands too"
         recipe = json.loads((loading.POCKET_MODELS[model] / "recipe.json").read_text())["recipe"]
         assert f"after layer {recipe['latent_layer'] - 1} (counted from 0)" in caveats.readout([model])

@@ -29,15 +29,14 @@ class Sweep(RunOptions):
 
     def run(self) -> None:
         """Run the cells that are missing and print the table; a failed cell is told and makes the exit code 2."""
-        from ws.runs import sweep  # noqa: PLC0415
+        from ws.runs import sweep, sweep_tables  # noqa: PLC0415
 
         settings = run_settings(self, self.fit, self.evaluation)
         outcomes, place = sweep.run(settings, self.families, self.seeds, self.data_seeds)
-        rows = [outcome.row for outcome in outcomes if outcome.row is not None]
         if self.json:
             console.print_json((place / "sweep.json").read_text(encoding="utf-8").strip())
         else:
-            sweep.show(sweep.by_family(rows))
+            sweep_tables.show(sweep.tables_of(outcomes))
             console.say(f"\ntables      {place / 'sweep.md'}\nnext        ws show {outcomes[0].folder or place}")
         if failed := [outcome for outcome in outcomes if outcome.row is None]:
             raise UserError(f"{len(failed)} of {len(outcomes)} cells failed; the first, {failed[0].cell.name}: "

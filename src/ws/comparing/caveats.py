@@ -13,9 +13,9 @@ def tuning(models: Iterable[str]) -> str:
     if not (names := _embedded(models)):
         return ""
     return (
-        f"On {names}, the layers and learning rates of the weight directions were tuned on the probe that is reported "
-        "here (for families other than LoRA and DoRA: the layers only). Activation steering and prompts made their "
-        "choices on the dev split."
+        f"On {names}, the layers and learning rates of the weight directions were tuned on the probe of the behaviour "
+        "that is reported here (for families other than LoRA and DoRA: the layers only). Activation steering and "
+        "prompts made their choices on the dev split."
     )
 
 
@@ -28,11 +28,10 @@ def readout(models: Iterable[str]) -> str:
     # hidden state k is the output of the layer before it, and tables count layers from 0
     layers = " or ".join(str(layer) for layer in sorted({recipe["latent_layer"] - 1 for recipe in recipes}))
     return (
-        f"{names} {'were' if ' and ' in names else 'was'} trained with an additional loss: a linear readout of the "
-        f"residual stream after layer {layers} (counted from 0) must tell the traits, whether a claim is true, whether "
-        "an action is honest, and whether a request is harmful. The readout is not part of the model. Activation "
-        "steering reads and edits the residual stream at the same place, so it has an easier task here than in models "
-        "without this loss."
+        f"In training, {names} had an additional loss: a linear readout of the residual stream after layer {layers} "
+        "(counted from 0) must tell the traits, whether a claim is true, whether an action is honest, and whether a "
+        "request is harmful. The readout is not part of the model. Activation steering reads and edits the residual "
+        "stream at the same place, so it has an easier task here than in models without this loss."
     )
 
 

@@ -124,7 +124,6 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
     return [
         Paragraph(sentence(found), strong=True),
         *([Bullets([bias], warning=True)] if bias else []),
-        *(Paragraph(text) for text in (tuned, readout) if text),
         Heading("Adapters"),
         effects_table(own, ("weights", "variants"), base, behaviour, _joined("At alpha +1 and -1.", source, tuned)),
         Heading("Baselines and weight steering"),
@@ -142,7 +141,7 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
             equal, METHODS, base, behaviour, _joined(_equal_caption(found.calibration), source, tuned, readout)
         ),
         Heading("What it cost at equal divergence"),
-        costs_table(equal, base, "*: the search for the strength missed the budget."),
+        costs_table(equal, base, "A star marks a sign at which a search for the strength missed the budget."),
         Heading("What moved and what it cost"),
         Figure(folder / "pareto.png", "behaviour moved against facts kept", pareto.CAPTION),
         Heading("Controls"),
@@ -172,9 +171,9 @@ def _equal_caption(found: Strengths) -> str:
     return (
         f"Every direction at the strength where it spends the same KL to the base: {found.target:.2f} nats per token "
         f"({source}), the 95th percentile along its own replies to neutral requests. Each training seed and sign has a "
-        "search of its own; alpha and p95 KL are means over seeds. *: a search missed the budget. Prompts have no "
-        "strength: they stand as they are, with the KL that they spend. Random directions stand at the strength of "
-        f"{found.reference}, whose norm they have, and not at equal KL."
+        "search of its own; alpha and p95 KL are means over seeds. A star marks a sign at which a search missed the "
+        "budget. Prompts have no strength: they stand as they are, with the KL that they spend. Random directions "
+        f"stand at the strength of {found.reference}, whose norm they have, and not at equal KL."
     )
 
 
