@@ -168,7 +168,7 @@ def _store_rebuild(folder: Path) -> None:
 def _store_run(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     scores = pl.read_parquet(folder / "scores.parquet")
-    summary["persona_changes"] = persona_changes(scores, summary["behaviour"], summary["headline_group"])
+    summary["persona_changes"] = plain(persona_changes(scores, summary["behaviour"], summary["headline_group"]))
     name = _name_of(summary)
     _write(RESULTS / f"{name}.json", summary)
     if name == FIRST:

@@ -39,6 +39,7 @@ from ws.model import loading
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
 from ws.report.document import Table, to_markdown
+from ws.report.summary import is_outside
 
 SMALL: dict[str, Any] = {
     "grid": Grid(topics=3, personas=2, samples=2),
@@ -522,8 +523,9 @@ def test_with_several_training_seeds_their_interval_must_clear_the_band_too(seco
     table = two_seeds(lambda label, alpha: 2.0 * alpha * label, lambda label, alpha: second * alpha * label)
     entries = numbers.measure(reader(table), LINES)
     effect, band = entries[0].sides["+"].own, findings.control_band(entries, "+", "own")
-    assert band is not None and replace(effect, over_seeds=None).is_outside(band), "the rows alone are clear of it"
-    assert effect.over_seeds is not None and effect.over_seeds.is_outside(band) is outside is effect.outside
+    assert band is not None and is_outside(vars(effect), vars(band)), "the rows alone are clear of it"
+    assert effect.over_seeds is not None and is_outside(vars(effect.over_seeds), vars(band)) is outside
+    assert effect.outside is outside
     assert (NOT_SEPARABLE in headline(entries)) is not outside
 
 
@@ -759,8 +761,12 @@ def _on_dilemmas(model: ChatModel, edit: Edit) -> Entry:
 def test_findings_survive_json(tmp_path: Path) -> None:
     table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 1.01 * alpha * label)
     entries = numbers.measure(reader(table), LINES)
-    search = findings.Search(0.5, 0.1, 1.2, 0.9, 1, -1.3, True, 0.05, findings.Reached(0.4, 0.1, 1.0, 0.9))
-    strengths = Strengths(0.5, None, "edit, seed 0", {"edit": {"-1": (search,)}}, {"p": {"1": search.at_own_strength}})
+    search = findings.Search(
+        0.5, 0.1, 1.2, 0.9, 1, -1.3, True, 0.05, at_own_strength=findings.Reached(0.4, 0.1, 1.0, 0.9)
+    )
+    strengths = Strengths(
+        0.5, None, "edit, seed 0", {"edit": {"-1": (search,)}}, {"p": {"1": findings.Reached(0.4, 0.1, 1.0, 0.9)}}
+    )
     found = found_of(entries, entries, calibration=strengths)
     page.write(tmp_path, found)
     written = json.loads((tmp_path / "comparison.json").read_text())

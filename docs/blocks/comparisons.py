@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from ws.comparing import caveats, page
+from ws.comparing import page
 from ws.comparing.across import Across
 from ws.comparing.findings import Findings
 from ws.report import document
 
 
 def compared(found: Findings) -> str:
-    """The replicates of a comparison, its headline, and what favours a method in it."""
-    return "\n\n".join(
-        text
-        for text in (
-            replicates_told(found),
-            f"> {page.sentence(found)}",
-            " ".join([caveats.tuning([found.model]), caveats.readout([found.model])]).strip(),
-        )
-        if text
-    )
+    """The replicates of a comparison and its headline."""
+    return f"{replicates_told(found)}\n\n> {page.sentence(found)}"
 
 
 def replicates_told(found: Findings) -> str:

@@ -9,7 +9,7 @@ from ws.eval import feedback
 from ws.model import loading
 from ws.pocket import card
 from ws.pocket.check import are_independent
-from ws.report.behaviours import CROSSED, KEYS, change, crossings
+from ws.report.behaviours import CROSSED, KEYS, crossings
 from ws.report.cells import signed, with_limits
 
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
@@ -159,6 +159,13 @@ def prompts_and_weights(runs: dict[str, Summary]) -> str:
         f"{table(head, rows)}\n\nThe change under a prompt is within a factor {CLOSE:g} of that under the weights in "
         f"{cells - len(apart)} of {cells} cells{outside}."
     )
+
+
+def change(run: Summary, behaviour: str, key: str) -> dict[str, Any] | None:
+    """Change of a behaviour's probe at a strength in a run of this or of another behaviour."""
+    others = run["other_behaviours"]
+    found = run["change"] if behaviour == run["behaviour"] else {name: one["change"] for name, one in others.items()}
+    return found.get(behaviour, {}).get(key)
 
 
 def leak_row(own: str, moved: dict[str, Any]) -> list[str]:

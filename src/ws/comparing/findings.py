@@ -18,7 +18,7 @@ from ws.base.records import FLAT
 from ws.base.stats import Interval
 from ws.baselines.controls import RANDOM
 from ws.report import cells
-from ws.report.summary import as_dict, is_mostly_yes_bias, is_outside
+from ws.report.summary import as_dict, is_mostly_yes_bias
 
 Probe = Literal["own", "dilemmas"]
 
@@ -57,10 +57,6 @@ class Estimate:
     def text(self) -> str:
         """`+0.10 [-0.20, +0.40]`."""
         return cells.with_limits(vars(self))
-
-    def is_outside(self, other: Estimate) -> bool | None:
-        """Whether the intervals have nothing in common; None where one of them does not exist."""
-        return is_outside(vars(self), vars(other))
 
 
 @dataclass(frozen=True)
@@ -234,12 +230,18 @@ class Reached:
 
 @dataclass(frozen=True)
 class Search(Reached):
-    """What one replicate reached at the strength that was found for it; `at_own_strength` is what it spends at +-1."""
+    """What one replicate reached at the strength that was found for it.
+
+    alpha_low, alpha_high: limits of the strength; None where they were not measured. at_own_strength: what it spends at
+    +-1, None where the search did not come by.
+    """
 
     seed: int | None
     alpha: float
     converged: bool
     tolerance: float
+    alpha_low: float | None = None
+    alpha_high: float | None = None
     at_own_strength: Reached | None = None
 
 

@@ -43,7 +43,7 @@ from ws.comparing.findings import (
 )
 from ws.edit.condition import PLAIN
 from ws.eval import dilemmas, side_effects, sycophancy
-from ws.report.summary import BASE, LOW_MASS, REPLY_METRICS, accuracy, decomposition, signed_mean
+from ws.report.summary import BASE, LOW_MASS, REPLY_METRICS, accuracy, decomposition, is_outside, signed_mean
 
 PENALTIES = (1, 2)
 """The k of Surgical Informedness: how much a spoilt answer weighs against a repaired one."""
@@ -306,7 +306,7 @@ def _judged(entry: Entry, entries: Sequence[Entry]) -> Entry:
 def _against(band: Estimate | None, effect: Effect) -> Effect:
     if band is None or effect.low is None:
         return effect
-    return replace(effect, outside=all(interval.is_outside(band) for interval in effect.intervals))
+    return replace(effect, outside=all(is_outside(vars(interval), vars(band)) for interval in effect.intervals))
 
 
 def best_of_kinds(scores: LineScores, lines: Sequence[Line]) -> dict[str, str]:
