@@ -550,6 +550,8 @@ def test_a_page_on_an_embedded_model_says_what_favours_a_method_there() -> None:
         assert f"after layer {recipe['latent_layer'] - 1} (counted from 0)" in caveats.readout([model])
     other = page.markdown(found_of(entries, entries))
     assert "tuned on" not in other and "readout" not in other
+    own = page.markdown(found_of(entries, entries, model="pocket", behaviour="punctual"))
+    assert "tuned on" not in own and "readout" in own, "nobody tuned anything on a behaviour of one's own"
 
 
 def test_the_single_layer_of_activation_steering_can_be_the_one_that_was_read_out() -> None:

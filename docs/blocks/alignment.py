@@ -26,11 +26,11 @@ def alignment(stored: Mapping[str, Rows]) -> str:
         kinds = frame.group_by("kind", maintain_order=True).agg(pl.len().alias("n"), *means)
         lines += [[run, row["kind"], str(row["n"]), *(_cell(row, part) for part in PARTS)] for row in kinds.to_dicts()]
     note = (
-        "Share of |dW|^2 in a part of the weights, mean over layers; in brackets, the share that a random direction of "
-        f"equal norm has there on average. Top block: between the largest {100 * TOP_SHARE:g} % of the left and of the "
-        "right singular directions of W; bottom block: between the others. Weak readout: what dW writes along the "
-        f"{100 * WEAK_SHARE:g} % of the residual stream that the unembedding reads least; only modules that write to "
-        "the residual stream have one."
+        "Share of |dW|^2 in a part of the weights, mean over layers. In brackets: the share that a random direction "
+        f"has on average, computed from the shapes. Top block: between the largest {100 * TOP_SHARE:g} % of the left "
+        "and of the right singular directions of W. Bottom block: between the others. Weak readout: what dW writes "
+        f"along the {100 * WEAK_SHARE:g} % of the residual stream that the unembedding reads least; only modules that "
+        "write to the residual stream have one."
     )
     return f"{table(['direction', 'module', 'matrices', *PARTS.values()], lines)}\n\n{note}"
 

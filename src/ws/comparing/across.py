@@ -62,7 +62,8 @@ class Across:
     @property
     def table(self) -> Table:
         """The rows as text."""
-        models = list(dict.fromkeys(row.model for row in self.rows))
+        tuned = caveats.tuning((row.model, row.behaviour) for row in self.rows)
+        readout = caveats.readout(row.model for row in self.rows)
         caption = (
             "Change against each model's own base at each method's own strength, nats. In brackets: 95 % interval over "
             "rows (whole clusters). seeds: 95 % t interval over training seeds. Dilemmas: towards the honest answer. "
@@ -79,7 +80,7 @@ class Across:
                 ]
                 for row in self.rows
             ],
-            " ".join([caption, caveats.tuning(models), caveats.readout(models)]).strip(),
+            " ".join([caption, tuned, readout]).strip(),
         )  # fmt: skip
 
 

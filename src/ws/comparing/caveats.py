@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ws.base.store import read_json
+from ws.fitting import behaviour
 from ws.model.loading import POCKET_MODELS
 
 
-def tuning(models: Iterable[str]) -> str:
-    """That settings of weight directions were tuned on the reported probe; empty for models that are not embedded."""
-    if not (names := _embedded(models)):
+def tuning(compared: Iterable[tuple[str, str]]) -> str:
+    """That settings of weight directions were tuned on the reported probe, from models with their behaviours.
+
+    Empty where this is not known: for other models, and for behaviours of one's own.
+    """
+    shipped = behaviour.names()
+    if not (names := _embedded(model for model, name in compared if name in shipped)):
         return ""
     return (
-        f"On {names}, the layers and learning rates of the weight directions were tuned on the probe of the behaviour "
-        "that is reported here (for families other than LoRA and DoRA: the layers only). Activation steering and "
-        "prompts made their choices on the dev split."
+        f"On {names}, the recommended settings of the weight directions (layers, and for LoRA and DoRA the learning "
+        "rate) were tuned on the probe of the behaviour that is reported here. Activation steering and prompts made "
+        "their choices on the dev split."
     )
 
 

@@ -120,7 +120,7 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
     own, equal, base, behaviour = found.own_strength, found.equal_kl, found.base, found.behaviour
     bias = yes_bias_sentence(own, behaviour)
     source = "" if found.dilemmas == "own" else f"Dilemmas: {found.dilemmas}."
-    tuned, readout = caveats.tuning([found.model]), caveats.readout([found.model])
+    tuned, readout = caveats.tuning([(found.model, behaviour)]), caveats.readout([found.model])
     return [
         Paragraph(sentence(found), strong=True),
         *([Bullets([bias], warning=True)] if bias else []),
