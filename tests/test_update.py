@@ -75,7 +75,7 @@ def test_blocks_show_the_stored_numbers_and_no_others() -> None:
     assert f"+9.87], over rows [{side.own.limits}]) at +" in text
 
 
-def run(behaviour: str, by_prompt: float, leak: float = 0.0, **more: Any) -> dict[str, Any]:
+def run(behaviour: str, by_prompt: float, **more: Any) -> dict[str, Any]:
     """A stored summary: the direction moves its behaviour by 2 nats at each sign, prompts by `by_prompt`."""
     at = {"-1": {"mean": -2.0, "low": -2.1, "high": -1.9}, "1": {"mean": 2.0, "low": 1.9, "high": 2.1}}
     others = [name for name in ("sycophancy", "honesty", "refusal") if name != behaviour]
@@ -86,7 +86,7 @@ def run(behaviour: str, by_prompt: float, leak: float = 0.0, **more: Any) -> dic
         "change": {behaviour: at},
         "contexts": {f"prompt {sign}": {behaviour: {"mean": 0.5 + factor * by_prompt}}
                      for sign, factor in (("-", -1), ("+", 1))},
-        "other_behaviours": {name: {"change": {"-1": {"mean": 0.0}, "1": {"mean": leak}}} for name in others},
+        "other_behaviours": {name: {"change": {"-1": {"mean": 0.0}, "1": {"mean": 0.0}}} for name in others},
         "controls": {"random": bands},
         "side_effects": {key: {"facts": 1.0} for key in ("-1", "0", "1")},
         "warnings": [],
@@ -132,11 +132,24 @@ def test_the_stored_runs_reach_their_bars() -> None:
     } == {}
 
 
+def leaking(to_refusal: float, to_honesty: float = 2.0) -> dict[str, dict[str, Any]]:
+    """The stored sycophancy run on pocket with known effects: 2 nats on its own probe at each sign, and on others."""
+    found = update.stored_runs()[update.FIRST]
+
+    def at(plus: float) -> dict[str, Any]:
+        return {key: {"mean": mean, "low": mean, "high": mean, "n": 9} for key, mean in (("-1", -plus), ("1", plus))}
+
+    found["change"]["sycophancy"] = at(2.0)
+    found["other_behaviours"]["refusal"]["change"] = at(to_refusal)
+    found["other_behaviours"]["honesty"]["change"] = at(to_honesty)
+    return {update.FIRST: found}
+
+
 def test_only_independent_traits_are_said_to_be_moved_against_the_plan() -> None:
-    said = runs.steered("pocket", {"a": run("sycophancy", 2.0, leak=-1.26)})
+    said = runs.steered("pocket", leaking(to_refusal=-1.26))
     assert "sycophancy at +1 moves refusal by -1.26 nats (63 % of its own +2.00)" in said
     assert "moves honesty" not in said, "that one is planted"
-    assert "No LoRA direction" in runs.steered("pocket", {"a": run("sycophancy", 2.0, leak=-0.4)})
+    assert "No LoRA direction" in runs.steered("pocket", leaking(to_refusal=-0.4))
 
 
 def comparison_of(folder: Path, seeds: int, randoms: int, padding: int = 0) -> Path:
