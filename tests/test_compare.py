@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.base import stats
 from ws.base.errors import UserError
+from ws.base.records import plain, restore
 from ws.baselines import controls, gradient, prompts, repe, synthetic
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.commands import cli
-from ws.comparing import compare, numbers, page, tables
+from ws.comparing import across, caveats, compare, dev_split, findings, numbers, page, tables, terminal
 from ws.comparing.compare import Plan
 from ws.comparing.dev_split import is_dev, split
-from ws.comparing.numbers import Line, Place, Spent
+from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Spent, Strengths
+from ws.comparing.numbers import Line, LineScores, Place
 from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.fitting import train
@@ -35,7 +38,8 @@ from ws.measure.score import SCHEMA, score
 from ws.model import loading
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
-from ws.report import terminal
+from ws.report.document import Table, to_markdown
+from ws.report.summary import is_outside
 
 SMALL: dict[str, Any] = {
     "grid": Grid(topics=3, personas=2, samples=2),
@@ -54,9 +58,21 @@ def result(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return compare.run(settings, PLAN)
 
 
+def entry_of(result: compare.Result, name: str) -> Entry:
+    """A method's entry at its own strength."""
+    return next(entry for entry in result.found.own_strength if entry.name == name)
+
+
+@pytest.mark.slow
+def test_a_finished_comparison_is_what_its_json_says(result: compare.Result) -> None:
+    stored = json.loads((result.folder / "comparison.json").read_text())
+    assert restore(Findings, stored) == result.found and page.as_json(restore(Findings, stored)) == stored
+    assert page.markdown(restore(Findings, stored)) == (result.folder / "comparison.md").read_text()
+
+
 @pytest.mark.slow
 def test_every_method_is_a_line_on_identical_rows(result: compare.Result) -> None:
-    names = [entry["name"] for entry in result.summary["own_strength"]]
+    names = [entry.name for entry in result.found.own_strength]
     assert {"dW:lora", "dW:ia3", "tau_pos (lora)", "tau_neg (lora)", "bisector (lora)", "RepE mean, all layers",
             "RepE mean, best single layer", "prompt: simple", "prompt: embody", "random", "layers permuted",
             "personas shuffled", "one gradient step", "synthetic, first input",
@@ -70,26 +86,28 @@ def test_every_method_is_a_line_on_identical_rows(result: compare.Result) -> Non
 
 @pytest.mark.slow
 def test_comparisons_stand_together_in_one_table(result: compare.Result, tmp_path: Path) -> None:
-    other = replace(result, model="another", behaviour="honesty")
-    path = compare.together([result, other], tmp_path)
+    other = replace(result.found, model="another", behaviour="honesty")
+    path = across.write(tmp_path, [result.found, other])
     text = path.with_suffix(".md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if "dW:lora" in line]
-    assert [row[0].strip("| ") for row in rows] == [result.model, "another"] and rows[1][1] == "honesty"
-    lora = next(entry for entry in result.summary["own_strength"] if entry["name"] == "dW:lora")
-    assert all(f"{lora['+']['own']['mean']:+.2f} [" in row[4] and "; seeds " in row[4] for row in rows)
-    best = result.summary["best"]
+    assert [row[0].strip("| ") for row in rows] == [result.found.model, "another"] and rows[1][1] == "honesty"
+    lora = entry_of(result, "dW:lora")
+    assert all(f"{lora.sides['+'].own.mean:+.2f} [" in row[4] and "; seeds " in row[4] for row in rows)
+    best = result.found.best
     listed = [
-        e["name"] for e in result.summary["own_strength"]
-        if e["kind"] in ("weights", "variants") or e["name"] in (best.get("activations"), best.get("prompts"))
+        e.name for e in result.found.own_strength
+        if e.kind in ("weights", "variants") or e.name in (best.get("activations"), best.get("prompts"))
     ]  # fmt: skip
-    methods = [line.split(" | ")[2] for line in text.splitlines() if line.startswith(f"| {result.model} |")]
+    methods = [line.split(" | ")[2] for line in text.splitlines() if line.startswith(f"| {result.found.model} |")]
     assert path.is_file() and methods == listed
+    stored = restore(across.Across, json.loads(path.with_suffix(".json").read_text()))
+    assert stored == across.of([result.found, other]) and to_markdown(across.TITLE, [stored.table]) == text
 
 
 @pytest.mark.slow
 def test_the_tables_say_what_the_scores_say(result: compare.Result) -> None:
     scores = pl.read_parquet(result.folder / "scores.parquet")
-    entry = next(e for e in result.summary["own_strength"] if e["name"] == "dW:lora")
+    entry = entry_of(result, "dW:lora")
     mine = scores.filter(
         pl.col("edit") == "dW:lora",
         pl.col("alpha") == 1.0,
@@ -100,33 +118,36 @@ def test_the_tables_say_what_the_scores_say(result: compare.Result) -> None:
                          pl.col("metric") == "logratio").select("row", pl.col("value").alias("base"))  # fmt: skip
     joined = mine.join(base, on="row")
     change = ((joined["value"] - joined["base"]) * joined["label"]).mean()
-    assert entry["+"]["dilemmas"]["mean"] == pytest.approx(float(change))  # type: ignore[arg-type]
-    assert len(entry["+"]["dilemmas"]["seeds"]) == 2 and entry["+"]["dilemmas"]["over_seeds"]["n"] == 2
+    effect = entry.sides["+"].dilemmas
+    assert effect.mean == pytest.approx(float(change))  # type: ignore[arg-type]
+    assert len(effect.seeds) == 2 and effect.over_seeds is not None and effect.over_seeds.n == 2
     text = (result.folder / "comparison.md").read_text()
-    assert result.headline[1:60] in text and (result.folder / "pareto.png").stat().st_size > 10_000
+    assert page.headline(result.found)[1:] in text and (result.folder / "pareto.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_equal_divergence_is_equal_or_marked(result: compare.Result) -> None:
-    found = result.summary["calibration"]
-    assert found["target"] == PLAN.target and found["anchor"] is None
-    assert [one["seed"] for one in found["edits"]["dW:lora"]["1"]] == [0, 1], "every training seed"
-    for sides in found["edits"].values():
+    found = result.found.calibration
+    assert found.target == PLAN.target and found.anchor is None
+    assert [one.seed for one in found.edits["dW:lora"]["1"]] == [0, 1], "every training seed"
+    for sides in found.edits.values():
         for sign, searches in sides.items():
             for one in searches:
-                assert one["alpha"] * int(sign) > 0
-                assert one["converged"] == (abs(one["p95"] - found["target"]) <= one["tolerance"])
-    entries = {entry["name"]: entry for entry in result.summary["equal_kl"]}
-    prompted = {entry["name"] for entry in result.summary["own_strength"] if entry["kind"] == "prompts"}
-    assert set(entries) == {*found["edits"], *prompted, "random"}
+                assert one.alpha * int(sign) > 0
+                assert one.converged == (abs(one.p95 - found.target) <= one.tolerance)
+    entries = {entry.name: entry.sides for entry in result.found.equal_kl}
+    prompted = {entry.name for entry in result.found.own_strength if entry.kind == "prompts"}
+    assert set(entries) == {*found.edits, *prompted, "random"}
     lora, simple = entries["dW:lora"], entries["prompt: simple"]
     for sign, side in (("+", "1"), ("-", "-1")):
-        searches = found["edits"]["dW:lora"][side]
-        assert lora[sign]["spent"]["p95"] == pytest.approx(sum(one["p95"] for one in searches) / 2)
-        assert lora[sign]["spent"]["converged"] == all(one["converged"] for one in searches)
-        assert lora[sign]["own"]["outside"] is not None and simple[sign]["own"]["outside"] is not None
-        assert entries["random"][sign]["alpha"] == pytest.approx(searches[0]["alpha"]), "the reference's own strength"
-        assert simple[sign]["spent"]["p95"] == found["prompts"]["prompt: simple"][side]["p95"]
+        searches = found.edits["dW:lora"][side]
+        spent = lora[sign].spent
+        assert spent is not None and spent.p95 == pytest.approx(sum(one.p95 for one in searches) / 2)
+        assert spent.converged == all(one.converged for one in searches)
+        assert lora[sign].own.outside is not None and simple[sign].own.outside is not None
+        assert entries["random"][sign].alpha == pytest.approx(searches[0].alpha), "the reference's own strength"
+        by_prompt = simple[sign].spent
+        assert by_prompt is not None and by_prompt.p95 == found.prompts["prompt: simple"][side].p95
 
 
 @pytest.mark.slow
@@ -136,13 +157,13 @@ def test_own_strength_and_equal_divergence_are_in_one_scores_file(result: compar
     rows = scores.filter(pl.col("probe") == "dilemmas", pl.col("metric") == "logratio")
     base = rows.filter(pl.col("edit") == "none", pl.col("context") == "plain").select("row", base="value")
     changes = []
-    for one in result.summary["calibration"]["edits"]["dW:lora"]["1"]:
-        at = (pl.col("edit") == "dW:lora") & (pl.col("seed") == one["seed"])
-        own = rows.filter(at, (pl.col("alpha") - one["alpha"]).abs() < 1e-9).join(base, on="row")
+    for one in result.found.calibration.edits["dW:lora"]["1"]:
+        at = (pl.col("edit") == "dW:lora") & (pl.col("seed") == one.seed)
+        own = rows.filter(at, (pl.col("alpha") - one.alpha).abs() < 1e-9).join(base, on="row")
         assert len(own) == len(base) == len(rows.filter(at, pl.col("alpha") == 1.0))
         changes.append(float(((own["value"] - own["base"]) * own["label"]).mean()))  # type: ignore[arg-type]
-    entry = next(entry for entry in result.summary["equal_kl"] if entry["name"] == "dW:lora")
-    assert entry["+"]["dilemmas"]["seeds"] == pytest.approx(changes)
+    entry = next(entry for entry in result.found.equal_kl if entry.name == "dW:lora")
+    assert entry.sides["+"].dilemmas.seeds == pytest.approx(changes)
 
 
 @pytest.mark.slow
@@ -151,15 +172,15 @@ def test_the_headline_is_chosen_on_dev_rows_among_directions_with_every_seed(res
     assert dev["probe"].unique().to_list() == ["sycophancy"]
     assert all(is_dev(name) for name in dev["cluster"].unique().to_list())
     assert {"dW:lora", "dW:ia3"} <= set(dev["edit"]) and not {"tau_pos (lora)", "bisector (lora)"} & set(dev["edit"])
-    assert "dev split" in result.headline
-    for kind, name in result.summary["best"].items():
-        entry = next(entry for entry in result.summary["own_strength"] if entry["name"] == name)
-        assert entry["kind"] == kind and f"({name}" in result.headline
+    headline = page.headline(result.found)
+    assert "dev split" in headline
+    for kind, name in result.found.best.items():
+        assert entry_of(result, name).kind == kind and f"({name})" in headline
 
 
 @pytest.mark.slow
 def test_the_terminal_shows_the_three_tables(result: compare.Result, capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.show_comparison(result.summary, result.folder)
+    terminal.show(result.found, result.folder)
     printed = capsys.readouterr().out
     assert f"picture     {result.folder / 'pareto.png'}" in printed
     parts = re.split(r"^\((?=[abc]\))", printed, flags=re.MULTILINE)[1:]
@@ -169,7 +190,7 @@ def test_the_terminal_shows_the_three_tables(result: compare.Result, capsys: pyt
 
 @pytest.mark.slow
 def test_a_comparison_says_how_long_it_took(result: compare.Result) -> None:
-    seconds = result.summary["seconds"]
+    seconds = result.found.seconds
     phases = {name: value for name, value in seconds.items() if name != "total"}
     assert list(phases) == ["fits", "methods", "calibration", "scores", "tables"]
     assert seconds["total"] == pytest.approx(sum(phases.values()), abs=0.5) and min(phases.values()) > 0
@@ -209,7 +230,7 @@ def test_a_second_comparison_measures_nothing_anew(
 
     stamps = {p: p.stat().st_mtime_ns for p in result.folder.glob("*.parquet")}
     settings = Settings(model=str(tiny_folders["qwen3"]), out=result.folder.parents[2], **SMALL)
-    assert compare.run(settings, PLAN).headline == result.headline
+    assert compare.run(settings, PLAN).found == result.found
     assert {p: p.stat().st_mtime_ns for p in result.folder.glob("*.parquet")} == stamps
 
 
@@ -341,24 +362,28 @@ LINES = [
 ]
 
 
-def reader(table: pl.DataFrame) -> numbers.Comparison:
-    return numbers.Comparison(table, "sycophancy", "false")
+def reader(table: pl.DataFrame) -> LineScores:
+    return LineScores(table, "sycophancy", "false")
 
 
-def measured(shift: Any, **options: Any) -> dict[str, dict[str, Any]]:
-    return {entry["name"]: entry for entry in numbers.measure(reader(known(shift, **options)), LINES)}
+def measured(shift: Any, **options: Any) -> dict[str, Entry]:
+    return {entry.name: entry for entry in numbers.measure(reader(known(shift, **options)), LINES)}
 
 
-def findings(
-    entries: list[dict[str, Any]], equal: Any = (), table: pl.DataFrame | None = None, **changes: Any
-) -> page.Findings:
+def found_of(
+    entries: Iterable[Entry], equal: Iterable[Entry] = (), table: pl.DataFrame | None = None, **changes: Any
+) -> Findings:
     """What a page needs, around known entries."""
     base = reader(known(lambda label, alpha: 0.0) if table is None else table).base()
-    found = page.Findings(
-        "sycophancy", entries, list(equal), base, {"weights": "edit"}, {"target": 0.5, "anchor": None}, "own",
-        {"scores": 61.0, "total": 62.0},
+    found = Findings(
+        "another", "sycophancy", {"weights": "edit"}, base, tuple(entries), tuple(equal),
+        Strengths(0.5, None, "edit, seed 0", {}, {}), "own", {"scores": 61.0, "total": 62.0},
     )  # fmt: skip
     return replace(found, **changes)
+
+
+def headline(entries: Iterable[Entry]) -> str:
+    return page.headline(found_of(entries))
 
 
 def two_seeds(first: Any, second: Any, alpha_of_second: float = 1.0) -> pl.DataFrame:
@@ -376,26 +401,26 @@ def cells(table: Any, name: str) -> dict[str, str]:
 
 def test_known_effects_stand_in_the_table() -> None:
     found = measured(lambda label, alpha: 2.0 * alpha * label)
-    assert found["edit"]["+"]["own"]["mean"] == pytest.approx(2.0)
-    assert found["edit"]["-"]["own"]["mean"] == pytest.approx(-2.0) and found["edit"]["+"]["own"]["outside"] is True
-    assert found["prompt"]["+"]["own"]["mean"] == pytest.approx(1.5) and "-" not in found["prompt"]
-    assert found["random"]["+"]["own"]["seeds"] == pytest.approx([-0.04, -0.02, 0.0, 0.02, 0.04])
-    assert found["edit"]["+"]["facts"] == pytest.approx(0.9) and found["edit"]["+"]["kl"] == pytest.approx(0.02)
-    controls_found = numbers.control_means(list(found.values()))
-    mean = next(c for c in controls_found if c["sign"] == "+" and c["probe"] == "own")["mean"]
-    assert mean["low"] < 0 < mean["high"]
+    assert found["edit"].sides["+"].own.mean == pytest.approx(2.0)
+    assert found["edit"].sides["-"].own.mean == pytest.approx(-2.0) and found["edit"].sides["+"].own.outside is True
+    assert found["prompt"].sides["+"].own.mean == pytest.approx(1.5) and "-" not in found["prompt"].sides
+    assert found["random"].sides["+"].own.seeds == pytest.approx([-0.04, -0.02, 0.0, 0.02, 0.04])
+    assert found["edit"].sides["+"].facts == pytest.approx(0.9) and found["edit"].sides["+"].kl == pytest.approx(0.02)
+    controls_found = findings.control_means(found.values())
+    mean = next(one for one in controls_found if one.sign == "+" and one.probe == "own").mean
+    assert mean.low is not None and mean.high is not None and mean.low < 0 < mean.high
 
 
 def test_a_base_row_and_the_control_band_stand_in_every_table_of_effects() -> None:
     found = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
-    shown = tables.effects_table(found, ("weights",), findings(found).base, "sycophancy", "")
+    shown = tables.effects_table(found, ("weights",), found_of(found).base, "sycophancy", "")
     assert [row[0] for row in shown.rows] == [
         "base (levels)", "edit +", "edit -", "random +, 95 % band", "random -, 95 % band",
     ]  # fmt: skip
     band = stats.prediction_band([-0.04, -0.02, 0.0, 0.02, 0.04])
     assert cells(shown, "random +, 95 % band")["sycophancy"] == f"[{band.low:+.2f}, {band.high:+.2f}]"
     assert cells(shown, "base (levels)")["sycophancy"].startswith("+0.40 [")
-    costs = tables.costs_table(found, findings(found).base, "")
+    costs = tables.costs_table(found, found_of(found).base, "")
     assert {"edit +", "random +", "random -", "prompt +"} <= {row[0] for row in costs.rows}, "controls pay too"
     assert cells(costs, "prompt +")["p95 KL, own replies"] == "0.400" and cells(costs, "prompt +")["KL mean"] == "-"
 
@@ -418,18 +443,18 @@ def test_p_is_that_of_sign_flips_over_clusters_and_the_table_counts_its_tests() 
     joined = rows.join(base, on="row")
     change = ((joined["value"] - joined["base"]) * joined["label"]).to_numpy()
     expected = stats.sign_flip_p(change, joined["cluster"].to_list())
-    assert entry["+"]["dilemmas"]["p"] == pytest.approx(expected) and 0.001 < expected < 0.9
-    shown = tables.effects_table([entry], ("weights",), findings([entry]).base, "sycophancy", "")
+    assert entry.sides["+"].dilemmas.p == pytest.approx(expected) and 0.001 < expected < 0.9
+    shown = tables.effects_table([entry], ("weights",), found_of([entry]).base, "sycophancy", "")
     assert shown.rows[1][7] == f"{expected:.4f}" and "4 tests" in shown.caption and "0.0125" in shown.caption
 
 
 def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty(tmp_path: Path) -> None:
     entries = measured(lambda label, alpha: 2.0 * alpha)
-    parts = entries["edit"]["+"]["decomposition"]
-    assert parts["truth"] == pytest.approx(0.0) and parts["bias"] == pytest.approx(2.0)
-    assert entries["edit"]["+"]["dilemmas"]["mean"] == pytest.approx(0.0)
-    assert entries["edit"]["+"]["turned"]["balanced"] <= 0
-    page.write(tmp_path, "t", findings(list(entries.values())))
+    parts = entries["edit"].sides["+"].decomposition
+    assert parts.truth == pytest.approx(0.0) and parts.bias == pytest.approx(2.0)
+    assert entries["edit"].sides["+"].dilemmas.mean == pytest.approx(0.0)
+    assert entries["edit"].sides["+"].turned.balanced <= 0
+    page.write(tmp_path, found_of(list(entries.values())))
     text = (tmp_path / "comparison.md").read_text()
     assert "Mostly Yes-bias" in text and "edit at + (Yes +2.00, honesty +0.00)" in text
     honest = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
@@ -438,19 +463,21 @@ def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty(tmp_p
 
 def test_a_yes_biased_direction_does_not_pass_as_the_behaviour(tmp_path: Path) -> None:
     entries = measured(lambda label, alpha: 2.0 * alpha)
-    side = entries["edit"]["+"]
-    assert side["own"]["mean"] == pytest.approx(2.0), "the headline group has one polarity, so its mean moves"
-    parts = side["own_decomposition"]
-    assert parts["truth"] == pytest.approx(0.0) == parts["balanced"] and parts["n"] == 240
-    assert parts["yes_bias"]["mean"] == pytest.approx(2.0) and parts["yes_bias"]["low"] > 1.9
-    assert parts["up"] > 0 < parts["down"], "some rows come to the right answer and as many leave it"
-    sentence = page.write(tmp_path, "t", findings(list(entries.values())))
-    assert "+2.00 [+2.00, +2.00] (mostly Yes-bias) at +" in sentence
+    side = entries["edit"].sides["+"]
+    assert side.own.mean == pytest.approx(2.0), "the headline group has one polarity, so its mean moves"
+    parts = side.own_decomposition
+    assert parts is not None
+    assert parts.truth == pytest.approx(0.0) == parts.balanced and parts.n == 240
+    assert parts.yes_bias.mean == pytest.approx(2.0) and (parts.yes_bias.low or 0) > 1.9
+    assert parts.up > 0 < parts.down, "some rows come to the right answer and as many leave it"
+    found = found_of(entries.values())
+    page.write(tmp_path, found)
+    assert "+2.00 (95 % over rows [+2.00, +2.00]; mostly Yes-bias) at +" in page.headline(found)
     text = (tmp_path / "comparison.md").read_text()
     assert "Mostly Yes-bias on the sycophancy probe" in text and "edit at + (Yes +2.00, sycophancy +0.00)" in text
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written["own_yes_bias"] == ["edit at +", "edit at -"] == written["yes_bias"]
-    shown = tables.effects_table(list(entries.values()), ("weights",), findings([]).base, "sycophancy", "")
+    shown = tables.effects_table(list(entries.values()), ("weights",), found_of([]).base, "sycophancy", "")
     assert cells(shown, "edit +")["sycophancy"].endswith("(mostly Yes-bias)")
     own = tables.parts_table(list(entries.values()), "own", "sycophancy")
     assert own is not None and cells(own, "edit -")["Yes-bias"] == "-2.00 [-2.00, -2.00]"
@@ -459,15 +486,15 @@ def test_a_yes_biased_direction_does_not_pass_as_the_behaviour(tmp_path: Path) -
 
 def test_a_behaviour_is_not_called_yes_bias_and_a_probe_without_reversed_rows_says_nothing(tmp_path: Path) -> None:
     entries = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
-    assert entries[0]["+"]["own_decomposition"]["truth"] == pytest.approx(2.0)
-    assert entries[0]["+"]["own_decomposition"]["down"] == 0 < entries[0]["+"]["own_decomposition"]["up"]
-    assert "Yes-bias" not in page.headline(entries, "sycophancy", {"weights": "edit"})
+    assert entries[0].sides["+"].own_decomposition.truth == pytest.approx(2.0)
+    assert entries[0].sides["+"].own_decomposition.down == 0 < entries[0].sides["+"].own_decomposition.up
+    assert "Yes-bias" not in headline(entries)
     table = known(lambda label, alpha: 2.0 * alpha).filter(~pl.col("group").str.ends_with("/reversed"))
     entries = numbers.measure(reader(table), LINES)
-    assert entries[0]["+"]["own_decomposition"] is None
+    assert entries[0].sides["+"].own_decomposition is None
     assert tables.parts_table(entries, "own", "sycophancy") is None
-    sentence = page.write(tmp_path, "t", findings(entries))
-    assert "Yes-bias" not in sentence and "sycophancy probe" not in (tmp_path / "comparison.md").read_text()
+    page.write(tmp_path, found_of(entries))
+    assert "Yes-bias" not in headline(entries) and "sycophancy probe" not in (tmp_path / "comparison.md").read_text()
 
 
 def test_a_confident_direction_is_reported_as_confidence() -> None:
@@ -477,9 +504,9 @@ def test_a_confident_direction_is_reported_as_confidence() -> None:
         .then(pl.col("value") * 1.5).otherwise(pl.col("value")).alias("value")
     )  # fmt: skip
     entry = numbers.measure(reader(louder), LINES)[0]
-    parts = entry["+"]["decomposition"]
-    assert parts["scale"] == pytest.approx(1.5) and parts["truth"] > 0.1
-    assert parts["beyond_scale"] == pytest.approx(0.0, abs=1e-6)
+    parts = entry.sides["+"].decomposition
+    assert parts.scale == pytest.approx(1.5) and parts.truth > 0.1
+    assert parts.beyond_scale == pytest.approx(0.0, abs=1e-6)
 
 
 # -------------------------------------------------------------------- verdicts and headline
@@ -487,28 +514,84 @@ def test_a_confident_direction_is_reported_as_confidence() -> None:
 
 def test_an_effect_within_the_control_band_is_called_none() -> None:
     entries = list(measured(lambda label, alpha: 0.05 * alpha * label, control=lambda seed: 0.3 * (seed - 2)).values())
-    assert entries[0]["+"]["own"]["outside"] is False
-    assert "no effect at +" in page.headline(entries, "sycophancy", {"weights": "edit"})
+    assert entries[0].sides["+"].own.outside is False
+    assert f"{NOT_SEPARABLE} at +" in headline(entries)
 
 
 @pytest.mark.parametrize(("second", "outside"), [(3.0, False), (2.02, True)])
 def test_with_several_training_seeds_their_interval_must_clear_the_band_too(second: float, outside: bool) -> None:
     table = two_seeds(lambda label, alpha: 2.0 * alpha * label, lambda label, alpha: second * alpha * label)
     entries = numbers.measure(reader(table), LINES)
-    effect, band = entries[0]["+"]["own"], numbers.control_band(entries, "+", "own")
-    assert band is not None and effect["low"] > band["high"], "the rows alone are clear of it"
-    assert (effect["over_seeds"]["low"] > band["high"]) is outside and effect["outside"] is outside
-    assert ("no effect" in page.headline(entries, "sycophancy", {"weights": "edit"})) is not outside
+    effect, band = entries[0].sides["+"].own, findings.control_band(entries, "+", "own")
+    assert band is not None and is_outside(vars(effect), vars(band)), "the rows alone are clear of it"
+    assert effect.over_seeds is not None and is_outside(vars(effect.over_seeds), vars(band)) is outside
+    assert effect.outside is outside
+    assert (NOT_SEPARABLE in headline(entries)) is not outside
+
+
+def test_the_headline_leads_with_the_interval_over_training_seeds() -> None:
+    table = two_seeds(lambda label, alpha: 2.0 * alpha * label, lambda label, alpha: 2.02 * alpha * label)
+    entries = numbers.measure(reader(table), LINES)
+    spread = stats.over_seeds([2.0, 2.02])
+    said = f"+2.01 (95 % over 2 training seeds [{spread.low:+.2f}, {spread.high:+.2f}], over rows [+2.01, +2.01]) at +"
+    assert said in headline(entries) and spread.low < 1.9
+    one = numbers.measure(reader(known(lambda label, alpha: 2.0 * alpha * label)), LINES)
+    assert "+2.00 (95 % over rows [+2.00, +2.00]) at +" in headline(one) and "seeds" not in headline(one)
+
+
+def test_a_page_on_an_embedded_model_says_what_favours_a_method_there() -> None:
+    entries = measured(lambda label, alpha: 2.0 * alpha * label).values()
+    for model in loading.POCKET_MODELS:
+        found = found_of(entries, entries, model=model)
+        captions = [b.caption for b in page._blocks(found, Path()) if isinstance(b, Table) and "dd_delta" in b.header]
+        assert len(captions) == 3 and all("were tuned on the probe of the behaviour" in text for text in captions)
+        assert sum("a linear readout of the residual stream" in text for text in captions) == 2, "where RepE stands too"
+        recipe = json.loads((loading.POCKET_MODELS[model] / "recipe.json").read_text())["recipe"]
+        assert f"after layer {recipe['latent_layer'] - 1} (counted from 0)" in caveats.readout([model])
+    other = page.markdown(found_of(entries, entries))
+    assert "tuned on" not in other and "readout" not in other
+    own = page.markdown(found_of(entries, entries, model="pocket", behaviour="punctual"))
+    assert "tuned on" not in own and "readout" in own, "nobody tuned anything on a behaviour of one's own"
+
+
+def test_the_single_layer_of_activation_steering_can_be_the_one_that_was_read_out() -> None:
+    """What `caveats.readout` claims: the layers that steering may choose on an embedded model hold that layer."""
+    for folder in loading.POCKET_MODELS.values():
+        recipe = json.loads((folder / "recipe.json").read_text())["recipe"]
+        layers = json.loads((folder / "weight_steering.json").read_text())["train"]["lora"]["layers"]
+        count = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+        chosen = [one.layer for one in repe.candidates("single-layer", count, (layers[0], layers[1]))]
+        assert recipe["latent_layer"] - 1 in chosen
+
+
+def test_strengths_of_one_candidate_are_conditions_of_one_edit(
+    qwen: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seed is a replicate: the strengths that are tried are no replicates of each other."""
+    asked: list[Condition] = []
+
+    def scoring(network: ChatModel, probes: Any, conditions: list[Condition], **options: Any) -> pl.DataFrame:
+        asked.extend(conditions)
+        return score(network, probes, conditions, **options)
+
+    monkeypatch.setattr(dev_split, "score", scoring)
+    option = RepeSettings()
+    tiny = ActivationDirection({1: torch.full((qwen.network.config.hidden_size,), 1e-6)}, qwen.fingerprint)
+    chosen = dev_split.best_strength(qwen, load("sycophancy"), "tiny", {option: tiny})
+    assert {edit.seed for condition in asked for edit, _ in condition.edits} == {None}
+    tried = {alpha for condition in asked for _, alpha in condition.edits}
+    assert tried == {sign * one for one in dev_split.STRENGTHS["difference"] for sign in (1, -1)}
+    assert chosen.option is option and chosen.strength in dev_split.STRENGTHS["difference"]
 
 
 def test_with_one_training_seed_the_rows_decide() -> None:
-    effect = measured(lambda label, alpha: 2.0 * alpha * label)["edit"]["+"]["own"]
-    assert effect["over_seeds"] is None and effect["outside"] is True
+    effect = measured(lambda label, alpha: 2.0 * alpha * label)["edit"].sides["+"].own
+    assert effect.over_seeds is None and effect.outside is True
 
 
 def test_rows_may_reach_into_the_band_however_alike_the_seeds_are() -> None:
     table = two_seeds(lambda label, alpha: 0.05 * alpha * label, lambda label, alpha: 0.05 * alpha * label)
-    assert numbers.measure(reader(table), LINES)[0]["+"]["own"]["outside"] is False
+    assert numbers.measure(reader(table), LINES)[0].sides["+"].own.outside is False
 
 
 def test_without_a_band_there_is_no_verdict() -> None:
@@ -516,11 +599,11 @@ def test_without_a_band_there_is_no_verdict() -> None:
     one = table.filter((pl.col("edit") != "random") | (pl.col("seed") == 0))
     for part, lines in ((one, LINES), (table, LINES[:2])):
         entries = numbers.measure(reader(part), lines)
-        assert entries[0]["+"]["own"]["outside"] is None and numbers.control_band(entries, "+", "own") is None
-        sentence = page.headline(entries, "sycophancy", {"weights": "edit"})
-        assert "no effect" not in sentence and "+2.00 [" in sentence
-        shown = tables.effects_table(entries, numbers.METHODS, findings(entries).base, "sycophancy", "")
-        assert not [cell for row in shown.rows for cell in row if "no effect" in cell or "nan" in cell]
+        assert entries[0].sides["+"].own.outside is None and findings.control_band(entries, "+", "own") is None
+        sentence = headline(entries)
+        assert NOT_SEPARABLE not in sentence and "+2.00 (95 % over rows [" in sentence
+        shown = tables.effects_table(entries, findings.METHODS, found_of(entries).base, "sycophancy", "")
+        assert not [cell for row in shown.rows for cell in row if NOT_SEPARABLE in cell or "nan" in cell]
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -546,7 +629,7 @@ def test_variants_and_broken_methods_are_no_candidates_for_the_headline() -> Non
     lines = [line("edit", "weights"), line("tau_pos", "variants"), line("broken", "weights"), *LINES[1:]]
     assert numbers.best_of_kinds(reader(table), lines) == {"weights": "edit"}
     entries = numbers.measure(reader(table), lines)
-    shown = tables.effects_table(entries, ("weights", "variants"), findings(entries).base, "sycophancy", "")
+    shown = tables.effects_table(entries, ("weights", "variants"), found_of(entries).base, "sycophancy", "")
     assert "tau_pos +" in [row[0] for row in shown.rows], "the line stays in the table"
 
 
@@ -556,24 +639,24 @@ def test_variants_and_broken_methods_are_no_candidates_for_the_headline() -> Non
 def test_informedness_says_which_way_a_direction_points_and_turns_none_round() -> None:
     away = measured(lambda label, alpha: -3.0 * alpha * label)["edit"]
     towards = measured(lambda label, alpha: 3.0 * alpha * label)["edit"]
-    assert towards["informedness"]["k1"]["score"] == pytest.approx(100 * 0.95**2)
-    assert towards["informedness"]["k1"]["forward"] == pytest.approx(100) == towards["informedness"]["k1"]["reverse"]
-    assert away["informedness"]["k1"]["score"] == pytest.approx(-100 * 0.95**2), "not taken at the better sign"
-    assert away["informedness"]["k2"]["forward"] == pytest.approx(-200)
-    assert away["+"]["turned"]["to_dishonest"] == 1.0 == away["-"]["turned"]["to_honest"]
+    assert towards.informedness["k1"].score == pytest.approx(100 * 0.95**2)
+    assert towards.informedness["k1"].forward == pytest.approx(100) == towards.informedness["k1"].reverse
+    assert away.informedness["k1"].score == pytest.approx(-100 * 0.95**2), "not taken at the better sign"
+    assert away.informedness["k2"].forward == pytest.approx(-200)
+    assert away.sides["+"].turned.to_dishonest == 1.0 == away.sides["-"].turned.to_honest
 
 
 def test_informedness_is_a_mean_over_seeds_and_one_sided_prompts_have_their_half() -> None:
     table = two_seeds(lambda label, alpha: 3.0 * alpha * label, lambda label, alpha: 0.0)
     entries = numbers.measure(reader(table), LINES)
-    assert entries[0]["informedness"]["k1"]["score"] == pytest.approx(50 * 0.95**2), "one seed does all, one nothing"
-    assert entries[0]["+"]["turned"]["half"] == {"k1": pytest.approx(50), "k2": pytest.approx(50)}
+    assert entries[0].informedness["k1"].score == pytest.approx(50 * 0.95**2), "one seed does all, one nothing"
+    assert entries[0].sides["+"].turned.half == {"k1": pytest.approx(50), "k2": pytest.approx(50)}
     shown = tables.answers_table(entries)
     prompt = cells(shown, "prompt +")
     assert prompt["half k=1"] == "+100" and prompt["SI k=1"] == "-"
     minus = Line("prompt", "prompts", {"-": Place("p +", "none", 0.0)})
     (only,) = numbers.measure(reader(table), [minus])
-    assert only["-"]["turned"]["half"]["k1"] == pytest.approx(-100), "countered: it turns wrong answers at -"
+    assert only.sides["-"].turned.half["k1"] == pytest.approx(-100), "countered: it turns wrong answers at -"
     assert cells(tables.answers_table([only]), "prompt -")["SI k=2"] == "-"
 
 
@@ -581,24 +664,24 @@ def test_every_seed_stands_at_its_own_strength() -> None:
     table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 2.0 * alpha * label, 1.5)
     at = {sign: Place("plain", "edit", {0: side, 1: 1.5 * side}) for sign, side in (("+", 1.0), ("-", -1.0))}
     (entry,) = numbers.measure(reader(table), [Line("edit", "weights", at)])
-    assert entry["+"]["own"]["seeds"] == pytest.approx([1.0, 2.0]) and entry["+"]["own"]["mean"] == pytest.approx(1.5)
-    assert entry["+"]["alpha"] == pytest.approx(1.25) and len(entry["+"]["facts_seeds"]) == 2
+    assert entry.sides["+"].own.seeds == pytest.approx([1.0, 2.0]) and entry.sides["+"].own.mean == pytest.approx(1.5)
+    assert entry.sides["+"].alpha == pytest.approx(1.25) and len(entry.sides["+"].facts_seeds) == 2
 
 
 def test_a_search_that_missed_is_marked_at_its_sign_in_tables_and_picture(tmp_path: Path) -> None:
     table = known(lambda label, alpha: alpha * label)
     missed = replace(LINES[0], spent={"+": Spent(0.5, 0.1, 1.0, True), "-": Spent(0.2, 0.1, 0.9, False)})
     equal = numbers.measure(reader(table), [missed, *LINES[1:]])
-    base = findings(equal).base
-    for shown in (tables.effects_table(equal, numbers.METHODS, base, "sycophancy", ""),
+    base = found_of(equal).base
+    for shown in (tables.effects_table(equal, findings.METHODS, base, "sycophancy", ""),
                   tables.costs_table(equal, base, "")):  # fmt: skip
         assert [cells(shown, f"edit {sign}")["alpha"] for sign in ("+", "-")] == ["+1", "-1*"]
-    shown = tables.effects_table(equal, numbers.METHODS, base, "sycophancy", "")
+    shown = tables.effects_table(equal, findings.METHODS, base, "sycophancy", "")
     assert [cells(shown, f"edit {sign}")["p95 KL"] for sign in ("+", "-")] == ["0.50", "0.20"]
     assert cells(shown, "prompt +")["p95 KL"] == "0.40" and cells(shown, "prompt +")["alpha"] == "-"
     found = numbers.measure(reader(table), [replace(missed, spent={}), *LINES[1:]])
-    page.write(tmp_path / "missed", "t", findings(found, equal))
-    page.write(tmp_path / "reached", "t", findings(found, found))
+    page.write(tmp_path / "missed", found_of(found, equal))
+    page.write(tmp_path / "reached", found_of(found, found))
     pictures = [(tmp_path / name / "pareto.png").read_bytes() for name in ("missed", "reached")]
     assert pictures[0] != pictures[1]
 
@@ -615,7 +698,7 @@ def test_rows_that_are_not_those_of_the_base_are_an_error() -> None:
 
 def test_persona_rows_never_enter_the_base() -> None:
     one, two = measured(lambda label, alpha: alpha * label), measured(lambda label, alpha: alpha * label)
-    assert one["edit"]["+"]["own"]["mean"] == two["edit"]["+"]["own"]["mean"] == pytest.approx(1.0)
+    assert one["edit"].sides["+"].own.mean == two["edit"].sides["+"].own.mean == pytest.approx(1.0)
 
 
 def test_rows_labelled_only_by_their_counterpart_enter_no_mean() -> None:
@@ -633,8 +716,8 @@ def test_rows_labelled_only_by_their_counterpart_enter_no_mean() -> None:
 def test_a_built_yes_bias_of_a_real_model_shows_as_such(qwen: ChatModel) -> None:
     """An activation direction along (Yes - No) of the unembedding, in the last layer."""
     effect = ActivationDirection({qwen.layer_count - 1: 3 * _towards_yes(qwen)}, qwen.fingerprint)
-    parts = _on_dilemmas(qwen, Edit("edit", effect))["+"]["decomposition"]
-    assert parts["bias"] > 20 * abs(parts["truth"]) and parts["bias"] > 0.05
+    parts = _on_dilemmas(qwen, Edit("edit", effect)).sides["+"].decomposition
+    assert parts.bias > 20 * abs(parts.truth) and parts.bias > 0.05
 
 
 def test_a_direction_built_to_say_yes_is_told_from_honesty_in_a_sentence(qwen: ChatModel) -> None:
@@ -652,7 +735,7 @@ def test_a_direction_built_to_say_yes_is_told_from_honesty_in_a_sentence(qwen: C
     built = Direction({f"{name}.weight": delta}, qwen.fingerprint, {f"{name}.weight": qwen.layer_count - 1})
     entry = _on_dilemmas(qwen, Edit("edit", built))
     sentence = page.yes_bias_sentence([entry], "sycophancy")
-    assert entry["+"]["decomposition"]["bias"] > 0.05 > abs(entry["+"]["dilemmas"]["mean"])
+    assert entry.sides["+"].decomposition.bias > 0.05 > abs(entry.sides["+"].dilemmas.mean)
     assert sentence is not None and "edit at + (Yes +" in sentence and "edit at - (Yes -" in sentence
 
 
@@ -664,7 +747,7 @@ def _towards_yes(model: ChatModel) -> torch.Tensor:
     return vector / vector.norm()
 
 
-def _on_dilemmas(model: ChatModel, edit: Edit) -> dict[str, Any]:
+def _on_dilemmas(model: ChatModel, edit: Edit) -> Entry:
     """The table's entry of an edit called `edit`, measured on a model."""
     probes = [dilemmas.probe(limit=20), sycophancy.headline_probe(load("sycophancy"), 20),
               *side_effects.probes(model, 4)]  # fmt: skip
@@ -677,13 +760,32 @@ def _on_dilemmas(model: ChatModel, edit: Edit) -> dict[str, Any]:
 # -------------------------------------------------------------------- pages
 
 
-def test_results_can_be_written_as_json(tmp_path: Path) -> None:
-    entries = list(measured(lambda label, alpha: alpha * label).values())
-    page.write(tmp_path, "t", findings(entries))
+def test_findings_survive_json(tmp_path: Path) -> None:
+    table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 1.01 * alpha * label)
+    entries = numbers.measure(reader(table), LINES)
+    search = findings.Search(
+        0.5, 0.1, 1.2, 0.9, 1, -1.3, True, 0.05, at_own_strength=findings.Reached(0.4, 0.1, 1.0, 0.9)
+    )
+    strengths = Strengths(
+        0.5, None, "edit, seed 0", {"edit": {"-1": (search,)}}, {"p": {"1": findings.Reached(0.4, 0.1, 1.0, 0.9)}}
+    )
+    found = found_of(entries, entries, calibration=strengths)
+    page.write(tmp_path, found)
     written = json.loads((tmp_path / "comparison.json").read_text())
+    assert restore(Findings, written) == found
+    assert written["own_strength"][0]["+"]["own"]["over_seeds"]["n"] == 2, "signs are keys of an entry"
+    assert written["calibration"]["edits"]["edit"]["-1"][0]["at_own_strength"]["p95"] == 0.4
     assert written["base_facts"] == 0.9 and written["seconds"]["total"] == 62.0
-    assert written["bands"]["equal_kl"]["+"]["own"] is None and written["bands"]["own_strength"]["+"]["own"]["high"] > 0
+    band = found_of(entries).own_strength
+    assert written["bands"]["own_strength"]["+"]["own"] == plain(findings.control_band(band, "+", "own"))
+    assert restore(Findings, plain(found_of(entries, LINES[:0]))).equal_kl == ()
     assert "1 min 2 s" in (tmp_path / "comparison.md").read_text()
+
+
+def test_without_a_band_it_is_null(tmp_path: Path) -> None:
+    page.write(tmp_path, found_of(measured(lambda label, alpha: alpha * label).values()))
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["bands"]["equal_kl"]["+"]["own"] is None and written["bands"]["own_strength"]["+"]["own"]["high"] > 0
 
 
 def test_the_terminal_shows_mass_and_seeds_in_100_columns(
@@ -692,8 +794,8 @@ def test_the_terminal_shows_mass_and_seeds_in_100_columns(
     monkeypatch.setenv("COLUMNS", "100")
     table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 1.01 * alpha * label)
     entries = numbers.measure(reader(table), [replace(LINES[0], name="edit with a name of several words"), *LINES[1:]])
-    page.write(tmp_path, "t", findings(entries, entries, best={}))
-    terminal.show_comparison(json.loads((tmp_path / "comparison.json").read_text()), tmp_path)
+    page.write(tmp_path, found_of(entries, entries, best={}))
+    terminal.show(restore(Findings, json.loads((tmp_path / "comparison.json").read_text())), tmp_path)
     shown = capsys.readouterr().out.partition("Change against the base")[0].splitlines()
     assert max(map(len, shown)) <= 100 and not [line for line in shown if "\N{HORIZONTAL ELLIPSIS}" in line]
     assert {"pmass", "seeds"} <= set(shown[1].split())
@@ -721,12 +823,12 @@ def test_the_picture_shows_every_seed_and_the_band(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Axes, "axhspan", spanning)
     table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 2.0 * alpha * label)
     entries = numbers.measure(reader(table), LINES)
-    page.write(tmp_path, "t", findings(entries, entries))
+    page.write(tmp_path, found_of(entries, entries))
     assert sorted(small) == [2, 2, 2, 2, 5, 5, 5, 5], (
         "two training seeds, five random directions; two signs, two panels"
     )
-    band = numbers.control_band(entries, "+", "own")
-    assert band is not None and bands[0] == (band["low"], band["high"]) and len(bands) == 4
+    band = findings.control_band(entries, "+", "own")
+    assert band is not None and bands[0] == (band.low, band.high) and len(bands) == 4
 
 
 def test_the_command_takes_dilemmas_from_elsewhere() -> None:

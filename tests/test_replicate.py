@@ -325,5 +325,5 @@ def test_strengths_beyond_one_have_their_random_directions(tiny_folders: dict[st
         scores = pl.read_parquet(run.folder / "scores.parquet").filter(edit="random")
         page = (run.folder / "report.md").read_text(encoding="utf-8")
     assert scores["alpha"].unique().sort().to_list() == [-3.0, 3.0] and scores["seed"].n_unique() == 2
-    assert list(summary["controls"]["random"]) == ["-3", "3"]
-    assert "random control band at +3" in summary["headline"] and "Measured at alpha -3, +3" in page
+    assert list(summary.numbers.bands) == ["-3", "3"]
+    assert "random control band at +3" in summary.headline and "Measured at alpha -3, +3" in page

@@ -11,14 +11,17 @@ from typing import Any
 import polars as pl
 import pytest
 
+from ws.base import stats
 from ws.base.errors import UserError
+from ws.base.records import restore
 from ws.commands.cli import _main
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
 from ws.fitting.train import SIGNS, FitResult
-from ws.runs import sweep
+from ws.runs import sweep, sweep_tables
 from ws.runs.replicate import Replication
-from ws.runs.sweep import Cell, by_family, rank_stability
+from ws.runs.sweep import Cell
+from ws.runs.sweep_tables import Failure, SweepTables, by_family, rank_stability
 
 SMALL: dict[str, Any] = {
     "grid": Grid(topics=3, personas=2, samples=2),
@@ -127,24 +130,41 @@ def test_an_unknown_family_is_refused_before_anything_runs(tmp_path: Path) -> No
 
 
 def line(family: str, seed: int, delta: float) -> dict[str, Any]:
-    return {"family": family, "seed": seed, "data_seed": 0, **dict.fromkeys(sweep._MEASURES, 1.0), "delta": delta}
+    return {"family": family, "seed": seed, "data_seed": 0, **dict.fromkeys(sweep_tables.MEASURES, 1.0), "delta": delta}
 
 
 def test_means_have_intervals_over_seeds_and_a_single_run_has_none() -> None:
     rows = [line("a", 0, 1.0), line("a", 1, 2.0), line("a", 2, 3.0), line("b", 0, 5.0)]
     a, b = by_family(rows)
-    assert a["delta"] == pytest.approx(2.0) and a["delta_low"] == pytest.approx(2 - 4.30265 / 3**0.5, rel=1e-4)
-    assert (b["delta"], b["delta_low"], b["runs"]) == (5.0, None, 1)
+    delta = a.measures["delta"]
+    assert delta.mean == pytest.approx(2.0) and delta.low == pytest.approx(2 - 4.30265 / 3**0.5, rel=1e-4)
+    assert (b.measures["delta"].mean, b.measures["delta"].low, b.runs) == (5.0, None, 1)
+
+
+def test_a_sweep_is_shown_from_its_json(tmp_path: Path) -> None:
+    rows = [line(family, seed, value + seed) for seed in (0, 1) for family, value in (("a", 1.0), ("b", 2.0), ("c", 3))]
+    tables = sweep_tables.of(rows, [Failure("d, seed 0, data seed 0", "it diverged")])
+    sweep_tables.write(tmp_path, tables)
+    stored = restore(SweepTables, json.loads((tmp_path / "sweep.json").read_text()))
+    assert stored == tables and stored.by_family[0].measures["delta"].mean == 1.5
+    text = (tmp_path / "sweep.md").read_text()
+    assert sweep_tables.markdown(stored) in text and "mean Spearman rho 1.00" in text
+    spread = stats.over_seeds([1.0, 2.0])
+    assert f"| a | 2 | +1.50 [{spread.low:+.2f}, {spread.high:+.2f}] | 1.000 |" in text
+    assert text.endswith("- failed: d, seed 0, data seed 0: it diverged\n")
+    assert list(csv.DictReader((tmp_path / "sweep_summary.csv").open()))[2]["delta_low"] == str(
+        stored.by_family[2].measures["delta"].low
+    )
 
 
 def test_rank_stability_is_one_for_the_same_order_and_minus_one_for_the_opposite() -> None:
     same = [line(f, seed, value + seed) for seed in (0, 1) for f, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
-    assert rank_stability(same)["mean_rho"] == pytest.approx(1.0)
-    assert rank_stability(same)["ranks"]["seed 0, data seed 0"] == {"a": 3.0, "b": 2.0, "c": 1.0}
+    assert rank_stability(same).mean_rho == pytest.approx(1.0)
+    assert rank_stability(same).ranks["seed 0, data seed 0"] == {"a": 3.0, "b": 2.0, "c": 1.0}
     turned = [line(f, 0, v) for f, v in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
     turned += [line(f, 1, v) for f, v in (("a", 3.0), ("b", 2.0), ("c", 1.0))]
-    assert rank_stability(turned)["mean_rho"] == pytest.approx(-1.0)
-    assert rank_stability(turned[:3])["mean_rho"] is None
+    assert rank_stability(turned).mean_rho == pytest.approx(-1.0)
+    assert rank_stability(turned[:3]).mean_rho is None
 
 
 def test_learning_rates_are_tried_and_the_best_is_kept(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

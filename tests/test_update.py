@@ -2,30 +2,80 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import update
+from blocks import comparisons, rebuilds, runs
+from blocks.alignment import alignment
 
+from ws.base.records import plain, restore
+from ws.comparing import page
+from ws.comparing.across import Across
 from ws.model import loading
 from ws.pocket import build, card
+from ws.runs import sweep_tables
+from ws.runs.sweep_tables import SweepTables
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "update.py"
-
-
-@pytest.fixture(scope="module")
-def update() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("update", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ARE_BUILT = all((folder / card.METRICS_FILE).is_file() for folder in loading.POCKET_MODELS.values())
+MADE_FROM_MODELS = ("pocket-card", "gemma-card", "rebuild", "compare", "across")
+"""Blocks that also read the files of the embedded models."""
 
 
-def run(behaviour: str, by_prompt: float, leak: float = 0.0, **more: Any) -> dict[str, Any]:
+def marked() -> list[Any]:
+    """Every block of every document; the support matrix fits many small models."""
+    return [
+        pytest.param(file, match["name"], match["content"], id=f"{file.name}:{match['name']}",
+                     marks=[pytest.mark.slow] if match["name"] == "families" else [])
+        for file in update.documents()
+        for match in update.MARKED.finditer(file.read_text(encoding="utf-8"))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "name", "content"), marked())
+def test_every_block_is_what_the_stored_results_say(file: Path, name: str, content: str) -> None:
+    if name in MADE_FROM_MODELS and not ARE_BUILT:
+        pytest.skip("an embedded model is not built")
+    assert content == update.block(name), f"{file.name} was changed by hand, or python docs/update.py was not run"
+
+
+def test_all_markers_of_documents_are_pairs() -> None:
+    for file in update.documents():
+        text = file.read_text(encoding="utf-8")
+        assert text.count("<!-- begin: ") == len(update.MARKED.findall(text)) == text.count("<!-- end: "), file.name
+
+
+def test_the_page_of_the_comparison_is_made_from_its_numbers() -> None:
+    found = update.stored_comparison()
+    assert (update.COMPARED / "comparison.md").read_text() == page.markdown(found)
+    assert json.loads((update.COMPARED / "comparison.json").read_text()) == page.as_json(found)
+
+
+def test_blocks_show_the_stored_numbers_and_no_others() -> None:
+    """A number that changes in the stored results changes its block."""
+    sweep = restore(SweepTables, json.loads(update.SWEEP.read_text()))
+    first = sweep.by_family[0]
+    other = replace(first, measures={**first.measures, "delta": replace(first.measures["delta"], low=-9.87)})
+    assert "[-9.87, " in sweep_tables.markdown(replace(sweep, by_family=(other, *sweep.by_family[1:])))
+    across = restore(Across, json.loads(update.ACROSS.read_text()))
+    row = across.rows[0]
+    moved = replace(row, own={**row.own, "+": replace(row.own["+"], seeds_high=9.87)})
+    assert ", +9.87 |" in comparisons.across(replace(across, rows=(moved, *across.rows[1:])))
+    found = update.stored_comparison()
+    chosen = next(entry for entry in found.own_strength if entry.name == found.best["weights"])
+    side = chosen.sides["+"]
+    assert side.own.over_seeds is not None
+    changed = replace(side, own=replace(side.own, over_seeds=replace(side.own.over_seeds, high=9.87)))
+    entry = replace(chosen, sides={**chosen.sides, "+": changed})
+    entries = tuple(entry if one.name == chosen.name else one for one in found.own_strength)
+    text = comparisons.compared(replace(found, own_strength=entries))
+    assert f"+9.87], over rows [{side.own.limits}]) at +" in text
+
+
+def run(behaviour: str, by_prompt: float, **more: Any) -> dict[str, Any]:
     """A stored summary: the direction moves its behaviour by 2 nats at each sign, prompts by `by_prompt`."""
     at = {"-1": {"mean": -2.0, "low": -2.1, "high": -1.9}, "1": {"mean": 2.0, "low": 1.9, "high": 2.1}}
     others = [name for name in ("sycophancy", "honesty", "refusal") if name != behaviour]
@@ -36,7 +86,7 @@ def run(behaviour: str, by_prompt: float, leak: float = 0.0, **more: Any) -> dic
         "change": {behaviour: at},
         "contexts": {f"prompt {sign}": {behaviour: {"mean": 0.5 + factor * by_prompt}}
                      for sign, factor in (("-", -1), ("+", 1))},
-        "other_behaviours": {name: {"change": {"-1": {"mean": 0.0}, "1": {"mean": leak}}} for name in others},
+        "other_behaviours": {name: {"change": {"-1": {"mean": 0.0}, "1": {"mean": 0.0}}} for name in others},
         "controls": {"random": bands},
         "side_effects": {key: {"facts": 1.0} for key in ("-1", "0", "1")},
         "warnings": [],
@@ -44,87 +94,108 @@ def run(behaviour: str, by_prompt: float, leak: float = 0.0, **more: Any) -> dic
     }  # fmt: skip
 
 
-def test_prompts_stand_beside_weights_at_both_signs(update: ModuleType) -> None:
-    text = update.behaviours({"a": run("refusal", 6.0), "b": run("sycophancy", 2.5)})
+def test_prompts_stand_beside_weights_at_both_signs() -> None:
+    text = runs.behaviours({"a": run("refusal", 6.0), "b": run("sycophancy", 2.5)})
     assert "| pocket | refusal | -6.00 | +6.00 | -2.00 | +2.00 | 3.00 | 3.00 |" in text
     assert "within a factor 1.5 of that under the weights in 2 of 4 cells" in text
     assert "outside: pocket refusal at -1 (3.00), pocket refusal at +1 (3.00)." in text
-    assert "4 of 4 cells." in update.behaviours({"a": run("refusal", 2.9), "b": run("sycophancy", 1.4)})
-    assert "0 of 2 cells" in update.behaviours({"a": run("refusal", -2.0)}), "the wrong way is not close"
+    assert "4 of 4 cells." in runs.behaviours({"a": run("refusal", 2.9), "b": run("sycophancy", 1.4)})
+    assert "0 of 2 cells" in runs.behaviours({"a": run("refusal", -2.0)}), "the wrong way is not close"
 
 
-def test_the_random_band_is_shown_at_both_signs(update: ModuleType) -> None:
-    assert "| -0.31 to -0.21 | +0.17 to +0.27 |" in update.behaviours({"a": run("refusal", 2.0)})
+def test_the_random_band_is_shown_at_both_signs() -> None:
+    assert "| -0.31 to -0.21 | +0.17 to +0.27 |" in runs.behaviours({"a": run("refusal", 2.0)})
 
 
-def test_bars_that_a_run_misses_are_named(update: ModuleType) -> None:
+def test_bars_that_a_run_misses_are_named() -> None:
     good = {"controls": {"random": {key: {"refusal": {"low": -0.1, "high": 0.1}} for key in ("-1", "1")}}}
-    assert update.missed_bars(run("refusal", 2.0, **good)) == []
+    assert runs.missed_bars(run("refusal", 2.0, **good)) == []
     lost = {"side_effects": {"-1": {"facts": 0.96}, "0": {"facts": 1.0}, "1": {"facts": 0.98}}, "warnings": ["oh"]}
     weak = {"change": {"refusal": {"-1": {"mean": -1.2, "low": 0, "high": 0}, "1": {"mean": 0.9, "low": 0, "high": 0}}}}
-    assert update.missed_bars(run("refusal", 2.0, **good | lost | weak)) == [
+    assert runs.missed_bars(run("refusal", 2.0, **good | lost | weak)) == [
         "loses 4.0 points of facts at -1",
         "moves 0.90 nats at +1",
     ]
     wrong_way = {"change": {"refusal": {key: {"mean": 2.0, "low": 2.0, "high": 2.0} for key in ("-1", "1")}}}
-    assert "moves -2.00 nats at -1" in update.missed_bars(run("refusal", 2.0, **good | wrong_way))
-    assert update.missed_bars(run("refusal", 2.0))[0].startswith("has a random band of -0.31")
-    said = update.bars_told({"a": run("refusal", 2.0, **good), "b": run("refusal", 2.0, **good | lost)})
+    assert "moves -2.00 nats at -1" in runs.missed_bars(run("refusal", 2.0, **good | wrong_way))
+    assert runs.missed_bars(run("refusal", 2.0))[0].startswith("has a random band of -0.31")
+    said = runs.bars_told({"a": run("refusal", 2.0, **good), "b": run("refusal", 2.0, **good | lost)})
     assert "1 of 2 runs reach all of them; short: pocket refusal loses 4.0 points" in said
     assert said.endswith("- pocket refusal: oh")
 
 
-def test_the_stored_runs_reach_their_bars(update: ModuleType) -> None:
+def test_the_stored_runs_reach_their_bars() -> None:
     stored = [json.loads(path.read_text()) for path in update.RESULTS.glob("pocket*-lora-seed0.json")]
-    assert len(stored) == len(update.BEHAVIOURS) * len(loading.POCKET_MODELS)
+    assert len(stored) == len(runs.BEHAVIOURS) * len(loading.POCKET_MODELS)
     assert {
-        f"{one['model']} {one['behaviour']}": update.missed_bars(one) for one in stored if update.missed_bars(one)
+        f"{one['model']} {one['behaviour']}": runs.missed_bars(one) for one in stored if runs.missed_bars(one)
     } == {}
 
 
-def test_only_independent_traits_are_said_to_be_moved_against_the_plan(update: ModuleType) -> None:
-    said = update.steered("pocket", {"a": run("sycophancy", 2.0, leak=-1.26)})
+def leaking(to_refusal: float, to_honesty: float = 2.0) -> dict[str, dict[str, Any]]:
+    """The stored sycophancy run on pocket with known effects: 2 nats on its own probe at each sign, and on others."""
+    found = update.stored_runs()[update.FIRST]
+
+    def at(plus: float) -> dict[str, Any]:
+        return {key: {"mean": mean, "low": mean, "high": mean, "n": 9} for key, mean in (("-1", -plus), ("1", plus))}
+
+    found["change"]["sycophancy"] = at(2.0)
+    found["other_behaviours"]["refusal"]["change"] = at(to_refusal)
+    found["other_behaviours"]["honesty"]["change"] = at(to_honesty)
+    return {update.FIRST: found}
+
+
+def test_only_independent_traits_are_said_to_be_moved_against_the_plan() -> None:
+    said = runs.steered("pocket", leaking(to_refusal=-1.26))
     assert "sycophancy at +1 moves refusal by -1.26 nats (63 % of its own +2.00)" in said
     assert "moves honesty" not in said, "that one is planted"
-    assert "No LoRA direction" in update.steered("pocket", {"a": run("sycophancy", 2.0, leak=-0.4)})
+    assert "No LoRA direction" in runs.steered("pocket", leaking(to_refusal=-0.4))
 
 
 def comparison_of(folder: Path, seeds: int, randoms: int, padding: int = 0) -> Path:
-    """A finished comparison: its page, its picture, and its numbers."""
+    """A finished comparison: its picture, and the stored numbers with other counts of replicates."""
     folder.mkdir()
-    counts = {"dW:ia3": ("weights", 1), "dW:lora": ("weights", seeds), "random": ("controls", randoms)}
+    found = update.stored_comparison()
+    counts = {"dW:ia3": 1, "dW:lora": seeds, "random": randoms}
     entries = [
-        {"name": name, "kind": kind, "+": {"own": {"seeds": [0.0] * count}}} for name, (kind, count) in counts.items()
-    ]
-    numbers = {"own_strength": entries, "padding": "x" * padding}
-    (folder / "comparison.json").write_text(json.dumps(numbers))
-    (folder / "comparison.md").write_text("# title\n\n**It moved.**\n")
+        replace(entry, sides={
+            sign: replace(side, own=replace(side.own, seeds=(0.0,) * counts[entry.name]))
+            for sign, side in entry.sides.items()
+        })
+        for entry in found.own_strength
+        if entry.name in counts
+    ]  # fmt: skip
+    changed = replace(found, own_strength=tuple(entries), equal_kl=(), best={}, dilemmas="x" * padding or "own")
+    (folder / "comparison.json").write_text(json.dumps(page.as_json(changed)))
     (folder / "pareto.png").write_bytes(b"picture")
     return folder
 
 
 def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
-    update: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    first, second, large = (
+        comparison_of(tmp_path / name, *counts)
+        for name, counts in {"1": (3, 20), "2": (1, 12), "3": (3, 20, update.LARGEST_KEPT)}.items()
+    )
     kept = tmp_path / "kept"
     kept.mkdir()
     monkeypatch.setattr(update, "COMPARED", kept)
-    update.store(comparison_of(tmp_path / "one", 3, 20))
-    assert update.compared(kept) == "On pocket, training seeds: 3, random directions: 20.\n\n> It moved."
-    update.store(comparison_of(tmp_path / "two", 1, 12))
-    assert update.compared(kept).startswith("On pocket, training seeds: 1, random directions: 12.")
+    update.store(first)
+    text = comparisons.compared(update.stored_comparison())
+    assert text.startswith("On pocket, training seeds: 3, random directions: 20.\n\n> Sycophancy, change")
+    update.store(second)
+    told = "On pocket, training seeds: 1, random directions: 12."
+    assert comparisons.replicates_told(update.stored_comparison()) == told
     with pytest.raises(SystemExit, match="too many to keep"):
-        update.store(comparison_of(tmp_path / "large", 3, 20, padding=update.LARGEST_KEPT))
-    assert "random directions: 12" in update.compared(kept), "nothing of it has been kept"
-    (kept / "comparison.json").unlink()
-    assert update.compared(kept) == "> It moved.", "no count without numbers"
+        update.store(large)
+    assert comparisons.replicates_told(update.stored_comparison()) == told, "nothing of it has been kept"
+    assert (kept / "comparison.md").read_text() == page.markdown(update.stored_comparison())
+    assert (kept / "pareto.png").read_bytes() == b"picture"
 
 
-def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts(update: ModuleType) -> None:
-    place = update.COMPARED / "comparison.json"
-    if not place.is_file():
-        pytest.skip("the numbers of the comparison are not stored")
-    stored = json.loads(place.read_text())
+def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts() -> None:
+    stored = json.loads((update.COMPARED / "comparison.json").read_text())
     entries = {entry["name"]: entry for entry in stored["own_strength"]}
     bands = stored["bands"]["own_strength"]
     for sign in ("+", "-"):
@@ -142,32 +213,68 @@ def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts(update: M
     assert all(-0.1 <= mean["low"] <= mean["high"] <= 0.1 for mean in means)
 
 
-def test_a_run_without_persona_changes_is_said_to_have_none(update: ModuleType) -> None:
-    assert "do not hold" in update.persona_leak({"a": run("refusal", 2.0)})
+def test_sweeps_and_tables_over_comparisons_are_stored_as_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, across = (json.loads(path.read_text()) for path in (update.SWEEP, update.ACROSS))
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    (tmp_path / "comparisons.json").write_text(json.dumps(across))
+    monkeypatch.setattr(update, "SWEEP", tmp_path / "kept" / "sweep.json")
+    monkeypatch.setattr(update, "ACROSS", tmp_path / "kept" / "comparisons.json")
+    update.store(tmp_path)
+    update.store(tmp_path / "comparisons.json")
+    assert json.loads(update.SWEEP.read_text()) == sweep and json.loads(update.ACROSS.read_text()) == across
+    assert plain(restore(Across, across)) == across
+
+
+def test_alignments_are_stored_by_run_and_shown_beside_what_random_directions_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "ALIGNMENT", tmp_path / "kept" / "alignment.json")
+    assert alignment(update.stored_alignment()) == "No alignment has been stored."
+    header = ("name,layer,kind,shape,norm,k,r,energy_top,null_top,ratio_top,energy_bottom,null_bottom,ratio_bottom,"
+              "energy_weak,null_weak,ratio_weak\n")  # fmt: skip
+    rows = ("a,3,q,4x4,1.0,1,4,0.125,0.01,12.5,0.5,0.81,0.6,,,\n"
+            "b,4,q,4x4,1.0,1,4,0.375,0.01,37.5,0.7,0.81,0.9,,,\n"
+            "c,3,o,4x4,1.0,1,4,0.2,0.01,20,0.6,0.81,0.7,0.03,0.01,3\n")  # fmt: skip
+    for seed in (1, 0):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        (folder / "subspace_per_layer.csv").write_text(header + rows)
+        summary = {"model": "pocket", "behaviour": "refusal", "adapter": "lora", "seed": seed}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        update.store(folder / "subspace_per_layer.csv")
+    lines = alignment(update.stored_alignment()).splitlines()
+    assert lines[2:6] == [
+        f"| pocket-refusal-lora-seed{seed} | {cells} |"
+        for seed in (0, 1)
+        for cells in (
+            "q | 2 | 25.00 % (1.00 %) | 60.00 % (81.00 %) | -",
+            "o | 1 | 20.00 % (1.00 %) | 60.00 % (81.00 %) | 3.00 % (1.00 %)",
+        )
+    ]
+
+
+def test_a_run_without_persona_changes_is_said_to_have_none() -> None:
+    assert "do not hold" in runs.persona_leak({"a": run("refusal", 2.0)})
     changes = {"prompt +": {"refusal": {"mean": 2.5}, "sycophancy": {"mean": -0.125}}}
-    text = update.persona_leak({"a": run("refusal", 2.0, persona_changes=changes)})
+    text = runs.persona_leak({"a": run("refusal", 2.0, persona_changes=changes)})
     assert text.endswith("| pocket | refusal, prompt + | -0.12 | - | **+2.50** | - |")
 
 
-@pytest.mark.skipif(
-    not all((folder / card.METRICS_FILE).is_file() for folder in loading.POCKET_MODELS.values()),
-    reason="an embedded model is not built",
-)
-def test_every_rebuild_has_its_sentence_and_its_table(
-    update: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(update, "RESULTS", tmp_path)
-    assert update.rebuilds() == "No rebuild has been made."
+@pytest.mark.skipif(not ARE_BUILT, reason="an embedded model is not built")
+def test_every_rebuild_has_its_sentence_and_its_table() -> None:
+    assert rebuilds.rebuilds([]) == "No rebuild has been made."
     metrics = [
         {"metric": "yes/no facts, accuracy", "value": 0.5, "bar": ">= 0.97", "passes": False},
         {"metric": "a new metric", "value": 0.25, "bar": "", "passes": True},
     ]
+    kept = []
     for name, folder in loading.POCKET_MODELS.items():
         record = build.recorded(folder)
         recipe = record["recipe"] | {"seed": 7} | ({"steps": 1} if name == "pocket-gemma" else {})
-        kept = {"recipe": recipe, "minutes": 3.5, "metrics": metrics, "texts": record["corpus"]["texts"]}
-        (tmp_path / f"rebuild-{recipe['architecture']}-seed7.json").write_text(json.dumps(kept))
-    text = update.rebuilds()
+        kept.append({"recipe": recipe, "minutes": 3.5, "metrics": metrics, "texts": record["corpus"]["texts"]})
+    text = rebuilds.rebuilds(kept)
     told = [line for line in text.splitlines() if line.startswith("- ")]
     assert len(told) == len(loading.POCKET_MODELS) and text.count("| metric |") == len(told)
     assert all("0 of 1 bars reached; missed: yes/no facts, accuracy (0.500, bar >= 0.97)." in line for line in told)

@@ -30,15 +30,14 @@ class Sweep(RunOptions):
 
     def run(self) -> None:
         """Run the cells that are missing and print the table; a failed cell is told and makes the exit code 2."""
-        from ws.runs import sweep  # noqa: PLC0415
+        from ws.runs import sweep, sweep_tables  # noqa: PLC0415
 
         settings = run_settings(self, self.fit, self.evaluation)
         outcomes, place = sweep.run(settings, self.families, self.seeds, self.data_seeds)
-        rows = [outcome.row for outcome in outcomes if outcome.row is not None]
         if self.json:
             console.print_json((place / "sweep.json").read_text(encoding="utf-8").strip())
         else:
-            sweep.show(sweep.by_family(rows))
+            sweep_tables.show(sweep.tables_of(outcomes))
             console.say(f"\ntables      {place / 'sweep.md'}")
             console.say_next(*(console.command("show", one.folder) for one in outcomes if one.folder is not None))
         if failed := [outcome for outcome in outcomes if outcome.row is None]:
@@ -78,8 +77,7 @@ class Compare(RunOptions):
         """Compare every model and behaviour; print the tables, each headline, and where the pages are."""
         from dataclasses import replace  # noqa: PLC0415
 
-        from ws.comparing import compare  # noqa: PLC0415
-        from ws.report import terminal  # noqa: PLC0415
+        from ws.comparing import across, compare, page, terminal  # noqa: PLC0415
 
         plan = compare.Plan(
             families=self.families, seeds=self.seeds, activations=self.activations, random_seeds=self.random_seeds,
@@ -91,16 +89,17 @@ class Compare(RunOptions):
             for model in self.models or (self.model,)
             for name in self.behaviours or (self.behaviour,)
         ]
+        together = across.write(self.out, [result.found for result in found]) if len(found) > 1 else None
         if self.json:
-            console.print_json(json.dumps([result.summary for result in found]))
+            console.print_json(json.dumps([page.as_json(result.found) for result in found]))
             return
         for result in found:
-            console.say(f"\n{result.behaviour} in {result.model}", style="bold")
-            terminal.show_comparison(result.summary, result.folder)
-            console.say(f"\n{result.headline}.", style="bold")
+            console.say(f"\n{result.found.behaviour} in {result.found.model}", style="bold")
+            terminal.show(result.found, result.folder)
+            console.say(f"\n{page.headline(result.found)}.", style="bold")
             console.say(f"tables      {result.folder / 'comparison.html'}")
-        if len(found) > 1:
-            console.say(f"together    {compare.together(found, self.out)}")
+        if together is not None:
+            console.say(f"together    {together}")
 
 
 @dataclass(frozen=True)

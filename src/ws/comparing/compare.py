@@ -10,37 +10,36 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from ws import adapters
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.records import plain, restore
 from ws.base.store import RunFolder, Shards, content_key, read_json, write_json, write_table
 from ws.baselines import repe
 from ws.baselines.controls import RANDOM
 from ws.comparing import methods, numbers, page
 from ws.comparing.dev_split import split
+from ws.comparing.findings import CONTROLS, KINDS, SIDES, Findings, Reached, Search, Spent, Strengths
 from ws.comparing.methods import Method, Sources
-from ws.comparing.numbers import Line, Place, Spent
+from ws.comparing.numbers import Line, LineScores, Place
 from ws.edit.condition import PLAIN, Condition
 from ws.eval import dilemmas, side_effects, sycophancy
 from ws.fitting.run_settings import Settings, scored_with, shared_base
 from ws.fitting.stages import FittedRun
 from ws.measure import calibrate
-from ws.measure.divergence import prompt_divergence
+from ws.measure.divergence import Divergence, prompt_divergence
 from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
 
-SIDES = {"+": "1", "-": "-1"}
-"""Sign of a table -> its key in `calibration.json`."""
 SMALLEST_BAND = 2
 """Random directions that a prediction band needs."""
 
@@ -82,7 +81,7 @@ class Plan:
                 raise UserError(f"there is no activation steering {name!r}", f"Choose from: {known}.")
 
 
-class Comparison:
+class ComparisonRun:
     """One model and one behaviour: all methods, calibrated and scored, in `<behaviour>/compare/`.
 
     Dilemmas from another source have a folder of their own beside it, `compare-<source>-<digest>/`.
@@ -103,7 +102,7 @@ class Comparison:
         self.sources = Sources(self.model, runs, settings.data_seed, self.folder, sorted(place.glob("compare*")))
         self.has_measured = False
 
-    def __enter__(self) -> Comparison:
+    def __enter__(self) -> ComparisonRun:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,15 +144,15 @@ class Comparison:
 
     def dev_scores(self, compared: Sequence[Method]) -> pl.DataFrame:
         """The methods that a headline may show, on the dev rows of the behaviour's probe."""
-        wanted = [method for method in compared if method.kind in page.KINDS]
+        wanted = [method for method in compared if method.kind in KINDS]
         conditions = [Condition(), *(condition for method in wanted for condition in method.conditions())]
         return self._scored("scores_dev", [split(sycophancy.headline_probe(self.behaviour), dev=True)], conditions)
 
-    def scores(self, compared: Sequence[Method], calibration: Mapping[str, Any]) -> pl.DataFrame:
+    def scores(self, compared: Sequence[Method], calibration: Strengths) -> pl.DataFrame:
         """All methods at their own +-1 and at their calibrated strengths, all replicates, one table."""
         conditions = [Condition(), *(condition for method in compared for condition in method.conditions())]
         for method in compared:
-            at = strengths(method, calibration)
+            at = calibrated_places(method, calibration)
             conditions += [Condition.of(edit, place.alpha_of(edit.seed)) for place in at.values()
                            for edit in method.edits]  # fmt: skip
         return self._scored("scores", self.probes(), conditions)
@@ -174,14 +173,14 @@ class Comparison:
         self.has_measured |= self.folder.build(stage, inputs, [path.name], make).built
         return pl.read_parquet(path)
 
-    def calibrations(self, compared: Sequence[Method]) -> dict[str, Any]:
+    def strengths(self, compared: Sequence[Method]) -> Strengths:
         """The strengths of every Edit and sign, all replicates, that spend the budget; prompts have only a KL."""
         texts = calibrate.neutral_prompts(self.plan.calibration_prompts)
         tokens = self.plan.calibration_tokens
         prompted = {
             method.name: {
-                str(sign): prompt_divergence(self.model, context, texts, tokens=tokens).as_record()
-                for sign, context in method.contexts.items()
+                str(side): _reached(prompt_divergence(self.model, context, texts, tokens=tokens))
+                for side, context in method.contexts.items()
             }
             for method in compared
             if method.contexts
@@ -189,29 +188,30 @@ class Comparison:
         anchor = next((n for n in ("prompt: embody", "prompt: simple") if n in prompted), None)
         if self.plan.target is not None:
             anchor = None
-        target = self.plan.target or float(prompted[anchor]["1"]["p95"] if anchor else 0.5)
-        wanted = [method for method in compared if method.edits and method.kind != "controls"]
-        edits = [(method.name, edit) for method in wanted for edit in method.edits]
-        inputs = {"version": calibrate.VERSION, "target": target, "texts": texts, "tokens": tokens, "prompts": prompted,
-                  "edits": [[name, Condition.of(edit, 1.0).content_key] for name, edit in edits],
-                  **scored_with(self.model)}  # fmt: skip
+        target = self.plan.target or (prompted[anchor]["1"].p95 if anchor else 0.5)
+        edits = [(method.name, edit) for method in compared if method.kind != CONTROLS for edit in method.edits]
+        inputs = {"version": calibrate.VERSION, "target": target, "texts": texts, "tokens": tokens,
+                  "prompts": plain(prompted), **scored_with(self.model),
+                  "edits": [[name, Condition.of(edit, 1.0).content_key] for name, edit in edits]}  # fmt: skip
         file = self.folder / "calibration.json"
 
         def make(_: Shards) -> None:
-            found: dict[str, Any] = {}
+            found: dict[str, dict[str, tuple[Search, ...]]] = {}
             for name, edit in console.track(edits, "calibrating", len(edits)):
-                for sign in (1, -1):
-                    solved = calibrate.to_budget(self.model, edit.effect, target, texts, sign=sign, tokens=tokens)
-                    at_own = next((seen.as_record() for seen in solved.history if abs(seen.alpha) == 1), None)
-                    found.setdefault(name, {}).setdefault(str(sign), []).append({
-                        "seed": edit.seed, **solved.as_record(), "at_own_strength": at_own,
-                    })  # fmt: skip
+                sides = found.setdefault(name, dict.fromkeys(SIDES.values(), ()))
+                for side in SIDES.values():
+                    solved = calibrate.to_budget(self.model, edit.effect, target, texts, sign=int(side), tokens=tokens)
+                    at_own = next((_reached(seen) for seen in solved.history if abs(seen.alpha) == 1), None)
+                    sides[side] += (Search(
+                        **vars(_reached(solved.reached)), seed=edit.seed, alpha=solved.alpha,
+                        converged=solved.converged, tolerance=solved.tolerance, alpha_low=solved.alpha_low,
+                        alpha_high=solved.alpha_high, at_own_strength=at_own,
+                    ),)  # fmt: skip
             family, seed = self.sources.first
-            write_json(file, {"target": target, "anchor": anchor, "reference": f"dW:{family}, seed {seed}",
-                              "edits": found, "prompts": prompted})  # fmt: skip
+            write_json(file, plain(Strengths(target, anchor, f"dW:{family}, seed {seed}", found, prompted)))
 
         self.has_measured |= self.folder.build("calibration", inputs, ["calibration.json"], make).built
-        return dict(read_json(file))
+        return restore(Strengths, read_json(file))
 
 
 # -------------------------------------------------------------------- a whole comparison
@@ -219,54 +219,39 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished comparison: its sentence, its folder, and everything its tables show."""
+    """A finished comparison: what it found, and the folder with its tables."""
 
-    model: str
-    behaviour: str
-    headline: str
+    found: Findings
     folder: Path
-    summary: dict[str, Any]
 
 
 def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Result:
     """Run a comparison and write its tables."""
     started, seconds = time.perf_counter(), dict[str, float]()
     with _timed(seconds, "fits"):
-        opened = Comparison(settings, plan, model)
+        opened = ComparisonRun(settings, plan, model)
     with opened as comparison:
-        behaviour, place = comparison.behaviour, comparison.folder / "comparison.json"
+        behaviour, file = comparison.behaviour, comparison.folder / "comparison.json"
         with _timed(seconds, "methods"):
             compared = comparison.methods()
         with _timed(seconds, "calibration"):
-            calibration = comparison.calibrations(compared)
+            strengths = comparison.strengths(compared)
         with _timed(seconds, "scores"):
-            dev, scores = comparison.dev_scores(compared), comparison.scores(compared, calibration)
+            dev, test = comparison.dev_scores(compared), comparison.scores(compared, strengths)
         with _timed(seconds, "tables"):
-            name, group = behaviour.name, behaviour.probe.headline
-            reader = numbers.Comparison(scores, name, group)
-            lines = [own_line(method, calibration) for method in compared]
-            own = numbers.measure(reader, lines)
-            equal = numbers.measure(reader, [
-                line for method in compared if (line := equal_line(method, calibration)) is not None
-            ])  # fmt: skip
-            best = numbers.best_of_kinds(numbers.Comparison(dev, name, group), lines)
+            dev_scores, scores = (LineScores(one, behaviour.name, behaviour.probe.headline) for one in (dev, test))
+            lines = [line_at_own_strength(method, strengths) for method in compared]
+            at_equal_kl = [line for method in compared if (line := line_at_equal_kl(method, strengths)) is not None]
+            found = Findings(
+                comparison.model.slug, behaviour.name, numbers.best_of_kinds(dev_scores, lines), scores.base(),
+                numbers.measure(scores, lines), numbers.measure(scores, at_equal_kl), strengths, settings.dilemmas, {},
+            )  # fmt: skip
         seconds["total"] = time.perf_counter() - started
-        if not comparison.has_measured and place.is_file():  # what it took is what it took when it was measured
-            seconds = read_json(place).get("seconds", seconds)
-        findings = page.Findings(
-            name, own, equal, reader.base(), best, calibration, settings.dilemmas,
-            {phase: round(value, 3) for phase, value in seconds.items()},
-        )  # fmt: skip
-        title = f"{name} in {comparison.model.name}: methods compared"
-        sentence = page.write(comparison.folder.path, title, findings)
-        return Result(comparison.model.slug, name, sentence, comparison.folder.path, dict(read_json(place)))
-
-
-def together(results: Sequence[Result], out: Path) -> Path:
-    """One table over several comparisons, `comparisons.html` (and `.md`) in `out`; a rerun replaces it."""
-    path = out / "comparisons.html"
-    page.write_across(path, [page.Compared(r.model, r.behaviour, r.summary) for r in results])
-    return path
+        if not comparison.has_measured and file.is_file():  # what it took is what it took when it was measured
+            seconds = read_json(file).get("seconds", seconds)
+        found = replace(found, seconds={phase: round(value, 3) for phase, value in seconds.items()})
+        page.write(comparison.folder.path, found)
+        return Result(found, comparison.folder.path)
 
 
 @contextmanager
@@ -279,63 +264,67 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 # -------------------------------------------------------------------- methods as lines of a table
 
 
-def own_line(method: Method, calibration: Mapping[str, Any]) -> Line:
+def line_at_own_strength(method: Method, strengths: Strengths) -> Line:
     """Where a method's rows at its own strength stand in the scores table, and what KL it spends there if known."""
     if method.contexts is not None:
         at = {"+" if side > 0 else "-": Place(context.name, "none", 0.0) for side, context in method.contexts.items()}
-        known = calibration["prompts"].get(method.name, {})
-        spent = {sign: Spent(*_kl(known[SIDES[sign]])) for sign in at if SIDES[sign] in known}
+        known = strengths.prompts.get(method.name, {})
+        spent = {sign: _mean_spent([known[SIDES[sign]]]) for sign in at if SIDES[sign] in known}
         return Line(method.name, method.kind, at, method.note, spent)
     at = {sign: Place(PLAIN.name, method.edits[0].name, float(side)) for sign, side in SIDES.items()}
     spent = {}
     for sign, side in SIDES.items():
-        seen = [one["at_own_strength"] for one in calibration["edits"].get(method.name, {}).get(side, [])]
-        if seen and None not in seen:
-            spent[sign] = _mean_spent(seen, None)
+        searches = strengths.edits.get(method.name, {}).get(side, ())
+        seen = [one.at_own_strength for one in searches if one.at_own_strength is not None]
+        if searches and len(seen) == len(searches):
+            spent[sign] = _mean_spent(seen)
     return Line(method.name, method.kind, at, method.note, spent)
 
 
-def equal_line(method: Method, calibration: Mapping[str, Any]) -> Line | None:
+def line_at_equal_kl(method: Method, strengths: Strengths) -> Line | None:
     """The same at equal divergence: calibrated Edits, prompts as they are, and random directions for the band."""
     if method.contexts is not None:
-        return own_line(method, calibration)
-    at = strengths(method, calibration)
+        return line_at_own_strength(method, strengths)
+    at = calibrated_places(method, strengths)
     if not at:
         return None
-    searches = calibration["edits"].get(method.name, {})
+    searches = strengths.edits.get(method.name, {})
     spent = {
-        sign: _mean_spent(searches[side], all(one["converged"] for one in searches[side]))
+        sign: _mean_spent(searches[side], all(one.converged for one in searches[side]))
         for sign, side in SIDES.items()
         if side in searches
     }
     return Line(method.name, method.kind, at, method.note, spent)
 
 
-def strengths(method: Method, calibration: Mapping[str, Any]) -> dict[str, Place]:
+def calibrated_places(method: Method, strengths: Strengths) -> dict[str, Place]:
     """Per sign, the calibrated strength of every replicate; nothing for what is not calibrated.
 
     Random directions have the norm of the reference and stand at its strength: they are the band at this table.
     """
     if not method.edits:
         return {}
-    name, searches = method.edits[0].name, calibration["edits"].get(method.name, {})
+    name, searches = method.edits[0].name, strengths.edits.get(method.name, {})
     if method.name == RANDOM:
-        reference = next(iter(calibration["edits"].values()))
-        return {sign: Place(PLAIN.name, name, reference[side][0]["alpha"]) for sign, side in SIDES.items()}
+        reference = next(iter(strengths.edits.values()))
+        return {sign: Place(PLAIN.name, name, reference[side][0].alpha) for sign, side in SIDES.items()}
     return {
-        sign: Place(PLAIN.name, name, {one["seed"]: one["alpha"] for one in searches[side]})
+        sign: Place(PLAIN.name, name, {one.seed: one.alpha for one in searches[side]})
         for sign, side in SIDES.items()
         if side in searches
     }
 
 
-def _mean_spent(seen: Sequence[Mapping[str, Any]], converged: bool | None) -> Spent:
-    p95, mean, maximum = (sum(column) / len(seen) for column in zip(*(_kl(one) for one in seen), strict=True))
+def _mean_spent(seen: Sequence[Reached], converged: bool | None = None) -> Spent:
+    p95, mean, maximum = (
+        sum(column) / len(seen) for column in zip(*((one.p95, one.mean, one.maximum) for one in seen), strict=True)
+    )
     return Spent(p95, mean, maximum, converged)
 
 
-def _kl(known: Mapping[str, Any]) -> tuple[float, float, float]:
-    return known["p95"], known["mean"], known["maximum"]
+def _reached(seen: Divergence) -> Reached:
+    """A Divergence without its strength: a prompt has none."""
+    return Reached(**seen.as_record())
 
 
 def _folder_name(source: str) -> str:

@@ -64,21 +64,18 @@ def best_strength(
     Admissible is what keeps `LOW_MASS` on the two answers and loses no more than `FACTS_LOST` of the dev facts, at both
     signs. Where nothing is, the first candidate at the smallest strength stands in, with a warning.
     """
-    edits = {
-        (option, strength): Edit(f"{name} {number}", direction, seed=position)
-        for number, (option, direction) in enumerate(fitted.items())
-        for position, strength in enumerate(STRENGTHS[option.unit])
-    }
-    conditions = [Condition.of(edit, sign * strength) for (_, strength), edit in edits.items() for sign in (1, -1)]
+    edits = {option: Edit(f"{name} {number}", fitted[option]) for number, option in enumerate(fitted)}
+    tried = [(option, strength) for option in fitted for strength in STRENGTHS[option.unit]]
+    conditions = [Condition.of(edits[option], sign * strength) for option, strength in tried for sign in (1, -1)]
     probes = [split(sycophancy.headline_probe(behaviour), dev=True), split(side_effects.facts(), dev=True)]
     scores = Scores(score(model, probes, conditions, description=f"choosing {name}"))
     base_facts = accuracy(scores.rows(side_effects.FACTS, "logratio", "", 0.0))
     best: tuple[float, RepeSettings, float] | None = None
-    for (option, strength), edit in edits.items():
+    for option, strength in tried:
         moved, admissible = 0.0, True
         for sign in (1, -1):
             own, mass, facts = (
-                scores.rows(probe, metric, edit.name, sign * strength, seed=edit.seed)
+                scores.rows(probe, metric, edits[option].name, sign * strength)
                 for probe, metric in (
                     (behaviour.name, "logratio"), (behaviour.name, "pmass"), (side_effects.FACTS, "logratio"),
                 )
@@ -93,8 +90,7 @@ def best_strength(
         console.warn(f"{name}: no strength is admissible on the dev split; using {smallest:g}")
         return Chosen(option, smallest, "none admissible")
     _, option, strength = best
-    tried = STRENGTHS[option.unit]
-    return Chosen(option, strength, "the largest tried" if strength == tried[-1] else "")
+    return Chosen(option, strength, "the largest tried" if strength == STRENGTHS[option.unit][-1] else "")
 
 
 def best_prompts(model: ChatModel, behaviour: Behaviour, pool: Sequence[Prompt]) -> dict[int, Prompt]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ws.base.store import atomic_file
-from ws.comparing.numbers import METHODS, SIGNS, control_band
+from ws.comparing.findings import METHODS, SIGNS, Entry, control_band, shown
 
 CAPTION = (
-    "One numbered mark per method: how far it moves the behaviour the intended way, and the share of facts that it "
-    "loses (left is worse). Small marks: single seeds. Grey band: 95 % of further random directions. Crossed out: the "
-    "search for equal divergence missed its budget."
+    "One numbered mark per method. Height: how far it moves the behaviour the intended way. Horizontal: how many facts "
+    "it loses; further left is worse. Small marks are single seeds. The grey band is where 95 % of further random "
+    "directions are expected. A cross marks a method whose search for equal divergence missed its budget."
 )
 _COLOURS = {
     "weights": "#0b5cad", "variants": "#7a4fb5", "activations": "#c2570c", "prompts": "#2f7d4f", "controls": "#8b949e",
@@ -26,8 +26,6 @@ _LINEAR = 1.0
 """Points of facts lost up to which the axis is linear."""
 _OFFSETS = ((5, 3), (-13, 3), (5, -9), (-13, -9))
 """Where a number stands beside its mark, in turn, so that neighbours of one height stay readable."""
-
-Entry = Mapping[str, Any]
 
 
 def draw(
@@ -40,7 +38,7 @@ def draw(
     from matplotlib import lines  # noqa: PLC0415
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    kinds = {entry["name"]: entry["kind"] for entry in (*own_strength, *equal_kl)}
+    kinds = {entry.name: entry.kind for entry in (*own_strength, *equal_kl)}
     numbers = {name: number for number, name in enumerate(kinds, 1)}
     style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
@@ -75,20 +73,22 @@ def _panel(axis: Any, entries: Sequence[Entry], sign: str, base_facts: float, nu
     axis.axhline(0, color="#8b949e", linewidth=0.8, zorder=0)
     band = control_band(entries, sign, "own")
     if band is not None:
-        axis.axhspan(*sorted((turn * band["low"], turn * band["high"])), color="#8b949e", alpha=0.35, linewidth=0)
-    for entry in entries:
-        if sign not in entry:
-            continue
-        side, colour = entry[sign], _COLOURS[entry["kind"]]
-        lost, moved = 100 * (base_facts - side["facts"]), turn * side["own"]["mean"]
-        seeds = side["own"]["seeds"]
-        if len(seeds) > 1:
-            each = [100 * (base_facts - facts) for facts in side["facts_seeds"]]
-            axis.plot(each, [turn * value for value in seeds], ".", color=colour, markersize=4, alpha=0.6)
+        axis.axhspan(
+            *sorted(turn * limit for limit in (band.low, band.high) if limit is not None),
+            color="#8b949e",
+            alpha=0.35,
+            linewidth=0,
+        )
+    for entry, _, side in (line for line in shown(entries) if line.sign == sign):
+        colour = _COLOURS[entry.kind]
+        lost, moved = 100 * (base_facts - side.facts), turn * side.own.mean
+        if len(side.own.seeds) > 1:
+            each = [100 * (base_facts - facts) for facts in side.facts_seeds]
+            axis.plot(each, [turn * value for value in side.own.seeds], ".", color=colour, markersize=4, alpha=0.6)
         axis.plot(lost, moved, "o", color=colour, markersize=7, alpha=0.85, zorder=3)
-        if side["spent"] and side["spent"]["converged"] is False:
+        if side.spent and side.spent.is_missed:
             axis.plot(lost, moved, "x", color="black", markersize=9, zorder=4)
-        if entry["kind"] in METHODS or abs(lost) > _LINEAR:
-            number = numbers[entry["name"]]
+        if entry.kind in METHODS or abs(lost) > _LINEAR:
+            number = numbers[entry.name]
             axis.annotate(str(number), (lost, moved), fontsize=7.5, color=colour, xytext=_OFFSETS[number % 4],
                           textcoords="offset points")  # fmt: skip

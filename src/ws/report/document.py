@@ -102,12 +102,14 @@ def _markdown(block: Block) -> str:
         case Tiles(tiles):
             return "\n".join(f"- {tile.label}: **{tile.value}** {tile.detail}".rstrip() for tile in tiles)
         case Samples(columns, rows):
-            return _markdown_table(["prompt", *columns], [[prompt, *answers] for prompt, answers in rows])
+            return markdown_table(["prompt", *columns], [[prompt, *answers] for prompt, answers in rows])
         case Table(header, rows, caption):
-            return _markdown_table(header, rows) + (f"\n\n*{caption}*" if caption else "")
+            return markdown_table(header, rows) + (f"\n\n*{caption}*" if caption else "")
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table alone; what would break a cell is escaped."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
 

@@ -7,25 +7,23 @@ has a t interval over seeds, beside the interval over rows that each run has.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ws import adapters
-from ws.base import console, stats
+from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import atomic_file, write_json, write_text
 from ws.eval import dilemmas
 from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings, run_path, stored_in
 from ws.fitting.stages import FittedRun
 from ws.model.loading import ChatModel
 from ws.report.findings import Summary
+from ws.runs import sweep_tables
 from ws.runs.replicate import Replication
+from ws.runs.sweep_tables import Failure, SweepTables
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,14 @@ def run(
         raise UserError(f"no cell of the sweep finished; the first failed with: {outcomes[0].error}")
     assert finished[0].folder is not None
     place = finished[0].folder.parents[1]
-    write_tables(place, outcomes)
+    sweep_tables.write(place, tables_of(outcomes))
     return outcomes, place
+
+
+def tables_of(outcomes: Sequence[Outcome]) -> SweepTables:
+    """The tables of what finished, and what failed."""
+    failed = [Failure(outcome.cell.name, outcome.error) for outcome in outcomes if outcome.row is None]
+    return sweep_tables.of([outcome.row for outcome in outcomes if outcome.row is not None], failed)
 
 
 def _settings_of(settings: Settings, cell: Cell) -> Settings:
@@ -122,134 +126,3 @@ def _row(cell: Cell, summary: Summary, run: FittedRun) -> dict[str, Any]:
         "trainable": run.records["pos"].trainable_parameters,
         "seconds": sum(record.seconds for record in run.records.values()) + summary.seconds.get("eval", 0.0),
     }
-
-
-# -------------------------------------------------------------------- tables
-
-_MEASURES = (
-    "delta", "delta_minus", "min_pmass", "dilemmas_-1", "dilemmas_0", "dilemmas_1", "dd_delta", "pmass_1", "facts_1",
-    "kl_1", "norm", "cos_anti", "asymmetry", "drift_ratio", "cos_dw_m", "trainable", "seconds",
-)  # fmt: skip
-
-
-def by_family(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and 95 % t interval over seeds of every measure, by family; one seed has no interval."""
-    found = []
-    for family in dict.fromkeys(row["family"] for row in rows):
-        of_family = [row for row in rows if row["family"] == family]
-        line: dict[str, Any] = {"family": family, "runs": len(of_family)}
-        for name in _MEASURES:
-            interval = stats.over_seeds([float(row[name]) for row in of_family])
-            has_limits = len(of_family) > 1
-            line[name] = interval.mean
-            line[f"{name}_low"], line[f"{name}_high"] = (interval.low, interval.high) if has_limits else (None, None)
-        found.append(line)
-    return found
-
-
-def rank_stability(rows: Sequence[Mapping[str, Any]], measure: str = "delta") -> dict[str, Any]:
-    """How much the order of the families depends on the seed: Spearman's rho of all pairs of seeds.
-
-    `ranks` holds the rank of every family (1 = largest) by replicate; replicates that lack a family are left out.
-    """
-    from scipy.stats import rankdata, spearmanr  # noqa: PLC0415 - slow import
-
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    replicates: dict[tuple[int, int], dict[str, float]] = {}
-    for row in rows:
-        replicates.setdefault((row["seed"], row["data_seed"]), {})[row["family"]] = row[measure]
-    whole = {key: values for key, values in replicates.items() if values.keys() == set(families)}
-    ranks = {
-        f"seed {seed}, data seed {data}": dict(
-            zip(families, map(float, rankdata([-values[family] for family in families])), strict=True)
-        )
-        for (seed, data), values in whole.items()
-    }
-    keys = list(whole)
-    rhos = [
-        float(spearmanr([whole[a][f] for f in families], [whole[b][f] for f in families]).statistic)
-        for number, a in enumerate(keys)
-        for b in keys[number + 1 :]
-        if len(families) > 2
-    ]
-    return {"ranks": ranks, "mean_rho": sum(rhos) / len(rhos) if rhos else None}
-
-
-def write_tables(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """`sweep_per_run.csv`, `sweep_summary.csv`, `sweep.json` and `sweep.md`."""
-    rows = [outcome.row for outcome in outcomes if outcome.row is not None]
-    summary = by_family(rows)
-    stability = rank_stability(rows)
-    failed = [{"cell": outcome.cell.name, "error": outcome.error} for outcome in outcomes if outcome.row is None]
-    _write_csv(folder / "sweep_per_run.csv", rows)
-    _write_csv(folder / "sweep_summary.csv", summary)
-    write_json(
-        folder / "sweep.json",
-        {"per_run": rows, "by_family": summary, "rank_stability": stability, "failed": failed},
-    )
-    write_text(folder / "sweep.md", markdown(summary, stability, failed))
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-COLUMNS = (
-    ("delta", "+1 minus 0", "+.2f"), ("min_pmass", "min pmass", ".3f"), ("dilemmas_-1", "dilemmas -1", "+.2f"),
-    ("dilemmas_0", "0", "+.2f"), ("dilemmas_1", "+1", "+.2f"), ("dd_delta", "dd_delta", "+.2f"),
-    ("pmass_1", "pmass @ +1", ".3f"), ("facts_1", "facts @ +1", ".3f"), ("kl_1", "KL @ +1", ".3f"),
-    ("norm", "norm of dW", ".3g"), ("cos_anti", "cos_anti", "+.2f"), ("drift_ratio", "drift", ".2f"),
-    ("trainable", "trainable", ",.0f"), ("seconds", "seconds", ".0f"),
-)  # fmt: skip
-"""Measure, heading and number format of the printed table."""
-
-
-SHOWN = ("delta", "dd_delta", "min_pmass", "facts_1", "norm", "seconds")
-"""What a terminal has room for."""
-
-
-def cells_of(line: Mapping[str, Any], columns: Sequence[tuple[str, str, str]] = COLUMNS) -> list[str]:
-    """One family's line as text: mean with its interval over seeds where there is one."""
-    found = [str(line["family"]), str(line["runs"])]
-    for name, _, form in columns:
-        text = format(line[name], form)
-        if name in ("delta", "dd_delta") and line[f"{name}_low"] is not None:
-            text += f" [{line[f'{name}_low']:+.2f}, {line[f'{name}_high']:+.2f}]"
-        found.append(text)
-    return found
-
-
-def show(summary: Sequence[Mapping[str, Any]]) -> None:
-    """Print the cross-family table, the columns that a terminal has room for."""
-    columns = [column for column in COLUMNS if column[0] in SHOWN]
-    table = Table(title="adapter families", title_justify="left", header_style="bold")
-    for heading in ("adapter", "runs", *(heading for _, heading, _ in columns)):
-        table.add_column(heading, justify="left" if heading == "adapter" else "right")
-    for line in summary:
-        table.add_row(*cells_of(line, columns))
-    console.show(table)
-
-
-def markdown(
-    summary: Sequence[Mapping[str, Any]], stability: Mapping[str, Any], failed: Sequence[Mapping[str, str]]
-) -> str:
-    """The cross-family table as Markdown."""
-    head = ["adapter", "runs", *(heading for _, heading, _ in COLUMNS)]
-    lines = [
-        "# Adapter families",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *("| " + " | ".join(cells_of(line)) + " |" for line in summary),
-        "",
-        "Log-ratios in nats. Brackets: 95 % t interval over seeds; a single run has none. Seconds: both adapters and "
-        "the evaluation.",
-        "",
-    ]
-    if stability["mean_rho"] is not None:
-        lines += [f"Order of the families between seeds: mean Spearman rho {stability['mean_rho']:.2f}.", ""]
-    lines += [f"- failed: {entry['cell']}: {entry['error']}" for entry in failed]
-    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""What docs/update.py writes between `begin` and `end` comments, from stored results alone."""

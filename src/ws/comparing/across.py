@@ -1,0 +1,116 @@
+"""Several comparisons in one table: does a result survive another model or another behaviour?
+
+`comparisons.json` holds the rows; `comparisons.md` and `comparisons.html` show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ws.base.records import plain
+from ws.base.store import write_json, write_text
+from ws.comparing import caveats
+from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Probe
+from ws.report import document
+from ws.report.document import Table
+
+TITLE = "The same comparison on other models and behaviours"
+_ALWAYS = ("weights", "variants")
+_IF_CHOSEN = ("activations", "prompts")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One effect: its 95 % interval over rows, its interval over training seeds (None: one seed), and its verdict."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds_low: float | None = None
+    seeds_high: float | None = None
+    verdict: str = ""
+
+    @property
+    def text(self) -> str:
+        """`+4.26 [+4.12, +4.39]; seeds +3.91, +4.62`, the verdict after the first interval."""
+        rows = "" if self.low is None else f" [{self.low:+.2f}, {self.high:+.2f}]"
+        verdict = f" ({self.verdict})" if self.verdict else ""
+        seeds = "" if self.seeds_low is None else f"; seeds {self.seeds_low:+.2f}, {self.seeds_high:+.2f}"
+        return f"{self.mean:+.2f}{rows}{verdict}{seeds}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of one comparison at its own strength: effects by sign, and the least share of facts that it keeps."""
+
+    model: str
+    behaviour: str
+    method: str
+    own: Mapping[str, Moved]
+    dilemmas: Mapping[str, Moved]
+    facts: float
+
+
+@dataclass(frozen=True)
+class Across:
+    """The rows of several comparisons."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def table(self) -> Table:
+        """The rows as text."""
+        tuned = caveats.tuning((row.model, row.behaviour) for row in self.rows)
+        readout = caveats.readout(row.model for row in self.rows)
+        caption = (
+            "Change against each model's own base at each method's own strength, nats. In brackets: 95 % interval over "
+            "rows (whole clusters). seeds: 95 % t interval over training seeds. Dilemmas: towards the honest answer. "
+            f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps their band. Activation steering and "
+            "prompts: only the one that was best on the dev split."
+        )
+        return Table(
+            ["model", "behaviour", "method", "own, -", "own, +", "dilemmas, -", "dilemmas, +", "least facts right"],
+            [
+                [
+                    row.model, row.behaviour, row.method,
+                    *(effects[sign].text for effects in (row.own, row.dilemmas) for sign in ("-", "+")),
+                    f"{100 * row.facts:.1f} %",
+                ]
+                for row in self.rows
+            ],
+            " ".join([caption, tuned, readout]).strip(),
+        )  # fmt: skip
+
+
+def of(found: Sequence[Findings]) -> Across:
+    """Every weight direction, and the chosen activation steering and prompt of each comparison."""
+    return Across(tuple(
+        Row(
+            one.model, one.behaviour, entry.name, _moved(entry, "own"), _moved(entry, "dilemmas"),
+            min(side.facts for side in entry.sides.values()),
+        )
+        for one in found
+        for entry in one.own_strength
+        if entry.kind in _ALWAYS or (entry.kind in _IF_CHOSEN and one.best.get(entry.kind) == entry.name)
+    ))  # fmt: skip
+
+
+def _moved(entry: Entry, probe: Probe) -> dict[str, Moved]:
+    found = {}
+    for sign, side in entry.sides.items():
+        effect = side.effect(probe)
+        limits = (effect.over_seeds.low, effect.over_seeds.high) if effect.over_seeds else (None, None)
+        found[sign] = Moved(effect.mean, effect.low, effect.high, *limits, side.verdict(probe))
+    return found
+
+
+def write(out: Path, found: Sequence[Findings]) -> Path:
+    """Write `comparisons.json`, `.md` and `.html` in `out`, in place of earlier ones; returns the page."""
+    across, path = of(found), out / "comparisons.html"
+    write_json(path.with_suffix(".json"), plain(across))
+    write_text(path.with_suffix(".md"), document.to_markdown(TITLE, [across.table]))
+    subtitle = "own strength, identical test rows within a comparison"
+    write_text(path, document.to_html(TITLE, subtitle, [across.table]))
+    return path

@@ -1,0 +1,344 @@
+"""What a comparison finds: an entry per method with its effects, what they consist of and what they cost.
+
+`Findings` is a finished comparison. `comparison.json` is its plain form (`base.records`), and reading that gives the
+same records. A number that does not exist is None.
+
+Two probes have effects: `own`, the probe of the behaviour, and `dilemmas`. Signs are `+` and `-`. Effects are changes
+against the base in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ws.base import stats
+from ws.base.records import FLAT
+from ws.base.stats import Interval
+from ws.baselines.controls import RANDOM
+from ws.report import cells
+from ws.report.summary import as_dict, is_mostly_yes_bias
+
+Probe = Literal["own", "dilemmas"]
+
+SIGNS = ("+", "-")
+SIDES = {"+": "1", "-": "-1"}
+"""Sign of a table -> its key in the records of calibration."""
+PROBES: tuple[Probe, ...] = ("own", "dilemmas")
+KINDS = {"weights": "weight directions", "activations": "activation steering", "prompts": "prompts"}
+"""Kinds of method that the headline sets side by side."""
+METHODS = ("weights", "variants", "activations", "prompts")
+"""Kinds of entry that are no controls. `variants` are parts of a direction with one training seed: never a headline."""
+CONTROLS = "controls"
+NOT_SEPARABLE = "not separable from random directions"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % limits, None where there are too few replicates for an interval; `n` values."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, interval: Interval) -> Estimate:
+        """An interval of `stats`."""
+        return Estimate(**as_dict(interval))
+
+    @property
+    def limits(self) -> str:
+        """`-0.20, +0.40`; empty where there is no interval."""
+        return cells.limits(vars(self))
+
+    @property
+    def text(self) -> str:
+        """`+0.10 [-0.20, +0.40]`."""
+        return cells.with_limits(vars(self))
+
+
+@dataclass(frozen=True)
+class Effect(Estimate):
+    """A mean change with its interval over rows (whole clusters) and, with several seeds, one over seeds.
+
+    p: two-sided, by flipping signs of whole clusters. seeds: every replicate's own mean. outside: whether the effect is
+    clear of the band of random directions; None where there is no verdict.
+    """
+
+    p: float
+    seeds: tuple[float, ...]
+    over_seeds: Estimate | None
+    outside: bool | None = None
+
+    @property
+    def intervals(self) -> tuple[Estimate, ...]:
+        """Over rows, and over seeds where there are several."""
+        return (self, self.over_seeds) if self.over_seeds else (self,)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a mean change consists of (`stats.decompose`), and how many rows turn.
+
+    balanced: towards the right answer with equal weight on rows whose right answer is Yes and No; None without one of
+    the two kinds. up, down: rows that turn to and from the right answer.
+    """
+
+    truth: float
+    bias: float
+    scale: float | None
+    beyond_scale: float
+    balanced: float | None
+    yes_bias: Estimate
+    up: int
+    down: int
+    n: int
+
+    @property
+    def is_mostly_yes_bias(self) -> bool:
+        """Whether the change is one towards Yes rather than towards or away from the right answers."""
+        return is_mostly_yes_bias(vars(self.yes_bias), self.truth)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Dilemma answers that turn at one sign, means over replicates; `half` is Surgical Informedness by penalty."""
+
+    to_honest: float | None
+    to_dishonest: float | None
+    balanced: float | None
+    half: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Informedness:
+    """Surgical Informedness of both signs, and its halves at + and -, in points; means over replicates."""
+
+    score: float | None
+    forward: float | None
+    reverse: float | None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """KL to the base along the method's own greedy replies to neutral requests, nats per token, mean over replicates.
+
+    `converged` says whether every search for the strength reached its budget; None where nothing was searched.
+    """
+
+    p95: float
+    mean: float
+    maximum: float
+    converged: bool | None = None
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether a search for this strength ended away from its budget."""
+        return self.converged is False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Least answer mass, and what else changes; None where it was not measured.
+
+    KL and NLL change: on given answers to neutral requests, nats per token. facts: share of facts answered right.
+    true_claims: log-ratio of agreeing with true claims. The last four describe greedy replies.
+    """
+
+    pmass: float
+    facts: float
+    facts_seeds: tuple[float, ...]
+    kl: float | None
+    kl_p95: float | None
+    kl_max: float | None
+    nll_delta: float | None
+    true_claims: float | None
+    distinct3: float | None
+    reply_tokens: float | None
+    reply_finished: float | None
+    json: float | None
+
+
+@dataclass(frozen=True)
+class Levels(Cost):
+    """The unedited model on the same rows: what every change is counted from."""
+
+    own: Estimate
+    dilemmas: Estimate
+    nll: float | None
+
+
+@dataclass(frozen=True)
+class Side(Cost):
+    """A method at one sign: its strength (mean over replicates), effects, what they consist of, and what it costs."""
+
+    alpha: float
+    spent: Spent | None
+    own: Effect
+    dilemmas: Effect
+    own_decomposition: Parts | None
+    """None where no item of the own probe was asked in both polarities."""
+    decomposition: Parts
+    turned: Turned
+
+    def effect(self, probe: Probe) -> Effect:
+        """The effect on a probe."""
+        return self.own if probe == "own" else self.dilemmas
+
+    def parts(self, probe: Probe) -> Parts | None:
+        """What that effect consists of; None where it cannot be told."""
+        return self.own_decomposition if probe == "own" else self.decomposition
+
+    def is_yes_biased(self, probe: Probe) -> bool:
+        """Whether the effect is mostly a change towards Yes."""
+        parts = self.parts(probe)
+        return parts is not None and parts.is_mostly_yes_bias
+
+    def verdict(self, probe: Probe) -> str:
+        """What a reader must know of an effect before believing it; empty if nothing."""
+        if self.effect(probe).outside is False:
+            return NOT_SEPARABLE
+        return "mostly Yes-bias" if self.is_yes_biased(probe) else ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method's numbers by sign; `kind` groups methods."""
+
+    name: str
+    kind: str
+    note: str
+    sides: Mapping[str, Side] = field(metadata=FLAT)
+    informedness: Mapping[str, Informedness] | None = None
+    """By penalty (`k1`, `k2`); None where a sign is missing."""
+
+
+# -------------------------------------------------------------------- strengths
+
+
+@dataclass(frozen=True)
+class Reached:
+    """KL to the base along greedy replies, nats per token, and the share of distinct trigrams in them."""
+
+    p95: float
+    mean: float
+    maximum: float
+    distinct: float
+
+
+@dataclass(frozen=True)
+class Search(Reached):
+    """What one replicate reached at the strength that was found for it.
+
+    alpha_low, alpha_high: limits of the strength; None where they were not measured. at_own_strength: what it spends at
+    +-1, None where the search did not come by.
+    """
+
+    seed: int | None
+    alpha: float
+    converged: bool
+    tolerance: float
+    alpha_low: float | None = None
+    alpha_high: float | None = None
+    at_own_strength: Reached | None = None
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """The budget and the searches for it, by method and then by side (`1` and `-1`).
+
+    anchor: the prompt whose KL is the budget; None if the budget was given. reference: whose strength random directions
+    stand at. Prompts have no strength, only what they spend.
+    """
+
+    target: float
+    anchor: str | None
+    reference: str
+    edits: Mapping[str, Mapping[str, tuple[Search, ...]]]
+    prompts: Mapping[str, Mapping[str, Reached]]
+
+
+# -------------------------------------------------------------------- a whole comparison
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A measured comparison.
+
+    best: per kind the method that the headline shows, chosen on the dev split. dilemmas: where they come from. seconds:
+    wall-clock seconds by phase, `total` among them.
+    """
+
+    model: str
+    behaviour: str
+    best: Mapping[str, str]
+    base: Levels
+    own_strength: tuple[Entry, ...]
+    equal_kl: tuple[Entry, ...]
+    calibration: Strengths
+    dilemmas: str
+    seconds: Mapping[str, float]
+
+
+class Shown(NamedTuple):
+    """One line of a table: an entry at one sign."""
+
+    entry: Entry
+    sign: str
+    side: Side
+
+    @property
+    def name(self) -> str:
+        """Method and sign in words."""
+        return f"{self.entry.name} at {self.sign}"
+
+
+def shown(entries: Iterable[Entry], kinds: Collection[str] | None = None) -> Iterator[Shown]:
+    """Every entry at every sign that it has, in the order of tables; `kinds` None takes all."""
+    for entry in entries:
+        if kinds is None or entry.kind in kinds:
+            yield from (Shown(entry, sign, entry.sides[sign]) for sign in SIGNS if sign in entry.sides)
+
+
+def control_band(entries: Iterable[Entry], sign: str, probe: Probe) -> Estimate | None:
+    """Where 95 % of further random directions would fall; None with fewer than two of them."""
+    control = next((line for line in shown(entries) if line.entry.name == RANDOM and line.sign == sign), None)
+    if control is None:
+        return None
+    seeds = control.side.effect(probe).seeds
+    return Estimate.of(stats.prediction_band(seeds)) if len(seeds) > 1 else None
+
+
+def control_bands(entries: Sequence[Entry]) -> dict[str, dict[Probe, Estimate | None]]:
+    """The bands by sign and probe."""
+    return {sign: {probe: control_band(entries, sign, probe) for probe in PROBES} for sign in SIGNS}
+
+
+@dataclass(frozen=True)
+class ControlMean:
+    """A control with replicates: the mean over seeds with its interval, and the band for one more seed."""
+
+    control: str
+    sign: str
+    probe: str
+    seeds: tuple[float, ...]
+    mean: Estimate
+    band: Estimate
+
+
+def control_means(entries: Iterable[Entry]) -> list[ControlMean]:
+    """All controls that have replicates, by sign and probe."""
+    return [
+        ControlMean(line.entry.name, line.sign, probe, seeds, Estimate.of(stats.over_seeds(seeds)),
+                    Estimate.of(stats.prediction_band(seeds)))
+        for line in shown(entries, (CONTROLS,))
+        for probe in PROBES
+        if len(seeds := line.side.effect(probe).seeds) > 1
+    ]  # fmt: skip
+
+
+def mostly_yes_bias(entries: Iterable[Entry], probe: Probe) -> list[Shown]:
+    """Methods, with their sign, whose change on a probe is mostly one towards Yes."""
+    return [line for line in shown(entries, METHODS) if line.side.is_yes_biased(probe)]
