@@ -18,14 +18,17 @@ SHIPPED = loading.POCKET_MODELS["pocket"]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHIPPED / "config.json").is_file(), reason="the embedded model is not built")
-def test_the_python_example_runs(
+def test_the_python_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    match = re.search(r"<!-- runnable -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert match is not None
     monkeypatch.chdir(tmp_path)
-    exec(compile(match[1], "README.md", "exec"), {})
+    for document in ("README.md", "docs/commands.md"):  # the second begins with the file that the first leaves
+        text = (ROOT / document).read_text(encoding="utf-8")
+        match = re.search(r"<!-- runnable -->\n```python\n(.*?)```", text, re.DOTALL)
+        assert match is not None
+        exec(compile(match[1], document, "exec"), {})
     assert (tmp_path / "sycophancy.safetensors").is_file()
+    assert (tmp_path / "sycophancy-lora" / "adapter_model.safetensors").is_file()
     assert "Direction(" in capsys.readouterr().out
 
 
