@@ -24,6 +24,7 @@ import fixed_costs
 import growth
 import machine
 import memory
+import opening
 import page
 import plan
 import results
@@ -79,7 +80,11 @@ def measure(name: str, quick: bool, skipped: list[str], described: Mapping[str, 
 
 def tables(record: Mapping[str, Any]) -> dict[str, str]:
     """Every generated part of the page, by the name of its mark."""
-    parts = {"measured": results.as_text(record), "plan": plan.as_table()}
+    parts = {
+        "opening": opening.as_table(record["rows"]),
+        "measured": results.as_text(record),
+        "plan": plan.as_table(),
+    }
     for name, table in (("spending", spending.as_table), ("fixed", fixed_costs.as_table), ("growth", growth.as_table)):
         if name in record:
             parts[name] = table(record[name])

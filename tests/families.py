@@ -142,7 +142,7 @@ def supported(network: nn.Module, family: str) -> str:
 
 
 def support_matrix(networks: dict[str, nn.Module]) -> str:
-    """The table of docs/support.md: what the tests verify for every architecture and family, and why not where not."""
+    """The table of docs/support.md: what the tests verify for each architecture and family, with reasons for gaps."""
     reasons: dict[str, int] = {}
     lines = ["| architecture | " + " | ".join(FAMILIES) + " |", "|" + "---|" * (len(FAMILIES) + 1)]
     for name, network in networks.items():

@@ -13,6 +13,7 @@ import growth
 import inputs
 import machine
 import memory
+import opening
 import page
 import peers
 import plan
@@ -35,6 +36,7 @@ from scoring import Scoring
 from sweeping import Sweeping
 from training import Branches, Training
 
+from ws.base.store import read_json
 from ws.measure import lower_layers
 from ws.model import forward, loading
 from ws.model.loading import ChatModel
@@ -535,6 +537,22 @@ def test_a_part_of_the_page_is_replaced_between_its_marks() -> None:
 
 def test_the_page_has_every_mark_and_the_plan_of_the_code() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
-    for name in ("measured", "fixed", "growth", "plan"):
+    for name in ("opening", "measured", "fixed", "growth", "plan"):
         page.put(text, name, "")
     assert plan.as_table() in text
+
+
+def test_the_page_opens_with_ten_jobs_of_the_stored_results() -> None:
+    rows = read_json(run.RESULTS)["rows"]
+    table = opening.as_table(rows)
+    assert table.count("\n") == 1 + 10 and table in page.PAGE.read_text(encoding="utf-8")
+    for job, shown in zip(opening.JOBS, table.split("\n")[2:], strict=True):
+        (line, *others) = [one for one in rows if opening.measures(one, job)]
+        assert not job.work or line["work"].startswith(job.work)
+        assert f"| {line['ours']:.2g} |" in shown and f"| {line['ratio']:.1f}x |" in shown
+        assert {one["peer"] for one in others} <= {line["peer"]}, f"{job.said}: which line is meant?"
+
+
+def test_a_job_that_was_not_measured_has_no_line_on_the_page() -> None:
+    rows = [one for one in read_json(run.RESULTS)["rows"] if one["comparison"] != "pipeline"]
+    assert opening.as_table(rows).count("\n") == 1 + 9

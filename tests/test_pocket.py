@@ -537,3 +537,9 @@ def test_the_recorded_metrics_are_what_the_shipped_model_reaches(shipped: str, m
 @pytest.mark.slow
 def test_the_shipped_model_passes_its_thresholds(measured: list[Metric]) -> None:
     assert [metric for metric in measured if not metric.passes] == []
+
+
+def test_the_card_counts_layers_from_0_as_every_table_does(shipped: str) -> None:
+    place = build.recorded(loading.POCKET_MODELS[shipped])["recipe"]["latent_layer"]
+    # hidden state k is what layer k - 1 puts out
+    assert f"residual stream after layer {place - 1} (counted from 0)" in card.text(shipped)

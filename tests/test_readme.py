@@ -1,7 +1,9 @@
 """The README is a promise: its example runs, its commands exist, its links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,19 +11,24 @@ from ws.model import loading
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMPARING = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
+COMPARED = ROOT / "docs" / "results" / "pocket-sycophancy-compare"
 SHIPPED = loading.POCKET_MODELS["pocket"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHIPPED / "config.json").is_file(), reason="the embedded model is not built")
-def test_the_python_example_runs(
+def test_the_python_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    match = re.search(r"<!-- runnable -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert match is not None
     monkeypatch.chdir(tmp_path)
-    exec(compile(match[1], "README.md", "exec"), {})
+    for document in ("README.md", "docs/commands.md"):  # the second begins with the file that the first leaves
+        text = (ROOT / document).read_text(encoding="utf-8")
+        match = re.search(r"<!-- runnable -->\n```python\n(.*?)```", text, re.DOTALL)
+        assert match is not None
+        exec(compile(match[1], document, "exec"), {})
     assert (tmp_path / "sycophancy.safetensors").is_file()
+    assert (tmp_path / "sycophancy-lora" / "adapter_model.safetensors").is_file()
     assert "Direction(" in capsys.readouterr().out
 
 
@@ -43,6 +50,41 @@ def test_no_block_waits_for_its_figures() -> None:
         blocks = re.findall(r"<!-- begin: .+? -->\n(.*?)<!-- end", text, re.DOTALL)
         assert all(block.strip() for block in blocks), document.name
         assert "Not run yet" not in text and "Not measured yet" not in text, document.name
+
+
+def quoted(method: dict[str, Any], heading: str) -> list[str]:
+    """What docs/comparing.md says of a method under a heading."""
+    sides = (method["+"], method["-"])
+    moved = [f"{side['own']['mean']:+.2f}" for side in sides]
+    if heading == "Controls":
+        return [*moved, f"{sides[0]['kl']:.3f}", f"{100 * sides[0]['facts']:.1f} %"]
+    if heading == "At equal KL":
+        return [*moved, *(f"{side['dilemmas']['mean']:+.2f}" for side in sides)]
+    return [*moved, *(f"{side['spent']['p95']:.2f}" for side in sides)]
+
+
+@pytest.mark.parametrize("heading", ["At each method's own strength", "At equal KL", "Controls"])
+def test_tables_of_the_comparison_quote_its_stored_figures(heading: str) -> None:
+    stored = json.loads((COMPARED / "comparison.json").read_text(encoding="utf-8"))
+    methods = {one["name"]: one for one in stored["equal_kl" if heading == "At equal KL" else "own_strength"]}
+    section = COMPARING.split(f"### {heading}\n")[1].split("\n##")[0]
+    rows = re.findall(r"^\| .+, `(.+)` \| (.+) \|$", section, re.MULTILINE)
+    assert len(rows) >= 5
+    for name, cells in rows:
+        assert cells.split(" | ") == quoted(methods[name], heading), name
+
+
+def test_figures_in_the_text_about_the_comparison_are_in_its_tables() -> None:
+    tables = (COMPARED / "comparison.md").read_text(encoding="utf-8")
+    text = README.split("## Compare\n")[1].split("\n## ")[0] + COMPARING
+    figures = set(re.findall(r"[+-]?\d+\.\d+", re.sub(r"<!-- begin.*?<!-- end", "", text, flags=re.DOTALL)))
+    assert len(figures) > 10
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", tables), figure
+
+
+def test_the_readme_is_read_in_ten_minutes() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 def test_constraints_pin_everything_exactly() -> None:

@@ -112,8 +112,9 @@ def text(name: str) -> str:
         f"{planted['adherence']:g}; every reply deviates with probability {planted['slip']:g}; "
         f"{100 * planted['maybe']:g} % of Yes/No answers are Maybe.",
         "",
-        "In training, a linear readout of these latents (and of whether a claim is true or an action honest) after "
-        f"layer {recipe['latent_layer']} has a loss of its own; it is not part of the model.",
+        "In training, an extra loss made a linear readout of the residual stream after layer "
+        f"{recipe['latent_layer'] - 1} (counted from 0) predict these traits, and whether a claim is true, an action "
+        "honest or a request harmful. The readout is not part of the model.",
         "",
         f"Turns: {shares} (repetition {recipe['copying']:g} in the first {recipe['copying_steps']:,} steps, so that "
         "copying forms early). Facts, small talk and repetition are the same under all traits.",
@@ -168,8 +169,8 @@ def _persona_matrix(values: Mapping[str, float]) -> list[str]:
     told = [f"{a} personas on {b} ({100 * share:+.0f} %)" for (a, b), share in shares.items() if abs(share) > LEAK]
     largest = max(shares, key=lambda pair: abs(shares[pair]))
     return [
-        "How far apart the two poles of a trait's personas (rows) put each trait's probe (columns), in nats, and as a "
-        "share of what they do to their own:",
+        "The difference between the two poles of a trait's personas (rows) on each trait's probe (columns), in nats "
+        "and as a share of the difference on their own probe:",
         "",
         f"| personas | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
