@@ -14,6 +14,7 @@ from ws.base.store import Shards
 from ws.baselines.controls import random_like
 from ws.edit.condition import PLAIN, Condition, Context, Edit
 from ws.edit.steering import steer
+from ws.measure import lower_layers
 from ws.measure.probe import Probe, ProbeRow
 from ws.measure.score import _RUNNERS, SCHEMA, score
 from ws.model.chat import ask
@@ -198,6 +199,20 @@ def test_runs_of_one_model_share_what_the_unedited_model_says(
     other = score(qwen, probes, [Condition(Context("pirate", "You are a nurse."))], base_shards=base)
     assert computed[-1].context.system == "You are a nurse.", "a context is known by what it says"
     assert values(other, "logratio", context="pirate") != values(expected, "logratio", context="pirate")
+
+
+def test_a_condition_is_asked_once_where_it_begins(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = lower_layers.first_edited
+    monkeypatch.setattr(
+        lower_layers, "first_edited", lambda network, one: asked.append(one.key()) or real(network, one)
+    )
+    edit, pirate = Edit("d", direction(qwen)), Context("pirate", "You are a pirate.")
+    conditions = [Condition.of(edit, alpha) for alpha in (-1.0, 0.0, 1.0, 2.0)] + [Condition.of(edit, 1.0, pirate)]
+    for per_pass in (1, 3):
+        asked.clear()
+        score(qwen, [choice(), texts("likelihood")], [*conditions, *conditions], mode="runtime", per_pass=per_pass)
+        assert len(asked) == len({str(key) for key in asked}) == 6, "four strengths, another context, and its base"
 
 
 def test_a_changed_probe_is_not_taken_from_disk(qwen: ChatModel, tmp_path: Path) -> None:

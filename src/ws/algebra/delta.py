@@ -9,7 +9,8 @@ an untrained adapter is a zero update. (Task vectors: Ilharco et al. 2212.04089;
 
 The first kind of term is a function of the base weight `W`. A delta that has any needs `W` wherever the update itself
 is asked for (`materialise`, `apply`, norms); asked without it, that is an error. Stacked experts carry a leading axis
-in `left`, `right` and `dense`. A bias vector is a matrix of one column.
+in `left`, `right` and `dense`. A bias vector is a matrix of one column. Left is the side of the outputs, right the
+side of the inputs.
 
 Numeric traps. Two fine-tunes of one base share most of their movement, so `tau_pos - tau_neg` cancels: the
 difference of equal-rank products is stored as `[B_p - B_n, B_n] [A_p; A_p - A_n]`, whose small differences of fp32

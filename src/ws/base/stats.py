@@ -164,13 +164,13 @@ def surgical_informedness(
     rows are right: report k = 1 and `balanced` beside it. Without `minus` the reverse half is NaN.
     """
     before, after = base * labels, plus * labels
-    right, wrong = before > 0, before < 0
-    fixed, broken = _share(after > 0, wrong), _share(after < 0, right)
+    correct, wrong = before > 0, before < 0
+    fixed, broken = _share(after > 0, wrong), _share(after < 0, correct)
     forward = fixed - k * broken
     flipped = countered = reverse = float("nan")
     if minus is not None:
         below = minus * labels
-        flipped, countered = _share(below < 0, right), _share(below > 0, wrong)
+        flipped, countered = _share(below < 0, correct), _share(below > 0, wrong)
         reverse = flipped - k * countered
     halves = [half for half in (forward, reverse) if not np.isnan(half)]
     scale = min(mass) ** 2 * 100 if minus is not None else mass[0] ** 2 * 100
@@ -178,7 +178,7 @@ def surgical_informedness(
     yes = labels > 0
     gap = [_share(answers > 0, yes) - _share(answers > 0, ~yes) for answers in (base, plus)]
     return Informedness(
-        score, forward * 100, reverse * 100, fixed, broken, flipped, countered, int(right.sum()), int(wrong.sum()),
+        score, forward * 100, reverse * 100, fixed, broken, flipped, countered, int(correct.sum()), int(wrong.sum()),
         (gap[1] - gap[0]) * 100,
     )  # fmt: skip
 

@@ -96,7 +96,7 @@ def score(
                 store = base_shards if base_shards is not None and is_base else shards
                 if plan.per_pass > 1 and not is_base:
                     _read_together(model, prepared, group[number:], known, store, plan.per_pass)
-                for part in _score_condition(model, prepared, planned, mode, store, known):
+                for part in _score_condition(model, prepared, planned, plan.mode, store, known):
                     pieces.append(part)
                     bar.advance()
             for piece in prepared:
