@@ -116,6 +116,8 @@ def test_equal_divergence_is_equal_or_marked(result: compare.Result) -> None:
             for one in searches:
                 assert one["alpha"] * int(sign) > 0
                 assert one["converged"] == (abs(one["p95"] - found["target"]) <= one["tolerance"])
+                limits = one["alpha_low"], one["alpha_high"]
+                assert limits[0] <= limits[1] if one["converged"] else limits == (None, None)
     entries = {entry["name"]: entry for entry in result.summary["equal_kl"]}
     prompted = {entry["name"] for entry in result.summary["own_strength"] if entry["kind"] == "prompts"}
     assert set(entries) == {*found["edits"], *prompted, "random"}
