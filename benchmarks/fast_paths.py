@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import results
 import shapes
 import timing
 import torch
@@ -66,27 +65,29 @@ class FastPaths(Comparison):
 
     def rows(self) -> list[Row]:
         """Every path on each of its works, with and without in turn; in half precision and in fp32."""
-        return [line for dtype in self._dtypes() for line in self._rows_of(dtype)]
+        return list(self.lines())
 
-    def _dtypes(self) -> list[torch.dtype]:
-        return list(dict.fromkeys([self.model.dtype, torch.float32]))
+    def lines(self) -> Iterator[Row]:
+        """The lines, one by one as they are measured."""
+        for dtype in dict.fromkeys([self.model.dtype, torch.float32]):
+            if dtype != self.model.dtype:
+                self.model = loading.load(self.inputs.model, dtype="float32")
+            known = set[str]()
+            for path in PATHS:
+                if dtype == torch.float32 and path.only_half:
+                    continue
+                for work in path.works:
+                    yield self._line(path, work, is_first=work not in known)
+                    known.add(work)
 
-    def _rows_of(self, dtype: torch.dtype) -> Iterator[Row]:
-        if dtype != self.model.dtype:
-            self.model = loading.load(self.inputs.model, dtype="float32")
-        chosen = [path for path in PATHS if dtype != torch.float32 or not path.only_half]
-        for path in chosen:
-            for work in path.works:
-                ways = [
-                    Way(path.name, self._works[work]),
-                    Way(f"without {path.name}", partial(self._without, path, work)),
-                ]
-                times = timing.in_turn(ways, self.workload.paths.repeats, clock=self.clock)
-                with_it, without_it = times.values()
-                yield timing.row(
-                    f"{path.name}: {work}", "ours without it", self.inputs.size, with_it, without_it,
-                    note=str(dtype).removeprefix("torch."),
-                )  # fmt: skip
+    def _line(self, path: FastPath, work: str, *, is_first: bool) -> Row:
+        ways = [Way(path.name, self._works[work]), Way(f"without {path.name}", partial(self._without, path, work))]
+        repeats, warm_up = self.workload.paths.repeats, int(is_first)  # a work is set up once for all of its paths
+        with_it, without_it = timing.in_turn(ways, repeats, warm_up, self.clock).values()
+        return timing.row(
+            f"{path.name}: {work}", "ours without it", self.inputs.size, with_it, without_it,
+            note=str(self.model.dtype).removeprefix("torch."),
+        )  # fmt: skip
 
     def _without(self, path: FastPath, work: str) -> None:
         with path.off(self):
@@ -237,7 +238,7 @@ PATHS = (
 
 
 ROUGH = workload.Paths(rows=96, alphas=3, prompts=8, samples=8, new_tokens=32, pairs=32, repeats=3)
-SMALL = workload.Paths(rows=8, alphas=3, prompts=2, samples=8, new_tokens=8, pairs=4, repeats=2)
+SMALL = workload.Paths(rows=8, alphas=3, prompts=2, samples=8, new_tokens=8, pairs=4, repeats=1)
 """Less work on small models and on shapes. The directions are random: a path saves as much on them."""
 
 
@@ -254,7 +255,9 @@ def main() -> None:
             chosen = replace(chosen, paths=SMALL if name in shapes.SHAPES else ROUGH)
             comparison = FastPaths(Inputs.make(name, chosen, folder))
             comparison.clock = time.process_time
-            sys.stdout.write(results.as_table([row.as_record() for row in comparison.rows()]) + "\n")
+            for line in comparison.lines():
+                sys.stdout.write(f"{line.ratio:5.2f}  {line.size}, {line.note}  {line.work}\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def test_equal_divergence_is_equal_or_marked(result: compare.Result) -> None:
             for one in searches:
                 assert one.alpha * int(sign) > 0
                 assert one.converged == (abs(one.p95 - found.target) <= one.tolerance)
+                if one.converged:
+                    assert one.alpha_low is not None and one.alpha_high is not None
+                    assert one.alpha_low <= one.alpha_high
+                else:
+                    assert (one.alpha_low, one.alpha_high) == (None, None)
     entries = {entry.name: entry.sides for entry in result.found.equal_kl}
     prompted = {entry.name for entry in result.found.own_strength if entry.kind == "prompts"}
     assert set(entries) == {*found.edits, *prompted, "random"}

@@ -51,27 +51,6 @@ def test_norm_is_that_of_the_dense_matrix(kind: str, shape: str) -> None:
     assert spectrum.norm(delta) == pytest.approx(frobenius(delta), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_singular_values_are_those_of_the_dense_matrix(kind: str, shape: str) -> None:
-    delta = KINDS[kind](SHAPES[shape], 4)
-    expected = torch.linalg.svdvals(in_fp64(delta))
-    values = spectrum.singular_values(delta)
-    assert values.dtype == torch.float64
-    assert len(values) == (min(*delta.shape, delta.rank) if delta.dense is None else min(delta.shape))
-    assert torch.equal(values, values.sort(descending=True).values)
-    scale = max(float(expected.max()), 1e-30)
-    assert torch.allclose(values, expected[: len(values)], rtol=0, atol=TOLERANCE * scale)
-    assert float(expected[len(values) :].norm()) < 1e-12 * scale
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_norm_is_the_root_of_the_summed_squares_of_the_singular_values(kind: str, shape: str) -> None:
-    delta = KINDS[kind](SHAPES[shape], 5)
-    assert float(spectrum.singular_values(delta).norm()) == pytest.approx(spectrum.norm(delta), rel=TOLERANCE)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rank 0"])
 def test_cosine_is_that_of_the_dense_matrices(kind: str) -> None:
     a, b = KINDS[kind]((12, 40), 6), KINDS[kind]((12, 40), 7)
@@ -89,29 +68,6 @@ def test_cosine_with_nothing_is_nan(first: float, second: float) -> None:
 
 
 # -------------------------------------------------------------------- effective rank
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([3.0], 1.0),
-        ([2.0, 2.0, 2.0, 2.0], 4.0),
-        ([1.0, 1.0, 0.0], 2.0),
-        ([2.0, 1.0], 25 / 17),
-        ([0.0, 0.0], 0.0),
-        ([], 0.0),
-    ],
-)
-def test_effective_rank_counts_the_directions_that_carry_the_energy(values: list[float], expected: float) -> None:
-    assert spectrum.effective_rank(torch.tensor(values)) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rank 0"])
-def test_effective_rank_is_that_of_the_dense_matrix(kind: str) -> None:
-    delta = KINDS[kind]((24, 24), 8)
-    gram = in_fp64(delta) @ in_fp64(delta).T
-    expected = float(gram.trace() ** 2 / (gram @ gram).trace())
-    assert spectrum.effective_rank(spectrum.singular_values(delta)) == pytest.approx(expected, rel=TOLERANCE)
 
 
 # -------------------------------------------------------------------- identities
@@ -140,11 +96,9 @@ def test_inner_product_with_itself_is_the_squared_norm(kind: str, shape: str, se
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transposing_changes_neither_norm_nor_spectrum(kind: str) -> None:
+def test_transposing_changes_no_norm(kind: str) -> None:
     a = KINDS[kind]((12, 40), 9)
     assert spectrum.norm(a.T) == pytest.approx(spectrum.norm(a), rel=TOLERANCE)
-    expected = spectrum.singular_values(a)
-    assert torch.allclose(spectrum.singular_values(a.T), expected, rtol=0, atol=TOLERANCE * float(expected.sum()))
 
 
 # -------------------------------------------------------------------- cancellation

@@ -88,10 +88,6 @@ class BaseTerm:
             raise UnsupportedFeatureError("a block-diagonal mix has no exact form on a transposed weight")
         return BaseTerm(self.mix, self.row)
 
-    def keep_rows(self, kept: Float[Tensor, " out"]) -> BaseTerm:
-        """The term with the rows where `kept` is 0 set to zero."""
-        return BaseTerm(kept if self.row is None else self.row * kept, self.mix)
-
     # ---------------------------------------------------------------- products
 
     def of(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -259,20 +255,6 @@ class Delta:
             tuple(term.to(device) for term in self.base_terms),
         )
 
-    def keep_rows(self, kept: Tensor) -> Delta:
-        """The update with only the output rows where `kept` (out,) is true; the others become zero."""
-        mask = kept.to(self.device, torch.float32)
-        return Delta(
-            self.left * mask[:, None],
-            self.right,
-            None if self.dense is None else self.dense * mask[:, None],
-            tuple(term.keep_rows(mask) for term in self.base_terms),
-        )
-
-    def drop_rows(self, dropped: Tensor) -> Delta:
-        """What `keep_rows` with the same rows leaves out, so that keep + drop is the whole."""
-        return self.keep_rows(~dropped.bool())
-
     def require_same_shape(self, other: Delta) -> None:
         """Raise unless both belong to parameters of one shape."""
         if self.shape != other.shape:
@@ -332,16 +314,6 @@ class Delta:
             product = self.base_weight(weight).to(kind) @ term.turned(basis.mT).mT
             result = result + (product if term.row is None else product * term.row.to(kind)[:, None])
         return result
-
-    def project_left(self, basis: Float[Tensor, "out r"], weight: Float[Tensor, "out in"] | None = None) -> Delta:
-        """`P dW` with `P = basis basis^T` (orthonormal columns): what writes into that subspace; rank at most r."""
-        wide = basis.double()
-        return Delta.low_rank(wide, self.left_product(wide, weight))
-
-    def project_right(self, basis: Float[Tensor, "in r"], weight: Float[Tensor, "out in"] | None = None) -> Delta:
-        """`dW P` with `P = basis basis^T` (orthonormal columns): what reads from that subspace; rank at most r."""
-        wide = basis.double()
-        return Delta.low_rank(self.right_product(wide, weight), wide.mT)
 
     def base_weight(self, weight: Tensor | None) -> Tensor:
         """The base weight that the update is a function of; its absence is an error."""

@@ -46,15 +46,6 @@ def norm(delta: Delta, weight: Weight = None) -> float:
     return float(_core(delta).norm())
 
 
-def singular_values(delta: Delta, weight: Weight = None) -> Float[Tensor, "*experts k"]:
-    """Singular values in descending order, fp64; at most `rank` of them for a thin delta."""
-    if not delta.is_thin:
-        return torch.linalg.svdvals(dense(delta, weight))
-    if delta.rank == 0:
-        return torch.zeros(*delta.shape[:-2], 0, dtype=torch.float64)
-    return torch.linalg.svdvals(_core(delta))
-
-
 class Truncation(NamedTuple):
     """A delta of given rank, and the share of the squared Frobenius norm that it keeps."""
 
@@ -83,13 +74,6 @@ def truncate(delta: Delta, rank: int, weight: Weight = None) -> Truncation:
     root = kept.sqrt()
     result = Delta.low_rank(outer[..., :rank] * root[..., None, :], root[..., :, None] * inner[..., :rank, :])
     return Truncation(result, float(kept.square().sum()) / total if total > 0 else 1.0)
-
-
-def effective_rank(values: Float[Tensor, " k"]) -> float:
-    """Participation ratio `(sum s^2)^2 / sum s^4` of singular values: how many directions carry the energy."""
-    energy = values.double().square()
-    fourth = float(energy.square().sum())
-    return float(energy.sum() ** 2) / fourth if fourth > 0 else 0.0
 
 
 def cosine(inner: float, first_norm: float, second_norm: float) -> float:
