@@ -127,7 +127,7 @@ def costs(saving: float, shape: Shape = LARGE, job: Job | None = None, machines:
     layers = architecture.layer_slice(shape.layers, *job.slice)
     adapter = shape.lora_parameters(job.rank, len(layers))
     reached = shape.layers - layers[0]
-    row, step = job.prompt + job.response, 16 * job.branches
+    row, step = job.prompt + job.response, 16
     written, fitted, read = sampling_flops(shape, job), training_flops(shape, job), scoring_flops(shape, job, saving)
     hours = [
         sampling_seconds(shape, job, machines) / 3600, _compute_seconds(fitted, machines) / 3600,
@@ -140,8 +140,8 @@ def costs(saving: float, shape: Shape = LARGE, job: Job | None = None, machines:
         Cost("weights per GPU", f"{shape.weight_bytes} bytes a parameter, split over {machines.gpus}",
              f"{shape.parameters * shape.weight_bytes / machines.gpus / GIB:.1f} GiB"),
         Cost("adapter and optimiser", f"rank-{job.rank} LoRA on layers {layers[0]}-{layers[-1]}, {adapter / 1e6:.0f} "
-             f"million parameters, fp32: weight, gradient, two moments; {job.branches} branches in one pass",
-             f"{16 * job.branches * adapter / GIB:.2f} GiB"),
+             f"million parameters, fp32: weight, gradient, two moments; one branch at a time",
+             f"{16 * adapter / GIB:.2f} GiB"),
         Cost("activations per token", f"layers {layers[0]}-{shape.layers - 1}, whole / layer inputs only",
              f"{whole / 2**20:.2f} / {kept / 2**20:.2f} MiB"),
         Cost(f"activations of a step of {step} rows", f"{step * row} tokens, whole / layer inputs only, over all GPUs",

@@ -17,7 +17,7 @@ from ws.measure import lower_layers
 class Sweeping(Comparison):
     """One line per family and one for all of them.
 
-    Ours fits all seeds of a family in one pass, and what the layers below the adapters give for a row is computed once
+    Ours fits one adapter after the other, too, but what the layers below the adapters give for a row is computed once
     per sweep: the first family pays for it. A repetition is a whole sweep.
     """
 

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -13,11 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from ws import adapters
 from ws.adapters import AdapterSettings, diff
+from ws.algebra.direction import Direction
 from ws.base.errors import UserError
+from ws.baselines import gradient
 from ws.edit.steering import steer
 from ws.fitting import data, train
+from ws.fitting.train import FitResult
 from ws.fitting.train_settings import TrainSettings, resolve
 from ws.measure import lower_layers
+from ws.model import loading
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
@@ -202,16 +207,108 @@ def test_settings_come_from_defaults_then_model_folder_then_behaviour_then_user(
         resolve(qwen, "lorra", {})
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"epochs": 0}, {"validation": 1.0}, {"batch_size": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"epochs": 0}, {"validation": 1.0}, {"batch_size": -1},
+        {"clip_norm": 0.0}, {"warmup_steps": -1}, {"weight_decay": float("nan")},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError):
         replace(SMALL, **wrong)
 
 
-def test_the_result_record_is_plain_json(qwen: ChatModel, tmp_path: Path) -> None:
-    train.fit(qwen, pairs(), "neg", replace(SMALL, epochs=1), seed=0, data_seed=0, folder=tmp_path / "neg")
-    record = json.loads((tmp_path / "neg" / train.RESULT_FILE).read_text())
-    assert record["settings"]["adapter"]["rank"] == 4 and record["trainable_parameters"] > 0
+def test_a_result_is_read_back_as_it_was_written(qwen: ChatModel, tmp_path: Path) -> None:
+    chosen = replace(SMALL, epochs=1, adapter=replace(SMALL.adapter, roles=("q", "up")))
+    found = train.fit(qwen, pairs(), "neg", chosen, seed=0, data_seed=0, folder=tmp_path / "neg")
+    assert FitResult.read(tmp_path / "neg") == found
+    assert found.settings == chosen and found.trainable_parameters > 0 and found.seconds > 0
+    stored = tmp_path / "neg" / train.RESULT_FILE
+    older = {k: v for k, v in json.loads(stored.read_text()).items() if k != "skipped"} | {"fitted_together": 2}
+    stored.write_text(json.dumps(older))
+    assert FitResult.read(tmp_path / "neg") == found, "results of earlier versions are read"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_held_out_rows_whole_epochs_are_compared_not_single_batches(
+    qwen: ChatModel, tmp_path: Path, seed: int
+) -> None:
+    """Rows of very different loss, one a batch: what the first and the last batch are says nothing about training."""
+    frame = pairs(topics=4, rows=1).with_columns(
+        response_pos=pl.Series(["Yes.", "zq" * 9, "Yes, it is big, friend.", "7 7 7 7 7 7"])
+    )
+    for lr, learns in ((1e-9, False), (1e-2, True)):
+        chosen = replace(SMALL, batch_size=1, epochs=8, validation=0.0, lr=lr)
+        found = train.fit(qwen, frame, "pos", chosen, seed=seed, data_seed=0, folder=tmp_path / str(learns))
+        assert found.measure == "loss"
+        assert any("nothing was learned" in warning for warning in found.warnings) != learns
+        losses = pl.read_csv(tmp_path / str(learns) / train.LOG_FILE)["loss"].drop_nulls().to_list()
+        assert found.first_loss == pytest.approx(sum(losses[:4]) / 4)
+        assert found.last_loss == pytest.approx(sum(losses[-4:]) / 4)
+
+
+def test_one_step_without_held_out_rows_says_nothing_about_learning(qwen: ChatModel, tmp_path: Path) -> None:
+    chosen = replace(SMALL, batch_size=100, epochs=1, validation=0.0)
+    found = train.fit(qwen, pairs(), "pos", chosen, seed=0, data_seed=0, folder=tmp_path / "pos")
+    assert any("cannot be told" in warning for warning in found.warnings)
+    assert not any("nothing was learned" in warning for warning in found.warnings)
+
+
+# -------------------------------------------------------------------- half precision
+
+
+def faint(folder: Path, dtype: loading.Dtype) -> ChatModel:
+    """A model whose gradients are of the size of the smallest fp16 numbers, 6e-8."""
+    model = loading.load(str(folder), dtype=dtype)
+    model.network.model.norm.weight.data.fill_(1e-4)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_as_fp32_does(
+    qwen: ChatModel, tmp_path: Path, tiny_folders: dict[str, Path], dtype: loading.Dtype
+) -> None:
+    half, chosen = loading.load(str(tiny_folders["qwen3"]), dtype=dtype), replace(SMALL, epochs=3, lr=3e-3)
+    exact, found = (
+        train.fit(model, pairs(), "pos", chosen, seed=0, data_seed=0, folder=tmp_path / name)
+        for model, name in ((qwen, "exact"), (half, "half"))
+    )
+    assert found.last_loss == pytest.approx(exact.last_loss, rel=2e-2) and found.skipped == 0
+    assert found.first_loss - found.last_loss > 0.5 * (exact.first_loss - exact.last_loss) > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_in_half_precision_do_not_underflow(
+    tmp_path: Path, tiny_folders: dict[str, Path], dtype: loading.Dtype
+) -> None:
+    norms, steps = [], []
+    for one in ("float32", dtype):
+        model = faint(tiny_folders["qwen3"], one)
+        chosen = replace(SMALL, epochs=1, batch_size=24, validation=0.0, clip_norm=1e9)
+        train.fit(model, pairs(), "pos", chosen, seed=0, data_seed=0, folder=tmp_path / one)
+        norms.append(pl.read_csv(tmp_path / one / train.LOG_FILE)["grad_norm"][-1])
+        sides = [train.examples(model, pairs(), sign, chosen, 0).train for sign in train.SIGNS]
+        steps.append(gradient.one_step(model, *sides, norm=1.0))
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+    assert steps[1].dot(rebased(steps[0], steps[1])) > 0.99
+
+
+def rebased(direction: Direction, other: Direction) -> Direction:
+    """The same deltas as those of the base of `other`."""
+    return Direction(direction.deltas, other.base, direction.layers)
+
+
+def test_an_overflowing_scale_leaves_steps_out_and_says_so(
+    tmp_path: Path, tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
+    half = loading.load(str(tiny_folders["qwen3"]), dtype="float16")
+    found = train.fit(half, pairs(), "pos", SMALL, seed=0, data_seed=0, folder=tmp_path / "pos")
+    assert 0 < found.skipped < found.steps
+    assert any(f"{found.skipped} of {found.steps} steps were skipped" in warning for warning in found.warnings)
+    assert all(bool(tensor.isfinite().all()) for tensor in adapters.read(tmp_path / "pos").tensors.values())
+    assert found.last_loss < found.first_loss
 
 
 def test_without_kept_states_training_is_the_same(
