@@ -108,7 +108,7 @@ class FitOptions:
     engine_model: str = ""
     """Model name at the endpoint. Serve the same model as --model: training on another's responses is distillation."""
     judge: Judge = "auto"
-    """What rates the responses; only clear ones are kept. none: keep all. auto: what the model folder recommends, or none.
+    """What rates the responses; only clear ones are kept. none: keep all. auto: the model folder's choice, or none.
     persona: the model's likelihoods under both personas. local-logit: the model answers a rubric. http: an endpoint."""
     judge_threshold: float = 0.5
     """A response counts as positive from this rated probability on."""
