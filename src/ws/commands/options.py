@@ -189,7 +189,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
 
 @dataclass(frozen=True)
 class StageOptions(RunOptions):
-    """One stage of a run. On an existing run, options that you leave out are as the run was made; only the options
-    that say how the model is loaded never are."""
+    """One stage of a run. On an existing run, options that you leave out are as the run was made. How the model is
+    loaded is always as you say now."""
 
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
