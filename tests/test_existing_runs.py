@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from making import edit_json
@@ -330,13 +331,13 @@ def test_a_killed_eval_keeps_its_finished_pieces(
         patch.setattr(score, "write_table", killed_late)
         assert run(*arguments) == 130
     before, kept = list(written), [path for path in written if path.is_file()]
-    assert kept == before and not (folder / "scores-dilemmas.parquet").exists()
+    assert kept == before and not (folder / "stages" / "eval-dilemmas.json").exists()
     written.clear()
     with monkeypatch.context() as patch:
         patch.setattr(score, "write_table", lambda path, table: (written.append(path), original(path, table)))
         assert run(*arguments) == 0
     assert written and not {*written} & {*before}, "no piece is scored twice"
-    assert (folder / "scores-dilemmas.parquet").is_file()
+    assert len(pl.read_parquet(folder / "scores-dilemmas.parquet")["alpha"].unique()) == 4
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "score", lambda *_, **__: pytest.fail("the table is there already"))
         assert run(*arguments) == 0

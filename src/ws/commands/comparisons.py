@@ -39,7 +39,8 @@ class Sweep(RunOptions):
         else:
             sweep_tables.show(sweep.tables_of(outcomes))
             console.say(f"\ntables      {place / 'sweep.md'}")
-            console.say_next(*(console.command("show", one.folder) for one in outcomes if one.folder is not None))
+            finished = next(outcome.folder for outcome in outcomes if outcome.folder is not None)
+            console.say_next(console.command("show", finished))
         if failed := [outcome for outcome in outcomes if outcome.row is None]:
             raise UserError(f"{len(failed)} of {len(outcomes)} cells failed; the first, {failed[0].cell.name}: "
                             f"{failed[0].error}")  # fmt: skip

@@ -108,9 +108,8 @@ class FitOptions:
     engine_model: str = ""
     """Model name at the endpoint. Serve the same model as --model: training on another's responses is distillation."""
     judge: Judge = "auto"
-    """What rates the responses; only clear ones are kept. none: keep all. auto: what the model folder recommends, else
-    none. persona: the model's likelihoods under both personas. local-logit: the model answers a rubric. http: an
-    endpoint."""
+    """What rates the responses; only clear ones are kept. none: keep all. auto: the model folder's choice, or none.
+    persona: the model's likelihoods under both personas. local-logit: the model answers a rubric. http: an endpoint."""
     judge_threshold: float = 0.5
     """A response counts as positive from this rated probability on."""
     judge_url: str = ""
@@ -152,8 +151,7 @@ class EvalOptions:
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths of the direction. 0, the unedited model, is always included."""
     control_seeds: int = 10
-    """How many random directions of equal norm are measured beside it: at alpha -1 and +1, or at the outermost alphas
-    where neither is asked for."""
+    """How many random directions of equal norm are measured for comparison, at -1 and +1."""
     dilemmas: str = "own"
     """Where the dilemmas come from: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
     rows: int | None = None
@@ -191,7 +189,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
 
 @dataclass(frozen=True)
 class StageOptions(RunOptions):
-    """One stage of a run. On an existing run, options that you leave out are as the run was made; only the options
-    that say how the model is loaded never are."""
+    """One stage of a run. On an existing run, options that you leave out are as the run was made. How the model is
+    loaded is always as you say now."""
 
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)

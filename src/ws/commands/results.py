@@ -89,7 +89,11 @@ class Report:
 
         stored = stored_in(path)
         naming = {name: stored[name] for name in ("model", "behaviour", "adapter", "seed", "data_seed")}
-        given = {name: getattr(self, name) or stored[name] for name in ("dtype", "device", "attention", "revision")}
+        given = {
+            name: getattr(self, name) or stored[name]
+            for name in ("dtype", "device", "attention", "revision")
+            if getattr(self, name) or name in stored
+        }
         return restore_settings(stored, Settings(
             **naming, **given, out=path.resolve().parents[3],  # <out>/<model>/<behaviour>/<adapter>/seed<k>
             trust_remote_code=self.trust_remote_code, cache_memory=self.cache_memory,

@@ -192,7 +192,7 @@ class Eval(RunOptions):
     Continues where it was interrupted."""
 
     probe: Positional[str] = "sycophancy"
-    """sycophancy (the behaviour's own probe), dilemmas, feedback, side-effects, or a FILE.jsonl of your own."""
+    """sycophancy (the run's own), dilemmas, feedback, side-effects, or a FILE.jsonl of prompts with labels."""
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths of the direction. 0, the unedited model, is always included."""
     dilemmas: str = "own"
