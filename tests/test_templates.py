@@ -6,8 +6,10 @@ import copy
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from making import assert_one_line
 from test_chat import NO_END, QWEN3, tokenizer
 from ws.base.errors import UserError
+from ws.comparing.compare import Comparison, Plan
 from ws.model import template as template_module
 from ws.model.chat import Chat, Message, Thinking, ask
 from ws.pocket import bpe
@@ -401,6 +404,37 @@ def test_a_key_tells_tokenizers_apart(tokenizer_file: Path, tmp_path: Path) -> N
     bpe.train(["Is the sky blue? What does it mean?" * 20], 340, tmp_path / "tokenizer.json")
     one, other = (Chat(tokenizer(file, CHATML)).rendering_key for file in (tokenizer_file, tmp_path / "tokenizer.json"))
     assert one != other
+
+
+class _Recorder:
+    """A run folder in which everything is there already; it remembers what stages depend on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inputs: list[Any] = []
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def build(self, _stage: str, inputs: Any, *_: object) -> SimpleNamespace:
+        self.inputs.append(inputs)
+        return SimpleNamespace(built=False)
+
+
+def test_what_a_comparison_keeps_is_keyed_by_what_was_rendered(make: Any, tmp_path: Path) -> None:
+    pl.DataFrame().write_parquet(tmp_path / "scores.parquet")
+    (tmp_path / "calibration.json").write_text("{}")
+    found = []
+    for template in (CHATML, "{# a remark #}" + CHATML, NO_END):
+        comparison = object.__new__(Comparison)
+        comparison.model = SimpleNamespace(chat=make(template))  # type: ignore[assignment]
+        comparison.plan, comparison.has_measured, folder = Plan(target=0.1), False, _Recorder(tmp_path)
+        comparison.folder = folder  # type: ignore[assignment]
+        comparison._scored("scores", [], [])
+        comparison.calibrations([])
+        found.append(folder.inputs)
+    assert found[0] == found[1]
+    assert all(one != other for one, other in zip(found[0], found[2], strict=True)) and len(found[0]) == 2
 
 
 def test_a_process_renders_one_date_and_says_so(

@@ -167,6 +167,7 @@ class Comparison:
     def _scored(self, stage: str, probes: Sequence[Probe], conditions: Sequence[Condition]) -> pl.DataFrame:
         path = self.folder / f"{stage}.parquet"
         inputs = {
+            "rendering": self.model.chat.rendering_key,
             "probes": [probe.key for probe in probes],
             "conditions": [[condition.key(), _identity(condition)] for condition in conditions],
         }
@@ -198,6 +199,7 @@ class Comparison:
         wanted = [method for method in compared if method.edits and method.kind != "controls"]
         edits = [(method.name, edit) for method in wanted for edit in method.edits]
         inputs = {"target": target, "texts": texts, "tokens": tokens, "prompts": prompted,
+                  "rendering": self.model.chat.rendering_key,
                   "edits": [_identity(Condition.of(edit, 1.0)) for _, edit in edits]}  # fmt: skip
         file = self.folder / "calibration.json"
 
