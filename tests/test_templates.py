@@ -93,6 +93,7 @@ def make(tokenizer_file: Path) -> Any:
     [
         ({"tool_use": CHATML, "rag": CHATML}, "rag, tool_use, and none is called default"),
         (WANTS_SYSTEM, "No system!"),
+        (CHATML.replace("message['content']", "(message['content'] + '')[:9]"), "drops or changes what the user says"),
         (CHATML.replace("{% endfor %}", "{% endfr %}"), "endfr"),
         ("{{ today_string() }}" + CHATML, "'today_string' is undefined"),
         ("{{ messages[1]['content'] + 'x' }}" + CHATML, "a user message alone"),

@@ -152,22 +152,18 @@ class Template:
     def _find_form(self) -> None:
         """Take the first form in which the user's whole text is rendered; the first form's failure is the one told."""
         question, answer = _known_turns(("user", "assistant"))
-        failures = []
+        problems: list[UserError] = []
         for self._as_parts in (False, True):
             try:
                 if question["content"] in self.render([question], thinking=False):
                     break
             except UserError as error:
-                failures.append(error)
+                problems.append(error)
+            else:
+                dropped = f"{self._name} drops or changes what the user says, so that two questions may be one prompt"
+                problems.append(UserError(dropped, _REMEDY))
         else:
-            raise (
-                failures[0]
-                if failures
-                else UserError(
-                    f"{self._name} drops or changes what the user says, so that two questions may be one prompt",
-                    _REMEDY,
-                )
-            )
+            raise problems[0]
         if answer["content"] not in self.render([question, answer], thinking=False, generation=False):
             raise UserError(f"{self._name} drops or changes what the assistant says", _REMEDY)
 
