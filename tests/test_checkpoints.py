@@ -108,7 +108,7 @@ def test_half_precision_checkpoints_are_said_to_be_rounded(
         (lambda f: (f / "config.json").unlink(), "not a model folder"),
         (lambda f: (f / WEIGHTS).unlink(), "no safetensors weights"),
         (lambda f: (f / WEIGHTS).write_bytes(b"nonsense"), "cannot be read"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "nothing"}'), "no known model"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "nothing"}'), "because of its configuration"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_line(qwen: ChatModel, tmp_path: Path, damage: object, mentioned: str) -> None:

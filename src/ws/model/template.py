@@ -34,6 +34,7 @@ PLAIN_TEMPLATE = (
 
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")
 """Names under which templates ask whether the model is to think."""
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _HARMONY_ANSWER = "<|channel|>final<|message|>"
 _REMEDY = "Correct chat_template.jinja, or chat_template in tokenizer_config.json, of the model."
 _FILLER = "Is the sky Blue today, or is it not? One says yes; another one says No! " * 4
@@ -58,13 +59,18 @@ class Thought(NamedTuple):
 
 
 class Template:
-    """Renders conversations for one tokenizer. Raises `UserError` for a template that cannot be used."""
+    """Renders conversations for one tokenizer. Raises `UserError` for a template that cannot be used.
+
+    `source` is the template's text with the date of today in it, where it asks for one (`is_dated`).
+    """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
         self._name = f"the chat template of {name}"
-        self.source = self._chosen(tokenizer.chat_template)
-        self._clock = datetime.now()
+        given = self._chosen(tokenizer.chat_template)
+        self.is_dated = "strftime_now" in given
+        today = datetime.now()
+        self.source = _CLOCK.sub(lambda call: repr(today.strftime(call[2])), given)
         self._as_parts = False
         self._header_ends: dict[tuple[tuple[str, ...], bool], str] = {}
         self._find_form()
@@ -77,20 +83,18 @@ class Template:
             {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} if self._as_parts else turn
             for turn in turns
         ]
-        variables: dict[str, Any] = dict.fromkeys(self.switches, thinking)
-        if self.is_dated:
-            variables["strftime_now"] = self._clock.strftime
         try:
             return str(
                 self._tokenizer.apply_chat_template(
                     conversation, chat_template=self.source, tokenize=False, add_generation_prompt=generation,
-                    **variables,
+                    **dict.fromkeys(self.switches, thinking),
                 )
             )  # fmt: skip
         except Exception as error:  # a template is a program, and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            given = " + ".join(turn["role"] for turn in turns)
-            raise UserError(f"{self._name} fails on the turns {given} ({reason[:200]})", _REMEDY) from error
+            roles = [turn["role"] for turn in turns]
+            given = "a user message alone" if roles == ["user"] else f"messages of {', '.join(roles)}"
+            raise UserError(f"{self._name} cannot render {given} ({reason[:200]})", _REMEDY) from error
 
     def header_end(self, turns: Sequence[Message], thinking: bool) -> str:
         """What must follow the generation prompt, so that what comes next is the answer.
@@ -109,11 +113,6 @@ class Template:
     def switches(self) -> tuple[str, ...]:
         """Names of the variables by which this template turns thinking on and off."""
         return tuple(name for name in _SWITCHES if re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", self.source))
-
-    @cached_property
-    def is_dated(self) -> bool:
-        """Whether the date may stand in what is rendered."""
-        return "strftime_now" in self.source
 
     @cached_property
     def supports_system_turn(self) -> bool:
@@ -146,29 +145,25 @@ class Template:
         if "default" in given:
             return str(given["default"])
         raise UserError(
-            f"{self._name} is none of several ({', '.join(sorted(given))}), because none of them is called default",
+            f"{self._name} cannot be told: it has {', '.join(sorted(given))}, and none is called default",
             "Save the one for chat as chat_template.jinja in the model folder.",
         )
 
     def _find_form(self) -> None:
         """Take the first form in which the user's whole text is rendered; the first form's failure is the one told."""
         question, answer = _known_turns(("user", "assistant"))
-        failures = []
+        problems: list[UserError] = []
         for self._as_parts in (False, True):
             try:
                 if question["content"] in self.render([question], thinking=False):
                     break
             except UserError as error:
-                failures.append(error)
+                problems.append(error)
+            else:
+                dropped = f"{self._name} drops or changes what the user says, so that two questions may be one prompt"
+                problems.append(UserError(dropped, _REMEDY))
         else:
-            raise (
-                failures[0]
-                if failures
-                else UserError(
-                    f"{self._name} drops or changes what the user says, so that two questions may be one prompt",
-                    _REMEDY,
-                )
-            )
+            raise problems[0]
         if answer["content"] not in self.render([question, answer], thinking=False, generation=False):
             raise UserError(f"{self._name} drops or changes what the assistant says", _REMEDY)
 
