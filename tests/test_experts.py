@@ -51,6 +51,11 @@ def test_where_peft_would_move_an_adapter_to_the_experts_it_is_refused_with_a_wa
     attached = adapters.attach(network, attention, "the-base")
     assert {name.rsplit(".", 1)[-1] for name in attached.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     attached.detach()
+    for other in ("delora", "oft", "boft", "ia3"):
+        assert other in str(caught.value)
+        attached = adapters.attach(network, adapters.AdapterSettings(other, rank=2, layers=(0.0, 1.0)), "the-base")
+        assert any("shared_experts" in name for name in attached.layers)
+        attached.detach()
 
 
 def test_a_failure_after_wrapping_leaves_the_network_as_it_was(qwen: ChatModel) -> None:

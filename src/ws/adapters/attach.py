@@ -27,6 +27,7 @@ from ws.model import architecture
 from ws.model.architecture import Site
 
 FAMILIES = ("lora", "rslora", "dora", "pissa", "delora", "oft", "boft", "ia3")
+_LORA_KINDS = ("lora", "rslora", "dora", "pissa")
 _BLOCKED_ON_CONV1D = ("delora", "oft", "boft")
 _IA3_ROLES = ("k", "v", "down")
 _ADAPTER = "default"
@@ -151,7 +152,7 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
             wrapped = peft.get_peft_model(network, config)
         wrapped.peft_config[_ADAPTER].base_model_name_or_path = name
         attached = Attached(wrapped, take_off)
-        _require_exactly(wrapped, chosen, _way_out(network))
+        _require_exactly(wrapped, chosen, _way_out(network, settings.family))
         for site in chosen:
             if settings.family == "pissa":
                 attached._shifts[site.module] = _start_from_principal(wrapped, site)
@@ -162,7 +163,8 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
         if isinstance(error, _REFUSALS_OF_PEFT) and attached is None:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise UnsupportedFeatureError(
-                f"PEFT cannot put {settings.family} on {type(network).__name__} ({reason})", _way_out(network)
+                f"PEFT cannot put {settings.family} on {type(network).__name__} ({reason})",
+                _way_out(network, settings.family),
             ) from error
         raise
     return attached
@@ -184,10 +186,13 @@ def _taking_off(network: nn.Module) -> Callable[[], None]:
     return take_off
 
 
-def _way_out(network: nn.Module) -> str:
-    """What works instead: in mixtures PEFT moves the adapters of feed-forward maps to the experts."""
-    if any(name.endswith("experts") for name, _ in network.named_modules()):
-        return "PEFT moves adapters of feed-forward maps to the fused experts here: give --roles q k v o."
+def _way_out(network: nn.Module, family: str) -> str:
+    """What works instead: in mixtures PEFT moves LoRA on feed-forward maps to the experts, and only LoRA."""
+    if family in _LORA_KINDS and any(name.endswith("experts") for name, _ in network.named_modules()):
+        return (
+            "PEFT moves it from feed-forward maps to the fused experts here. Give --roles q k v o, "
+            "or use delora, oft, boft or ia3."
+        )
     return "Give other --roles, or use another family."
 
 

@@ -157,16 +157,15 @@ def load(
     except Exception as error:  # without weights it fails again where the configuration or the choice is to blame
         without_weights(place, name, **common)
         without_weights(place, name, part="attention", attn_implementation=chosen_attention, **common)
+        if isinstance(error, RuntimeError) and Path(place).is_dir():
+            # the library points to a report that nobody sees; reading the files says which tensor it is about
+            weight_files.Checkpoint(Path(place)).fingerprint()
         raise _explain(name, place, "weights", error) from error
     if getattr(network, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} is an adapter, not a model", "Give its base model; ws diff reads adapters.")
     for parameter, stored, described in sorted(loading["mismatched_keys"]):
         weight_files.require_shape(name, parameter, stored, described)
-    if absent := sorted(loading["missing_keys"]):
-        raise UserError(
-            f"the weights of {name} lack {len(absent)} tensors that the model needs, for example {absent[0]}",
-            "Save the model again with save_pretrained.",
-        )
+    weight_files.require_all_there(name, loading["missing_keys"])
     weight_files.require_all_used(name, loading["unexpected_keys"])
     slow = not precision.bfloat16_is_fast(target_device.type)
     if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):

@@ -72,6 +72,16 @@ def require_all_used(place: str | Path, unused: Iterable[str]) -> None:
         )
 
 
+def require_all_there(place: str | Path, missing: Iterable[str]) -> None:
+    """Raise for tensors of the model of the configuration that are not stored."""
+    if absent := sorted(missing):
+        raise UserError(
+            f"{place}: the weights lack {len(absent)} tensors of the model that {CONFIG} describes, "
+            f"for example {absent[0]}",
+            f"Copy or download the model again, or correct {CONFIG}.",
+        )
+
+
 def require_shape(place: str | Path, parameter: str, stored: Sequence[int], described: Sequence[int]) -> None:
     """Raise for a parameter that is stored in another shape than the model of the configuration has."""
     if tuple(stored) != tuple(described):
@@ -170,12 +180,7 @@ class Checkpoint:
         rest = SimpleNamespace(missing_keys=state.keys() - made.keys() - tied.keys(), unexpected_keys=unused)
         self.network._adjust_missing_and_unexpected_keys(rest)  # what the architecture is known to lack or to ignore
         require_all_used(self.folder, rest.unexpected_keys)
-        if absent := sorted(rest.missing_keys):
-            raise UserError(
-                f"{self.folder} lacks {len(absent)} tensors of the model that {CONFIG} describes, "
-                f"for example {absent[0]}",
-                f"Copy or download the model again, or correct {CONFIG}.",
-            )
+        require_all_there(self.folder, rest.missing_keys)
         return made
 
     def _matched(self, state: Mapping[str, Any]) -> Iterator[Origin]:
@@ -259,8 +264,17 @@ class Checkpoint:
         for pattern, names in origin.names.items():
             for name in names:
                 converter.add_tensor(origin.targets[0], name, pattern, self.stored(name))
-        made = converter.convert(origin.targets[0], model=self.network, config=self.network.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        try:
+            made = converter.convert(origin.targets[0], model=self.network, config=self.network.config)
+        except Exception as error:  # parts that do not fit together raise whatever the step meets
+            raise UserError(
+                f"{self.folder}: {origin.targets[0]} cannot be made of its {len(origin.stored)} stored parts",
+                "Copy or download the model again.",
+            ) from error
+        found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        for name, value in found.items():
+            require_shape(self.folder, name, value.shape, self.network.get_parameter_or_buffer(name).shape)
+        return found
 
     def as_stored(self, parameter: str, value: Tensor) -> dict[str, Tensor]:
         """A new value of a parameter as the tensors that the files hold in its place."""
