@@ -6,9 +6,9 @@ docs/traps.md lists all of them with the tests that do.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,9 +18,10 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+import update
 
 from making import logits, prompts, random_direction
-from test_compare import LINES, findings, known, reader
+from test_compare import LINES, found_of, known, reader
 from test_repe import SYCOPHANCY, random_vectors
 from test_report import behaviour_shift, made, table
 from test_score import choice, direction, texts, values
@@ -32,7 +33,7 @@ from ws.baselines.controls import random_like
 from ws.baselines.repe import RepeSettings
 from ws.comparing import numbers, page
 from ws.comparing.compare import Plan
-from ws.comparing.numbers import Spent
+from ws.comparing.findings import Spent
 from ws.comparing.tables import answers_table
 from ws.edit.condition import Condition, Context, Edit
 from ws.edit.steering import steer
@@ -49,9 +50,6 @@ from ws.runs.replicate import Replication
 from ws.subspace import alignment
 
 ROOT = Path(__file__).parents[1]
-MARKED = re.compile(r"<!-- begin: ([\w-]+) -->\n(.*?)\n<!-- end: \1 -->", re.DOTALL)
-"""A block of a document that docs/update.py writes: its name and its text."""
-
 SMALL: dict[str, Any] = {
     "grid": Grid(topics=3, personas=1, samples=2),
     "train": {"rank": 2, "lora_alpha": 4, "lr": 5e-3, "batch_size": 8, "layers": (0.5, 1.0)},
@@ -116,7 +114,7 @@ def test_informedness_joins_rows_by_id_and_not_by_order() -> None:
     one, other = (
         reader(part).informedness(LINES[0], 2) for part in (scores, scores.sample(fraction=1.0, shuffle=True, seed=0))
     )
-    assert one == pytest.approx(other) and one["score"] > 0
+    assert vars(one) == pytest.approx(vars(other)) and (one.score or 0) > 0
 
 
 @pytest.mark.parametrize("lost", ["edit", "none"])
@@ -313,7 +311,7 @@ def test_equal_divergence_stands_beside_equal_alpha_and_a_failed_search_is_marke
     entries = numbers.measure(reader(known(lambda label, alpha: alpha * label)), LINES)
     missed = replace(LINES[0], name="unfinished", spent={"+": Spent(0.2, 0.1, 0.9, False)})
     equal = numbers.measure(reader(known(lambda label, alpha: alpha * label)), [LINES[0], missed])
-    page.write(tmp_path, "t", findings(entries, equal))
+    page.write(tmp_path, found_of(entries, equal))
     sections = dict(part.split("\n", 1) for part in (tmp_path / "comparison.md").read_text().split("## ")[1:])
     alphas = {
         name: {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in text.splitlines() if row[:2] == "| "}
@@ -362,25 +360,18 @@ def test_pages_take_layers_attention_and_flips_from_what_was_run(finished: Path)
 
 
 def test_figures_in_documents_are_those_of_the_stored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("update", ROOT / "docs" / "update.py")
-    assert spec is not None and spec.loader is not None
-    update = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(update)
-    pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-    shown = {name: text for page in pages.values() for name, text in MARKED.findall(page)}
+    pages = {tmp_path / file.name: file.read_text(encoding="utf-8") for file in update.documents()}
+    shown = {match["name"]: match["content"] for text in pages.values() for match in update.MARKED.finditer(text)}
     # the matrix has a test of its own; the rest is made anew, over what somebody might have typed
-    monkeypatch.setattr(update, "families", lambda: shown["families"])
-    monkeypatch.setattr(update, "ROOT", tmp_path)
-    monkeypatch.setattr(update, "DOCS", tmp_path / "docs")
-    (tmp_path / "docs").mkdir()
-    for place, text in pages.items():
-        (tmp_path / place.relative_to(ROOT)).write_text(text.replace(" -->\n", " -->\n+9.99"), encoding="utf-8")
+    monkeypatch.setattr(update, "BLOCKS", {**update.BLOCKS, "families": lambda: shown["families"]})
+    monkeypatch.setattr(update, "COMPARED", shutil.copytree(update.COMPARED, tmp_path / "compared"))
+    monkeypatch.setattr(update, "documents", lambda: list(pages))
+    for file, text in pages.items():
+        file.write_text(re.sub("(<!-- begin: .* -->\n)", "\\1+9.99 ", text), encoding="utf-8")
+    (update.COMPARED / "comparison.md").write_text("+9.99")
     update.main([])
-    for place, text in pages.items():
-        made_anew = dict(MARKED.findall((tmp_path / place.relative_to(ROOT)).read_text(encoding="utf-8")))
-        for name, content in MARKED.findall(text):
-            assert made_anew[name] == content or content == "Not run yet.", f"{place.name}: {name}"
-    assert len(shown) > 8
+    assert {file: file.read_text(encoding="utf-8") for file in pages} == pages and len(shown) > 8
+    assert "+9.99" not in (update.COMPARED / "comparison.md").read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------- the list
