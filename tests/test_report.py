@@ -278,7 +278,7 @@ def test_missing_rows_are_an_error_and_not_a_smaller_mean() -> None:
 def test_an_effect_inside_the_control_band_is_called_none() -> None:
     found = made(lambda label, alpha: 0.05 * alpha * label, controls=lambda seed, alpha: (seed - 1) * 0.5 * alpha)
     assert found["outside_controls"]["sycophancy"]["1"] is False
-    assert any("no effect beyond" in doubt for doubt in doubts(found))
+    assert any("not separable from random directions" in doubt for doubt in doubts(found))
 
 
 def test_other_behaviours_are_told_by_their_signed_change() -> None:

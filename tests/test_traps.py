@@ -325,9 +325,9 @@ def test_a_mean_that_few_rows_carry_stands_beside_the_answers_that_were_lost() -
     rows = pl.DataFrame({"cluster": [f"{n}" for n in range(20)], "label": [1, -1] * 10}).with_row_index("number")
     rows = rows.with_columns(base=0.5 * pl.col("label"))
     change = pl.when(pl.col("number") < 4).then(10.0).otherwise(-1.0) * pl.col("label")
-    parts = summary.decomposition(rows.with_columns(value=pl.col("base") + change))
-    assert parts["effect"]["mean"] == pytest.approx(1.2) and parts["yes_bias"]["mean"] == pytest.approx(0.0)
-    assert (parts["up"], parts["down"], parts["n"]) == (0, 16, 20)
+    parts = summary.parts(rows.with_columns(value=pl.col("base") + change))
+    assert parts.effect.mean == pytest.approx(1.2) and parts.yes_bias.mean == pytest.approx(0.0)
+    assert (parts.up, parts.down, parts.n) == (0, 16, 20)
 
 
 def test_informedness_is_shown_at_both_penalties_and_balanced() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from blocks.table import table
+from ws.base.records import restore
 from ws.eval import feedback
 from ws.model import loading
 from ws.pocket import card
 from ws.pocket.check import are_independent
+from ws.report import findings
 from ws.report.behaviours import CROSSED, KEYS, crossings
 from ws.report.cells import signed, with_limits
 
@@ -202,6 +204,11 @@ def persona_leak(runs: dict[str, Summary]) -> str:
     return table(["model", "persona", *MOVED], rows) if rows else "The stored runs do not hold these changes yet."
 
 
+def record_of(run: Summary) -> findings.Summary:
+    """A stored run as the record that its summary is the plain form of."""
+    return restore(findings.Summary, {name: part for name, part in run.items() if name != "persona_changes"})
+
+
 def steered(name: str, runs: dict[str, Summary]) -> str:
     """Which directions of a model move a trait that the corpus draws independently, in one sentence."""
     own = [run for run in runs.values() if run["model"] == name]
@@ -210,7 +217,7 @@ def steered(name: str, runs: dict[str, Summary]) -> str:
     found = [
         text
         for run in own
-        for text in crossings(run, [other for other in BEHAVIOURS if are_independent(run["behaviour"], other)])
+        for text in crossings(record_of(run), [name for name in BEHAVIOURS if are_independent(run["behaviour"], name)])
     ]
     limit = f"more than {100 * CROSSED:.0f} % of its own effect"
     if not found:

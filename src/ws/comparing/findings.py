@@ -15,10 +15,9 @@ from typing import Literal, NamedTuple
 
 from ws.base import stats
 from ws.base.records import FLAT
-from ws.base.stats import Interval
 from ws.baselines.controls import RANDOM
-from ws.report import cells
-from ws.report.summary import as_dict, is_mostly_yes_bias
+from ws.report.findings import Estimate
+from ws.report.summary import is_mostly_yes_bias
 
 Probe = Literal["own", "dilemmas"]
 
@@ -32,31 +31,6 @@ METHODS = ("weights", "variants", "activations", "prompts")
 """Kinds of entry that are no controls. `variants` are parts of a direction with one training seed: never a headline."""
 CONTROLS = "controls"
 NOT_SEPARABLE = "not separable from random directions"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % limits, None where there are too few replicates for an interval; `n` values."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-
-    @classmethod
-    def of(cls, interval: Interval) -> Estimate:
-        """An interval of `stats`."""
-        return Estimate(**as_dict(interval))
-
-    @property
-    def limits(self) -> str:
-        """`-0.20, +0.40`; empty where there is no interval."""
-        return cells.limits(vars(self))
-
-    @property
-    def text(self) -> str:
-        """`+0.10 [-0.20, +0.40]`."""
-        return cells.with_limits(vars(self))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from ws.comparing.findings import (
     Cost,
     Effect,
     Entry,
-    Estimate,
     Informedness,
     Levels,
     Parts,
@@ -43,7 +42,8 @@ from ws.comparing.findings import (
 )
 from ws.edit.condition import PLAIN
 from ws.eval import dilemmas, side_effects, sycophancy
-from ws.report.summary import BASE, LOW_MASS, REPLY_METRICS, accuracy, decomposition, is_outside, signed_mean
+from ws.report.findings import Estimate
+from ws.report.summary import BASE, LOW_MASS, REPLY_METRICS, accuracy, is_outside, parts, signed_mean
 
 PENALTIES = (1, 2)
 """The k of Surgical Informedness: how much a spoilt answer weighs against a repaired one."""
@@ -232,12 +232,10 @@ class _Replicate(NamedTuple):
 
 def _parts(rows: pl.DataFrame) -> Parts:
     """What a mean change consists of; `up` and `down` count the rows that turn to and from the right answer."""
-    parts = stats.decompose(*(rows[name].to_numpy() for name in ("base", "value", "label")))
-    as_in_a_run = decomposition(rows)
+    change, turned = stats.decompose(*(rows[name].to_numpy() for name in ("base", "value", "label"))), parts(rows)
     return Parts(
-        parts.truth, parts.bias, None if math.isnan(parts.scale) else parts.scale, parts.beyond_scale,
-        yes_bias=Estimate(**as_in_a_run["yes_bias"]),
-        **{name: as_in_a_run[name] for name in ("balanced", "up", "down", "n")},
+        change.truth, change.bias, None if math.isnan(change.scale) else change.scale, change.beyond_scale,
+        turned.balanced, turned.yes_bias, turned.up, turned.down, turned.n,
     )  # fmt: skip
 
 

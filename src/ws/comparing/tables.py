@@ -14,7 +14,6 @@ from ws.comparing.findings import (
     SIGNS,
     Effect,
     Entry,
-    Estimate,
     Levels,
     Probe,
     Shown,
@@ -23,6 +22,7 @@ from ws.comparing.findings import (
     shown,
 )
 from ws.report.document import Table
+from ws.report.findings import Estimate
 
 _SEEDS_LISTED = 5
 

@@ -20,7 +20,6 @@ import polars as pl
 
 from ws.base import stats
 from ws.base.errors import UserError
-from ws.base.records import plain
 from ws.base.stats import Interval
 from ws.baselines.controls import RANDOM
 from ws.edit.condition import PLAIN
@@ -123,11 +122,6 @@ def parts(rows: pl.DataFrame) -> Parts:
         down=int(((before > 0) & (after <= 0)).sum()),
         n=len(rows),
     )
-
-
-def decomposition(rows: pl.DataFrame) -> dict[str, Any]:
-    """`parts` as plain data."""
-    return dict(plain(parts(rows)))
 
 
 def _balanced_change(rows: pl.DataFrame) -> float | None:
@@ -367,7 +361,7 @@ def doubts(numbers: Numbers, behaviour: str) -> list[str]:
     found: list[str] = []
     for probe in (behaviour, DILEMMAS):
         objections = {
-            "no effect beyond what random directions of this norm do": [
+            "not separable from random directions of this norm": [
                 key for key, outside in numbers.outside_controls[probe].items() if outside is False
             ],
             f"less than {LOW_MASS:.0%} of the probability is on the two answers, so the log-ratio says little": [
