@@ -18,7 +18,7 @@ from ws.base.errors import UserError
 from ws.base.store import read_json
 from ws.commands import cli
 from ws.commands.options import EvalOptions, FitOptions, run_settings
-from ws.comparing.compare import Comparison, Plan
+from ws.comparing.compare import ComparisonRun, Plan
 from ws.eval import harness
 from ws.fitting import run_settings as stored
 from ws.fitting.data import Grid
@@ -295,7 +295,7 @@ def test_what_a_comparison_has_scored_is_scored_anew_by_another_engine(
     )  # fmt: skip
 
     def measured() -> Path:
-        with Comparison(settings, Plan(families=("lora",), target=0.5)) as comparison:
+        with ComparisonRun(settings, Plan(families=("lora",), target=0.5)) as comparison:
             calibration = comparison.calibrations([])
             comparison.dev_scores([])
             comparison.scores([], calibration)

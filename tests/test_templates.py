@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from making import assert_one_line
 from test_chat import NO_END, QWEN3, tokenizer
 from ws.base.errors import UserError
-from ws.comparing.compare import Comparison, Plan
+from ws.comparing.compare import ComparisonRun, Plan
 from ws.model import template as template_module
 from ws.model.chat import Chat, Message, Thinking, ask
 from ws.pocket import bpe
@@ -427,7 +427,7 @@ def test_what_a_comparison_keeps_is_keyed_by_what_was_rendered(make: Any, tmp_pa
     (tmp_path / "calibration.json").write_text("{}")
     found = []
     for template in (CHATML, "{# a remark #}" + CHATML, NO_END):
-        comparison = object.__new__(Comparison)
+        comparison = object.__new__(ComparisonRun)
         comparison.model = SimpleNamespace(chat=make(template))  # type: ignore[assignment]
         comparison.plan, comparison.has_measured, folder = Plan(target=0.1), False, _Recorder(tmp_path)
         comparison.folder = folder  # type: ignore[assignment]

@@ -109,7 +109,9 @@ LEFTOVERS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "leave"), [(name, leave) for name, kinds in LEFTOVERS.items() for leave in kinds], ids=str
+    ("name", "leave"),
+    [(name, leave) for name, kinds in LEFTOVERS.items() for leave in kinds],
+    ids=lambda one: getattr(one, "__name__", one),
 )
 def test_leftovers_change_nothing_and_are_not_exported(
     models: dict[str, Path], tmp_path: Path, name: str, leave: Callable[[Path], None]
