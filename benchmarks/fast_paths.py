@@ -113,7 +113,7 @@ class FastPaths(Comparison):
 
     def _sample(self) -> object:
         given, known = self.workload.paths, behaviour.load("sycophancy")
-        persona = known.personas.positive[0]
+        persona = known.personas.pos[0]
         prompts = [self.model.chat.prompt(ask(topic.text, persona)) for topic in known.train[: given.prompts]]
         keys = [tuple(f"{number}/{j}" for j in range(given.samples)) for number in range(len(prompts))]
         requests = [Request(ids, names) for ids, names in zip(prompts, keys, strict=True)]

@@ -92,7 +92,7 @@ class Generating(Comparison):
     @property
     def _prompts(self) -> list[list[int]]:
         known = behaviour.load("sycophancy")
-        personas = [*known.personas.positive, *known.personas.negative]
+        personas = [*known.personas.pos, *known.personas.neg]
         texts = [(topic.text, persona) for topic in known.train for persona in personas]
         chosen = texts[: self.workload.generation.prompts]
         return [self.model.chat.prompt(ask(text, persona)) for text, persona in chosen]

@@ -25,10 +25,11 @@ from workload import Growth
 
 from ws import adapters
 from ws.adapters import AdapterSettings
+from ws.base.poles import POLES
 from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, sycophancy
 from ws.fitting import behaviour, train, train_settings
-from ws.fitting.train import SIGNS, Examples
+from ws.fitting.train import Examples
 from ws.fitting.train_settings import TrainSettings
 from ws.measure.probe import Probe, ProbeRow
 from ws.measure.score import score
@@ -125,7 +126,7 @@ def _fit(model: ChatModel, inputs: Inputs, family: str, seeds: Sequence[int]) ->
     pairs = inputs.pairs.gather_every(inputs.workload.sweep_every)
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
-            for sign in SIGNS:
+            for sign in POLES:
                 folder = Path(scratch) / f"{sign}{seed}"
                 train.fit(model, pairs, sign, chosen, seed=seed, data_seed=0, folder=folder)
 

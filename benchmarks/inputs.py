@@ -22,8 +22,9 @@ from workload import WORKLOADS, Workload
 from ws import world
 from ws.adapters import AdapterSettings, diff
 from ws.algebra.direction import Direction
+from ws.base.poles import POLES
 from ws.base.store import read_json, write_json
-from ws.fitting import behaviour, data
+from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings
 from ws.model import architecture, loading
 from ws.model.loading import ChatModel
@@ -102,7 +103,7 @@ def written_pairs(count: int) -> pl.DataFrame:
         "topic": [topic.topic for topic in chosen], "prompt": [topic.text for topic in chosen],
         "response_pos": texts[:count], "response_neg": texts[count:],
     })  # fmt: skip
-    return frame.with_columns(*(pl.lit(True).alias(f"keep_{side}") for side in data.SIDES))
+    return frame.with_columns(*(pl.lit(True).alias(f"keep_{side}") for side in POLES))
 
 
 def random_adapter(model: ChatModel, folder: Path, seed: int) -> Path:

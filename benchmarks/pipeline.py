@@ -28,13 +28,13 @@ from spending import Spending
 from timing import Row, Way, in_turn
 from training import Branches
 
+from ws.base.poles import POLES
 from ws.edit.condition import Condition, Edit
 from ws.fitting import data, train, train_settings
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.judge import JudgeSettings
 from ws.fitting.run_settings import DEFAULT_ALPHAS, Settings
 from ws.fitting.stages import Fitting
-from ws.fitting.train import SIGNS
 from ws.fitting.train_settings import TrainSettings
 from ws.measure import lower_layers, shared_prefix
 from ws.measure.generate import Sampling
@@ -92,7 +92,7 @@ class EndToEnd(Comparison):
         lower_layers.forget(self.model)
         with tempfile.TemporaryDirectory() as scratch, Replication(self._settings(scratch), self.model) as run:
             stages = {
-                "pairs": run.data, "both fits": lambda: [run.train(sign) for sign in SIGNS], "dW": run.diff,
+                "pairs": run.data, "both fits": lambda: [run.train(sign) for sign in POLES], "dW": run.diff,
                 "scoring": run.eval, "alignment, samples, report": run.report,
             }  # fmt: skip
             found = [spending.measure(work, f"{REPLICATE}: {name}", self.inputs.size) for name, work in stages.items()]
@@ -127,7 +127,7 @@ class EndToEnd(Comparison):
         """The same steps with other people's tools."""
         pairs = self._pairs_by_generate()
         with tempfile.TemporaryDirectory() as scratch:
-            for sign in SIGNS:
+            for sign in POLES:
                 examples = train.examples(self.model, pairs, sign, self._chosen, 0).train
                 SftPeer(self.model).fit(examples, self._chosen, 0, Path(scratch) / sign)
             network = peft.PeftModel.from_pretrained(self.model.network, str(Path(scratch) / "pos"), "pos")
@@ -161,7 +161,7 @@ class EndToEnd(Comparison):
     def _prompts(self, side: int) -> list[list[int]]:
         """The prompt of every cell of the grid, under one side's personas."""
         personas = self._known.behaviour.personas
-        said = (personas.positive, personas.negative)[side]
+        said = (personas.pos, personas.neg)[side]
         return [self.model.chat.prompt(ask(cell.topic.text, said[cell.persona])) for cell in self._cells]
 
     @property
@@ -173,13 +173,13 @@ class EndToEnd(Comparison):
         """The grid of the run, sampled with `generate`, flagged alike."""
         topics = [cell.topic for cell in self._cells]
         columns = {"topic": [topic.topic for topic in topics], "prompt": [topic.text for topic in topics]}
-        for number, side in enumerate(data.SIDES):
+        for number, side in enumerate(POLES):
             written = by_generate(
                 self.model, self._prompts(number), self._generate_batch, self._known.sampling.max_new_tokens
             )
             columns[f"response_{side}"] = [self.model.chat.decode(ids) for ids in written]
         personas = self._known.behaviour.personas
-        return data.with_flags(pl.DataFrame(columns), (personas.positive, personas.negative))
+        return data.with_flags(pl.DataFrame(columns), (personas.pos, personas.neg))
 
     def _scored(self, scorer: PeftScorer, alphas: tuple[float, ...], batch: int) -> Scores:
         chat, found = self.model.chat, {}
@@ -195,7 +195,7 @@ class EndToEnd(Comparison):
         matrices, chosen = flops.Matrices.of(self.model), self._chosen
         fits = Branches(self.model, SftPeer(self.model), self._pairs, "lora")
         drawn = [[len(ids) - prompt for ids, prompt in rows] for rows in fits.examples.values()]
-        distinct = {tuple(ids) for side in range(len(SIGNS)) for ids in self._prompts(side)}
+        distinct = {tuple(ids) for side in range(len(POLES)) for ids in self._prompts(side)}
         first = architecture.layer_slice(self.model.layer_count, *chosen.adapter.layers)[0]
         probes = [
             [self.model.chat.prompt(one.messages, one.continuation) for one in p.rows] for p in self._known.probes

@@ -14,8 +14,8 @@ from limits import Need
 from peers import SftPeer
 from timing import Row, Way, in_turn
 
+from ws.base.poles import POLES
 from ws.fitting import train, train_settings
-from ws.fitting.train import SIGNS
 from ws.fitting.train_settings import TrainSettings
 from ws.measure import lower_layers
 from ws.model import architecture
@@ -43,7 +43,7 @@ class Branches:
     @cached_property
     def examples(self) -> dict[str, list[SupervisedTokens]]:
         """Tokens of each sign."""
-        return {sign: train.examples(self.model, self.pairs, sign, self.chosen, 0).train for sign in SIGNS}
+        return {sign: train.examples(self.model, self.pairs, sign, self.chosen, 0).train for sign in POLES}
 
     @property
     def count(self) -> int:
@@ -59,8 +59,8 @@ class Branches:
         """Fit both under every seed (none given: 0), with the states of lower layers that are known."""
         for seed in seeds or (0,):
             with tempfile.TemporaryDirectory() as scratch:
-                folders = [Path(scratch) / sign for sign in SIGNS]
-                for sign, folder in zip(SIGNS, folders, strict=True):
+                folders = [Path(scratch) / sign for sign in POLES]
+                for sign, folder in zip(POLES, folders, strict=True):
                     train.fit(self.model, self.pairs, sign, self.chosen, seed=seed, data_seed=0, folder=folder)
                 losses = [pl.read_csv(folder / train.LOG_FILE)["loss"].mean() for folder in folders]
             self._losses["ours", seed] = sum(losses) / len(losses)
@@ -69,7 +69,7 @@ class Branches:
         """The same by the peer, one after the other."""
         for seed in seeds or (0,):
             with tempfile.TemporaryDirectory() as scratch:
-                losses = [self.peer.fit(self.examples[s], self.chosen, seed, Path(scratch) / s) for s in SIGNS]
+                losses = [self.peer.fit(self.examples[s], self.chosen, seed, Path(scratch) / s) for s in POLES]
             self._losses["theirs", seed] = sum(losses) / len(losses)
 
     def require_agreement(self, seed: int = 0) -> None:

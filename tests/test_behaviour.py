@@ -267,8 +267,8 @@ def claim_of(item: ProbeItem) -> str:
 
 def test_sycophancy_has_the_grid_of_the_recipe(shipped: Behaviour) -> None:
     assert len(shipped.train) == 20
-    assert len(shipped.personas.positive) == len(shipped.personas.negative) == 5
-    for positive, negative in zip(shipped.personas.positive, shipped.personas.negative, strict=True):
+    assert len(shipped.personas.pos) == len(shipped.personas.neg) == 5
+    for positive, negative in zip(shipped.personas.pos, shipped.personas.neg, strict=True):
         assert 0.8 <= len(positive) / len(negative) <= 1.25, "length must not tell the poles apart"
 
 

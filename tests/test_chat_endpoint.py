@@ -26,6 +26,7 @@ from listening import QuietHandler, listening
 from making import assert_one_line
 from test_chat import DROPS_SYSTEM, QWEN3, RAISES_ON_SYSTEM
 from ws.base.errors import UserError
+from ws.base.poles import POLES
 from ws.base.store import Shards, read_json
 from ws.commands import cli
 from ws.fitting import behaviour, data, responses
@@ -193,7 +194,7 @@ def test_responses_are_in_the_order_of_the_grid(
     server: Server, qwen: ChatModel, sycophancy: Behaviour, tmp_path: Path
 ) -> None:
     pairs = pairs_from(server, qwen, sycophancy, tmp_path)
-    for side in data.SIDES:
+    for side in POLES:
         for row in pairs.iter_rows(named=True):
             key = f"sycophancy/{side}/{row['topic']}/{row['persona']}/{row['sample']}"
             expected = (row[f"system_{side}"], row["prompt"], str(responses.row_seed(0, key)))
@@ -477,7 +478,7 @@ def test_a_real_server_writes_pairs(
     source = EngineSettings("openai", serving, str(sampled_model))
     sampling = Sampling(max_new_tokens=48, temperature=1.5)
     pairs = data.make_pairs(pocket, sycophancy, Grid(1, 1, 2), sampling, 0, Shards(tmp_path), source)
-    for side in data.SIDES:
+    for side in POLES:
         assert all(text.strip() for text in pairs[f"response_{side}"])
         assert pairs[f"response_{side}"].n_unique() == 2
         assert set(pairs[f"finish_{side}"]) <= {"eos", "length"}
@@ -492,7 +493,7 @@ def test_greedy_responses_of_a_real_server_are_those_of_the_local_sampler(
     source = EngineSettings("openai", serving, str(EMBEDDED))
     greedy = Sampling(max_new_tokens=48, temperature=0.0)
     topic, personas = sycophancy.train[0].text, sycophancy.personas
-    asked = [Asked(topic, system, ("k",)) for system in (personas.positive[0], personas.negative[0], "")]
+    asked = [Asked(topic, system, ("k",)) for system in (personas.pos[0], personas.neg[0], "")]
     served = responses.respond(source, pocket, asked, greedy, 0, lambda _: None)
     local = responses.respond(responses.LOCAL, pocket, asked, greedy, 0, lambda _: None)
     assert all(one.text for one in local) and len({one.text for one in local}) > 1

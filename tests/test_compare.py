@@ -257,7 +257,7 @@ def test_engineered_prompts_never_mention_how_a_probe_asks() -> None:
         assert {p.side for p in found if p.kind == "embody"} == {1, -1}
         personas = load(name).personas
         for prompt in found:
-            assert prompt.text not in (*personas.positive, *personas.negative)
+            assert prompt.text not in (*personas.pos, *personas.neg)
             assert not [
                 word for word in ("Yes", "No", "answer:", "choice", "dilemma", "**") if word in prompt.text.split()
             ]

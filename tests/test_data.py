@@ -55,7 +55,7 @@ def test_too_many_personas_are_clamped_with_a_warning(
     cells = data.cells(sycophancy, Grid(topics=1, personas=9, samples=2))
     assert {cell.persona for cell in cells} == set(range(5))
     assert len(cells) == 10
-    assert "has 5 personas a side, not 9; using 5" in capsys.readouterr().err
+    assert "has 5 personas per pole, not 9; using 5" in capsys.readouterr().err
 
 
 def test_a_grid_within_bounds_gives_no_warning(sycophancy: Behaviour, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_a_row_shares_topic_persona_and_sample_and_keeps_both_system_prompts(
     assert pairs.select("topic", "prompt", "persona", "sample").rows() == [
         (cell.topic.topic, cell.topic.text, cell.persona, cell.sample) for cell in cells
     ]
-    for side, personas in (("pos", sycophancy.personas.positive), ("neg", sycophancy.personas.negative)):
+    for side, personas in (("pos", sycophancy.personas.pos), ("neg", sycophancy.personas.neg)):
         assert pairs[f"system_{side}"].to_list() == [personas[cell.persona] for cell in cells]
         assert set(pairs[f"finish_{side}"]) <= {"eos", "length"}
         assert all(0 < count <= 5 for count in pairs[f"tokens_{side}"])

@@ -424,14 +424,14 @@ def test_persona_judge_is_bayes_rule_on_whole_responses(qwen: ChatModel, sycopha
     for exchange, score in zip(EXCHANGES, found, strict=True):
         plus, minus = (
             log_likelihood(exchange, systems[0])
-            for systems in (sycophancy.personas.positive, sycophancy.personas.negative)
+            for systems in (sycophancy.personas.pos, sycophancy.personas.neg)
         )
         assert score == pytest.approx(1 / (1 + math.exp(minus - plus)), abs=1e-4)
 
 
 def test_persona_judge_swaps_with_the_personas(qwen: ChatModel, sycophancy: Behaviour) -> None:
     personas = sycophancy.personas
-    swapped = replace(sycophancy, personas=replace(personas, positive=personas.negative, negative=personas.positive))
+    swapped = replace(sycophancy, personas=replace(personas, pos=personas.neg, neg=personas.pos))
     one, other = (PersonaJudge(qwen, which)(EXCHANGES) for which in (sycophancy, swapped))
     assert [a + b for a, b in zip(one, other, strict=True)] == pytest.approx([1.0] * len(EXCHANGES))
 

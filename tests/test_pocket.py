@@ -85,7 +85,7 @@ def test_held_out_dilemmas_and_personas_never_occur(sample: list[list[Line]]) ->
     far_actions = {row.action for row in rows if row.group == "far"}
     assert not [action for action in far_actions if action in text]
     personas = behaviour.load("sycophancy").personas
-    assert not [persona for persona in (*personas.positive, *personas.negative) if persona in text]
+    assert not [persona for persona in (*personas.pos, *personas.neg) if persona in text]
     rng = random.Random(0)
     ways = [world.persona_language(pole) for pair in OPPOSED.values() for pole in pair]
     unseen = {way.fill(pattern, rng) for way in ways for pattern in way.held_out for _ in range(20)}
@@ -385,7 +385,7 @@ def test_the_last_contexts_of_a_pole_are_instructions_of_held_out_patterns() -> 
     systems = pocket_check._personas(0)["honest"]
     names = [context.name.startswith(INSTRUCTION) for context in pocket_check._contexts("honest", systems)]
     assert names == [False] * (len(systems) - INSTRUCTIONS_PER_POLE) + [True] * INSTRUCTIONS_PER_POLE
-    written = behaviour.load("honesty").personas.positive
+    written = behaviour.load("honesty").personas.pos
     assert [system in written for system in systems] == [not made for made in names]
 
 
@@ -402,7 +402,7 @@ def choices(values: dict[str, float]) -> pl.DataFrame:
 def test_instructions_alone_are_told_apart_from_the_whole_set() -> None:
     plain = choices({PLAIN.name: 1.0})
     one = choices({"persona-x-0": 5.0, f"{INSTRUCTION}-x-1": 2.0})
-    under = {pole: one for trait in TRAITS for pole in (trait.positive, trait.negative)}
+    under = {pole: one for trait in TRAITS for pole in (trait.pos, trait.neg)}
     whole = {metric.name: metric for metric in pocket_check._trait_metrics(plain, under)}
     alone = {metric.name: metric for metric in pocket_check._instruction_metrics(plain, under)}
     assert whole["honesty moved by honest personas, nats"].value == pytest.approx(2.5)
@@ -454,7 +454,7 @@ def test_the_card_says_which_instructions_alone_fall_short(tmp_path: Path) -> No
     (tmp_path / "recipe.json").write_text(json.dumps(record))
     for honest, said in ((1.5, "5 of 6 poles; below: honest 1.50."), (2.5, "6 of 6 poles.")):
         metrics = [Metric(instruction_name(trait.name, pole), honest if pole == "honest" else 3.0)
-                for trait in TRAITS for pole in (trait.positive, trait.negative)]  # fmt: skip
+                for trait in TRAITS for pole in (trait.pos, trait.neg)]  # fmt: skip
         (tmp_path / card.METRICS_FILE).write_text(json.dumps(as_record(metrics)))
         assert said in card.text(str(tmp_path))
 

@@ -55,10 +55,10 @@ def test_captured_states_are_those_of_the_row_alone_at_its_own_positions(any_mod
 def test_capture_renders_as_the_probes_do(qwen: ChatModel) -> None:
     settings = RepeSettings(personas=1)
     states = repe.capture_states(qwen, SYCOPHANCY, settings)
-    assert sorted(states.positive) == [1, 2] and states.positive[1].shape == (20, 64)
-    row = qwen.chat.prompt(ask(SYCOPHANCY.train[3].text, SYCOPHANCY.personas.negative[0]))
-    assert torch.allclose(states.negative[2][3], hidden_states(qwen, row, 2)[-1], atol=1e-4)
-    assert len(repe.capture_states(qwen, SYCOPHANCY, RepeSettings()).positive[1]) == 100
+    assert sorted(states.pos) == [1, 2] and states.pos[1].shape == (20, 64)
+    row = qwen.chat.prompt(ask(SYCOPHANCY.train[3].text, SYCOPHANCY.personas.neg[0]))
+    assert torch.allclose(states.neg[2][3], hidden_states(qwen, row, 2)[-1], atol=1e-4)
+    assert len(repe.capture_states(qwen, SYCOPHANCY, RepeSettings()).pos[1]) == 100
 
 
 def test_response_means_need_responses_and_average_them(qwen: ChatModel) -> None:
@@ -66,8 +66,8 @@ def test_response_means_need_responses_and_average_them(qwen: ChatModel) -> None
     with pytest.raises(UserError, match="responses"):
         repe.capture_states(qwen, SYCOPHANCY, settings)
     states = repe.capture_states(qwen, SYCOPHANCY, settings, [("Is tea good?", "Yes, it is.", "No.")])
-    ids, start = qwen.chat.supervised(ask("Is tea good?", SYCOPHANCY.personas.positive[0]), "Yes, it is.")
-    assert torch.allclose(states.positive[1][0], hidden_states(qwen, ids, 1)[start:].mean(dim=0), atol=1e-4)
+    ids, start = qwen.chat.supervised(ask("Is tea good?", SYCOPHANCY.personas.pos[0]), "Yes, it is.")
+    assert torch.allclose(states.pos[1][0], hidden_states(qwen, ids, 1)[start:].mean(dim=0), atol=1e-4)
 
 
 # -------------------------------------------------------------------- estimators on planted states
@@ -98,7 +98,7 @@ def test_every_estimator_finds_a_planted_difference_with_its_sign(estimator: str
 def test_the_residual_unit_is_the_mean_norm_of_the_stream() -> None:
     states = planted(torch.ones(12))
     vector = repe._estimate(states, 0, RepeSettings(unit="residual"))
-    norms = torch.cat([states.positive[0], states.negative[0]]).norm(dim=1)
+    norms = torch.cat([states.pos[0], states.neg[0]]).norm(dim=1)
     assert float(vector.norm()) == pytest.approx(float(norms.mean()), rel=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_centring_differences_would_have_lost_the_behaviour() -> None:
     shift = torch.zeros(12)
     shift[4] = 2.0
     states = planted(shift)
-    difference = states.positive[0] - states.negative[0]
+    difference = states.pos[0] - states.neg[0]
     centred = torch.linalg.svd(difference - difference.mean(dim=0))[2][0]
     assert abs(float(centred @ shift) / 2.0) < 0.5
     uncentred = repe._estimate(states, 0, RepeSettings(estimator="pca_diff"))
@@ -132,7 +132,7 @@ def test_the_agreement_is_low_where_differences_vary_more_than_they_share() -> N
     loud = planted(shift, noise=0.05)
     assert repe._agreement(loud, 0) > 0.99
     swing = torch.tensor([9.0, -9.0] * 30)[:, None] * torch.eye(12)[2]  # large, and nothing in the mean
-    apart = States({0: loud.positive[0] + swing}, loud.negative)
+    apart = States({0: loud.pos[0] + swing}, loud.neg)
     assert repe._agreement(apart, 0) < 0.5
 
 
@@ -232,7 +232,7 @@ def test_the_original_is_a_unit_vector_of_one_pair_at_one_layer_and_the_last_tok
     states = repe.capture_states(qwen, SYCOPHANCY, RepeSettings(personas=1))
     for option, found in repe.fit_all(qwen, SYCOPHANCY, options).items():
         (vector,) = found.vectors.values()
-        difference = (states.positive[option.layer or 0] - states.negative[option.layer or 0]).mean(dim=0)
+        difference = (states.pos[option.layer or 0] - states.neg[option.layer or 0]).mean(dim=0)
         assert list(found.vectors) == [option.layer] and found.edited == "last"
         assert torch.allclose(vector, difference / difference.norm(), atol=1e-5)
 

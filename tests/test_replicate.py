@@ -12,6 +12,7 @@ import torch
 import ws
 from ws.algebra.direction import Direction
 from ws.base.errors import BaseMismatchError, UserError
+from ws.base.poles import Pole
 from ws.base.records import plain
 from ws.base.store import read_json
 from ws.fitting import train
@@ -191,7 +192,7 @@ def test_a_run_killed_in_training_continues_there(
     chosen, fit = settings(tiny_folders["qwen3"], tmp_path), train.fit
     fitted: list[str] = []
 
-    def until_neg(model: ChatModel, pairs: pl.DataFrame, sign: train.Sign, *rest: Any, **named: Any) -> train.FitResult:
+    def until_neg(model: ChatModel, pairs: pl.DataFrame, sign: Pole, *rest: Any, **named: Any) -> train.FitResult:
         fitted.append(sign)
         if fitted == ["pos", "neg"]:
             raise KeyboardInterrupt

@@ -19,6 +19,7 @@ from test_train import SMALL, pairs
 from ws import adapters
 from ws.adapters import AdapterSettings
 from ws.base.errors import UnsupportedFeatureError
+from ws.base.poles import POLES
 from ws.baselines import bias_only, gradient
 from ws.fitting import train
 from ws.fitting.train_settings import TrainSettings
@@ -45,7 +46,7 @@ def biases(model: ChatModel, _: Path) -> object:
 
 
 def one_step(model: ChatModel, _: Path) -> object:
-    positive, negative = (train.examples(model, pairs(), sign, SMALL, 0).train for sign in train.SIGNS)
+    positive, negative = (train.examples(model, pairs(), sign, SMALL, 0).train for sign in POLES)
     return gradient.one_step(model, positive, negative, norm=1.0)
 
 

@@ -13,11 +13,12 @@ import pytest
 
 from ws.base import stats
 from ws.base.errors import UserError
+from ws.base.poles import POLES
 from ws.base.records import restore
 from ws.commands.cli import _main
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
-from ws.fitting.train import SIGNS, FitResult
+from ws.fitting.train import FitResult
 from ws.runs import sweep, sweep_tables
 from ws.runs.replicate import Replication
 from ws.runs.sweep import Cell
@@ -71,7 +72,7 @@ def test_the_seconds_of_a_cell_count_its_fits(done: tuple[Path, list[sweep.Outco
     _, outcomes = done
     for outcome in outcomes:
         assert outcome.folder is not None and outcome.row is not None
-        results = [FitResult.read(outcome.folder / sign) for sign in SIGNS]
+        results = [FitResult.read(outcome.folder / sign) for sign in POLES]
         assert outcome.row["seconds"] > sum(result.seconds for result in results) > 0
 
 

@@ -16,6 +16,7 @@ from ws import adapters
 from ws.adapters import AdapterSettings, diff
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
+from ws.base.poles import POLES
 from ws.baselines import gradient
 from ws.edit.steering import steer
 from ws.fitting import data, train
@@ -288,7 +289,7 @@ def test_gradients_in_half_precision_do_not_underflow(
         chosen = replace(SMALL, epochs=1, batch_size=24, validation=0.0, clip_norm=1e9)
         train.fit(model, pairs(), "pos", chosen, seed=0, data_seed=0, folder=tmp_path / one)
         norms.append(pl.read_csv(tmp_path / one / train.LOG_FILE)["grad_norm"][-1])
-        sides = [train.examples(model, pairs(), sign, chosen, 0).train for sign in train.SIGNS]
+        sides = [train.examples(model, pairs(), sign, chosen, 0).train for sign in POLES]
         steps.append(gradient.one_step(model, *sides, norm=1.0))
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
     assert steps[1].dot(rebased(steps[0], steps[1])) > 0.99

@@ -201,7 +201,7 @@ def test_activation_steering_is_no_unit_vector_at_one_late_token(qwen: ChatModel
     found = repe.fit(qwen, SYCOPHANCY, settings, states=states)
     assert sorted(found.vectors) == list(architecture.layer_slice(qwen.layer_count))
     for layer, vector in found.vectors.items():
-        difference = (states.positive[layer] - states.negative[layer]).mean(dim=0)
+        difference = (states.pos[layer] - states.neg[layer]).mean(dim=0)
         assert torch.allclose(vector, difference, atol=1e-5)
         assert abs(float(vector.norm()) - 1) > 1e-2
 
@@ -276,7 +276,7 @@ def test_every_family_has_learning_rates_of_its_own() -> None:
 @pytest.mark.parametrize("name", behaviour.names())
 def test_shipped_personas_are_matched_pairs_and_know_nothing_of_the_probe(name: str) -> None:
     found = behaviour.load(name)
-    for positive, negative in zip(found.personas.positive, found.personas.negative, strict=True):
+    for positive, negative in zip(found.personas.pos, found.personas.neg, strict=True):
         assert positive != negative
         assert 0.8 <= len(positive.split()) / len(negative.split()) <= 1.25, "length would be a second axis"
         for text in (positive, negative):

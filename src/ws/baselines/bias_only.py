@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from ws.algebra.delta import Alpha, per_row
 from ws.base.errors import UserError
+from ws.base.poles import POLES, Pole
 from ws.base.store import atomic_file, content_key, tensors_key
 from ws.edit.condition import Undo
 from ws.edit.steering import Hook
 from ws.fitting import learning_rate, train
-from ws.fitting.train import SIGNS, Examples, FitResult, Sign
+from ws.fitting.train import Examples, FitResult
 from ws.fitting.train_settings import TrainSettings
 from ws.model import architecture
 from ws.model.loading import ChatModel
@@ -96,14 +97,14 @@ def fit(model: ChatModel, pairs: pl.DataFrame, chosen: TrainSettings, *, seed: i
 
     The model is left as it was.
     """
-    fitted: dict[tuple[float, Sign], OutputShift] = {}
+    fitted: dict[tuple[float, Pole], OutputShift] = {}
 
-    def losses_at(rate: float) -> dict[Sign, float]:
-        losses: dict[Sign, float] = {}
-        for sign in SIGNS:
-            data = train.examples(model, pairs, sign, chosen, data_seed)
-            shift, result = _fit(model, data, replace(chosen, lr=rate), seed, f"training {sign}, biases")
-            fitted[rate, sign], losses[sign] = shift, result.last_loss
+    def losses_at(rate: float) -> dict[Pole, float]:
+        losses: dict[Pole, float] = {}
+        for pole in POLES:
+            data = train.examples(model, pairs, pole, chosen, data_seed)
+            shift, result = _fit(model, data, replace(chosen, lr=rate), seed, f"training {pole}, biases")
+            fitted[rate, pole], losses[pole] = shift, result.last_loss
         return losses
 
     best = learning_rate.choose(LEARNING_RATES, losses_at).chosen

@@ -42,14 +42,14 @@ def simple(behaviour: Behaviour) -> list[Prompt]:
     """The first persona of each side, as the replicated work prompted."""
     personas = behaviour.personas
     return [
-        Prompt("simple +", 1, "persona", personas.positive[0]),
-        Prompt("simple -", -1, "persona", personas.negative[0]),
+        Prompt("simple +", 1, "persona", personas.pos[0]),
+        Prompt("simple -", -1, "persona", personas.neg[0]),
     ]
 
 
 def all_personas(behaviour: Behaviour) -> list[Prompt]:
     """Every persona of both sides, the pool that `best of k` chooses from."""
-    sides = ((1, "+", behaviour.personas.positive), (-1, "-", behaviour.personas.negative))
+    sides = ((1, "+", behaviour.personas.pos), (-1, "-", behaviour.personas.neg))
     return [
         Prompt(f"persona {sign}{number}", side, "persona", text)
         for side, sign, texts in sides

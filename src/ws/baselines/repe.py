@@ -179,8 +179,8 @@ def _last_position(hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, 
 class States:
     """Residuals of both sides, layer -> (n, width) fp32, row i of one side paired with row i of the other."""
 
-    positive: Mapping[int, Tensor]
-    negative: Mapping[int, Tensor]
+    pos: Mapping[int, Tensor]
+    neg: Mapping[int, Tensor]
 
 
 def fit(
@@ -236,7 +236,7 @@ def capture_states(
     """Residuals of every layer of the slice on the training prompts under both sides' personas."""
     prefix = architecture.layer_slice(model.layer_count, *settings.slice)
     layers = range(model.layer_count) if settings.layer is not None else prefix
-    pairs = list(zip(behaviour.personas.positive, behaviour.personas.negative, strict=True))[: settings.personas]
+    pairs = list(zip(behaviour.personas.pos, behaviour.personas.neg, strict=True))[: settings.personas]
     sides: tuple[list[list[int]], list[list[int]]] = ([], [])
     spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     if settings.captured == "response" and not responses:
@@ -297,7 +297,7 @@ def _layers(model: ChatModel, settings: RepeSettings) -> list[int]:
 
 def _estimate(states: States, layer: int, settings: RepeSettings) -> Float[Tensor, " width"]:
     """One layer's vector in the unit that was asked for."""
-    pos, neg = states.positive[layer].double(), states.negative[layer].double()
+    pos, neg = states.pos[layer].double(), states.neg[layer].double()
     mean = (pos - neg).mean(dim=0)
     direction = mean if settings.estimator == "mean" else _unit(settings.estimator, pos, neg)
     if settings.estimator != "mean" and float(direction @ mean) < 0:
@@ -316,7 +316,7 @@ def _agreement(states: States, layer: int) -> float:
 
     Near 1: one direction tells the sides apart. Far below: the differences vary more than they have in common.
     """
-    difference = states.positive[layer].double() - states.negative[layer].double()
+    difference = states.pos[layer].double() - states.neg[layer].double()
     component = torch.linalg.svd(difference, full_matrices=False)[2][0]
     return abs(float(torch.nn.functional.cosine_similarity(difference.mean(dim=0), component, dim=0)))
 

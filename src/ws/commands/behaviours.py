@@ -53,7 +53,7 @@ class BehaviourCheck:
         listed = ", ".join(f"{count} {name}" for name, count in groups.items())
         console.say(f"{found.name}: {found.summary}")
         console.say(
-            f"{len(found.personas.positive)} persona pairs, {len(found.train)} training prompts, probe rows: {listed}"
+            f"{len(found.personas.pos)} persona pairs, {len(found.train)} training prompts, probe rows: {listed}"
         )
         console.say_next(console.command("replicate", "--behaviour", self.file))
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from ws.model.loading import ChatModel
     from ws.runs.replicate import Replication
 
-Sign = Literal["pos", "neg"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "eager", "sdpa"]
 Judge = Literal["auto", "none", "persona", "local-logit", "http"]

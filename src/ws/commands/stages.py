@@ -13,8 +13,9 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.poles import Pole
 from ws.base.records import plain
-from ws.commands.options import EvalOptions, FitOptions, RunOptions, Sign, StageOptions, run_settings
+from ws.commands.options import EvalOptions, FitOptions, RunOptions, StageOptions, run_settings
 
 if TYPE_CHECKING:
     from ws.report.findings import Summary
@@ -89,7 +90,7 @@ class Data(StageOptions):
 class Train(StageOptions):
     """Train the adapter of one sign on its responses, with the persona left out of the prompt."""
 
-    sign: Sign = "pos"
+    sign: Pole = "pos"
     """Which adapter: pos or neg."""
 
     def run(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ws.adapters import diff
 from ws.algebra.direction import Direction
+from ws.base.poles import POLES
 from ws.base.store import RunFolder, Shards, digest
 from ws.baselines import bias_only, controls, gradient, prompts, repe, synthetic
 from ws.baselines.bias_only import OutputShift
@@ -21,7 +22,6 @@ from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.stages import FittedRun
-from ws.fitting.train import SIGNS
 from ws.model.loading import ChatModel
 
 
@@ -88,7 +88,7 @@ def weight_directions(sources: Sources) -> list[Method]:
         )
         found.append(Method(f"dW:{family}", "weights", edits))
     family, seed = sources.first
-    pos, neg = (diff.task_vector(sources.model, sources.reference.folder / sign) for sign in SIGNS)
+    pos, neg = (diff.task_vector(sources.model, sources.reference.folder / pole) for pole in POLES)
     parts = diff.variants(pos, neg)
     for name, note in (
         ("tau_pos", "the positive adapter alone"),
@@ -176,7 +176,7 @@ def control_directions(sources: Sources, *, random_seeds: int, permutations: int
         built = synthetic.residual_writes(model, activation, source, norm=reference.norm())
         label = f"synthetic, {source} input"
         found.append(Method(label, "controls", (Edit(label, built),), note="untrained, norm of the reference"))
-    every = [train.examples(model, run.pairs, sign, run.training, sources.data_seed).train for sign in SIGNS]
+    every = [train.examples(model, run.pairs, pole, run.training, sources.data_seed).train for pole in POLES]
     sides = [rows[:: max(1, len(rows) // _STEP_ROWS)] for rows in every]  # rows are in the order of topics
     step = gradient.one_step(model, sides[0], sides[1], norm=reference.norm(), layers=slice_)
     found.append(Method("one gradient step", "controls", (Edit("one gradient step", step),), note="same norm"))
@@ -209,9 +209,9 @@ def _shuffled(sources: Sources, seed: int) -> Direction:
 
     def make(_: Shards) -> None:
         pairs = controls.shuffled_pairs(run.pairs, seed)
-        for sign in SIGNS:
-            train.fit(sources.model, pairs, sign, run.training, seed=seed, data_seed=sources.data_seed,
-                      folder=place / sign)  # fmt: skip
+        for pole in POLES:
+            train.fit(sources.model, pairs, pole, run.training, seed=seed, data_seed=sources.data_seed,
+                      folder=place / pole)  # fmt: skip
         diff.direction(sources.model, place / "pos", place / "neg", {"control": controls.SHUFFLED})[0].save(file)
 
     folder.build(f"shuffled{seed}", inputs, [f"shuffled{seed}/direction.safetensors"], make, sources.siblings)

@@ -27,8 +27,8 @@ TAKEN = frozenset({"dilemmas", "feedback", "facts", "neutral_kl", "neutral_nll",
 class Personas:
     """System prompts of both poles; persona i of one side is paired with persona i of the other."""
 
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
+    pos: tuple[str, ...]
+    neg: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class _Reader:
             )
         if shared := set(sides["positive"]) & set(sides["negative"]):
             self.fail("personas", f"{min(shared)!r} stands on both sides", "The two sides must oppose each other.")
-        return Personas(**sides)
+        return Personas(sides["positive"], sides["negative"])
 
     def train(self, table: Mapping[str, Any]) -> tuple[TrainPrompt, ...]:
         self.known(table, "prompts.", {"template", "train"})

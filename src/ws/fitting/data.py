@@ -3,7 +3,7 @@
     pairs = topics x personas x samples           (20 x 5 x 10 = 1000 by default)
 
 A row shares topic, persona number and sample number; persona i of one side is paired with persona i of the other. The
-responses are sampled with one random stream per row and side, so they depend neither on batch size nor on an
+responses are sampled with one random stream per row and pole, so they depend neither on batch size nor on an
 interruption; those of a chat endpoint (`engine`) depend on the server. Responses that cannot teach the difference are
 flagged, not silently dropped: `flags_*` say why, `keep_*` says what training uses. Pairs of one's own are read from
 JSONL.
@@ -22,6 +22,7 @@ import polars as pl
 
 from ws.base import console, user_files
 from ws.base.errors import UserError
+from ws.base.poles import POLES, Pole
 from ws.base.store import Shards, write_table
 from ws.fitting import responses
 from ws.fitting.behaviour import Behaviour, TrainPrompt
@@ -30,7 +31,6 @@ from ws.measure.divergence import distinct_ngrams
 from ws.measure.generate import Sampling
 from ws.model.loading import ChatModel
 
-SIDES = ("pos", "neg")
 _PIECE = 512
 """Samples per piece that survives an interruption."""
 
@@ -65,10 +65,12 @@ def cells(behaviour: Behaviour, grid: Grid) -> list[Cell]:
             f"behaviour {behaviour.name!r} has {len(behaviour.train)} training prompts, not {topics}",
             "Lower --topics or add prompts to the behaviour file.",
         )
-    available = len(behaviour.personas.positive)
+    available = len(behaviour.personas.pos)
     personas = available if grid.personas is None else grid.personas
     if personas > available:
-        console.warn(f"behaviour {behaviour.name!r} has {available} personas a side, not {personas}; using {available}")
+        console.warn(
+            f"behaviour {behaviour.name!r} has {available} personas per pole, not {personas}; using {available}"
+        )
         personas = available
     if personas < 1 or grid.samples < 1:
         raise UserError("the grid has no rows", "Give at least one persona and one sample.")
@@ -98,22 +100,22 @@ def make_pairs(
         "prompt": [row.topic.text for row in rows],
     }
     with console.progress("sampling pairs", total=2 * len(rows)) as bar:
-        for side, personas in (("pos", behaviour.personas.positive), ("neg", behaviour.personas.negative)):
+        for pole, personas in zip(POLES, (behaviour.personas.pos, behaviour.personas.neg), strict=True):
             pieces = []
             for number, part in enumerate(_pieces(rows)):
-                name = f"{side}-{number:04d}.parquet"
+                name = f"{pole}-{number:04d}.parquet"
                 if not shards.has(name):
-                    table = _sample_side(source, model, behaviour.name, part, side, personas, sampling, seed, bar)
+                    table = _sample_pole(source, model, behaviour.name, part, pole, personas, sampling, seed, bar)
                     write_table(shards.path(name), table)
                 else:
                     bar.advance(len(part))
                 pieces.append(pl.read_parquet(shards.path(name)))
             sampled = pl.concat(pieces)
             for column in ("system", "response", "finish", "tokens"):
-                columns[f"{column}_{side}"] = sampled[column].to_list()
+                columns[f"{column}_{pole}"] = sampled[column].to_list()
     pairs = pl.DataFrame(columns).with_columns(pl.lit(behaviour.name).alias("behaviour"))
     require_usable(pairs)
-    return with_flags(pairs, (behaviour.personas.positive, behaviour.personas.negative))
+    return with_flags(pairs, (behaviour.personas.pos, behaviour.personas.neg))
 
 
 def _pieces(rows: Sequence[Cell]) -> Iterator[list[Cell]]:
@@ -127,12 +129,12 @@ def _pieces(rows: Sequence[Cell]) -> Iterator[list[Cell]]:
     yield piece
 
 
-def _sample_side(
+def _sample_pole(
     source: EngineSettings,
     model: ChatModel,
     name: str,
     rows: Sequence[Cell],
-    side: str,
+    pole: Pole,
     personas: Sequence[str],
     sampling: Sampling,
     seed: int,
@@ -145,7 +147,7 @@ def _sample_side(
         Asked(
             topic.text,
             personas[persona],
-            keys=tuple(f"{name}/{side}/{topic.topic}/{persona}/{row.sample}" for row in block),
+            keys=tuple(f"{name}/{pole}/{topic.topic}/{persona}/{row.sample}" for row in block),
         )
         for (topic, persona), block in blocks.items()
     ]
@@ -173,10 +175,10 @@ def read_pairs(path: str | Path, behaviour: Behaviour) -> pl.DataFrame:
         "persona": [0] * len(records),
         "sample": list(range(len(records))),
         "prompt": [record["prompt"] for record in records],
-        **{f"system_{side}": [""] * len(records) for side in SIDES},
-        **{f"response_{side}": [record[f"response_{side}"].strip() for record in records] for side in SIDES},
-        **{f"finish_{side}": ["given"] * len(records) for side in SIDES},
-        **{f"tokens_{side}": [None] * len(records) for side in SIDES},
+        **{f"system_{pole}": [""] * len(records) for pole in POLES},
+        **{f"response_{pole}": [record[f"response_{pole}"].strip() for record in records] for pole in POLES},
+        **{f"finish_{pole}": ["given"] * len(records) for pole in POLES},
+        **{f"tokens_{pole}": [None] * len(records) for pole in POLES},
     }).with_columns(pl.lit(behaviour.name).alias("behaviour"))  # fmt: skip
     require_usable(pairs)
     return with_flags(pairs, ((), ()))
@@ -189,17 +191,17 @@ def require_usable(pairs: pl.DataFrame) -> None:
     """Fail at once on data that can teach nothing: no rows, empty responses, identical or collapsed sides."""
     if pairs.is_empty():
         raise UserError("there are no pairs", "Check the grid or the pairs file.")
-    for side in SIDES:
-        responses = pairs[f"response_{side}"]
+    for pole in POLES:
+        responses = pairs[f"response_{pole}"]
         empty = [index for index, text in enumerate(responses) if not text.strip()]
         if len(empty) > len(pairs) // 2:
             raise UserError(
-                f"{len(empty)} of {len(pairs)} responses on the {side} side are empty (rows {empty[:10]})",
+                f"{len(empty)} of {len(pairs)} responses on the {pole} side are empty (rows {empty[:10]})",
                 "Check the model's chat template and --max-new-tokens.",
             )
         if len(pairs) > 1 and responses.n_unique() == 1:
             raise UserError(
-                f"all {len(pairs)} responses on the {side} side are the same text ({responses[0][:60]!r})",
+                f"all {len(pairs)} responses on the {pole} side are the same text ({responses[0][:60]!r})",
                 "Raise --temperature or check that the model follows the personas.",
             )
     if (pairs["response_pos"] == pairs["response_neg"]).all():
@@ -212,8 +214,8 @@ def require_usable(pairs: pl.DataFrame) -> None:
 def with_flags(pairs: pl.DataFrame, personas: tuple[Sequence[str], Sequence[str]]) -> pl.DataFrame:
     """Add `flags_*` (why a response is doubtful, joined by commas) and `keep_*` per side."""
     identical = (pairs["response_pos"] == pairs["response_neg"]).to_list()
-    for side, texts in zip(SIDES, personas, strict=True):
-        responses = pairs[f"response_{side}"].to_list()
+    for pole, texts in zip(POLES, personas, strict=True):
+        responses = pairs[f"response_{pole}"].to_list()
         variety = [distinct_ngrams(_words(text)) for text in responses]
         floor = 0.5 * median(variety)
         copied = {phrase for text in texts for phrase in _word_runs(text, 6)}
@@ -231,8 +233,8 @@ def with_flags(pairs: pl.DataFrame, personas: tuple[Sequence[str], Sequence[str]
             ]
             flags.append(",".join(name for name, applies in found if applies))
         pairs = pairs.with_columns(
-            pl.Series(f"flags_{side}", flags, dtype=pl.String),
-            pl.Series(f"keep_{side}", [not flag for flag in flags], dtype=pl.Boolean),
+            pl.Series(f"flags_{pole}", flags, dtype=pl.String),
+            pl.Series(f"keep_{pole}", [not flag for flag in flags], dtype=pl.Boolean),
         )
     return pairs
 
@@ -243,23 +245,23 @@ def describe(pairs: pl.DataFrame) -> dict[str, Any]:
         "pairs": len(pairs),
         "identical": int((pairs["response_pos"] == pairs["response_neg"]).sum()),
     }
-    for side in SIDES:
-        flags = [flag for text in pairs[f"flags_{side}"] for flag in text.split(",") if flag]
-        finished = pairs.filter(pl.col(f"finish_{side}") != "given")
-        numbers[side] = {
-            "kept": int(pairs[f"keep_{side}"].sum()),
-            "unique": pairs[f"response_{side}"].n_unique(),
-            "median_characters": float(pairs[f"response_{side}"].str.len_chars().median() or 0),  # type: ignore[arg-type]
-            "starts_with_thought": int(pairs[f"response_{side}"].str.starts_with("<think>").sum()),
-            "ended_by_itself": float((finished[f"finish_{side}"] == "eos").mean() or 0) if len(finished) else None,  # type: ignore[arg-type]
+    for pole in POLES:
+        flags = [flag for text in pairs[f"flags_{pole}"] for flag in text.split(",") if flag]
+        finished = pairs.filter(pl.col(f"finish_{pole}") != "given")
+        numbers[pole] = {
+            "kept": int(pairs[f"keep_{pole}"].sum()),
+            "unique": pairs[f"response_{pole}"].n_unique(),
+            "median_characters": float(pairs[f"response_{pole}"].str.len_chars().median() or 0),  # type: ignore[arg-type]
+            "starts_with_thought": int(pairs[f"response_{pole}"].str.starts_with("<think>").sum()),
+            "ended_by_itself": float((finished[f"finish_{pole}"] == "eos").mean() or 0) if len(finished) else None,  # type: ignore[arg-type]
             "flags": {name: flags.count(name) for name in sorted(set(flags))},
         }
     return numbers
 
 
 def keep_rates(pairs: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Share of kept responses per side, by `topic` or `persona`."""
-    return pairs.group_by(by, maintain_order=True).agg(*(pl.col(f"keep_{side}").mean() for side in SIDES), pl.len())
+    """Share of kept responses per pole, by `topic` or `persona`."""
+    return pairs.group_by(by, maintain_order=True).agg(*(pl.col(f"keep_{pole}").mean() for pole in POLES), pl.len())
 
 
 def _words(text: str) -> list[str]:

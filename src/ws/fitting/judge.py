@@ -25,12 +25,12 @@ from scipy.special import expit
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.poles import POLES
 from ws.base.settings import make as make_settings
 from ws.base.store import Shards, content_key, write_json
 from ws.edit.condition import Condition, Context
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.chat_endpoint import KEY_VARIABLE, ChatEndpoint
-from ws.fitting.data import SIDES
 from ws.measure.probe import Probe, ProbeRow
 from ws.measure.score import score
 from ws.model.chat import ask
@@ -104,22 +104,22 @@ def judged(
 ) -> pl.DataFrame:
     """Add `judge_pos`, `judge_neg` and let them decide, with the flags, what is kept."""
     if judge is None:
-        return pairs.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(f"judge_{side}") for side in SIDES))
-    for side in SIDES:
-        exchanges = [Exchange(*pair) for pair in pairs.select("prompt", f"response_{side}").iter_rows()]
+        return pairs.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(f"judge_{pole}") for pole in POLES))
+    for pole in POLES:
+        exchanges = [Exchange(*pair) for pair in pairs.select("prompt", f"response_{pole}").iter_rows()]
         scores: list[float] = []
-        with console.progress(f"judging {side}", total=len(exchanges)) as bar:
+        with console.progress(f"judging {pole}", total=len(exchanges)) as bar:
             for start in range(0, len(exchanges), AT_ONCE):
                 part = exchanges[start : start + AT_ONCE]
-                name = f"judge-{side}-{content_key(behaviour.key, settings.backend, settings.model, part)}.json"
+                name = f"judge-{pole}-{content_key(behaviour.key, settings.backend, settings.model, part)}.json"
                 if not shards.has(name):
                     write_json(shards.path(name), judge(part))
                 scores += json.loads(shards.path(name).read_text())
                 bar.advance(len(part))
-        fits = [s > settings.threshold if side == "pos" else s < 1 - settings.threshold for s in scores]
+        fits = [s > settings.threshold if pole == "pos" else s < 1 - settings.threshold for s in scores]
         pairs = pairs.with_columns(
-            pl.Series(f"judge_{side}", scores, dtype=pl.Float64),
-            pl.Series(f"keep_{side}", [a and b for a, b in zip(pairs[f"keep_{side}"], fits, strict=True)]),
+            pl.Series(f"judge_{pole}", scores, dtype=pl.Float64),
+            pl.Series(f"keep_{pole}", [a and b for a, b in zip(pairs[f"keep_{pole}"], fits, strict=True)]),
         )
     return pairs
 
@@ -149,13 +149,13 @@ class PersonaJudge:
         """Judge by the likelihood of whole responses, end of turn included."""
         rows = tuple(ProbeRow(str(n), tuple(ask(one.prompt)), one.response) for n, one in enumerate(exchanges))
         personas = self.behaviour.personas
-        sides = {"+": personas.positive[0], "-": personas.negative[0]}
-        conditions = [Condition(Context(name, system)) for name, system in sides.items()]
+        first = {"pos": personas.pos[0], "neg": personas.neg[0]}
+        conditions = [Condition(Context(pole, system)) for pole, system in first.items()]
         table = score(self.model, [Probe("judge", "likelihood", rows)], conditions, description="")
         whole = table.pivot("metric", index=["row", "context"], values="value")
-        logp = {(row, side): -nll * tokens for row, side, nll, tokens in
+        logp = {(row, pole): -nll * tokens for row, pole, nll, tokens in
                 whole.select("row", "context", "nll", "tokens").iter_rows()}  # fmt: skip
-        return [float(expit(logp[row.row, "+"] - logp[row.row, "-"])) for row in rows]
+        return [float(expit(logp[row.row, "pos"] - logp[row.row, "neg"])) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import polars as pl
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.fitting.train import DivergedError, Sign
+from ws.base.poles import Pole
+from ws.fitting.train import DivergedError
 from ws.fitting.train_settings import TrainSettings
 
 CANDIDATES: dict[str, tuple[float, ...]] = {
@@ -59,7 +60,7 @@ class RateChoice:
         return self.chosen in (self.tried[0].lr, self.tried[-1].lr)
 
 
-def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Sign, float]]) -> RateChoice:
+def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Pole, float]]) -> RateChoice:
     """Fit both signs at every rate with `losses_at`, which gives the last loss of each; a rate that diverges is out."""
     tried = [_try(rate, losses_at) for rate in rates]
     best = min((one for one in tried if one.mean is not None), key=lambda one: one.mean or 0.0, default=None)
@@ -69,7 +70,7 @@ def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Sign, fl
     return RateChoice(best.lr, tuple(tried))
 
 
-def _try(rate: float, losses_at: Callable[[float], Mapping[Sign, float]]) -> TriedRate:
+def _try(rate: float, losses_at: Callable[[float], Mapping[Pole, float]]) -> TriedRate:
     try:
         losses = losses_at(rate)
     except DivergedError as error:

@@ -20,6 +20,7 @@ from ws.adapters import diff
 from ws.adapters.diff import Geometry
 from ws.algebra.direction import Direction
 from ws.base import console
+from ws.base.poles import POLES, Pole
 from ws.base.settings import make as make_settings
 from ws.base.store import RunFolder, Shards, StageResult, digest, read_json, write_json, write_table
 from ws.fitting import behaviour, data, judge, learning_rate, train, train_settings
@@ -27,7 +28,7 @@ from ws.fitting.behaviour import Behaviour
 from ws.fitting.learning_rate import RateChoice
 from ws.fitting.responses import LOCAL
 from ws.fitting.run_settings import Settings, arithmetic, run_path, stored_settings
-from ws.fitting.train import SIGNS, FitResult, Sign
+from ws.fitting.train import FitResult
 from ws.fitting.train_settings import TrainSettings
 from ws.measure.generate import Sampling
 from ws.model import loading
@@ -42,7 +43,7 @@ MANY_IDENTICAL = 0.2
 class FittedRun:
     """A run up to its Direction, resolved once: all that those need who measure, compare or describe it.
 
-    `direction` is bound to its base. `records` holds per sign what training wrote; `data` counts the pairs.
+    `direction` is bound to its base. `records` holds per pole what training wrote; `data` counts the pairs.
     """
 
     folder: Path
@@ -52,7 +53,7 @@ class FittedRun:
     pairs: pl.DataFrame
     data: Mapping[str, Any]
     training: TrainSettings
-    records: Mapping[Sign, FitResult]
+    records: Mapping[Pole, FitResult]
 
 
 class Fitting:
@@ -142,12 +143,12 @@ class Fitting:
             result,
             f"{counts['pairs']} pairs, kept {counts['pos']['kept']} + and {counts['neg']['kept']} -",
         )
-        for side in data.SIDES:
-            ended = counts[side]["ended_by_itself"]
+        for pole in POLES:
+            ended = counts[pole]["ended_by_itself"]
             if ended is not None and ended < 0.9:
                 share = f"{100 * (1 - ended):.0f} %"
                 limit = self.sampling.max_new_tokens
-                self._warn(f"{share} of the {side} responses did not end by themselves within {limit} tokens")
+                self._warn(f"{share} of the {pole} responses did not end by themselves within {limit} tokens")
         if counts["identical"] > MANY_IDENTICAL * counts["pairs"]:
             self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
         return pairs
@@ -160,12 +161,12 @@ class Fitting:
         rates = self.training.lr_candidates or learning_rate.CANDIDATES[self.settings.adapter]
 
         def make(shards: Shards) -> None:
-            def losses_at(rate: float) -> dict[Sign, float]:
+            def losses_at(rate: float) -> dict[Pole, float]:
                 chosen, losses = replace(self.training, lr=rate), {}
-                for sign in SIGNS:
-                    folder = shards.path(f"lr-{rate:g}-{sign}")
-                    known = FitResult.read(folder) if folder.is_dir() else self._fit(pairs, sign, chosen, folder)
-                    losses[sign] = known.last_loss
+                for pole in POLES:
+                    folder = shards.path(f"lr-{rate:g}-{pole}")
+                    known = FitResult.read(folder) if folder.is_dir() else self._fit(pairs, pole, chosen, folder)
+                    losses[pole] = known.last_loss
                 return losses
 
             write_json(self.folder / "lr_sweep.json", learning_rate.choose(rates, losses_at))
@@ -179,9 +180,9 @@ class Fitting:
         self.training, self.lr_is_open = replace(self.training, lr=choice.chosen), False
         return choice
 
-    def _fit(self, pairs: pl.DataFrame, sign: Sign, chosen: TrainSettings, folder: Path) -> FitResult:
+    def _fit(self, pairs: pl.DataFrame, pole: Pole, chosen: TrainSettings, folder: Path) -> FitResult:
         seeds = {"seed": self.settings.seed, "data_seed": self.settings.data_seed}
-        return train.fit(self.model, pairs, sign, chosen, **seeds, folder=folder)
+        return train.fit(self.model, pairs, pole, chosen, **seeds, folder=folder)
 
     def _fit_inputs(self, chosen: TrainSettings) -> dict[str, Any]:
         return {
@@ -194,27 +195,27 @@ class Fitting:
             "rendering": self.model.chat.rendering_key,
         }
 
-    def train(self, sign: Sign) -> FitResult:
+    def train(self, pole: Pole) -> FitResult:
         """Fit one adapter on its side of the pairs and write its PEFT folder."""
         if self.lr_is_open:
             self.choose_lr()
-        pairs, folder = self.data(), self.folder / sign
+        pairs, folder = self.data(), self.folder / pole
 
         def make(_: Shards) -> None:
-            self._fit(pairs, sign, self.training, folder)
+            self._fit(pairs, pole, self.training, folder)
 
-        result = self._build(f"train-{sign}", self._fit_inputs(self.training), [sign], make)
+        result = self._build(f"train-{pole}", self._fit_inputs(self.training), [pole], make)
         found = FitResult.read(folder)
         losses = f"{found.measure} {found.first_loss:.3f} -> {found.last_loss:.3f}"
-        self._say(f"train {sign}", result, f"{losses} in {found.steps} steps")
-        self.warnings += [f"{sign}: {warning}" for warning in found.warnings]
+        self._say(f"train {pole}", result, f"{losses} in {found.steps} steps")
+        self.warnings += [f"{pole}: {warning}" for warning in found.warnings]
         return found
 
     def diff(self) -> tuple[Direction, Geometry]:
         """Subtract the adapters exactly and write `direction.safetensors`."""
-        for sign in SIGNS:
-            self.train(sign)
-        inputs: dict[str, str] = {sign: digest(self.folder / sign / "adapter_model.safetensors") for sign in SIGNS}
+        for pole in POLES:
+            self.train(pole)
+        inputs: dict[str, str] = {pole: digest(self.folder / pole / "adapter_model.safetensors") for pole in POLES}
         path = self.folder / "direction.safetensors"
 
         def make(_: Shards) -> None:
@@ -245,7 +246,7 @@ class Fitting:
         pairs = pl.read_parquet(self.folder / "pairs.parquet")
         return FittedRun(
             self.folder.path, self.behaviour, direction, geometry, pairs, data.describe(pairs), self.training,
-            {sign: FitResult.read(self.folder / sign) for sign in SIGNS},
+            {pole: FitResult.read(self.folder / pole) for pole in POLES},
         )  # fmt: skip
 
     def _record_settings(self) -> None:

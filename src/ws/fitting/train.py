@@ -30,6 +30,7 @@ from ws import adapters
 from ws.adapters import AdapterSettings
 from ws.base import console, settings
 from ws.base.errors import UserError
+from ws.base.poles import Pole
 from ws.base.store import atomic_file, atomic_folder, read_json, write_json
 from ws.fitting.train_settings import TrainSettings
 from ws.measure import lower_layers
@@ -39,8 +40,6 @@ from ws.model.chat import SupervisedTokens, ask
 from ws.model.loading import ChatModel
 from ws.model.restore import restored
 
-Sign = Literal["pos", "neg"]
-SIGNS: tuple[Sign, Sign] = ("pos", "neg")
 LOG_FILE = "train_log.csv"
 """One line per optimiser step, in the folder of the adapter."""
 RESULT_FILE = "train_result.json"
@@ -61,11 +60,11 @@ class Examples(NamedTuple):
     truncated: int
 
 
-def examples(model: ChatModel, pairs: pl.DataFrame, sign: Sign, chosen: TrainSettings, seed: int) -> Examples:
+def examples(model: ChatModel, pairs: pl.DataFrame, pole: Pole, chosen: TrainSettings, seed: int) -> Examples:
     """Kept responses of one side under the plain prompt, split by topic with `seed`."""
-    kept = pairs.filter(pl.col(f"keep_{sign}"))
+    kept = pairs.filter(pl.col(f"keep_{pole}"))
     if kept.is_empty():
-        raise UserError(f"no response of the {sign} side is kept", "Lower the judge threshold or check the pairs.")
+        raise UserError(f"no response of the {pole} side is kept", "Lower the judge threshold or check the pairs.")
     topics = sorted(kept["topic"].unique().to_list())
     held_out: set[str] = set()
     if chosen.validation > 0 and len(topics) > 1:
@@ -73,7 +72,7 @@ def examples(model: ChatModel, pairs: pl.DataFrame, sign: Sign, chosen: TrainSet
         held_out = set(random.Random(f"validation/{seed}").sample(topics, count))
     parts: dict[bool, list[SupervisedTokens]] = {False: [], True: []}
     truncated = 0
-    for topic, prompt, response in kept.select("topic", "prompt", f"response_{sign}").iter_rows():
+    for topic, prompt, response in kept.select("topic", "prompt", f"response_{pole}").iter_rows():
         ids, prompt_length = model.chat.supervised(ask(prompt), response)
         if len(ids) > chosen.max_length:
             truncated += 1
@@ -143,7 +142,7 @@ class FitResult:
 def fit(
     model: ChatModel,
     pairs: pl.DataFrame,
-    sign: Sign,
+    pole: Pole,
     chosen: TrainSettings,
     *,
     seed: int,
@@ -152,7 +151,7 @@ def fit(
 ) -> FitResult:
     """Fit one adapter, save it as a PEFT folder with its log and result, and leave the model as it was."""
     started = time.perf_counter()
-    data = examples(model, pairs, sign, chosen, data_seed)
+    data = examples(model, pairs, pole, chosen, data_seed)
     with restored(model.network), ExitStack() as stack:
         model.network.eval()
         # what is found out once per model belongs to the model without adapters
@@ -162,7 +161,7 @@ def fit(
         stack.callback(attached.detach)
         log, result = optimise(
             model, data, attached.trainable, chosen, seed=seed, first_layer=attached.first_layer,
-            description=f"training {sign}",
+            description=f"training {pole}",
         )  # fmt: skip
         result = replace(result, seconds=round(time.perf_counter() - started, 3))
         with atomic_folder(folder) as temporary:
@@ -170,7 +169,7 @@ def fit(
             _write_log(temporary / LOG_FILE, log)
             write_json(temporary / RESULT_FILE, result)
     for warning in result.warnings:
-        console.warn(f"{sign}: {warning}")
+        console.warn(f"{pole}: {warning}")
     return result
 
 

@@ -47,8 +47,8 @@ class Trait(NamedTuple):
     """A trait under the name of its behaviour file, its poles there, and where it is measured."""
 
     name: str
-    positive: str
-    negative: str
+    pos: str
+    neg: str
     probe: str
     group: str | None
 
@@ -120,7 +120,7 @@ def _personas(seed: int) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for trait in TRAITS:
         written = behaviour.load(trait.name).personas
-        for pole, texts in ((trait.positive, written.positive), (trait.negative, written.negative)):
+        for pole, texts in ((trait.pos, written.pos), (trait.neg, written.neg)):
             rng = random.Random(f"check/{pole}/{seed}")
             made = [writer.instruction(rng, pole, held_out=True) for _ in range(INSTRUCTIONS_PER_POLE)]
             found[pole] = [*texts, *made]
@@ -193,7 +193,7 @@ def _moved(plain: pl.DataFrame, under: Mapping[str, pl.DataFrame]) -> list[tuple
     found = []
     for trait in TRAITS:
         base = _mean(plain, trait.probe, trait.group)
-        for pole, sign in ((trait.positive, 1), (trait.negative, -1)):
+        for pole, sign in ((trait.pos, 1), (trait.neg, -1)):
             found.append((trait.name, pole, sign * (_mean(under[pole], trait.probe, trait.group) - base)))
     return found
 
@@ -236,7 +236,7 @@ def _feedback_metrics(under: Mapping[str, pl.DataFrame]) -> list[Metric]:
 
 def _contrast(under: Mapping[str, pl.DataFrame], personas: Trait, probe: str, group: str | None) -> float:
     """How far apart the two poles of a trait's personas put a probe or one of its groups, nats."""
-    return _mean(under[personas.positive], probe, group) - _mean(under[personas.negative], probe, group)
+    return _mean(under[personas.pos], probe, group) - _mean(under[personas.neg], probe, group)
 
 
 def _open_answer_metrics(model: ChatModel, personas: Mapping[str, Sequence[str]], seed: int) -> list[Metric]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import polars as pl
 
+from ws.base.poles import Pole
 from ws.base.store import write_text
 from ws.eval import dilemmas, feedback
-from ws.fitting.train import FitResult, Sign
+from ws.fitting.train import FitResult
 from ws.report import document, figures
 from ws.report.cells import signed
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
@@ -25,7 +26,7 @@ def write(
     config: Mapping[str, Any],
     samples: pl.DataFrame,
     alignment: pl.DataFrame,
-    training: Mapping[Sign, FitResult],
+    training: Mapping[Pole, FitResult],
 ) -> None:
     """Write `dose_response.png`, `report.md` and `report.html` into the run folder."""
     figures.dose_response(summary, folder / FIGURE_FILE)
@@ -45,7 +46,7 @@ def _blocks(
     config: Mapping[str, Any],
     samples: pl.DataFrame,
     alignment: pl.DataFrame,
-    training: Mapping[Sign, FitResult],
+    training: Mapping[Pole, FitResult],
 ) -> list[Block]:
     behaviour = summary.behaviour
     blocks: list[Block] = [
@@ -324,7 +325,7 @@ def _geometry(summary: Summary, alignment: pl.DataFrame) -> list[Block]:
     return [shape, kinds]
 
 
-def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[Sign, FitResult]) -> list[Block]:
+def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[Pole, FitResult]) -> list[Block]:
     data = config["data"]
     fitted = [
         [

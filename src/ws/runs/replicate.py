@@ -60,7 +60,7 @@ class Replication(Fitting):
         """The direction at every alpha, and the first personas as prompts."""
         edit = Edit(self.edit_name, direction, self.settings.seed, self.settings.data_seed)
         personas = self.behaviour.personas
-        prompts = zip(PERSONA_CONTEXTS, (personas.positive[0], personas.negative[0]), strict=True)
+        prompts = zip(PERSONA_CONTEXTS, (personas.pos[0], personas.neg[0]), strict=True)
         return [
             *(Condition.of(edit, alpha) for alpha in self.settings.alphas),
             *(Condition(Context(name, system)) for name, system in prompts),
