@@ -123,9 +123,8 @@ class FastPaths(Comparison):
 
     def _fit(self) -> None:
         lower_layers.forget(self.model)
-        Branches(
-            self.model, SftPeer(self.model), self.inputs.pairs.head(self.workload.paths.pairs), "lora"
-        ).one_by_one()
+        pairs = self.inputs.pairs.head(self.workload.paths.pairs)
+        Branches(self.model, SftPeer(self.model), pairs, "lora").ours()
 
     @cached_property
     def _probes(self) -> dict[str, Probe]:

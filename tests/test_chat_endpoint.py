@@ -36,14 +36,14 @@ from ws.fitting.data import Grid
 from ws.fitting.responses import Asked, EngineSettings, Response
 from ws.fitting.run_settings import Settings, restore_settings, stored_settings
 from ws.measure.generate import Sampling
-from ws.model import loading
+from ws.model import library, loading
 from ws.model.chat import Chat, ask
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
 
 SAMPLING = Sampling(max_new_tokens=7, temperature=0.9, top_p=0.8)
 GRID = Grid(topics=2, personas=2, samples=3)
-EMBEDDED = loading.POCKET_MODELS["pocket"]
+EMBEDDED = library.POCKET_MODELS["pocket"]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.store import read_json
 from ws.commands import cli
-from ws.model import loading
+from ws.model import library
 from ws.pocket import tiny
 
 
@@ -302,7 +302,7 @@ def test_diff_of_any_two_adapter_folders(
 def test_the_pocket_model_that_is_not_built_says_how_to_build_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(loading.POCKET_MODELS, "pocket", tmp_path)
+    monkeypatch.setitem(library.POCKET_MODELS, "pocket", tmp_path)
     assert run("replicate", "--out", tmp_path / "out") == 2
     assert "ws pocket build" in one_line(capsys)
 

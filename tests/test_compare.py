@@ -35,7 +35,7 @@ from ws.fitting.behaviour import load
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
 from ws.measure.score import SCHEMA, score
-from ws.model import loading
+from ws.model import library, loading
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
 from ws.report.document import Table, to_markdown
@@ -546,12 +546,12 @@ def test_the_headline_leads_with_the_interval_over_training_seeds() -> None:
 
 def test_a_page_on_an_embedded_model_says_what_favours_a_method_there() -> None:
     entries = measured(lambda label, alpha: 2.0 * alpha * label).values()
-    for model in loading.POCKET_MODELS:
+    for model in library.POCKET_MODELS:
         found = found_of(entries, entries, model=model)
         captions = [b.caption for b in page._blocks(found, Path()) if isinstance(b, Table) and "dd_delta" in b.header]
         assert len(captions) == 3 and all("were tuned on the probe of the behaviour" in text for text in captions)
         assert sum("a linear readout of the residual stream" in text for text in captions) == 2, "where RepE stands too"
-        recipe = json.loads((loading.POCKET_MODELS[model] / "recipe.json").read_text())["recipe"]
+        recipe = json.loads((library.POCKET_MODELS[model] / "recipe.json").read_text())["recipe"]
         assert f"after layer {recipe['latent_layer'] - 1} (counted from 0)" in caveats.readout([model])
     other = page.markdown(found_of(entries, entries))
     assert "tuned on" not in other and "readout" not in other
@@ -561,7 +561,7 @@ def test_a_page_on_an_embedded_model_says_what_favours_a_method_there() -> None:
 
 def test_the_single_layer_of_activation_steering_can_be_the_one_that_was_read_out() -> None:
     """What `caveats.readout` claims: the layers that steering may choose on an embedded model hold that layer."""
-    for folder in loading.POCKET_MODELS.values():
+    for folder in library.POCKET_MODELS.values():
         recipe = json.loads((folder / "recipe.json").read_text())["recipe"]
         layers = json.loads((folder / "weight_steering.json").read_text())["train"]["lora"]["layers"]
         count = json.loads((folder / "config.json").read_text())["num_hidden_layers"]

@@ -296,7 +296,7 @@ def test_what_a_comparison_has_scored_is_scored_anew_by_another_engine(
 
     def measured() -> Path:
         with ComparisonRun(settings, Plan(families=("lora",), target=0.5)) as comparison:
-            calibration = comparison.calibrations([])
+            calibration = comparison.strengths([])
             comparison.dev_scores([])
             comparison.scores([], calibration)
             return comparison.folder.path

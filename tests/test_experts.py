@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def test_an_adapter_on_single_experts_is_refused_and_the_way_out_works(tmp_path:
         wrapped = peft.PeftModel.from_pretrained(loading.load(model.name).network, str(side))
         wrapped.merge_and_unload().save_pretrained(tmp_path / f"m{len(merged)}")
         merged.append(tmp_path / f"m{len(merged)}")
+        for file in Path(model.name).glob("*token*"):
+            shutil.copy(file, merged[-1])
     checkpoints.difference(model.name, *merged, tmp_path / "d.safetensors")
     direction, ids = Direction.load(tmp_path / "d.safetensors"), prompts(model)
     checkpoints.difference(model.name, merged[0], model.name, tmp_path / "tau.safetensors")

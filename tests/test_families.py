@@ -270,7 +270,7 @@ def test_a_direction_is_scored_on_a_fine_tune_of_its_base_where_that_is_allowed(
     direction = diff.task_vector(model, make(model.network, family, tmp_path / "1", seed=1, size=0.1).folder)
     for parameter in tuned.network.parameters():
         parameter.data.mul_(1.1)
-    loading.forget_fingerprint(tuned.network)
+    forget_fingerprint(tuned.network)
     probe = Probe("own", "choice", (ProbeRow("0", tuple(ask("Do cats like milk?")), "My answer: **"),))
     as_update = Direction(direction.resolved().deltas, tuned.fingerprint, direction.layers)
     wanted = score(tuned, [probe], [Condition.of(Edit("d", as_update), alpha) for alpha in (-1.0, 1.0)])

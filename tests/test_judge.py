@@ -423,8 +423,7 @@ def test_persona_judge_is_bayes_rule_on_whole_responses(qwen: ChatModel, sycopha
 
     for exchange, score in zip(EXCHANGES, found, strict=True):
         plus, minus = (
-            log_likelihood(exchange, systems[0])
-            for systems in (sycophancy.personas.pos, sycophancy.personas.neg)
+            log_likelihood(exchange, systems[0]) for systems in (sycophancy.personas.pos, sycophancy.personas.neg)
         )
         assert score == pytest.approx(1 / (1 + math.exp(minus - plus)), abs=1e-4)
 

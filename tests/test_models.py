@@ -25,7 +25,7 @@ from making import (
 from ws.base import precision
 from ws.base.errors import UserError
 from ws.edit.steering import steer
-from ws.model import loading
+from ws.model import library, loading
 from ws.model.fingerprint import fingerprint, forget_fingerprint
 from ws.model.loading import ChatModel, model_slug
 from ws.pocket import tiny
@@ -245,7 +245,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 def test_the_embedded_model_without_weights_says_how_to_build_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loading.POCKET_MODELS, "pocket", tmp_path)
+    monkeypatch.setitem(library.POCKET_MODELS, "pocket", tmp_path)
     with pytest.raises(UserError) as caught:
         loading.load("pocket")
     assert_one_line(caught.value, "pocket", str(tmp_path), "ws pocket build")
@@ -354,6 +354,6 @@ def test_a_negative_cache_is_refused(qwen: ChatModel) -> None:
 def test_an_embedded_model_without_weights_says_how_to_build_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(loading.POCKET_MODELS, "pocket-gemma", tmp_path / "gemma3")
+    monkeypatch.setitem(library.POCKET_MODELS, "pocket-gemma", tmp_path / "gemma3")
     with pytest.raises(UserError, match="ws pocket build --architecture gemma3"):
         loading.load("pocket-gemma")

@@ -17,7 +17,7 @@ from ws.base.errors import UserError
 from ws.edit.condition import PLAIN
 from ws.eval import dilemmas
 from ws.fitting import behaviour
-from ws.model import loading
+from ws.model import library, loading
 from ws.model.chat import Chat
 from ws.pocket import bpe, build, card, corpus, open_answers
 from ws.pocket import check as pocket_check
@@ -130,9 +130,9 @@ def test_the_digest_of_texts_counts_how_they_are_put_together_and_not_how_often(
     assert anew() != known
 
 
-@pytest.mark.parametrize("name", sorted(loading.POCKET_MODELS))
+@pytest.mark.parametrize("name", sorted(library.POCKET_MODELS))
 def test_shipped_settings_are_the_recommended_ones(name: str) -> None:
-    folder = loading.POCKET_MODELS[name]
+    folder = library.POCKET_MODELS[name]
     architecture = build.recorded(folder)["recipe"]["architecture"]
     stored = json.loads((folder / loading.SETTINGS_FILE).read_text())
     assert stored == json.loads(json.dumps(build.recommended(architecture)))
@@ -282,7 +282,7 @@ def test_the_shares_of_the_recipe_are_whole_and_copying_comes_first() -> None:
         assert recipe.copying_steps < recipe.steps
 
 
-@pytest.mark.parametrize("folder", loading.POCKET_MODELS.values(), ids=loading.POCKET_MODELS)
+@pytest.mark.parametrize("folder", library.POCKET_MODELS.values(), ids=library.POCKET_MODELS)
 def test_the_shipped_weights_are_those_that_a_build_makes(folder: Path) -> None:
     record = build.recorded(folder)
     assert record["recipe"] == json.loads(json.dumps(asdict(Recipe.of(folder.name))))
@@ -477,21 +477,21 @@ def test_the_check_says_how_long_it_took_and_counts_only_bars(
     assert json.loads(capsys.readouterr().out) == as_record([Metric("told", 0.0)])
 
 
-@pytest.fixture(scope="module", params=list(loading.POCKET_MODELS))
+@pytest.fixture(scope="module", params=list(library.POCKET_MODELS))
 def shipped(request: pytest.FixtureRequest) -> str:
     """Name of an embedded model whose weights are there."""
-    if not (loading.POCKET_MODELS[request.param] / "config.json").is_file():
+    if not (library.POCKET_MODELS[request.param] / "config.json").is_file():
         pytest.skip(f"{request.param} is not built")
     return str(request.param)
 
 
 def recorded_metrics(name: str) -> list[dict[str, Any]]:
-    return json.loads((loading.POCKET_MODELS[name] / card.METRICS_FILE).read_text())
+    return json.loads((library.POCKET_MODELS[name] / card.METRICS_FILE).read_text())
 
 
 def test_the_card_tells_the_recorded_run(shipped: str) -> None:
     text = card.text(shipped)
-    record = build.recorded(loading.POCKET_MODELS[shipped])
+    record = build.recorded(library.POCKET_MODELS[shipped])
     assert f"{record['parameters']:,}" in text and "What it is not for" in text
     in_matrix = {contrast_name(personas.name, probe.name) for personas in TRAITS for probe in TRAITS}
     for entry in recorded_metrics(shipped):
@@ -499,7 +499,7 @@ def test_the_card_tells_the_recorded_run(shipped: str) -> None:
 
 
 def test_the_log_of_the_build_lies_beside_the_weights(shipped: str) -> None:
-    record = build.recorded(loading.POCKET_MODELS[shipped])
+    record = build.recorded(library.POCKET_MODELS[shipped])
     steps = [entry["step"] for entry in record["curve"]]
     assert steps == sorted(steps) and steps[-1] == record["recipe"]["steps"]
     assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]
@@ -507,7 +507,7 @@ def test_the_log_of_the_build_lies_beside_the_weights(shipped: str) -> None:
 
 def test_the_card_says_when_the_texts_have_changed_since(shipped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "texts of the corpus have changed"
-    record = build.recorded(loading.POCKET_MODELS[shipped])
+    record = build.recorded(library.POCKET_MODELS[shipped])
     for key, said in (("texts of today", False), ("texts of old", True)):
         record["corpus"]["texts"] = key
         monkeypatch.setattr(build, "recorded", lambda _: record)
@@ -516,7 +516,7 @@ def test_the_card_says_when_the_texts_have_changed_since(shipped: str, monkeypat
 
 
 def test_the_package_data_stay_small() -> None:
-    files = [file for folder in loading.POCKET_MODELS.values() for file in folder.rglob("*")]
+    files = [file for folder in library.POCKET_MODELS.values() for file in folder.rglob("*")]
     assert sum(file.stat().st_size for file in files) < 16_000_000
 
 
@@ -540,6 +540,6 @@ def test_the_shipped_model_passes_its_thresholds(measured: list[Metric]) -> None
 
 
 def test_the_card_counts_layers_from_0_as_every_table_does(shipped: str) -> None:
-    place = build.recorded(loading.POCKET_MODELS[shipped])["recipe"]["latent_layer"]
+    place = build.recorded(library.POCKET_MODELS[shipped])["recipe"]["latent_layer"]
     # hidden state k is what layer k - 1 puts out
     assert f"residual stream after layer {place - 1} (counted from 0)" in card.text(shipped)

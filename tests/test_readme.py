@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from ws.model import loading
+from ws.model import library
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMPARING = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
 COMPARED = ROOT / "docs" / "results" / "pocket-sycophancy-compare"
-SHIPPED = loading.POCKET_MODELS["pocket"]
+SHIPPED = library.POCKET_MODELS["pocket"]
 
 
 @pytest.mark.slow

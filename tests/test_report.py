@@ -149,9 +149,9 @@ def test_a_strength_of_the_headline_without_random_directions_is_told(
     alphas: tuple[float, ...], control_alphas: tuple[float, ...], bare: str | None
 ) -> None:
     found = made(behaviour_shift, alphas=alphas, control_alphas=control_alphas)
-    told = [doubt for doubt in summary.doubts(found, "sycophancy") if "random directions stand" in doubt]
+    told = [doubt for doubt in doubts(found) if "random directions stand" in doubt]
     assert told == ([] if bare is None else [bare])
-    sentence = summary.headline(found, "sycophancy")
+    sentence = found["headline"]
     assert ("random control band at" in sentence) == bool(control_alphas)
     if 1.0 not in alphas:
         assert f"random control band at +{control_alphas[-1]:g} " in sentence

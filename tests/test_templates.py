@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,13 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from making import assert_one_line
 from test_chat import NO_END, QWEN3, tokenizer
 from ws.base.errors import UserError
+from ws.base.records import plain
+from ws.base.store import write_json
 from ws.comparing.compare import ComparisonRun, Plan
+from ws.comparing.findings import Strengths
 from ws.model import template as template_module
 from ws.model.chat import Chat, Message, Thinking, ask
+from ws.model.loading import ChatModel
 from ws.pocket import bpe
 
 CHATML = bpe.CHAT_TEMPLATE
@@ -422,17 +427,18 @@ class _Recorder:
         return SimpleNamespace(built=False)
 
 
-def test_what_a_comparison_keeps_is_keyed_by_what_was_rendered(make: Any, tmp_path: Path) -> None:
+def test_what_a_comparison_keeps_is_keyed_by_what_was_rendered(make: Any, qwen: ChatModel, tmp_path: Path) -> None:
     pl.DataFrame().write_parquet(tmp_path / "scores.parquet")
-    (tmp_path / "calibration.json").write_text("{}")
+    write_json(tmp_path / "calibration.json", plain(Strengths(0.1, None, "dW:lora, seed 0", {}, {})))
     found = []
     for template in (CHATML, "{# a remark #}" + CHATML, NO_END):
         comparison = object.__new__(ComparisonRun)
-        comparison.model = SimpleNamespace(chat=make(template))  # type: ignore[assignment]
+        comparison.model = replace(qwen, chat=make(template))
+        comparison.sources = SimpleNamespace(first=("lora", 0))  # type: ignore[assignment]
         comparison.plan, comparison.has_measured, folder = Plan(target=0.1), False, _Recorder(tmp_path)
         comparison.folder = folder  # type: ignore[assignment]
         comparison._scored("scores", [], [])
-        comparison.calibrations([])
+        comparison.strengths([])
         found.append(folder.inputs)
     assert found[0] == found[1]
     assert all(one != other for one, other in zip(found[0], found[2], strict=True)) and len(found[0]) == 2

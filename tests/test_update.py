@@ -15,12 +15,12 @@ from blocks.alignment import alignment
 from ws.base.records import plain, restore
 from ws.comparing import page
 from ws.comparing.across import Across
-from ws.model import loading
+from ws.model import library
 from ws.pocket import build, card
 from ws.runs import sweep_tables
 from ws.runs.sweep_tables import SweepTables
 
-ARE_BUILT = all((folder / card.METRICS_FILE).is_file() for folder in loading.POCKET_MODELS.values())
+ARE_BUILT = all((folder / card.METRICS_FILE).is_file() for folder in library.POCKET_MODELS.values())
 MADE_FROM_MODELS = ("pocket-card", "gemma-card", "rebuild", "compare", "across")
 """Blocks that also read the files of the embedded models."""
 
@@ -126,7 +126,7 @@ def test_bars_that_a_run_misses_are_named() -> None:
 
 def test_the_stored_runs_reach_their_bars() -> None:
     stored = [json.loads(path.read_text()) for path in update.RESULTS.glob("pocket*-lora-seed0.json")]
-    assert len(stored) == len(runs.BEHAVIOURS) * len(loading.POCKET_MODELS)
+    assert len(stored) == len(runs.BEHAVIOURS) * len(library.POCKET_MODELS)
     assert {
         f"{one['model']} {one['behaviour']}": runs.missed_bars(one) for one in stored if runs.missed_bars(one)
     } == {}
@@ -270,13 +270,13 @@ def test_every_rebuild_has_its_sentence_and_its_table() -> None:
         {"metric": "a new metric", "value": 0.25, "bar": "", "passes": True},
     ]
     kept = []
-    for name, folder in loading.POCKET_MODELS.items():
+    for name, folder in library.POCKET_MODELS.items():
         record = build.recorded(folder)
         recipe = record["recipe"] | {"seed": 7} | ({"steps": 1} if name == "pocket-gemma" else {})
         kept.append({"recipe": recipe, "minutes": 3.5, "metrics": metrics, "texts": record["corpus"]["texts"]})
     text = rebuilds.rebuilds(kept)
     told = [line for line in text.splitlines() if line.startswith("- ")]
-    assert len(told) == len(loading.POCKET_MODELS) and text.count("| metric |") == len(told)
+    assert len(told) == len(library.POCKET_MODELS) and text.count("| metric |") == len(told)
     assert all("0 of 1 bars reached; missed: yes/no facts, accuracy (0.500, bar >= 0.97)." in line for line in told)
     (gemma,) = [line for line in told if line.startswith("- pocket-gemma")]
     (qwen,) = [line for line in told if line.startswith("- pocket (")]

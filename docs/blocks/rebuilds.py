@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks.table import table
-from ws.model import loading
+from ws.model import library
 from ws.pocket import build, card
 
 
@@ -66,4 +66,4 @@ def rebuild_table(kept: dict[str, Any]) -> str:
 
 def shipped_of(kept: dict[str, Any]) -> tuple[str, Path]:
     """Name and folder of the shipped model with the architecture of a rebuild."""
-    return next(item for item in loading.POCKET_MODELS.items() if item[1].name == kept["recipe"]["architecture"])
+    return next(item for item in library.POCKET_MODELS.items() if item[1].name == kept["recipe"]["architecture"])

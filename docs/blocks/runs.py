@@ -7,7 +7,7 @@ from typing import Any
 from blocks.table import table
 from ws.base.records import restore
 from ws.eval import feedback
-from ws.model import loading
+from ws.model import library
 from ws.pocket import card
 from ws.pocket.check import are_independent
 from ws.report import findings
@@ -227,7 +227,7 @@ def steered(name: str, runs: dict[str, Summary]) -> str:
 
 def card_of(name: str, runs: dict[str, Summary]) -> str:
     """The card of an embedded model without its title, with what its directions do to independent traits."""
-    if not (loading.POCKET_MODELS[name] / "config.json").is_file():
+    if not (library.POCKET_MODELS[name] / "config.json").is_file():
         return f"{name} has not been built."
     text = card.text(name).split("\n", 2)[2].replace("\n## ", "\n### ")
     return f"{text}\n\n### When it is steered\n\n{steered(name, runs)}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ws.base.store import read_json
 from ws.fitting import behaviour
-from ws.model.loading import POCKET_MODELS
+from ws.model.library import POCKET_MODELS
 
 
 def tuning(compared: Iterable[tuple[str, str]]) -> str:

@@ -31,7 +31,7 @@ from ws.fitting.run_settings import Settings, arithmetic, run_path, stored_setti
 from ws.fitting.train import FitResult
 from ws.fitting.train_settings import TrainSettings
 from ws.measure.generate import Sampling
-from ws.model import loading
+from ws.model import library, loading
 from ws.model.loading import ChatModel
 
 Run = TypeVar("Run", bound="Fitting")
@@ -86,7 +86,7 @@ class Fitting:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "model": self.model.name if self.model.name in loading.POCKET_MODELS else self.model.slug,
+            "model": self.model.name if self.model.name in library.POCKET_MODELS else self.model.slug,
             "fingerprint": self.model.fingerprint,
             "behaviour": self.behaviour.name,
             "adapter": self.settings.adapter,

@@ -7,8 +7,7 @@ models do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +23,9 @@ from ws.model.attention import EAGER, use_grouped
 from ws.model.chat import Chat, Thinking
 from ws.model.fingerprint import fingerprint
 from ws.model.forward import SplitForward
+from ws.model.library import POCKET_MODELS, explain, refusals_told, without_weights
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-_POCKET_WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
-POCKET_MODELS = {"pocket": _POCKET_WEIGHTS / "qwen3", "pocket-gemma": _POCKET_WEIGHTS / "gemma3"}
-"""Models that ship with the package, by name."""
 
 SETTINGS_FILE = "weight_steering.json"
 CACHE_MEMORY = 2**30
@@ -139,9 +135,9 @@ def load(
     target_device = _choose_device(device)
     chosen_attention = _choose_attention(attention, target_device)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _library(name, place, "configuration"):
+    with refusals_told(name, place, "configuration"):
         config = AutoConfig.from_pretrained(place, **common)
-    with _library(name, place, "tokenizer"):
+    with refusals_told(name, place, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
     try:
         with console.library_noise_muted():
@@ -160,7 +156,7 @@ def load(
         if isinstance(error, RuntimeError) and Path(place).is_dir():
             # the library points to a report that nobody sees; reading the files says which tensor it is about
             weight_files.Checkpoint(Path(place)).fingerprint()
-        raise _explain(name, place, "weights", error) from error
+        raise explain(name, place, "weights", error) from error
     if getattr(network, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} is an adapter, not a model", "Give its base model; ws diff reads adapters.")
     for parameter, stored, described in sorted(loading["mismatched_keys"]):
@@ -172,7 +168,7 @@ def load(
         network.to(torch.float32)
     elif slow and network.dtype == torch.bfloat16:
         console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
-    with _library(name, place, "first forward pass"):
+    with refusals_told(name, place, "first forward pass"):
         network.to(target_device).eval().requires_grad_(False)
         forward.check_causal(network, name)
     if attention == "auto" and network.config._attn_implementation == EAGER:
@@ -190,26 +186,6 @@ def load(
         settings=read_json(settings_file) if settings_file.is_file() else {},
         cache_memory=cache_memory,
     )
-
-
-def without_weights(
-    place: str,
-    name: str = "",
-    *,
-    part: str = "configuration",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    **choices: Any,
-) -> Any:
-    """The network that a model's configuration describes, on the meta device.
-
-    Raises `UserError` about this `part` for whatever the library refuses.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy import, late
-
-    with _library(name or place, place, part), torch.device("meta"):
-        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **choices)
 
 
 # -------------------------------------------------------------------- choices
@@ -246,47 +222,6 @@ def folder_of(name: str) -> Path:
         raise UserError(
             f"the files of {name!r} are not on this machine", "Load the model once, or give a folder."
         ) from error
-
-
-_REMEDIES = {
-    "configuration": "Correct config.json there, or save the model again with save_pretrained.",
-    "attention": "Use --attention auto.",
-    "tokenizer": "Save the tokenizer again with save_pretrained, into the same folder.",
-    "weights": "Save it again with save_pretrained.",
-    "first forward pass": "Try --attention eager and --dtype float32; else this model cannot be used here.",
-}
-"""What to do about a part of a model that the library refuses."""
-
-
-@contextmanager
-def _library(name: str, place: str, part: str) -> Iterator[None]:
-    """Whatever the library raises within the block about this part of the model becomes one line."""
-    try:
-        with console.library_noise_muted():
-            yield
-    except UserError:
-        raise
-    except Exception as error:  # a library that changes with every release raises whatever it likes
-        raise _explain(name, place, part, error) from error
-
-
-def _explain(name: str, place: str, part: str, error: Exception) -> UserError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    cause = cause if " " in cause else f"{type(error).__name__} {cause}".strip()
-    if isinstance(error, ImportError):
-        return UserError(f"{name} needs a package that is not installed for its {part} ({cause})", "Install it.")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return UserError(f"{name} does not fit into memory ({cause})", "Use --dtype bfloat16 or another --device.")
-    if Path(place).is_dir():
-        return UserError(f"the model in {place} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
-    if part != "first forward pass" and isinstance(error, OSError):
-        return UserError(
-            f"model {name!r} is neither {' nor '.join(map(repr, POCKET_MODELS))}, a folder, nor a hub id that can be "
-            f"reached from here ({cause})",
-            "Check the spelling and the network, or give a local folder.",
-        )
-    return UserError(f"the model {name!r} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
 
 
 def _ends(network: Any) -> tuple[int, ...]:

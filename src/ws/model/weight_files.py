@@ -25,10 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
 from ws.base.store import read_json
 from ws.model.fingerprint import fingerprint_of
+from ws.model.library import without_weights
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -145,14 +145,7 @@ class Checkpoint:
     @cached_property
     def network(self) -> Any:
         """The model of the configuration without weights."""
-        from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy import, late
-
-        try:
-            with console.library_noise_muted(), torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
-        except Exception as error:  # a wrong number in a configuration raises whatever it leads to
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.folder / CONFIG} describes no known model ({reason})", "Correct it.") from error
+        network = without_weights(str(self.folder))
         if getattr(network.config, "quantization_config", None):
             raise UnsupportedFeatureError(f"{self.folder} is quantized", "Give the folder of the unquantized model.")
         network.tie_weights()

@@ -13,7 +13,7 @@ from rich.table import Table
 from ws.base import console
 from ws.base.errors import UserError
 from ws.base.store import read_json, write_json
-from ws.model import loading
+from ws.model import library, loading
 from ws.pocket import build
 from ws.pocket.check import (
     INSTRUCTIONS_PER_POLE,
@@ -37,7 +37,7 @@ _ARCHITECTURES = {"qwen3": "Qwen3", "gemma3": "Gemma-3"}
 def measure(name: str) -> list[Metric]:
     """Check a model. Store the metrics beside its weights where the folder is the user's own."""
     metrics = check(loading.load(name))
-    if name not in loading.POCKET_MODELS:
+    if name not in library.POCKET_MODELS:
         write_json(Path(name) / METRICS_FILE, as_record(metrics))
     return metrics
 
@@ -82,7 +82,7 @@ def verdict(threshold: str, passes: bool, missed: str = "**missed**") -> str:
 
 def text(name: str) -> str:
     """The model card as Markdown, from the record and the metrics beside the weights."""
-    folder = loading.POCKET_MODELS.get(name, Path(name))
+    folder = library.POCKET_MODELS.get(name, Path(name))
     record = build.recorded(folder)
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
     values = {entry["metric"]: entry["value"] for entry in metrics}
