@@ -37,11 +37,11 @@ from ws.edit import steering
 from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, side_effects
 from ws.fitting import behaviour
-from ws.measure import last_layer, lower_layers, sample_cache, shared_prefix
+from ws.measure import lower_layers, sample_cache, shared_prefix
 from ws.measure.generate import Request, Sampling, sample
 from ws.measure.probe import Probe
 from ws.measure.score import score
-from ws.model import attention, forward, loading, norms
+from ws.model import attention, forward, loading
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
@@ -159,23 +159,6 @@ def _library_attention(network: Any) -> Iterator[None]:
         network.set_attn_implementation(own)
 
 
-@contextmanager
-def _other_norms(network: nn.Module, use: Callable[[nn.Module], None]) -> Iterator[None]:
-    kinds = {module: type(module) for module in network.modules() if norms.is_lean(module)}
-    norms.use_library(network)
-    use(network)
-    try:
-        yield
-    finally:
-        for module, kind in kinds.items():
-            module.__class__ = kind
-
-
-def _lean_without_compiler(network: nn.Module) -> None:
-    with patch.object(norms, "can_compile", lambda: False):
-        norms.use_lean(network)
-
-
 def _all_logits_exact(model: ChatModel) -> Callable[[Tensor], Tensor]:
     return lambda hidden: nn.functional.linear(hidden.float(), model.split.head.weight.float())
 
@@ -206,15 +189,9 @@ def as_they_come(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 PATHS = (
     FastPath("grouped attention", ("choices", "texts", "samples", "fit"),
              lambda c: _library_attention(c.model.network)),
-    FastPath("lean norms", ("choices", "texts", "samples", "fit"),
-             lambda c: _other_norms(c.model.network, lambda _: None)),
-    FastPath("norms in one compiled kernel", ("choices", "texts", "samples", "fit"),
-             lambda c: _other_norms(c.model.network, _lean_without_compiler), only_half=True),
     FastPath("layers below the edits run once", ("choices", "texts", "fit"),
              lambda c: patch.object(c.model, "cache_memory", 0)),
     FastPath("shared prefixes", ("choices",), lambda _: patch.object(shared_prefix, "worthwhile", lambda *_: None)),
-    FastPath("last feed-forward where it is read", ("choices",),
-             lambda _: patch.object(last_layer, "is_exact", lambda _: False)),
     FastPath("head where it is read", ("choices", "texts", "samples"),
              lambda c: patch.object(c.model.split, "is_split", False)),
     FastPath("fp32 logits of the answers alone", ("choices",),

@@ -20,26 +20,23 @@ from torch import Tensor, nn
 
 from ws.base import console
 from ws.fitting.train_settings import TrainSettings
-from ws.model import architecture, attention, norms
+from ws.model import architecture, attention
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
 
 
 @contextmanager
 def library_forms(network: Any, attend: str | None = None) -> Iterator[None]:
-    """Within the block the network runs the library's own norms and attention instead of ours.
+    """Within the block the network runs the library's own attention instead of ours.
 
     `attend`: which of its forms of attention (None: eager where ours runs otherwise, else the network's own).
     """
-    own, classes = network.config._attn_implementation, {m: type(m) for m in network.modules() if norms.is_lean(m)}
+    own = network.config._attn_implementation
     network.set_attn_implementation(attend or (attention.EAGER if own == attention.GROUPED else own))
-    norms.use_library(network)
     try:
         yield
     finally:
         network.set_attn_implementation(own)
-        for module, kind in classes.items():
-            module.__class__ = kind
 
 
 @contextmanager

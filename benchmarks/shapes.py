@@ -16,7 +16,7 @@ import flops
 import torch
 
 from ws.base import console, precision
-from ws.model import attention, norms
+from ws.model import attention
 from ws.model.chat import Chat
 from ws.model.loading import ChatModel
 from ws.pocket import bpe, tiny
@@ -117,7 +117,6 @@ def in_memory(name: str, dtype: torch.dtype) -> ChatModel:
     else:  # as `models.load` does for a CPU
         network.set_attn_implementation(attention.EAGER)
         attention.use_grouped(network)
-        norms.use_lean(network)
     return ChatModel(name, network, Chat(tokenizer, "off", name))
 
 

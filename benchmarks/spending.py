@@ -16,8 +16,6 @@ KINDS = {
     "moving data": ("copy_", "cat", "index_select", "index", "gather", "clone", "_index_put_impl_", "index_put_",
                     "slice_backward", "fill_", "zero_"),
 }  # fmt: skip
-COMPILED = "## Call CompiledFxGraph"
-"""How the profiler names compiled kernels: those here are norms."""
 ELEMENTWISE, OUTSIDE = "elementwise and reductions", "outside of operations"
 
 
@@ -45,8 +43,6 @@ def measure(work: Callable[[], object], name: str, size: str) -> Spending:
         microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
         if event.key.startswith("aten::"):
             spent[kind_of(event.key.removeprefix("aten::"))] += microseconds / 1e6
-        elif event.key.startswith(COMPILED):
-            spent[ELEMENTWISE] += microseconds / 1e6
     return Spending(name, size, {**spent, OUTSIDE: max(0.0, wall - sum(spent.values()))})
 
 

@@ -1,8 +1,8 @@
 """Read choices: log p(first answer) - log p(second) after every token row of a probe, p(first) + p(second), the top p.
 
 An answer is a set of token sequences; its probability is their sum, and each proper beginning of a sequence is a
-forward pass of its own. What the rows have in common is computed once (`shared_prefix`), and what only the scored
-position needs is computed there (`last_layer`). Rows may be read in several copies at once, one per Condition.
+forward pass of its own. What the rows have in common is computed once (`shared_prefix`). Rows may be read in
+several copies at once, one per Condition.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ws.base.errors import UserError
-from ws.measure import last_layer, shared_prefix
+from ws.measure import shared_prefix
 from ws.measure.shared_prefix import Tree
 from ws.model import forward
 from ws.model.loading import ChatModel
@@ -79,7 +79,7 @@ class Choices:
 def read(model: ChatModel, choices: Choices) -> list[Reading]:
     """The reading of every row, in their order."""
     found: list[Reading] = [{} for _ in choices.rows]
-    with last_layer.only_scored(model), forward.exact_for(choices.answer_tokens(model)):
+    with forward.exact_for(choices.answer_tokens(model)):
         for batch, opening in _openings(model, choices):
             by_prefix = {(): opening} | {
                 begun: _next_log_probabilities(model, [[*choices.rows[index], *begun] for index in batch])
@@ -98,7 +98,7 @@ def read_copies(model: ChatModel, choices: Choices, copies: int) -> list[list[Re
     if choices.tree is None or choices.beginnings:
         raise ValueError("copies are read through a tree, and their answers are single tokens")
     found: list[list[Reading]] = [[{} for _ in choices.rows] for _ in range(copies)]
-    with last_layer.only_scored(model), forward.exact_for(choices.answer_tokens(model)):
+    with forward.exact_for(choices.answer_tokens(model)):
         for batch, logits in shared_prefix.last_logits(model, choices.tree, choices.budget, copies):
             for of_copy, block in zip(found, logits.log_softmax(dim=-1).chunk(copies), strict=True):
                 for index, reading in zip(batch, _readings(choices.answers, {(): block}), strict=True):

@@ -18,7 +18,7 @@ from ws.base.errors import UserError
 from ws.base.store import content_key
 from ws.edit.condition import Condition, Context
 from ws.edit.steering import Mode, can_share_a_pass
-from ws.measure import last_layer, lower_layers
+from ws.measure import lower_layers
 from ws.measure.choice import Answers, Choices, answers_of
 from ws.measure.lower_layers import Memory, Recordings
 from ws.measure.probe import WRITTEN, Probe
@@ -68,7 +68,6 @@ class Plan:
     ) -> Plan:  # fmt: skip
         """The plan for these Conditions; None stands for what fits the model."""
         distinct = _distinct_with_bases(conditions)
-        last_layer.is_exact(model)  # tried out while nothing is edited
         budget = token_budget or default_token_budget(model)
         if per_pass is None:
             per_pass = 1 if model.dtype == torch.float32 or mode == "baked" else max(1, SHARED_PASS // budget)

@@ -18,7 +18,7 @@ import torch
 from ws.base import console, precision
 from ws.base.errors import UserError
 from ws.base.store import read_json
-from ws.model import architecture, forward, norms, weight_files
+from ws.model import architecture, forward, weight_files
 from ws.model.attention import EAGER, use_grouped
 from ws.model.chat import Chat, Thinking
 from ws.model.fingerprint import fingerprint
@@ -171,10 +171,8 @@ def load(
     with refusals_told(name, place, "first forward pass"):
         network.to(target_device).eval().requires_grad_(False)
         forward.check_causal(network, name)
-    if attention == "auto" and network.config._attn_implementation == EAGER:
-        if not use_grouped(network):
-            console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
-        norms.use_lean(network)
+    if attention == "auto" and network.config._attn_implementation == EAGER and not use_grouped(network):
+        console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
     settings_file = Path(place) / SETTINGS_FILE
     return ChatModel(
         name=name,
