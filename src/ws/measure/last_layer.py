@@ -1,9 +1,9 @@
-"""The feed-forward of the last decoder layer, run only where something is read.
+"""Run the feed-forward of the last decoder layer only at scored positions.
 
-Above the last attention no position looks at another one. Of a row whose last position is scored, the feed-forward of
-the last layer is therefore needed at that position alone, and of a prefix that is computed for its attention cache
-nowhere: three quarters of that layer's arithmetic. Elsewhere its output is zero, which nobody reads. Compared with the
-whole layer once per model.
+After the last attention, positions do not depend on each other. A row that is scored at its last position needs the
+last feed-forward at that position only. A prefix that only fills the attention cache does not need it at all. This
+saves three quarters of the layer's arithmetic. At all other positions the output is zero and is never read. The result
+is compared with the whole layer once per model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ws.model.loading import ChatModel
 
 @contextmanager
 def only_scored(model: ChatModel) -> Iterator[None]:
-    """Within the block, forward passes under `forward.scoring_at` take that short cut, where the model allows."""
+    """Within the block, forward passes under `forward.scoring_at` take this short cut, if the model allows it."""
     module = _feed_forward(model.network)
     if module is None or not is_exact(model):
         yield
@@ -49,7 +49,7 @@ def _narrowed(module: nn.Module) -> Iterator[None]:
 
 
 def _feed_forward(network: nn.Module) -> nn.Module | None:
-    """The module of the last layer that holds its `down` map; None where there is none, as in mixtures of experts."""
+    """The module of the last layer that holds its `down` map; None if there is no single one (mixtures of experts)."""
     prefix, blocks = architecture.decoder_layers(network)
     last = len(blocks) - 1
     names = [site.module for site in architecture.sites(network, [last]) if "down" in site.roles]
@@ -71,10 +71,10 @@ def _matches_whole(model: ChatModel) -> bool:
             whole = model.split.logits_at(ids, rows, columns)
             with _narrowed(module):
                 found = model.split.logits_at(ids, rows, columns)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # a feed-forward that is called in another way
+    except (TypeError, ValueError, RuntimeError, IndexError):  # a feed-forward with a different signature
         return False
     return bool((found - whole).abs().max() <= tolerance * whole.abs().max().clamp(min=1e-6))
 
 
-is_exact = OncePerNetwork(_matches_whole, "the last feed-forward does not run alone; running it everywhere")
+is_exact = OncePerNetwork(_matches_whole, "the last feed-forward does not run alone; running it at all positions")
 """Whether the short cut gives the logits of the whole layer."""
