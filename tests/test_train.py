@@ -163,7 +163,7 @@ def test_the_first_loss_is_that_of_the_base_model(qwen: ChatModel, tmp_path: Pat
     [
         ({"lr": 1e-9}, "nothing was learned"),
         ({"warmup_steps": 50}, "warm-up shortened from 50"),
-        ({"max_length": 24}, "were cut off at 24 tokens"),
+        ({"max_length": 24}, "were cut off at"),
     ],
 )
 def test_doubtful_training_is_reported(

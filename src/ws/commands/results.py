@@ -35,7 +35,7 @@ class Export:
     model: str | None = None
     """Base model; the run's own if left out."""
     out: Path | None = None
-    """Where to write. If left out: next to the direction, named after format and strength."""
+    """Where to write. If left out: next to the source, named after format and strength."""
     json: bool = False
     """Print the record as JSON and nothing else."""
 

@@ -83,7 +83,7 @@ class ChatEndpoint:
                 time.sleep(min(0.5 * 2**attempt, 20))
         raise UserError(
             f"the {self.user} at {url} failed ({problem})",
-            "Check the endpoint, then run the same command again to continue.",
+            "Check the endpoint; then run again to continue.",
         )
 
 
