@@ -114,7 +114,9 @@ class Show:
         from ws.report import terminal  # noqa: PLC0415
 
         if not (self.path / "config.json").is_file():
-            raise UserError(f"{self.path} is not a run folder", "Give one, such as out/pocket/sycophancy/lora/seed0.")
+            raise UserError(
+                f"{self.path} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0."
+            )
         if not (self.path / "summary.json").is_file():
             remedy = f"Continue it with: {console.command('report', self.path)}"
             raise UserError(f"the run in {self.path} is not finished", remedy)
