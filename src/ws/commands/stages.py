@@ -76,8 +76,8 @@ class Data(StageOptions):
                 rates = data.keep_rates(pairs, by)
                 low = rates.filter((rates["keep_pos"] < 0.5) | (rates["keep_neg"] < 0.5))
                 for row in low.to_dicts():
-                    console.warn(f"{by} {row[by]}: kept {row['keep_pos']:.0%} of the pos and {row['keep_neg']:.0%} of the "
-                                 "neg responses")  # fmt: skip
+                    console.warn(f"{by} {row[by]}: kept {row['keep_pos']:.0%} of the pos and "
+                                 f"{row['keep_neg']:.0%} of the neg responses")  # fmt: skip
             first = pairs.to_dicts()[0]
             console.say(
                 f"\nprompt  {first['prompt']}\n  pos   {first['response_pos']}\n  neg   {first['response_neg']}"
