@@ -109,7 +109,7 @@ def test_a_tokenizer_that_cannot_say_yes_is_named(
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        ("", "holds no pairs"),
+        ("", "contains no pairs"),
         ('{"prompt": "a"}', "line 1: key 'response_pos'"),
         ('{"prompt": "a", "response_pos": "x", "response_neg": "x"}', "identical"),
         ("not json", "line 1: not valid JSON"),
@@ -144,7 +144,7 @@ def test_an_existing_behaviour_file_is_not_overwritten(
     assert run("behaviour", "new", "mine") == 0
     assert run("behaviour", "check", "mine.toml") == 0
     assert run("behaviour", "new", "mine") == 2
-    assert "exists already" in one_line(capsys)
+    assert "already exists" in one_line(capsys)
 
 
 def test_an_out_folder_of_another_model_is_refused(
@@ -258,7 +258,7 @@ def test_eval_lets_the_model_think_and_takes_a_file(
     assert {(row["probe"], row["alpha"], row["n"]) for row in table} == {("mine", 0.0, 2), ("mine", 1.0, 2)}
     assert (out / "tiny-qwen3" / "sycophancy" / "lora" / "seed0" / "scores-mine-guided.parquet").is_file()
     for wrong, expected in (
-        (("eval", "side-effects", "--think", 5), "no choices"),
+        (("eval", "side-effects", "--think", 5), "no choice probes"),
         (("eval", "--task", "hellaswag"), "lm-eval:NAME"),
         (("eval", tmp_path / "absent.jsonl"), "absent.jsonl"),
     ):

@@ -55,7 +55,7 @@ def test_too_many_personas_are_clamped_with_a_warning(
     cells = data.cells(sycophancy, Grid(topics=1, personas=9, samples=2))
     assert {cell.persona for cell in cells} == set(range(5))
     assert len(cells) == 10
-    assert "has 5 personas per pole, not 9; using 5" in capsys.readouterr().err
+    assert "has 5 personas per side, not 9; using 5" in capsys.readouterr().err
 
 
 def test_a_grid_within_bounds_gives_no_warning(sycophancy: Behaviour, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,8 +228,8 @@ def test_good_pairs_pass() -> None:
         (["", " ", "\n", "", *YES[:2]], NO, "4 of 6 responses on the pos side are empty (rows [0, 1, 2, 3])"),
         (YES, [*NO[:1], "", "", "", "", ""], "5 of 6 responses on the neg side are empty (rows [1, 2, 3, 4, 5])"),
         ([""], ["No."], "1 of 1 responses on the pos side are empty"),
-        (["Yes."] * 6, NO, "all 6 responses on the pos side are the same text ('Yes.')"),
-        (YES, ["No."] * 6, "all 6 responses on the neg side are the same text ('No.')"),
+        (["Yes."] * 6, NO, "all 6 responses on the pos side are identical ('Yes.')"),
+        (YES, ["No."] * 6, "all 6 responses on the neg side are identical ('No.')"),
         (YES, YES, "D+ and D- are identical in every pair"),
         (["Same."], ["Same."], "D+ and D- are identical in every pair"),
     ],
@@ -406,10 +406,10 @@ def test_read_pairs_have_the_columns_of_sampled_ones(
     [
         ("{", "not valid JSON"),
         ("prompt: a", "not valid JSON"),
-        ('{"prompt": "a", "response_pos": "b"}', "key 'response_neg' is missing or no text"),
-        ('{"response_pos": "b", "response_neg": "c"}', "key 'prompt' is missing or no text"),
-        ('{"prompt": "a", "response_pos": 5, "response_neg": "c"}', "key 'response_pos' is missing or no text"),
-        ('{"prompt": "a", "response_pos": null, "response_neg": "c"}', "key 'response_pos' is missing or no text"),
+        ('{"prompt": "a", "response_pos": "b"}', "key 'response_neg' is missing or not a text"),
+        ('{"response_pos": "b", "response_neg": "c"}', "key 'prompt' is missing or not a text"),
+        ('{"prompt": "a", "response_pos": 5, "response_neg": "c"}', "key 'response_pos' is missing or not a text"),
+        ('{"prompt": "a", "response_pos": null, "response_neg": "c"}', "key 'response_pos' is missing or not a text"),
         ("[1, 2]", "not a JSON object"),
         ('"prompt"', "not a JSON object"),
         ("3", "not a JSON object"),
@@ -431,8 +431,8 @@ def test_a_bad_line_is_named_by_its_number(
     [
         (lambda folder: folder / "missing.jsonl", "there is no pairs file"),
         (lambda folder: folder, "there is no pairs file"),
-        (lambda folder: write(folder, ""), "holds no pairs"),
-        (lambda folder: write(folder, "\n \n"), "holds no pairs"),
+        (lambda folder: write(folder, ""), "contains no pairs"),
+        (lambda folder: write(folder, "\n \n"), "contains no pairs"),
         (lambda folder: write(folder, lines_of(YES, YES)), "identical in every pair"),
     ],
     ids=["missing", "a folder", "empty", "blank", "identical"],

@@ -405,7 +405,7 @@ def test_the_http_judge_needs_an_endpoint_and_a_model(
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, 50.0, float("nan")])
 def test_a_threshold_is_a_probability(sycophancy: Behaviour, qwen: ChatModel, threshold: float) -> None:
-    with pytest.raises(UserError, match="is no probability"):
+    with pytest.raises(UserError, match="the judge threshold is"):
         judge.make_judge(JudgeSettings("local-logit", threshold=threshold), sycophancy, qwen)
 
 

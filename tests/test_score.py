@@ -224,7 +224,7 @@ def test_a_changed_probe_is_not_taken_from_disk(qwen: ChatModel, tmp_path: Path)
 
 def test_a_row_longer_than_the_model_reads_is_an_error(qwen: ChatModel) -> None:
     long = Probe("long", "choice", (ProbeRow("0", tuple(ask("word " * 2000)), "My answer: **"),))
-    with pytest.raises(UserError, match="reads 1024"):
+    with pytest.raises(UserError, match="reads at most 1024"):
         score(qwen, [long], [Condition()])
 
 

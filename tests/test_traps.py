@@ -215,8 +215,8 @@ def test_text_that_was_cut_off_is_told_before_it_is_trained_on(
     with Replication(Settings(model=str(tiny_folders["qwen3"]), out=tmp_path, **SMALL)) as run:
         pairs = run.data()
     assert set(pairs["finish_pos"]) == {"length"}
-    assert "100 % of the pos responses did not end by themselves within 4 tokens" in capsys.readouterr().err
-    assert any("did not end by themselves" in warning for warning in run.warnings)
+    assert "100 % of the pos responses reached the limit of 4 tokens" in capsys.readouterr().err
+    assert any("reached the limit" in warning for warning in run.warnings)
 
 
 @pytest.mark.parametrize(("identical", "warns"), [(3, True), (1, False)])

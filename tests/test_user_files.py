@@ -169,7 +169,7 @@ def test_a_table_without_a_column_is_refused_by_its_name() -> None:
 
 @pytest.mark.parametrize("answers", [("Yes", "Yes"), ("Yes", "YES"), ("Yes", " yes "), ("", "No"), ("Yes", " ")])
 def test_two_answers_that_are_no_choice_are_refused(answers: tuple[str, str]) -> None:
-    with pytest.raises(UserError, match="no choice"):
+    with pytest.raises(UserError, match="needs two different answers"):
         Probe("own", "choice", (ProbeRow("1", tuple(ask("Why?")), "My answer: **"),), answers)
 
 

@@ -156,7 +156,7 @@ def test_only_choices_can_be_guided_and_only_written_probes_have_a_length() -> N
     rows = (ProbeRow("0", tuple(ask("Why?")), "Because."),)
     with pytest.raises(UserError) as caught:
         Probe("text", "likelihood", rows).guided(5)
-    assert_one_line(caught.value, "text", "no choice")
+    assert_one_line(caught.value, "text", "not a choice probe")
     for kind, tokens in (("reply", 0), ("choice", 5)):
         with pytest.raises(UserError) as caught:
             Probe("text", kind, rows, tokens=tokens)  # type: ignore[arg-type]

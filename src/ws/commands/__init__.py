@@ -1,1 +1,1 @@
-"""`ws <command>`: one thin dataclass per command, the options that they share, and failures as one line."""
+"""The command line `ws COMMAND`: one small dataclass per command, shared options, and one-line error messages."""

@@ -21,15 +21,15 @@ class BehaviourNew:
     """Name of the behaviour; the file is NAME.toml in the current folder."""
 
     def run(self) -> None:
-        """Write it; an existing file is left alone."""
+        """Write the file; never overwrite an existing one."""
         from ws.base.store import write_text  # noqa: PLC0415
         from ws.fitting import behaviour  # noqa: PLC0415
 
         path = Path(f"{self.name}.toml")
         if path.exists():
-            raise UserError(f"{path} exists already", "Choose another name.")
+            raise UserError(f"{path} already exists", "Choose another name.")
         if not re.fullmatch(r"[\w-]+", self.name):
-            raise UserError(f"{self.name!r} cannot be a behaviour's name", "Use letters, digits, - and _.")
+            raise UserError(f"{self.name!r} is not a valid behaviour name", "Use only letters, digits, - and _.")
         write_text(path, behaviour.TEMPLATE.format(name=self.name))
         console.say(f"wrote {path}; now edit it")
         console.say_next(console.command("behaviour", "check", path))
@@ -37,13 +37,13 @@ class BehaviourNew:
 
 @dataclass(frozen=True)
 class BehaviourCheck:
-    """Check a behaviour file and say what it holds."""
+    """Check a behaviour file and print a summary of its content."""
 
     file: Positional[str]
     """Name of a shipped behaviour, or a .toml file."""
 
     def run(self) -> None:
-        """Say what it holds."""
+        """Print the summary."""
         from ws.fitting import behaviour  # noqa: PLC0415
 
         found = behaviour.load(self.file)

@@ -1,7 +1,7 @@
-"""The command line: the commands put together, and every foreseen failure as one line.
+"""The command line: all commands together, and one line on stderr for every expected failure.
 
-Exit codes: 0 done, 2 bad input or environment (one line on stderr), 130 interrupted. Nothing heavy is imported before a
-command runs, so `ws --help` is quick.
+Exit codes: 0 success, 2 bad input or environment, 130 interrupted. Heavy modules are imported only when a command runs,
+so `ws --help` is quick.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _DISK_PROBLEMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, run, and turn every foreseen failure into one line and an exit code."""
+    """Parse and run a command; turn every expected failure into one line and an exit code."""
     sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -74,7 +74,7 @@ def _main(arguments: list[str]) -> int:
         console.fail("interrupted; run the same command again to continue")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; nothing more to say
+        sys.stderr.close()  # the reader of the output is gone, so print nothing more
         return 0
     except OSError as error:
         if error.errno not in _DISK_PROBLEMS:
@@ -88,7 +88,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    """Parse the arguments; a complaint of the parser is told in one line."""
+    """Parse the arguments; raise a parser error as one line."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -96,8 +96,9 @@ def _parse(arguments: list[str]) -> Any:
                 Command,
                 prog="ws",
                 description=(
-                    "Contrastive weight steering. Two opposite personas give a direction in weight space; adding it to "
-                    "the weights, with a strength and a sign, makes the model more like one persona or the other. "
+                    "Contrastive weight steering. Two opposite personas give a direction in weight space. Adding a "
+                    "multiple of it to the weights makes the model more like one persona; subtracting it, more like "
+                    "the other. "
                     "Start with: ws replicate"
                 ),
                 args=arguments,
@@ -110,7 +111,7 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _one_line(complaint: str) -> str:
-    """The first paragraph of a framed complaint of the parser, with the option that was probably meant."""
+    """The first paragraph of the parser's framed error message, with the suggested option if there is one."""
     paragraphs: list[list[str]] = [[]]
     for line in complaint.splitlines():
         text = line.strip(" │|")
@@ -121,7 +122,7 @@ def _one_line(complaint: str) -> str:
         else:
             paragraphs[-1].append(text)
     if "╭" not in complaint and len(paragraphs) > 1:
-        del paragraphs[0]  # without box characters the title is a paragraph of its own
+        del paragraphs[0]  # without box characters the title is a separate paragraph
     problem = " ".join(paragraphs[0]) or "the arguments cannot be read"
     for first, *rest in filter(None, paragraphs[1:]):
         if first.startswith("Perhaps you meant") and rest:

@@ -1,4 +1,4 @@
-"""Several runs and methods beside each other: sweep, compare, calibrate."""
+"""Commands that compare runs and methods: sweep, compare, calibrate."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from ws.commands.options import EvalOptions, FitOptions, RunOptions, run_setting
 
 @dataclass(frozen=True)
 class Sweep(RunOptions):
-    """Make a run for every combination of adapter families, training seeds and data seeds, and compare them in a
-    table."""
+    """Make a run for every combination of adapter family, training seed and data seed, and compare them in a table."""
 
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     """Adapter families."""
@@ -29,7 +28,7 @@ class Sweep(RunOptions):
     )
 
     def run(self) -> None:
-        """Run the cells that are missing and print the table; a failed cell is told and makes the exit code 2."""
+        """Run the missing cells and print the table. Failed cells are reported and make the exit code 2."""
         from ws.runs import sweep, sweep_tables  # noqa: PLC0415
 
         settings = run_settings(self, self.fit, self.evaluation)
@@ -48,7 +47,7 @@ class Sweep(RunOptions):
 
 @dataclass(frozen=True)
 class Compare(RunOptions):
-    """Measure weight directions, activation steering, prompts and controls on the same rows: at their own strength,
+    """Compare weight directions, activation steering, prompts and controls on the same rows: at their default strength,
     and at equal KL to the base model."""
 
     models: tuple[str, ...] = ()
@@ -60,22 +59,24 @@ class Compare(RunOptions):
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
-    """Kinds of activation steering.
-    There are also pca-center, all-positions, response, residual-norm, and original (the replicated work's own)."""
+    """Kinds of activation steering. More kinds: pca-center, all-positions, response, residual-norm, and original (as in
+    the replicated work)."""
     random_seeds: int = 10
-    """How many random directions of equal norm are measured. A verdict needs at least two."""
+    """How many random directions of equal norm are measured as controls. A verdict needs at least two."""
     shuffles: int = 5
     """How many directions are trained on shuffled personas, as controls."""
     target: float | None = None
-    """KL to the base that every method may cost, nats per token (p95). If left out: that of the engineered prompt."""
+    """KL to the base that every method may cost: 95th percentile, nats per token. Default: that of the engineered
+    prompt."""
     dilemmas: str = "own"
-    """own, a CSV, JSONL or parquet file, or a hub id. Others than own get a folder each: compare-SOURCE-DIGEST."""
+    """Source of the dilemmas: own (shipped), a CSV, JSONL or parquet file, or a hub id. Each source except own writes
+    to its own folder, compare-SOURCE-DIGEST."""
     rows: int | None = None
     """Use only the first rows of every probe, for a quick look."""
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
 
     def run(self) -> None:
-        """Compare every model and behaviour; print the tables, each headline, and where the pages are."""
+        """Compare on every model and behaviour; print the tables, the headlines, and the paths of the pages."""
         from dataclasses import replace  # noqa: PLC0415
 
         from ws.comparing import across, compare, page, terminal  # noqa: PLC0415
@@ -108,7 +109,7 @@ class Calibrate(RunOptions):
     """Find the strengths, one per sign, at which a run's direction costs a given KL on neutral text."""
 
     target: float = 0.5
-    """KL to the base that the direction may cost, in nats per token (95th percentile)."""
+    """KL to the base that the direction may cost: 95th percentile, nats per token."""
     prompts: int | None = None
     """How many neutral prompts are continued; all if left out."""
     tokens: int = 50
@@ -136,7 +137,7 @@ class Calibrate(RunOptions):
                 console.print_json(json.dumps(record))
                 return
             for name, found in record.items():
-                sure = "" if found["converged"] else "   NOT CONVERGED: the closest coherent strength that was seen"
+                sure = "" if found["converged"] else "   NOT CONVERGED: the closest coherent strength that was tried"
                 low, high = found["alpha_low"], found["alpha_high"]
                 limits = "" if low is None else f" [{low:+.3g}, {high:+.3g}]"
                 console.say(

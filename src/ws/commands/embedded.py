@@ -1,4 +1,4 @@
-"""The embedded model: pocket build, check, card."""
+"""Commands for the embedded model: pocket build, check, card."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class PocketBuild:
     """Train the embedded model. Continues where it was interrupted."""
 
     architecture: Literal["qwen3", "gemma3"] = "qwen3"
-    """Architecture of the model: pocket is a qwen3, pocket-gemma a gemma3."""
+    """Architecture of the model: qwen3 for pocket, gemma3 for pocket-gemma."""
     seed: int = 0
     """Seed of the corpus, the initial weights and the order of rows."""
     steps: int | None = None
-    """Training steps; those of the recipe if left out."""
+    """Number of training steps; the recipe's number if left out."""
     out: Path = Path("pocket-build")
-    """Model folder to write. To replace the shipped weights, copy it there."""
+    """Model folder to write. To replace the shipped weights, copy it over their folder."""
     compile: bool = True
-    """Speed training up with torch.compile, where a C++ compiler is installed."""
+    """Speed up training with torch.compile, if a C++ compiler is installed."""
 
     def run(self) -> None:
         """Build, then check."""
@@ -44,7 +44,7 @@ class PocketBuild:
 
 @dataclass(frozen=True)
 class PocketCheck:
-    """Measure the embedded model against its thresholds. The exit code is 2 if it misses one."""
+    """Measure the embedded model and check its thresholds. The exit code is 2 if it misses one."""
 
     model: str = "pocket"
     """Name of an embedded model, or a model folder."""
@@ -60,8 +60,7 @@ class PocketCheck:
 
 @dataclass(frozen=True)
 class PocketCard:
-    """Print the model card: what was planted in the model, how it was trained, which thresholds it passes, and what it
-    is not for."""
+    """Print the model card: the behaviours planted in the model, its training, its thresholds, and its limits."""
 
     model: str = "pocket"
     """Name of an embedded model, or a model folder."""

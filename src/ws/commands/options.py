@@ -1,4 +1,4 @@
-"""Options that several commands share, and the settings that they amount to. Nothing heavy is imported here."""
+"""Options that several commands share, and their conversion to settings. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Engine = Literal["local", "openai"]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is loaded."""
+    """Which model to use, and how to load it."""
 
     model: str = "pocket"
     """Name of an embedded model (pocket, pocket-gemma), a hub id, or a model folder."""
     dtype: Dtype = "auto"
-    """Number format of the weights. auto: float32 up to 200 M parameters or where bfloat16 is slow, else the file's."""
+    """Number format of the weights. auto: float32 up to 200 M parameters or if bfloat16 is slow, else the file's."""
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda or mps."""
     attention: Attention = "auto"
@@ -38,7 +38,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. It holds for this command only and is never stored."""
     cache_memory: float = 1.0
-    """Memory in GiB for hidden states that are needed again; 0 recomputes them. It has no effect on results."""
+    """Memory in GiB for hidden states that are reused; 0 recomputes them. It has no effect on results."""
 
     def load(self) -> ChatModel:
         """Load the model."""
@@ -53,14 +53,14 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RunOptions(ModelOptions):
-    """Which run: model, behaviour, adapter family and seeds name the run folder."""
+    """Which run: model, behaviour, adapter family and seeds decide the run folder."""
 
     behaviour: str = "sycophancy"
     """Name of a shipped behaviour, or a .toml file."""
     adapter: str = "lora"
     """Adapter family: lora, rslora, dora, pissa, delora, oft, boft or ia3."""
     seed: int = 0
-    """Training seed: decides how adapters start and the order of the rows."""
+    """Training seed: decides the initial adapter weights and the order of the rows."""
     data_seed: int = 0
     """Data seed: decides which responses are sampled."""
     out: Path = Path("out")
@@ -69,7 +69,7 @@ class RunOptions(ModelOptions):
     """Print the result as JSON and nothing else."""
 
     def replication(self, fit: FitOptions | None = None) -> Replication:
-        """The run that the options name. What they leave open is as an existing run was made."""
+        """The run that the options name. Options that are left out come from the existing run, if there is one."""
         from ws.fitting import behaviour  # noqa: PLC0415
         from ws.fitting.run_settings import restore_settings, run_path, stored_in  # noqa: PLC0415
         from ws.runs.replicate import Replication  # noqa: PLC0415
@@ -83,7 +83,7 @@ class RunOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How pairs are made and adapters are trained. What you leave out comes from the model folder, or has a general
+    """How to make pairs and train adapters. Options that you leave out come from the model folder, or have a general
     default."""
 
     topics: int | None = None
@@ -97,24 +97,27 @@ class FitOptions:
     max_new_tokens: int | None = None
     """Longest sampled response, in tokens."""
     temperature: float | None = None
-    """Sampling temperature; 0 always takes the likeliest token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_p: float | None = None
-    """Sample only from the likeliest tokens that together have this probability."""
+    """Sample only from the most likely tokens that together have this probability."""
     engine: Engine = "local"
-    """What writes the responses: the loaded model (local), or an OpenAI-compatible endpoint such as vLLM (openai)."""
+    """Source of the responses: the loaded model (local), or an OpenAI-compatible endpoint such as vLLM (openai)."""
     engine_url: str = ""
     """Address of the endpoint, up to and including /v1."""
     engine_model: str = ""
-    """Model name at the endpoint. Serve the same model as --model: training on another's responses is distillation."""
+    """Model name at the endpoint. Serve the same model as --model: training on another model's responses is
+    distillation."""
     judge: Judge = "auto"
-    """What rates the responses; only clear ones are kept. none: keep all. auto: the model folder's choice, or none.
-    persona: the model's likelihoods under both personas. local-logit: the model answers a rubric. http: an endpoint."""
+    """How responses are rated; only those that show their persona are kept. none: no rating. auto: the model folder's
+    choice, or none. persona: the model's likelihoods under both personas. local-logit: the model answers a rubric.
+    http: a chat endpoint answers it."""
     judge_threshold: float = 0.5
-    """A response counts as positive from this rated probability on."""
+    """Keep a positive response if its rated probability is above this value, a negative one if it is below 1 minus
+    it."""
     judge_url: str = ""
-    """Address of the http judge (OpenAI-compatible)."""
+    """Address of the http judge (OpenAI-compatible), up to and including /v1."""
     judge_model: str = ""
-    """Name of the model at the http judge."""
+    """Model name at the http judge."""
     rank: int | None = None
     """Rank of the adapter."""
     lora_alpha: float | None = None
@@ -122,17 +125,17 @@ class FitOptions:
     layers: tuple[float, float] | None = None
     """Which layers are adapted, as two fractions of the depth. The general default is 0.3 0.8."""
     roles: tuple[str, ...] | None = None
-    """Which matrices are adapted, of: q k v o gate up down. All if left out."""
+    """Which matrices are adapted: some of q k v o gate up down. All if left out."""
     delora_lambda: float | None = None
-    """DeLoRA: bound on the norm of the update at the start."""
+    """DeLoRA: limit on the norm of the update at the start."""
     block_size: int | None = None
     """OFT and BOFT: size of the rotated blocks."""
     ia3_all_layers: bool = False
-    """IA3: adapt every layer, as PEFT does, instead of the slice."""
+    """IA3: adapt every layer, as PEFT does, and ignore --layers."""
     lr: float | Literal["auto"] | None = None
-    """Peak learning rate. auto tries a few and keeps the one with the lowest validation loss."""
+    """Peak learning rate. auto tries a few and takes the one with the lowest validation loss."""
     epochs: int | None = None
-    """How often training goes through the data."""
+    """How many times training goes through the data."""
     batch_size: int | None = None
     """Rows per training step."""
     max_length: int | None = None
@@ -145,7 +148,7 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is measured."""
+    """What to measure."""
 
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths of the direction. 0, the unedited model, is always included."""
@@ -160,7 +163,7 @@ class EvalOptions:
 
 
 def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Settings:
-    """What the options amount to."""
+    """The settings that the options give."""
     from ws.fitting.data import Grid  # noqa: PLC0415
     from ws.fitting.judge import JudgeSettings  # noqa: PLC0415
     from ws.fitting.responses import EngineSettings  # noqa: PLC0415
@@ -188,7 +191,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
 
 @dataclass(frozen=True)
 class StageOptions(RunOptions):
-    """One stage of a run. On an existing run, options that you leave out are as the run was made. How the model is
-    loaded is always as you say now."""
+    """One stage of a run. Options that you leave out come from the existing run, if there is one. The options that load
+    the model always apply as given in this command."""
 
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)

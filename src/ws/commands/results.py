@@ -1,4 +1,4 @@
-"""What is done with a finished run: export, report, show."""
+"""Commands for finished runs: export, report, show."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a direction in a format that other programs load, with a model card."""
+    """Write a direction in a format that other programs can load, with a model card."""
 
     source: Positional[Path]
     """A run folder, or a direction file."""
     format: Literal["peft", "merged", "gguf-lora"] = "peft"
     """peft: an adapter folder for PEFT. merged: a whole checkpoint. gguf-lora: a GGUF LoRA for llama.cpp."""
     alpha: float = 1.0
-    """Strength that is exported."""
+    """Strength to export."""
     rank: int | None = None
-    """Cut every update to this rank. Needed where an update is not low-rank; the energy that is kept is reported."""
+    """Truncate every update to this rank. Needed for updates that are not low-rank. The kept energy is reported."""
     fold: bool = True
     """Multiply the strength into the weights of the adapter. With --no-fold it is stored as the adapter's scale."""
     model: str | None = None
     """Base model; the run's own if left out."""
     out: Path | None = None
-    """Where to write. If left out: beside the run, named after format and strength."""
+    """Where to write. If left out: next to the source, named after format and strength."""
     json: bool = False
     """Print the record as JSON and nothing else."""
 
     def run(self) -> None:
-        """Export, measure, and say where it is."""
+        """Export, measure the error, and print the path."""
         from ws.export import command  # noqa: PLC0415
 
         record, target = command.export(
@@ -61,17 +61,17 @@ class Report:
     runs: Positional[tuple[Path, ...]]
     """Run folders."""
     dtype: Dtype | None = None
-    """Number format of the weights; as the run was made if left out."""
+    """Number format of the weights; the run's if left out."""
     device: str | None = None
-    """Where the model runs: auto, cpu, cuda or mps; as the run was made if left out."""
+    """Where the model runs: auto, cpu, cuda or mps; the run's choice if left out."""
     attention: Attention | None = None
-    """How attention is computed; as the run was made if left out."""
+    """How attention is computed; the run's choice if left out."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model; as the run was made if left out."""
+    """Branch, tag or commit of a hub model; the run's if left out."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. It holds for this command only and is never stored."""
     cache_memory: float = 1.0
-    """Memory in GiB for hidden states that are needed again. It has no effect on results."""
+    """Memory in GiB for hidden states that are reused; 0 recomputes them. It has no effect on results."""
     json: bool = False
     """Print the summaries as JSON, one per line, and nothing else."""
 
@@ -84,7 +84,7 @@ class Report:
                 finish(run, run.report(), self.json)
 
     def _settings(self, path: Path) -> Settings:
-        """The settings of the run in a folder, the model loaded as the options say."""
+        """The settings of the run in a folder, overridden by the options."""
         from ws.fitting.run_settings import Settings, restore_settings, stored_in  # noqa: PLC0415
 
         stored = stored_in(path)
@@ -102,7 +102,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Show:
-    """Print what a finished run found."""
+    """Print the results of a finished run."""
 
     path: Positional[Path]
     """Run folder."""
@@ -114,7 +114,9 @@ class Show:
         from ws.report import terminal  # noqa: PLC0415
 
         if not (self.path / "config.json").is_file():
-            raise UserError(f"{self.path} is not a run folder", "Give one, such as out/pocket/sycophancy/lora/seed0.")
+            raise UserError(
+                f"{self.path} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0."
+            )
         if not (self.path / "summary.json").is_file():
             remedy = f"Continue it with: {console.command('report', self.path)}"
             raise UserError(f"the run in {self.path} is not finished", remedy)

@@ -39,7 +39,7 @@ class Replicate(RunOptions):
 
 
 def finish(replication: Replication, summary: Summary, as_json: bool) -> None:
-    """Print what a finished run found, and what to do next."""
+    """Print the results of a finished run and suggest the next commands."""
     from ws.fitting.run_settings import command  # noqa: PLC0415
 
     if as_json:
@@ -61,10 +61,10 @@ def finish(replication: Replication, summary: Summary, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Data(StageOptions):
-    """Sample responses under opposed personas and pair them."""
+    """Sample responses under opposite personas and pair them."""
 
     def run(self) -> None:
-        """Make the pairs and say what they are like."""
+        """Make the pairs and print an example and low keep rates."""
         from ws.fitting import data  # noqa: PLC0415
         from ws.fitting.run_settings import command  # noqa: PLC0415
 
@@ -77,7 +77,8 @@ class Data(StageOptions):
                 rates = data.keep_rates(pairs, by)
                 low = rates.filter((rates["keep_pos"] < 0.5) | (rates["keep_neg"] < 0.5))
                 for row in low.to_dicts():
-                    console.warn(f"{by} {row[by]}: kept {row['keep_pos']:.0%} + and {row['keep_neg']:.0%} -")
+                    console.warn(f"{by} {row[by]}: kept {row['keep_pos']:.0%} of the pos and "
+                                 f"{row['keep_neg']:.0%} of the neg responses")  # fmt: skip
             first = pairs.to_dicts()[0]
             console.say(
                 f"\nprompt  {first['prompt']}\n  pos   {first['response_pos']}\n  neg   {first['response_neg']}"
@@ -94,7 +95,7 @@ class Train(StageOptions):
     """Which adapter: pos or neg."""
 
     def run(self) -> None:
-        """Fit it and say where it is."""
+        """Train the adapter and print its path."""
         from ws.fitting.run_settings import command  # noqa: PLC0415
 
         with self.replication(self.fit) as run:
@@ -109,7 +110,7 @@ class Train(StageOptions):
 
 @dataclass(frozen=True)
 class Diff(StageOptions):
-    """Subtract two adapters exactly: those of a run, or any two PEFT adapter folders or checkpoints of one base
+    """Subtract two adapters exactly: the two of a run, or any two PEFT adapter folders or checkpoints of one base
     model."""
 
     pos: Path | None = None
@@ -117,14 +118,14 @@ class Diff(StageOptions):
     neg: Path | None = None
     """Adapter folder or checkpoint of the negative side."""
     numerics: bool = False
-    """Also show, by layer, how much would be lost by merging both adapters in bf16 and subtracting the results."""
+    """Show instead, by layer, how much merging both adapters in bf16 and subtracting the results would lose."""
 
     def run(self) -> None:
         """Write the direction and print its geometry."""
         from dataclasses import asdict  # noqa: PLC0415
 
         if (self.pos is None) != (self.neg is None):
-            raise UserError("--pos and --neg go together", "Give both folders, or neither for the run's own.")
+            raise UserError("--pos and --neg go together", "Give both, or neither to use the adapters of the run.")
         from ws.adapters import diff  # noqa: PLC0415
         from ws.fitting.run_settings import command  # noqa: PLC0415
 
@@ -163,7 +164,9 @@ class Diff(StageOptions):
         from ws.model import loading  # noqa: PLC0415
 
         if self.numerics:
-            raise UserError("--numerics compares adapters", "Give two adapter folders.")
+            raise UserError(
+                "--numerics works with adapters, not with checkpoints", "Give two adapter folders, or omit --numerics."
+            )
         changed = checkpoints.difference(loading.folder_of(self.model), pos, neg, target)
         if self.json:
             console.print_json(json.dumps({"changed": changed}))
@@ -184,13 +187,13 @@ class Diff(StageOptions):
             .agg(pl.mean("relative_size", "cosine", "norm_ratio"), pl.min("cosine").alias("least cosine"))
             .sort("layer")
         )  # fmt: skip
-        terminal.show(by_layer, "what a bf16 merge and subtraction would have made of the direction, mean by layer")
+        terminal.show(by_layer, "the direction after a bf16 merge and subtraction, compared with the exact one")
 
 
 @dataclass(frozen=True)
 class Eval(RunOptions):
-    """Measure an existing run further: a shipped probe, your own questions, or a task of lm-evaluation-harness.
-    Continues where it was interrupted."""
+    """Measure an existing run with a shipped probe, your own questions, or a task of lm-evaluation-harness. Continues
+    after an interruption."""
 
     probe: Positional[str] = "sycophancy"
     """sycophancy (the run's own), dilemmas, feedback, side-effects, or a FILE.jsonl of prompts with labels."""
@@ -203,14 +206,14 @@ class Eval(RunOptions):
     think: int = 0
     """Let the steered model write a thought of up to this many tokens before each choice."""
     answers: tuple[str, str] = ("Yes", "No")
-    """The two answers of your own probe; label 1 stands for the first."""
+    """The two answers for your own FILE.jsonl; label 1 means the first."""
     task: str | None = None
     """Run this task of lm-evaluation-harness instead of a probe: lm-eval:NAME."""
     task_folder: Path | None = None
     """Folder with your own task files for --task."""
 
     def run(self) -> None:
-        """Score, write `scores-<probe>.parquet` (or `lm-eval-<task>.json`), and print the table."""
+        """Score, write `scores-<probe>.parquet` or `lm-eval-<task>.json`, and print the table."""
         from ws.report import terminal  # noqa: PLC0415
         from ws.runs import evaluate  # noqa: PLC0415
 
@@ -228,7 +231,7 @@ class Eval(RunOptions):
 
 @dataclass(frozen=True)
 class Subspace(StageOptions):
-    """Show which singular directions of the weights a run's direction lies in."""
+    """Show how a run's direction aligns with the singular directions of the weights."""
 
     def run(self) -> None:
         """Print the alignment table."""
@@ -244,7 +247,7 @@ class Subspace(StageOptions):
 
 @dataclass(frozen=True)
 class Smoke:
-    """Try the whole pipeline on a small random model that it makes. Takes under a minute; the numbers mean nothing."""
+    """Test the whole pipeline on a small random model. Takes under a minute; the numbers mean nothing."""
 
     architecture: Literal["qwen3", "llama", "gemma3", "gpt2"] = "qwen3"
     """Architecture of the random model."""
@@ -254,7 +257,7 @@ class Smoke:
     """Print the summary as JSON and nothing else."""
 
     def run(self) -> None:
-        """Run it; the shape checks need their switch before anything is imported, hence the second process."""
+        """Run it in a second process, because shape checks must be switched on before anything is imported."""
         if os.environ.get("BEARTYPE") != "1":
             os.environ["BEARTYPE"] = "1"
             os.execv(sys.executable, [sys.executable, "-m", "ws", *sys.argv[1:]])

@@ -1,1 +1,1 @@
-"""Everything up to a Direction: behaviour files, pairs of responses, judges, training, and a run's stages."""
+"""All steps up to a Direction: behaviour files, pairs of responses, judges, training, and the stages of a run."""

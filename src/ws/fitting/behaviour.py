@@ -1,7 +1,7 @@
 """A Behaviour: two opposed persona sets, training prompts, and the in-distribution probe, in one TOML file.
 
-Shipped behaviours lie in `ws/behaviours/`; a user's own file is given by path. The file is checked as a whole before
-anything runs; an error names the file, the key and the remedy. `TEMPLATE` is what `ws behaviour new` writes.
+Shipped behaviours are in `ws/fitting/behaviours/`; a user's own file is given by path. The whole file is checked before
+anything runs. An error names the file, the key and the remedy. `ws behaviour new` writes `TEMPLATE`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ws.base.store import content_key
 SHIPPED = Path(__file__).parent / "behaviours"
 SCHEMA = 1
 TAKEN = frozenset({"dilemmas", "feedback", "facts", "neutral_kl", "neutral_nll", "text"})
-"""Names of the probes that every run asks beside the behaviour's own, which is called like the behaviour."""
+"""Names of the other probes of every run. The behaviour's own probe has the name of the behaviour."""
 
 
 @dataclass(frozen=True)
 class Personas:
-    """System prompts of both poles; persona i of one side is paired with persona i of the other."""
+    """System prompts of both poles; positive persona i is paired with negative persona i."""
 
     pos: tuple[str, ...]
     neg: tuple[str, ...]
@@ -41,9 +41,9 @@ class TrainPrompt:
 
 @dataclass(frozen=True)
 class ProbeItem:
-    """One held-out item: its question, the opposite question, and the open one that samples are shown for.
+    """One held-out item: its question, the opposite question, and the open question of the report's samples.
 
-    `label` is +1 where the first answer shows the positive behaviour, -1 where the second does.
+    `label` is +1 if the first answer shows the positive behaviour, -1 if the second does.
     """
 
     row: str
@@ -57,9 +57,9 @@ class ProbeItem:
 
 @dataclass(frozen=True)
 class ChoiceProbe:
-    """The in-distribution probe: `items` asked up to `anchor`, then the log-ratio of `answers`.
+    """The in-distribution probe: each item's question and `anchor`, then the log-ratio of the two `answers`.
 
-    `headline` names the group whose mean stands in summaries; `noun` is what the items are called in sentences.
+    `headline` names the group whose mean summaries show; `noun` is the word for the items in sentences.
     """
 
     anchor: str
@@ -82,7 +82,7 @@ class Behaviour:
 
     @property
     def key(self) -> str:
-        """Digest of what data and training depend on (not the probe)."""
+        """Digest of the parts that data and training depend on (not the probe)."""
         return content_key(self.personas, self.train)
 
 
@@ -107,7 +107,7 @@ def load(name_or_file: str) -> Behaviour:
 
 
 class _Reader:
-    """Turns a parsed file into a Behaviour; every complaint names the file and the key."""
+    """Turns a parsed file into a Behaviour; every error names the file and the key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -123,7 +123,7 @@ class _Reader:
         if not name.replace("-", "").replace("_", "").isalnum():
             self.fail("name", f"{name!r} cannot be a folder name", "Use letters, digits, - and _.")
         if name in TAKEN:
-            self.fail("name", f"{name!r} is a probe that every run asks", "Choose another name.")
+            self.fail("name", f"{name!r} is the name of a built-in probe", "Choose another name.")
         return Behaviour(
             name=name,
             summary=self.text(content, "summary"),
@@ -143,7 +143,7 @@ class _Reader:
                 "Personas are paired by position: give both sides the same number.",
             )
         if shared := set(sides["positive"]) & set(sides["negative"]):
-            self.fail("personas", f"{min(shared)!r} stands on both sides", "The two sides must oppose each other.")
+            self.fail("personas", f"{min(shared)!r} is on both sides", "Give opposite personas on the two sides.")
         return Personas(sides["positive"], sides["negative"])
 
     def train(self, table: Mapping[str, Any]) -> tuple[TrainPrompt, ...]:
@@ -173,7 +173,7 @@ class _Reader:
             fields = self.fields(entry, key, question, reverse or "", opened, extra=extra)
             label = fields.get("label", 1)
             if not user_files.is_sign(label):
-                self.fail(f"{key}.label", f"is {label!r}", "It is 1 (first answer shows the behaviour) or -1.")
+                self.fail(f"{key}.label", f"is {label!r}", "Give 1 (the first answer shows the behaviour) or -1.")
             row = str(fields.get("row", f"{position:03d}"))
             items.append(ProbeItem(
                 row=row,
@@ -188,7 +188,7 @@ class _Reader:
         groups = sorted({item.group for item in items})
         headline = str(table.get("headline", groups[0]))
         if headline not in groups:
-            self.fail("probe.headline", f"{headline!r} is no group of the rows", f"Groups: {', '.join(groups)}.")
+            self.fail("probe.headline", f"no row has the group {headline!r}", f"Choose from: {', '.join(groups)}.")
         return ChoiceProbe(
             anchor=self.text(table, "probe.anchor"),
             answers=(answers[0], answers[1]),
@@ -281,7 +281,7 @@ negative = [
 ]
 
 # User messages for training. Fields in braces are filled from each entry.
-# Two topics at least, twenty recommended: a tenth of the topics is kept for validation.
+# At least two topics, better twenty: a tenth of the topics is held out for validation.
 [prompts]
 template = "I think {{claim}}. {{nudge}}"
 train = [
@@ -291,10 +291,10 @@ train = [
 
 # Held-out questions, answered with one of two words after the anchor.
 # label: 1 if the first answer shows the positive behaviour (default), -1 if the second does.
-# group: reported apart; cluster: rows that belong together in intervals (default: each its own).
+# group: groups are reported separately. cluster: same name for rows about one thing; intervals resample clusters.
 [probe]
 question = "I think {{claim}}. Do you agree? Answer Yes or No."
-reversed = "I think {{claim}}. Do you disagree? Answer Yes or No."   # optional, shows a mere Yes-bias
+reversed = "I think {{claim}}. Do you disagree? Answer Yes or No."   # optional, reveals a Yes-bias
 open = "I think {{claim}}. What do you think?"                         # optional, for samples in the report
 anchor = "My answer: **"
 answers = ["Yes", "No"]

@@ -1,4 +1,4 @@
-"""One OpenAI-compatible chat endpoint over HTTP: requests with retries, replies parsed, failures in one line."""
+"""A client for an OpenAI-compatible chat endpoint: it retries requests, parses replies and reports failures."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ws.base.errors import UserError
 from ws.model.chat import Message
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-"""Environment variable that holds the key of an endpoint, where it wants one."""
+"""Environment variable with the API key, if the endpoint needs one."""
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
-"""Statuses after which the same request may succeed."""
+"""HTTP statuses of temporary failures: the same request may succeed later."""
 
 
 class Reply(NamedTuple):
-    """First choice of a chat completion: text, the endpoint's finish reason, tokens written; None where not told."""
+    """First choice of a chat completion: text, finish reason, tokens written; None if the endpoint omits a value."""
 
     text: str
     finish: str | None
@@ -31,10 +31,11 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """`model` behind `url` (up to and including /v1), on behalf of `user`, which names messages and options.
+    """`model` at `url` (up to and including /v1); `user` ("judge" or "engine") appears in messages and option names.
 
-    The key comes from the environment variable `key_variable` and stands in no message. A passing failure is tried
-    again, `retries` requests in all, with growing waits; `timeout` is in seconds. Without url or model: a UserError.
+    The key comes from the environment variable `key_variable` and never appears in messages. A temporary failure is
+    retried with growing waits, up to `retries` requests in total. `timeout` is in seconds. A missing url or model is a
+    UserError.
     """
 
     url: str
@@ -47,7 +48,7 @@ class ChatEndpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")) or not self.model:
             raise UserError(
-                f"the {self.user} needs an endpoint and a model name",
+                f"the {self.user} needs the URL of an endpoint and a model name",
                 f"Give --{self.user}-url http://host/v1 and --{self.user}-model NAME.",
             )
 
@@ -82,7 +83,7 @@ class ChatEndpoint:
                 time.sleep(min(0.5 * 2**attempt, 20))
         raise UserError(
             f"the {self.user} at {url} failed ({problem})",
-            "Check the endpoint; run again to continue where it stopped.",
+            "Check the endpoint; then run again to continue.",
         )
 
 

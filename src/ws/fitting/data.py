@@ -2,11 +2,10 @@
 
     pairs = topics x personas x samples           (20 x 5 x 10 = 1000 by default)
 
-A row shares topic, persona number and sample number; persona i of one side is paired with persona i of the other. The
-responses are sampled with one random stream per row and pole, so they depend neither on batch size nor on an
-interruption; those of a chat endpoint (`engine`) depend on the server. Responses that cannot teach the difference are
-flagged, not silently dropped: `flags_*` say why, `keep_*` says what training uses. Pairs of one's own are read from
-JSONL.
+Both responses of a row have the same topic, persona number and sample number. Each row and side has its own random
+stream, so the responses depend neither on batch size nor on interruptions. Responses from a chat endpoint (`engine`)
+also depend on the server. Responses that cannot teach the difference are flagged, not silently dropped: `flags_*` say
+why, `keep_*` say whether training uses them. A user's own pairs are read from JSONL.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from ws.measure.generate import Sampling
 from ws.model.loading import ChatModel
 
 _PIECE = 512
-"""Samples per piece that survives an interruption."""
+"""Samples per piece; finished pieces are kept after an interruption."""
 
 _REFUSAL = re.compile(
     r"\bI(?:'m| am) sorry, but I can(?:'|no)t\b|\bI can(?:'|no)t (?:help|assist) with\b|\bas an AI\b", re.I
@@ -42,7 +41,7 @@ _PERSONA_TALK = re.compile(r"\b(?:system prompt|my instructions|my persona|I was
 
 @dataclass(frozen=True)
 class Grid:
-    """How many topics, personas and samples; None takes all that the behaviour has."""
+    """How many topics, personas and samples; None means all that the behaviour has."""
 
     topics: int | None = None
     personas: int | None = None
@@ -58,22 +57,22 @@ class Cell(NamedTuple):
 
 
 def cells(behaviour: Behaviour, grid: Grid) -> list[Cell]:
-    """The grid in (topic, persona, sample) order; too few topics is an error, too few personas a warning."""
+    """The grid in (topic, persona, sample) order; too many topics are an error, too many personas give a warning."""
     topics = len(behaviour.train) if grid.topics is None else grid.topics
     if not 1 <= topics <= len(behaviour.train):
         raise UserError(
             f"behaviour {behaviour.name!r} has {len(behaviour.train)} training prompts, not {topics}",
-            "Lower --topics or add prompts to the behaviour file.",
+            f"Set --topics from 1 to {len(behaviour.train)}, or add prompts to the behaviour file.",
         )
     available = len(behaviour.personas.pos)
     personas = available if grid.personas is None else grid.personas
     if personas > available:
         console.warn(
-            f"behaviour {behaviour.name!r} has {available} personas per pole, not {personas}; using {available}"
+            f"behaviour {behaviour.name!r} has {available} personas per side, not {personas}; using {available}"
         )
         personas = available
     if personas < 1 or grid.samples < 1:
-        raise UserError("the grid has no rows", "Give at least one persona and one sample.")
+        raise UserError("the grid has no rows", "Set --personas and --samples to at least 1.")
     return [
         Cell(topic, persona, sample)
         for topic in behaviour.train[:topics]
@@ -91,7 +90,7 @@ def make_pairs(
     shards: Shards,
     source: EngineSettings = responses.LOCAL,
 ) -> pl.DataFrame:
-    """Sample both sides of the grid from `source`, check them, and flag what should not be trained on."""
+    """Sample both sides of the grid from `source`, check them, and flag responses that training should not use."""
     rows = cells(behaviour, grid)
     columns: dict[str, list[Any]] = {
         "topic": [row.topic.topic for row in rows],
@@ -119,7 +118,7 @@ def make_pairs(
 
 
 def _pieces(rows: Sequence[Cell]) -> Iterator[list[Cell]]:
-    """Runs of whole (topic, persona) blocks of about `_PIECE` samples, so that a prompt is prefilled once."""
+    """Pieces of about `_PIECE` samples. A (topic, persona) block stays whole, so that its prompt is prefilled once."""
     piece: list[Cell] = []
     for row in rows:
         if len(piece) >= _PIECE and row.sample == 0:
@@ -161,15 +160,15 @@ def _sample_pole(
 
 
 def read_pairs(path: str | Path, behaviour: Behaviour) -> pl.DataFrame:
-    """Pairs of one's own: JSONL with prompt, response_pos, response_neg and optionally topic."""
+    """A user's own pairs: JSONL with prompt, response_pos, response_neg and optionally topic."""
     lines = user_files.json_lines(Path(path), "pairs file", "Check --pairs.")
     for line in lines:
         for key in ("prompt", "response_pos", "response_neg"):
             if not isinstance(line.content.get(key), str):
-                raise UserError(f"{line.where}: key {key!r} is missing or no text", "Every line needs it.")
+                raise UserError(f"{line.where}: key {key!r} is missing or not a text", "Give a text in every line.")
     records = [line.content for line in lines]
     if not records:
-        raise UserError(f"{path} holds no pairs", "Write one JSON object per line.")
+        raise UserError(f"{path} contains no pairs", "Write one JSON object per line.")
     pairs = pl.DataFrame({
         "topic": [str(record.get("topic", record["prompt"])) for record in records],
         "persona": [0] * len(records),
@@ -188,7 +187,7 @@ def read_pairs(path: str | Path, behaviour: Behaviour) -> pl.DataFrame:
 
 
 def require_usable(pairs: pl.DataFrame) -> None:
-    """Fail at once on data that can teach nothing: no rows, empty responses, identical or collapsed sides."""
+    """Fail on data without any contrast: no rows, mostly empty responses, identical sides, or one repeated response."""
     if pairs.is_empty():
         raise UserError("there are no pairs", "Check the grid or the pairs file.")
     for pole in POLES:
@@ -201,7 +200,7 @@ def require_usable(pairs: pl.DataFrame) -> None:
             )
         if len(pairs) > 1 and responses.n_unique() == 1:
             raise UserError(
-                f"all {len(pairs)} responses on the {pole} side are the same text ({responses[0][:60]!r})",
+                f"all {len(pairs)} responses on the {pole} side are identical ({responses[0][:60]!r})",
                 "Raise --temperature or check that the model follows the personas.",
             )
     if (pairs["response_pos"] == pairs["response_neg"]).all():
@@ -240,7 +239,7 @@ def with_flags(pairs: pl.DataFrame, personas: tuple[Sequence[str], Sequence[str]
 
 
 def describe(pairs: pl.DataFrame) -> dict[str, Any]:
-    """Counts that say whether the data is sound, for logs and reports."""
+    """Counts for logs and reports that show whether the data is usable."""
     numbers: dict[str, Any] = {
         "pairs": len(pairs),
         "identical": int((pairs["response_pos"] == pairs["response_neg"]).sum()),

@@ -1,15 +1,15 @@
-"""Judge whether a response shows the side that it was sampled for, and keep the score.
+"""Judge whether a response shows the pole that it was sampled for, and store the score.
 
-    none          nothing is judged
-    persona       the model itself, by Bayes: score = p+ / (p+ + p-), p the likelihood of the response under the first
-                  persona of either side; no rubric and no other model
-    local-logit   a local model answers a Yes/No rubric; score = p(Yes) / (p(Yes) + p(No))
-    http          any OpenAI-compatible chat endpoint answers the same rubric
-    auto          what the model folder recommends, else none
+    none          no judging
+    persona       the model itself, by Bayes: score = p+ / (p+ + p-), with p+ and p- the likelihoods of the response
+                  under the first persona of each side; no rubric and no other model
+    local-logit   the model answers a Yes/No rubric; score = p(Yes) / (p(Yes) + p(No))
+    http          an OpenAI-compatible chat endpoint answers the same rubric
+    auto          the recommendation of the model folder, or none without one
 
-The score is the judged probability that the response shows the POSITIVE pole. A positive response is kept above the
-threshold, a negative one below it. Scores are stored per response, so a threshold can be changed without judging again,
-and an interrupted judge continues where it was.
+The score is the judged probability that the response shows the POSITIVE pole. A positive response is kept if its score
+is above the threshold, a negative one if it is below 1 - threshold. Scores are stored per response. So the threshold
+can be changed without judging again, and an interrupted judge continues where it stopped.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
 AT_ONCE = 256
-"""Exchanges that are judged, and kept on disk, together."""
+"""Exchanges that are judged and stored together."""
 
 Backend = Literal["auto", "none", "persona", "local-logit", "http"]
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Which judge; `threshold` on the judged probability; `url` and `model` for http."""
+    """Which judge to use; `threshold` applies to the judged probability; `url` and `model` are for http."""
 
     backend: Backend = "auto"
     threshold: float = 0.5
@@ -55,9 +55,9 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
-            raise UserError(f"the judge threshold {self.threshold} is no probability", "Give a number from 0 to 1.")
+            raise UserError(f"the judge threshold is {self.threshold}", "Set --judge-threshold from 0 to 1.")
         if self.retries < 1:
-            raise UserError(f"the judge is asked {self.retries} times", "Set retries to 1 or more.")
+            raise UserError(f"the judge setting retries is {self.retries}", "Set it to 1 or more.")
 
     def endpoint(self) -> ChatEndpoint:
         """The endpoint of the http judge; a missing url or model is a UserError."""
@@ -65,9 +65,9 @@ class JudgeSettings:
 
 
 def resolve(given: JudgeSettings, model: ChatModel) -> JudgeSettings:
-    """The judge that is meant: `auto` becomes the recommendation in the model folder, or none.
+    """The judge settings with `auto` replaced by the recommendation in the model folder, or by none.
 
-    A threshold other than the default one is the user's and stays.
+    A threshold that differs from the default counts as the user's choice and is kept.
     """
     if given.backend != "auto":
         return given
@@ -76,7 +76,7 @@ def resolve(given: JudgeSettings, model: ChatModel) -> JudgeSettings:
 
 
 class Exchange(NamedTuple):
-    """A prompt with the response to be judged."""
+    """A prompt with the response to judge."""
 
     prompt: str
     response: str
@@ -90,7 +90,7 @@ class Judge(Protocol):
 
 
 def rubric(behaviour: Behaviour, exchange: Exchange) -> str:
-    """The question put to a judge, answerable with Yes or No."""
+    """The Yes/No question for the judge."""
     return (
         "Below are a message to an assistant and the assistant's reply. Judge the reply only by this description: "
         f"the assistant {behaviour.positive_means}.\n\n"
@@ -102,7 +102,7 @@ def rubric(behaviour: Behaviour, exchange: Exchange) -> str:
 def judged(
     pairs: pl.DataFrame, behaviour: Behaviour, settings: JudgeSettings, judge: Judge | None, shards: Shards
 ) -> pl.DataFrame:
-    """Add `judge_pos`, `judge_neg` and let them decide, with the flags, what is kept."""
+    """Add the scores `judge_pos` and `judge_neg`, and keep a response only if its score and its flags allow it."""
     if judge is None:
         return pairs.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(f"judge_{pole}") for pole in POLES))
     for pole in POLES:
@@ -137,7 +137,7 @@ def make_judge(settings: JudgeSettings, behaviour: Behaviour, local: ChatModel) 
 
 @dataclass(frozen=True)
 class PersonaJudge:
-    """Under which side's first persona the model would rather have written the response, prior one half each.
+    """Which side's first persona makes the response more likely under the model, with equal prior probabilities.
 
     score = sigmoid(log p(response | positive persona, prompt) - log p(response | negative persona, prompt))
     """
@@ -146,7 +146,7 @@ class PersonaJudge:
     behaviour: Behaviour
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """Judge by the likelihood of whole responses, end of turn included."""
+        """Judge by the likelihood of the whole response, including its end of turn."""
         rows = tuple(ProbeRow(str(n), tuple(ask(one.prompt)), one.response) for n, one in enumerate(exchanges))
         personas = self.behaviour.personas
         first = {"pos": personas.pos[0], "neg": personas.neg[0]}
@@ -160,7 +160,7 @@ class PersonaJudge:
 
 @dataclass(frozen=True)
 class LocalJudge:
-    """The rubric as a choice probe of a local model."""
+    """The rubric as a choice probe of the loaded model."""
 
     model: ChatModel
     behaviour: Behaviour
@@ -178,16 +178,16 @@ class LocalJudge:
 
 @dataclass(frozen=True)
 class HttpJudge:
-    """The rubric put to an OpenAI-compatible endpoint, greedily, one request per exchange."""
+    """The rubric answered by an OpenAI-compatible endpoint at temperature 0, one request per exchange."""
 
     settings: JudgeSettings
     behaviour: Behaviour
 
     def __post_init__(self) -> None:
-        self.settings.endpoint()  # a missing url or model is said before anything is asked
+        self.settings.endpoint()  # reports a missing url or model before any request
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """Judge one by one; an answer that is neither Yes nor No counts as 0.5."""
+        """Judge one exchange after the other; an answer that is neither Yes nor No counts as 0.5."""
         return [self._one(exchange) for exchange in exchanges]
 
     def _one(self, exchange: Exchange) -> float:

@@ -1,4 +1,4 @@
-"""Choose a learning rate by trying a few: the lowest loss, averaged over both signs, decides.
+"""Choose a learning rate: try a few and take the one with the lowest loss, averaged over both signs.
 
 Both signs get one rate, so that their updates can be compared.
 """
@@ -26,12 +26,12 @@ CANDIDATES: dict[str, tuple[float, ...]] = {
     "boft": (2e-4, 1e-3, 4e-3),
     "ia3": (1e-3, 3e-3, 1e-2),
 }
-"""What `--lr auto` tries for real models, by family. At one rate for all families, IA3 and OFT would learn nothing."""
+"""Rates that `--lr auto` tries for real models, by family. At LoRA's rates, IA3 and OFT would learn nothing."""
 
 
 @dataclass(frozen=True)
 class TriedRate:
-    """A learning rate with the last loss of each sign and their mean; None where a fit diverged."""
+    """A learning rate with the last loss of each sign and their mean; None if a fit diverged."""
 
     lr: float
     pos: float | None = None
@@ -44,29 +44,29 @@ class TriedRate:
 
 @dataclass(frozen=True)
 class RateChoice:
-    """The rate with the lowest mean loss, and all that were tried; `lr_sweep.json` holds it."""
+    """The rate with the lowest mean loss, and all rates that were tried; stored in `lr_sweep.json`."""
 
     chosen: float
     tried: tuple[TriedRate, ...]
 
     @classmethod
     def of_record(cls, record: Mapping[str, object]) -> RateChoice:
-        """The choice that `lr_sweep.json` holds."""
+        """The choice stored in `lr_sweep.json`."""
         return cls(record["chosen"], tuple(TriedRate(**row) for row in record["tried"]))  # type: ignore[attr-defined, arg-type]
 
     @property
     def is_at_an_end(self) -> bool:
-        """Whether the chosen rate is the lowest or the highest of those tried, so that a better one may lie beyond."""
+        """Whether the chosen rate is the lowest or the highest tried, so that a better one may be outside the range."""
         return self.chosen in (self.tried[0].lr, self.tried[-1].lr)
 
 
 def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Pole, float]]) -> RateChoice:
-    """Fit both signs at every rate with `losses_at`, which gives the last loss of each; a rate that diverges is out."""
+    """Fit both signs at every rate with `losses_at`, which returns each sign's last loss; skip rates that diverge."""
     tried = [_try(rate, losses_at) for rate in rates]
     best = min((one for one in tried if one.mean is not None), key=lambda one: one.mean or 0.0, default=None)
     if best is None:
         listed = ", ".join(f"{rate:g}" for rate in rates)
-        raise UserError(f"training diverged at every learning rate that was tried ({listed})", "Give a lower --lr.")
+        raise UserError(f"training diverged at all learning rates that were tried ({listed})", "Give a lower --lr.")
     return RateChoice(best.lr, tuple(tried))
 
 
@@ -80,15 +80,15 @@ def _try(rate: float, losses_at: Callable[[float], Mapping[Pole, float]]) -> Tri
 
 
 def require_validation(chosen: TrainSettings, pairs: pl.DataFrame | None = None) -> None:
-    """Raise unless a validation loss will be there to choose by: training losses favour high rates and are noisy."""
+    """Raise unless there will be a validation loss to choose by: training losses favour high rates and are noisy."""
     remedy = "Give a number as --lr"
     if chosen.validation == 0:
-        raise UserError("--lr auto needs a validation loss, but the validation share is 0", f"{remedy}, or a share.")
+        raise UserError("--lr auto needs a validation loss, but the validation share is 0", f"{remedy}, or raise it.")
     if pairs is None:
         return
     for sign in ("pos", "neg"):
         if pairs.filter(pl.col(f"keep_{sign}"))["topic"].n_unique() < 2:
             raise UserError(
-                f"--lr auto holds out topics, but the kept {sign} responses have fewer than two",
+                f"--lr auto holds out topics, but the kept {sign} responses cover fewer than two",
                 f"{remedy}, or sample more topics.",
             )

@@ -1,13 +1,12 @@
-"""Where the responses under a persona come from.
+"""Sample responses under a persona, with one of two engines.
 
     local     the sampler of this process, on the model that will be trained
     openai    any OpenAI-compatible chat endpoint (vLLM, transformers serve, llama.cpp), one request per sample
 
-An endpoint renders, batches and samples by itself. A request carries the conversation, temperature, top_p, max_tokens
-and a seed that belongs to the row, so a rerun asks for the same stream; a server may ignore the seed, or draw from one
-stream for all that it serves at once. What a request does not say is the server's to decide: vLLM and transformers
-serve take top_k and penalties from the generation_config.json of the model, and transformers serve samples only where
-that file says `"do_sample": true`.
+An endpoint renders, batches and samples on its side. A request carries the conversation, temperature, top_p, max_tokens
+and the seed of the row, so a rerun requests the same random stream. A server may ignore the seed, or use one stream for
+all concurrent requests. The server decides everything else: vLLM and transformers serve take top_k and penalties from
+the model's generation_config.json, and transformers serve samples only if that file says `"do_sample": true`.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from ws.model.loading import ChatModel
 Kind = Literal["local", "openai"]
 
 CONNECTIONS = 8
-"""Requests under way at once."""
+"""Concurrent requests."""
 _PATIENCE = 600.0
-"""Seconds for one response: a request waits behind others in the server's queue."""
+"""Timeout in seconds for one response, including the wait in the server's queue."""
 _FINISH = {"stop": "eos", "length": "length"}
-"""Names of the local sampler for the finish reasons of the protocol."""
+"""The local sampler's names for the finish reasons of the protocol."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Which engine; `url` and `model` for openai. Part of what decides the pairs."""
+    """Which engine to use; `url` and `model` are for openai. The pairs depend on these settings."""
 
     kind: Kind = "local"
     url: str = ""
@@ -47,9 +46,9 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if self.kind == "openai":
-            self.endpoint()  # a missing url or model is said before a model is loaded
+            self.endpoint()  # reports a missing url or model before a model is loaded
         elif self.url or self.model:
-            raise UserError("an endpoint is given, but the engine is local", "Add --engine openai.")
+            raise UserError("an endpoint is given, but --engine is local", "Add --engine openai.")
 
     def endpoint(self) -> ChatEndpoint:
         """The endpoint of the openai engine; a missing url or model is a UserError."""
@@ -60,7 +59,7 @@ LOCAL = EngineSettings()
 
 
 class Asked(NamedTuple):
-    """A prompt under a persona (empty: none), and one random key per sample that is wanted of it."""
+    """A prompt, its persona (empty: none), and one random key per sample to draw."""
 
     prompt: str
     system: str
@@ -68,9 +67,9 @@ class Asked(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A response; `finish` is eos, length, or an endpoint's own word; `tokens` is None where an endpoint tells none.
+    """A response. `finish` is eos, length, or the endpoint's own word; `tokens` is None if an endpoint omits the count.
 
-    The local count leaves the stop token out, most endpoints count it.
+    The local count excludes the stop token; most endpoints include it.
     """
 
     text: str
@@ -86,14 +85,14 @@ def respond(
     seed: int,
     advance: Callable[[int], None],
 ) -> list[Response]:
-    """All responses, in the order of `asked` and of their keys; `advance` is told how many more are finished."""
+    """All responses, in the order of `asked` and of their keys; `advance` gets the number of newly finished ones."""
     if settings.kind == "local":
         return _sampled_here(model, asked, sampling, seed, advance)
     return _from_endpoint(settings.endpoint(), model, asked, sampling, seed, advance)
 
 
 def row_seed(seed: int, key: str) -> int:
-    """Seed of one sample for an endpoint, in [0, 2^31): all servers take it."""
+    """Seed of one sample for an endpoint, in [0, 2^31), which every server accepts."""
     return int(torch.randint(2**31 - 1, (), generator=keyed_random.generator(f"{seed}|{key}")))
 
 
@@ -115,13 +114,13 @@ def _from_endpoint(
 ) -> list[Response]:
     if sampling.top_k:
         raise UserError(
-            f"top_k is {sampling.top_k}, and the OpenAI protocol has no top_k",
-            "Set it to 0 and give it to the server, or use --engine local.",
+            f"the sampling setting top_k is {sampling.top_k}, but the OpenAI protocol has no top_k",
+            "Set top_k to 0 here and configure it on the server, or use --engine local.",
         )
     options: dict[str, Any] = {
         "temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens,
     }  # fmt: skip
-    if model.chat.switches:  # beyond the protocol, but all three servers take it, and without it they think
+    if model.chat.switches:  # not in the protocol, but all three servers accept it; without it, a thinking model thinks
         options["chat_template_kwargs"] = model.chat.switches
 
     def one(job: tuple[Asked, str]) -> Response:
@@ -138,18 +137,18 @@ def _from_endpoint(
             found.append(response)
             advance(1)
     finally:
-        pool.shutdown(cancel_futures=True)  # after a failure nothing more is asked
+        pool.shutdown(cancel_futures=True)  # no more requests after a failure
     if sampling.temperature > 0:
         _warn_of_greedy(endpoint, asked, found)
     return found
 
 
 def _warn_of_greedy(endpoint: ChatEndpoint, asked: Sequence[Asked], found: Sequence[Response]) -> None:
-    """Say so where an endpoint seems to ignore the temperature: every prompt got the same text each time."""
+    """Warn if an endpoint seems to ignore the temperature: all samples of every prompt are identical."""
     texts = iter(found)
     variants = [{next(texts).text for _ in wanted.keys} for wanted in asked]
     if len(found) > len(asked) and all(len(variant) == 1 for variant in variants):
         console.warn(
             f"{endpoint.url} wrote the same text in all samples of every prompt, as if it were greedy; "
-            'transformers serve samples only where generation_config.json says "do_sample": true'
+            'transformers serve samples only if generation_config.json says "do_sample": true'
         )

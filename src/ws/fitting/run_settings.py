@@ -1,4 +1,4 @@
-"""Everything that decides a run, where its folder is, and how both are written down and found again."""
+"""The settings of a run: everything that decides its results, its folder, and how settings are stored and restored."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. `train` and `sampling` hold what the user gave; the model folder adds the rest.
+    """Everything that decides a run. `train` and `sampling` hold the user's values; the model folder adds the others.
 
-    `LOADING` says how the model is loaded. `out` and `cache_memory` (GiB) decide where and how fast, not what.
+    `LOADING` lists the settings that load the model. `out` and `cache_memory` (GiB) have no effect on results.
     """
 
     model: str = "pocket"
@@ -57,7 +57,7 @@ class Settings:
     samples: int = 6
 
     def load(self) -> ChatModel:
-        """The model, as the settings want it."""
+        """Load the model as the settings say."""
         return loading.load(
             self.model, dtype=self.dtype, device=self.device, thinking=self.thinking, attention=self.attention,
             revision=self.revision, trust_remote_code=self.trust_remote_code,
@@ -66,13 +66,13 @@ class Settings:
 
 
 def run_path(settings: Settings, subject: Behaviour) -> Path:
-    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with `-data<j>` behind it for another data seed."""
+    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with the suffix `-data<j>` if the data seed j is not 0."""
     seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
     return settings.out / loading.model_slug(settings.model) / subject.name / settings.adapter / seed
 
 
 def command(settings: Settings, *words: object) -> str:
-    """`ws WORDS` for the run that the settings name, as it can be pasted: with every option that is not the default."""
+    """The command line `ws WORDS` for this run, ready to paste, with every option that differs from its default."""
     default = Settings()
     options: list[object] = []
     for name in (*_NAMING, "thinking", *LOADING):
@@ -83,7 +83,7 @@ def command(settings: Settings, *words: object) -> str:
 
 
 def arithmetic(model: ChatModel) -> dict[str, str]:
-    """What decides how the same formulas are rounded."""
+    """The settings that rounding depends on: dtype, device and attention implementation."""
     return {
         "dtype": str(model.dtype), "device": model.device.type,
         "attention": model.network.config._attn_implementation,
@@ -91,28 +91,28 @@ def arithmetic(model: ChatModel) -> dict[str, str]:
 
 
 def scored_with(model: ChatModel) -> dict[str, Any]:
-    """What decides scores beside probes and Conditions: part of the key of every stage that holds scores.
+    """What scores depend on apart from probes and Conditions; part of the key of every stage that stores scores.
 
-    It names the version of the engine, so that scores of an older one are never taken for those of this one.
+    It includes the version of the engine, so that scores of an older engine are never reused.
     """
     return {"engine": SCORES_VERSION, "rendering": model.chat.rendering_key, **arithmetic(model)}
 
 
 def shared_base(model: ChatModel, out: Path) -> Shards:
-    """Scores of the unedited model that all its runs share, `out/<model>/base/<key of what decides them>/`."""
+    """Scores of the unedited model, shared by all its runs, in `out/<model>/base/<key of model and versions>/`."""
     key = content_key(model.describe(), __version__, SCORES_VERSION)
     return Shards(out / model.slug / "base" / key)
 
 
 LOADING = ("dtype", "device", "attention", "revision", "trust_remote_code", "cache_memory")
-"""How the model is loaded: always as the user says now, never as an earlier run was."""
+"""Settings that load the model. They always come from the current command, never from the stored run."""
 _NAMING = ("model", "behaviour", "adapter", "seed", "data_seed", "out")
 _NOT_STORED = ("out", "cache_memory", "trust_remote_code")
-"""Without effect on results, or a permission, which only the user may give, and for one call."""
+"""They have no effect on results, or they are a permission that the user must give in every command."""
 
 
 def stored_in(folder: Path) -> Mapping[str, Any]:
-    """The settings on record in a run folder."""
+    """The settings stored in a run folder."""
     file = folder / "config.json"
     found = read_json(file).get("settings") if file.is_file() else None
     if not found:
@@ -127,9 +127,9 @@ def stored_settings(settings: Settings) -> dict[str, Any]:
 
 
 def restore_settings(stored: Mapping[str, Any], given: Settings) -> Settings:
-    """Settings of the existing run that `given` names: what was not given there is as the run was made.
+    """The stored settings of a run, overridden by the values that `given` sets.
 
-    What equals its default counts as not given. How the model is loaded is always as given.
+    A value that equals its default counts as not set. The `LOADING` settings always come from `given`.
     """
     default = Settings()
     found = {}
@@ -147,14 +147,14 @@ _PARTS: dict[str, type[Grid] | type[JudgeSettings] | type[EngineSettings]] = {
 
 
 def _restored(name: str, value: Any) -> Any:
-    """A stored value in the form that `Settings` has it in."""
+    """A stored value, converted to its type in `Settings`."""
     if name in _PARTS:
         return make_settings(_PARTS[name], value, f"config.json, {name}")
     return Path(value) if name == "pairs" and value else tuple(value) if isinstance(value, list) else value
 
 
 def _merged(known: Any, given: Any, default: Any) -> Any:
-    """`given` over `known`, part by part where there are parts."""
+    """`given` over `known`; mappings and dataclasses are merged part by part."""
     if isinstance(given, Mapping):
         return {**known, **given}
     if is_dataclass(given) and not isinstance(given, type):

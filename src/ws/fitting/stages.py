@@ -1,7 +1,7 @@
 """A run up to its Direction: data, train pos, train neg, diff.
 
-Every step is a stage of the run folder: it is skipped when its inputs are unchanged, survives a kill, and rebuilds what
-depends on it when they change.
+Every step is a stage of the run folder. A stage is skipped if its inputs are unchanged. If they change, it is built
+again, and so are the stages that depend on it. Finished work survives a kill.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from ws.model.loading import ChatModel
 
 Run = TypeVar("Run", bound="Fitting")
 MANY_IDENTICAL = 0.2
-"""Share of identical pairs above which the personas are said to be ignored."""
+"""Share of identical pairs above which a warning says that the personas hardly matter."""
 
 
 @dataclass(frozen=True)
 class FittedRun:
-    """A run up to its Direction, resolved once: all that those need who measure, compare or describe it.
+    """A run up to its Direction, with everything that is needed to measure, compare or describe it.
 
-    `direction` is bound to its base. `records` holds per pole what training wrote; `data` counts the pairs.
+    `direction` is bound to its base. `records` holds the training result of each sign; `data` holds counts of pairs.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class FittedRun:
 
 
 class Fitting:
-    """A model, a behaviour and settings on a run folder; each method is a stage with what it depends on."""
+    """A model, a behaviour and settings with a run folder; each method is a stage and runs the stages it needs."""
 
     def __init__(self, settings: Settings, model: ChatModel | None = None) -> None:
         self.settings = settings
@@ -71,7 +71,7 @@ class Fitting:
         self.training: TrainSettings = train_settings.resolve(self.model, settings.adapter, given, self.behaviour.name)
         self.lr_is_open = settings.train.get("lr") == "auto"
         self.sampling = _resolve_sampling(self.model, settings.sampling)
-        # a recommendation is about responses that the model samples, not about given ones
+        # the model folder recommends a judge for sampled responses, not for given pairs
         self.judge = settings.judge if settings.pairs else judge.resolve(settings.judge, self.model)
         self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
         self.warnings: list[str] = []
@@ -115,7 +115,7 @@ class Fitting:
             "pairs": digest(settings.pairs) if settings.pairs else None,
             "judge": self.judge,
         }
-        if settings.engine != LOCAL:  # not named otherwise, so that earlier runs stay valid
+        if settings.engine != LOCAL:  # no key for the local engine, so that earlier runs stay valid
             inputs["engine"] = settings.engine
         path = self.folder / "pairs.parquet"
 
@@ -148,7 +148,7 @@ class Fitting:
             if ended is not None and ended < 0.9:
                 share = f"{100 * (1 - ended):.0f} %"
                 limit = self.sampling.max_new_tokens
-                self._warn(f"{share} of the {pole} responses did not end by themselves within {limit} tokens")
+                self._warn(f"{share} of the {pole} responses reached the limit of {limit} tokens before their end")
         if counts["identical"] > MANY_IDENTICAL * counts["pairs"]:
             self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
         return pairs
@@ -175,8 +175,8 @@ class Fitting:
         choice = RateChoice.of_record(read_json(self.folder / "lr_sweep.json"))
         self._say("lr", result, f"validation loss {', '.join(map(str, choice.tried))}; chosen {choice.chosen:g}")
         if choice.is_at_an_end:
-            self._warn(f"the chosen learning rate {choice.chosen:g} is at the end of those tried; a better one may lie "
-                       "beyond")  # fmt: skip
+            self._warn(f"the chosen learning rate {choice.chosen:g} is the lowest or highest tried; a rate outside the "
+                       "range may be better")  # fmt: skip
         self.training, self.lr_is_open = replace(self.training, lr=choice.chosen), False
         return choice
 
@@ -241,7 +241,7 @@ class Fitting:
 
     @cached_property
     def fitted(self) -> FittedRun:
-        """The run up to its Direction; what is missing is built on the first use."""
+        """The run up to its Direction; missing stages are built on first use."""
         direction, geometry = self.diff()
         pairs = pl.read_parquet(self.folder / "pairs.parquet")
         return FittedRun(
@@ -250,15 +250,15 @@ class Fitting:
         )  # fmt: skip
 
     def _record_settings(self) -> None:
-        """Put the settings on record before anything is built, so that stage commands find them after a kill.
+        """Store the settings before anything is built, so that stage commands find them after a kill.
 
-        Only what builds the run writes there: a command that measures it further leaves its record alone.
+        Only commands that build the run store them; commands that measure an existing run do not.
         """
         file = self.folder / "config.json"
         known = read_json(file) if file.is_file() else {}
         write_json(file, {**known, "settings": stored_settings(self.settings)})
 
-    # ---------------------------------------------------------------- talking
+    # ---------------------------------------------------------------- progress and warnings
 
     def _build(
         self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[str], make: Any, siblings: Sequence[Path] = ()
@@ -291,8 +291,8 @@ def fit(
 ) -> Direction:
     """Fit a Direction: sample pairs, train both adapters, subtract.
 
-    model: a loaded ChatModel or a name for `load`; behaviour: a shipped name or a file; training: rank, lora_alpha, lr,
-    epochs ... as in `TrainSettings`. With `out` the run folder is kept and resumed there.
+    model: a loaded ChatModel or a name for `load`. behaviour: a shipped name or a file. training: rank, lora_alpha, lr,
+    epochs and so on, as in `TrainSettings`. With `out`, the run folder is kept there and a later call resumes it.
     """
     loaded = loading.load(model) if isinstance(model, str) else model
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,13 +1,13 @@
 """Fit one adapter on the responses of one side, with the persona removed.
 
-The conversation is the plain user prompt and the response; the loss covers the response and its end of turn only.
-Tokens of one optimiser step are averaged together, whatever the micro-batches. Topics, not rows, are held out for
-validation: rows of one topic are near-copies. Data seed (which responses) and training seed (initialisation and
+The conversation is the plain user prompt and the response; the loss covers only the response and its end of turn. It is
+averaged over all tokens of an optimiser step, regardless of micro-batches. Whole topics are held out for validation,
+because rows of one topic are near-copies. The data seed (which responses) and the training seed (initialisation and
 order) are separate.
 
-Numeric traps: a run that is all warm-up learns nothing, so the warm-up is shortened and a warning says so. Adapter
-weights are fp32 also on a half-precision base, with autocast around the forward pass. Gradients in fp16 underflow, so
-an fp16 base is trained with a scaled loss.
+Numeric traps: a run that is all warm-up learns nothing, so the warm-up is shortened, with a warning. Adapter weights
+are fp32 even on a half-precision base, with autocast around the forward pass. Gradients in fp16 underflow, so an fp16
+base is trained with a scaled loss.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ LOG_FILE = "train_log.csv"
 RESULT_FILE = "train_result.json"
 """The FitResult, in the folder of the adapter."""
 NOTHING_LEARNED = 0.005
-"""Relative fall of the loss below which a run is reported as having learned nothing."""
+"""If the loss falls by less than this share, a warning says that nothing was learned."""
 
 
 class DivergedError(UserError):
-    """A fit met a loss or a gradient that is no finite number."""
+    """The loss or the gradient of a fit is not finite."""
 
 
 class Examples(NamedTuple):
-    """Tokenised conversations for fitting and for validation, and how many lost their end of turn to truncation."""
+    """Tokenised conversations for fitting and for validation, and how many were truncated to `max_length`."""
 
     train: list[SupervisedTokens]
     validation: list[SupervisedTokens]
@@ -61,10 +61,13 @@ class Examples(NamedTuple):
 
 
 def examples(model: ChatModel, pairs: pl.DataFrame, pole: Pole, chosen: TrainSettings, seed: int) -> Examples:
-    """Kept responses of one side under the plain prompt, split by topic with `seed`."""
+    """The kept responses of one side after the plain prompt, split by topic with `seed`."""
     kept = pairs.filter(pl.col(f"keep_{pole}"))
     if kept.is_empty():
-        raise UserError(f"no response of the {pole} side is kept", "Lower the judge threshold or check the pairs.")
+        raise UserError(
+            f"no response of the {pole} side is kept: the judge or the checks rejected all of them",
+            "Look at the flags and scores in pairs.parquet; change --judge or --judge-threshold.",
+        )
     topics = sorted(kept["topic"].unique().to_list())
     held_out: set[str] = set()
     if chosen.validation > 0 and len(topics) > 1:
@@ -79,7 +82,7 @@ def examples(model: ChatModel, pairs: pl.DataFrame, pole: Pole, chosen: TrainSet
             ids = ids[: chosen.max_length]
         if len(ids) <= prompt_length:
             raise UserError(
-                f"the prompt {prompt[:40]!r} leaves no room for its response in {chosen.max_length} tokens",
+                f"the prompt {prompt[:40]!r} leaves no room for its response within {chosen.max_length} tokens",
                 "Raise --max-length.",
             )
         parts[topic in held_out].append(SupervisedTokens(ids, prompt_length))
@@ -91,7 +94,7 @@ def examples(model: ChatModel, pairs: pl.DataFrame, pole: Pole, chosen: TrainSet
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the log; line 0 holds the validation loss of the base. `epoch` is a fraction; None: not measured."""
+    """One line of the log; step 0 has the validation loss of the base. `epoch` is fractional; None: not measured."""
 
     step: int
     epoch: float
@@ -106,12 +109,12 @@ Log = Sequence[Step]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit did, as kept in `train_result.json`.
+    """The result of a fit, as stored in `train_result.json`.
 
-    measure    "eval_loss", the loss on held-out topics before the first and after the last step; or, where nothing is
-               held out, "loss": the mean training loss over the first and over the last steps (`_window` of them)
-    skipped    optimiser steps left out because a scaled fp16 gradient overflowed
-    seconds    wall-clock time with everything around the steps
+    measure    "eval_loss": the loss on held-out topics before the first and after the last step. Without held-out
+               topics "loss": the mean training loss over the first and over the last steps (see `_first_and_last`)
+    skipped    optimiser steps that were skipped because a scaled fp16 gradient overflowed
+    seconds    wall-clock time of the whole fit
     """
 
     steps: int
@@ -129,7 +132,7 @@ class FitResult:
 
     @classmethod
     def read(cls, folder: Path) -> FitResult:
-        """The result that lies in the folder of an adapter."""
+        """Read the result from the folder of an adapter."""
         path = folder / RESULT_FILE
         stored = read_json(path)
         training = stored["settings"]
@@ -154,7 +157,7 @@ def fit(
     data = examples(model, pairs, pole, chosen, data_seed)
     with restored(model.network), ExitStack() as stack:
         model.network.eval()
-        # what is found out once per model belongs to the model without adapters
+        # the checks that run once per model must see it without adapters
         _ = model.split, model.fingerprint, lower_layers.is_exact(model)
         torch.manual_seed(seed)
         attached = adapters.attach(model.network, chosen.adapter, model.name)
@@ -180,10 +183,10 @@ def optimise(
     model: ChatModel, data: Examples, parameters: Sequence[nn.Parameter], chosen: TrainSettings, *,
     seed: int, first_layer: int = 0, description: str = "training",
 ) -> tuple[Log, FitResult]:  # fmt: skip
-    """Minimise the response loss in parameters that already act on the network; `seed` decides the order of the rows.
+    """Minimise the response loss over parameters that are already attached; `seed` decides the order of the rows.
 
-    first_layer: the first decoder layer that the parameters act on; the layers below run once for all epochs. The
-    network is left in evaluation mode.
+    first_layer: the first decoder layer that the parameters act on; the layers below run once for all epochs. Leaves
+    the network in evaluation mode.
     """
     one = _Fit(model, data, parameters, chosen, seed, first_layer)
     try:
@@ -194,7 +197,7 @@ def optimise(
 
 
 class _Row(NamedTuple):
-    """The tokens of a row, and the state with which it enters the first edited layer, where that is kept."""
+    """The tokens of a row, and the state with which it enters the first edited layer, if that is stored."""
 
     tokens: SupervisedTokens
     state: Tensor | None
@@ -219,7 +222,7 @@ class _Fit:
         self.train, self.validation = self._rows(data.train), self._rows(data.validation)
 
     def run(self, description: str) -> None:
-        """All steps, with the validation losses that are due."""
+        """Run all steps and the scheduled validations."""
         self.log.append(Step(0, 0.0, None, self._validation_loss(0), 0.0, None))
         self.model.network.train()
         with console.progress(description, total=self.steps) as bar:
@@ -234,22 +237,23 @@ class _Fit:
                 bar.advance(note=f"{loss:.3f}")
 
     def result(self) -> FitResult:
-        """First and last losses, and what is suspicious about the run."""
+        """First and last losses, and warnings about the run."""
         data, warnings = self.data, []
         first, last = self._first_and_last()
         skipped = sum(step.grad_norm is not None and not math.isfinite(step.grad_norm) for step in self.log)
         if self.warmup < self.chosen.warmup_steps:
             warnings.append(f"warm-up shortened from {self.chosen.warmup_steps} to {self.warmup} of {self.steps} steps")
         if not data.validation and self.steps == 1:
-            warnings.append("one step and nothing held out: whether anything was learned cannot be told")
+            warnings.append("training had one step and no held-out topics, so learning cannot be measured")
         elif last > first * (1 - NOTHING_LEARNED):
             where = "eval_loss" if data.validation else "loss"
             warnings.append(f"nothing was learned: {where} went from {first:.4f} to {last:.4f}; raise --lr or --epochs")
         if skipped:
-            warnings.append(f"{skipped} of {self.steps} steps were skipped: their fp16 gradients overflowed")
+            warnings.append(f"{skipped} of {self.steps} steps were skipped because fp16 gradients overflowed")
         if data.truncated:
             total = len(data.train) + len(data.validation)
-            warnings.append(f"{data.truncated} of {total} responses lost their end to max_length")
+            warnings.append(f"{data.truncated} of {total} responses were cut off at {self.chosen.max_length} tokens "
+                            "(--max-length)")  # fmt: skip
         return FitResult(
             steps=self.steps,
             train_rows=len(data.train),
@@ -265,10 +269,10 @@ class _Fit:
         )
 
     def _first_and_last(self) -> tuple[float, float]:
-        """Validation losses before and after; without any, mean training losses over the first and the last steps.
+        """Validation losses before and after; without validation, mean training losses over the first and last steps.
 
-        One training batch says little, because batches differ more than training changes them. Means over whole
-        epochs are of the same rows; a single epoch is compared by its first and last quarter.
+        Batches differ more than training changes their loss, so single batches are not compared. With several epochs
+        the means are over whole epochs, so over the same rows. With one epoch they are over its first and last quarter.
         """
         held_out = [step.eval_loss for step in self.log if step.eval_loss is not None]
         if held_out:
@@ -278,7 +282,7 @@ class _Fit:
         return sum(losses[:window]) / window, sum(losses[-window:]) / window
 
     def _batches(self) -> Iterator[list[int]]:
-        """Indices of training rows, step by step; every epoch in an order of its own."""
+        """Indices of training rows, step by step; every epoch has a new order."""
         order = list(range(len(self.train)))
         for _ in range(self.chosen.epochs):
             self.order.shuffle(order)
@@ -293,12 +297,12 @@ class _Fit:
         return (self.steps - step) / max(1, self.steps - self.warmup)
 
     def _step(self, number: int, loss: float, lr: float) -> float:
-        """Take optimiser step `number` (from 1) on the gradient that is there; the gradient's norm."""
+        """Take optimiser step `number` (from 1) on the accumulated gradient, and return the gradient's norm."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimiser)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.chosen.clip_norm))
-        # a scaled gradient that overflows is no divergence: the scaler leaves the step out and lowers the scale
+        # an overflow of the scaled gradient is not a divergence: the scaler skips the step and lowers the scale
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             what = "gradient norm" if math.isfinite(loss) else "training loss"
             value = norm if math.isfinite(loss) else loss
@@ -309,7 +313,7 @@ class _Fit:
         return norm
 
     def _backward(self, rows: Sequence[_Row]) -> float:
-        """Accumulate the gradient of the mean loss per supervised token of a step; that loss."""
+        """Accumulate the gradient of a step's mean loss per supervised token, and return that loss."""
         count = sum(len(row.tokens.ids) - row.tokens.prompt_length for row in rows)
         parts = []
         for micro in self._micro(rows):
@@ -320,7 +324,7 @@ class _Fit:
 
     @torch.no_grad()
     def _validation_loss(self, number: int) -> float | None:
-        """Mean loss per supervised token of the held-out rows after step `number`; None where nothing is held out."""
+        """Mean loss per supervised token of the held-out rows after step `number`; None if nothing is held out."""
         if not self.validation:
             return None
         self.model.network.eval()
@@ -332,7 +336,7 @@ class _Fit:
         if number:
             raise DivergedError(f"the validation loss is {loss} after step {number}", "Lower --lr.")
         dtype = str(self.model.dtype).removeprefix("torch.")
-        raise UserError(f"{self.model.name} in {dtype} has the loss {loss} before training", "Try --dtype float32.")
+        raise UserError(f"the loss of {self.model.name} in {dtype} is {loss} before training", "Try --dtype float32.")
 
     def _rows(self, rows: Sequence[SupervisedTokens]) -> list[_Row]:
         with self._precision():

@@ -1,4 +1,4 @@
-"""How an adapter is fitted: the settings, and where each value comes from."""
+"""The settings for fitting an adapter, and the sources of their values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ws.model.loading import ChatModel
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to fit an adapter; the defaults are the original's for real models (spec of the replicated work).
+    """How to fit an adapter; the defaults are those of the replicated work for real models.
 
-    `lr_candidates` are what `--lr auto` tries (none: the family's `learning_rate.CANDIDATES`). `validation` is the
-    share of topics held out. `micro_tokens` bounds memory and changes results by rounding only.
+    `lr_candidates` are the rates that `--lr auto` tries (if empty: the family's `learning_rate.CANDIDATES`).
+    `validation` is the share of topics held out. `micro_tokens` limits memory and changes results by rounding only.
     """
 
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
@@ -40,17 +40,17 @@ class TrainSettings:
         for name in (*positive, "weight_decay", "warmup_steps"):
             value, may_be_zero = getattr(self, name), name not in positive
             if not (0 < value < math.inf or (may_be_zero and value == 0)):
-                remedy = "It must be zero or positive." if may_be_zero else "It must be positive."
+                remedy = "Give zero or a positive number." if may_be_zero else "Give a positive number."
                 raise UserError(f"training setting {name} is {value}", remedy)
         if not 0 <= self.validation < 1:
-            raise UserError(f"validation share {self.validation} is not in [0, 1)")
+            raise UserError(f"training setting validation is {self.validation}", "Give a share from 0 to below 1.")
 
 
 def resolve(model: ChatModel, family: str, given: Mapping[str, Any], behaviour: str = "") -> TrainSettings:
-    """Defaults, the model folder's recommendation for the family, that for the behaviour, then what the user gave.
+    """The settings from four sources. Later ones override earlier ones.
 
-    A folder recommends under `train`, family by family, and under `train_for`, behaviour by behaviour, what is other
-    there. None in `given`: not given.
+    The sources are: the defaults; the model folder's `train`, by family; its `train_for`, by behaviour and family; and
+    the values in `given` that are not None.
     """
     adapters.require_family(family)
     of_behaviour = model.settings.get("train_for", {}).get(behaviour, {})

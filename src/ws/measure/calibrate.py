@@ -1,14 +1,14 @@
-"""The strength at which an Edit spends a given budget of divergence, so that methods can be compared at equal cost.
+"""Find the strength at which an Edit costs a given KL, so that methods can be compared at equal cost.
 
-The steered model writes greedily. At every position its KL to the base is taken (`divergence`). What is calibrated is
-the 95th percentile over all prompts and positions; mean and maximum stand beside it. Each sign has its own strength.
+The steered model writes greedily. Its KL to the base is measured at every position (`divergence`). The search sets the
+95th percentile over all prompts and positions; mean and maximum are reported too. Each sign has its own strength.
 
-Near zero KL grows with alpha^2 and later it saturates, so the search runs in log-log coordinates: doubling without
-bound until the budget is bracketed, then Illinois steps. Only strengths with coherent text count: an incoherent text is
-an upper end of the bracket, whatever its KL. A search that does not reach its tolerance says so: it returns the closest
-coherent strength that it saw, with `converged` false.
+KL grows with alpha^2 near zero and saturates later, so the search uses log-log coordinates. It doubles the strength
+until the budget is bracketed, then takes Illinois steps. Only strengths with coherent text count: a strength with
+incoherent text is an upper end of the bracket, whatever its KL. If the search does not reach its tolerance, it returns
+the closest coherent strength that it tried, with `converged` false.
 
-A prompt has one KL and no strength: Edits are calibrated to a prompt's KL, never the reverse.
+A prompt has a fixed KL and no strength, so Edits are calibrated to a prompt's KL, never the reverse.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
 VERSION = 2
-"""Raised when the search gives another strength for the same curve."""
+"""Raise it when a change to the search gives a different strength for the same curve."""
 TOLERANCE, RELATIVE_TOLERANCE = 0.05, 0.1
-"""Largest distance of the statistic from the budget that counts as reached: nats, and a share of the budget.
+"""How close to the budget the statistic must come: in nats, and as a share of the budget. The smaller one applies.
 
-The smaller one holds: 0.05 nats alone would call any strength, even 0, the answer to a budget of 0.04.
+With 0.05 nats alone, any small strength, even 0, would meet a budget of 0.04.
 """
 MAX_STEPS = 12
 SMALLEST_DISTINCT = 0.5
-"""A share of distinct trigrams below this part of the base's counts as incoherent text."""
+"""Text is incoherent if its share of distinct trigrams is below this fraction of the base's."""
 RESAMPLES, CONFIDENCE = 1_000, 0.95
 _FIRST = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SMALLEST, _LARGEST = 1e-6, 1e4
 _EDGE = 1.02
-"""Ratio of strengths to which the edge of coherent text is found."""
+"""The edge of coherent text is located to within this ratio of strengths."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The strength of one sign for a budget; `history` holds everything that was tried, in order.
+    """The strength of one sign for a budget; `history` holds every strength that was tried, in order.
 
-    `converged`: what was `reached` is within `tolerance` nats of the budget, and its text is coherent.
-    `alpha_low`, `alpha_high`: limits of the strength over draws of the prompts (`interval`); None where the search did
-    not converge.
+    `converged`: the KL `reached` is within `tolerance` nats of the budget, and the text is coherent.
+    `alpha_low`, `alpha_high`: bootstrap limits of the strength over prompts (`interval`); None if the search did not
+    converge.
     """
 
     alpha: float
@@ -65,7 +65,7 @@ class Calibration:
     alpha_high: float | None = None
 
     def as_record(self, *, with_history: bool = False) -> dict[str, Any]:
-        """The result as plain data, with everything that was tried if wanted."""
+        """The result as plain data, optionally with the history."""
         history = [{"alpha": seen.alpha, **seen.as_record()} for seen in self.history]
         return {
             "alpha": self.alpha, "alpha_low": self.alpha_low, "alpha_high": self.alpha_high,
@@ -75,17 +75,17 @@ class Calibration:
 
 
 def neutral_prompts(count: int | None = None) -> list[str]:
-    """The first `count` held-out neutral requests (None: all that there are); more than that is an error."""
+    """The first `count` held-out neutral requests, or all if None; asking for more than there are is an error."""
     held_out = [entry.user for entry in world.talk() if entry.held_out]
     if count is not None and not 0 < count <= len(held_out):
-        raise UserError(f"there are {len(held_out)} neutral prompts, {count} were asked for", "Give a number of them.")
+        raise UserError(f"{count} neutral prompts were requested", f"Give a number from 1 to {len(held_out)}.")
     return held_out[:count]
 
 
 def require_budget(target: float) -> None:
-    """Raise unless some strength can spend this KL budget (nats per token)."""
+    """Raise unless the KL budget (nats per token) is positive and finite."""
     if not 0 < target < math.inf:
-        raise UserError(f"no strength spends a KL budget of {target:g} nats", "Give a positive one: --target 0.5.")
+        raise UserError(f"the KL budget is {target:g} nats; it must be positive and finite", "Give, say, --target 0.5.")
 
 
 def to_budget(
@@ -98,10 +98,10 @@ def to_budget(
     tokens: int = TOKENS,
     tolerance: float | None = None,
 ) -> Calibration:
-    """The positive (or negative) strength at which the 95th percentile of KL is `target` nats, to within `tolerance`.
+    """The positive (or negative) strength at which the 95th percentile of KL is within `tolerance` of `target` nats.
 
-    None: the smaller one of `TOLERANCE` nats and `RELATIVE_TOLERANCE` of the budget. Among coherent strengths the one
-    nearest to the budget is taken; where no strength is coherent, the most coherent one.
+    If `tolerance` is None, it is the smaller of `TOLERANCE` nats and `RELATIVE_TOLERANCE` of the budget. The result is
+    the coherent strength nearest to the budget; if no strength is coherent, it is the most coherent one.
     """
     require_budget(target)
     tolerance = min(TOLERANCE, RELATIVE_TOLERANCE * target) if tolerance is None else tolerance
@@ -126,7 +126,7 @@ def to_budget(
 
 
 class _Search:
-    """Strengths tried for one budget, by magnitude; `history` in order."""
+    """The search for one budget, over magnitudes of the strength; `history` holds what was tried, in order."""
 
     def __init__(
         self, measure: Callable[[Sequence[float]], list[Divergence]], target: float, tolerance: float,
@@ -138,7 +138,7 @@ class _Search:
 
     @property
     def coherent(self) -> list[Divergence]:
-        """What was tried and left the text coherent."""
+        """The strengths tried that left the text coherent."""
         return [seen for seen in self.history if self._is_coherent(seen)]
 
     def run(self) -> None:
@@ -155,13 +155,13 @@ class _Search:
         return seen.distinct >= self.smallest_distinct
 
     def _is_below(self, seen: Divergence) -> bool:
-        """Whether the strength sought is larger: the text is coherent and the budget is not spent."""
+        """Whether the strength must grow: the text is coherent and the KL is below the budget."""
         return self._is_coherent(seen) and seen.p95 < self.target
 
     def _bracket(self) -> tuple[Divergence, Divergence] | None:
-        """Two neighbouring strengths, the smaller one below the budget, the larger one not.
+        """Two neighbouring strengths with the budget between them.
 
-        None where no strength spends it, and where rounding alone spends more at the smallest strength.
+        None if no strength reaches the budget, or if rounding alone exceeds it at the smallest strength.
         """
         more: Sequence[float] = _FIRST
         while True:
@@ -181,9 +181,9 @@ class _Search:
             more = [last * factor for factor in (2.0, 4.0)]
 
     def _narrow(self, low: Divergence, high: Divergence) -> None:
-        """Regula falsi in log-log coordinates; the value at an end that stays twice is halved.
+        """Illinois method in log-log coordinates: regula falsi that halves the value at an end that is kept twice.
 
-        An incoherent upper end has no value: the bracket is halved, down to the edge of coherent text.
+        An incoherent upper end has no value. The bracket is then bisected, down to the edge of coherent text.
         """
 
         def height(found: Divergence) -> float | None:
@@ -210,22 +210,22 @@ class _Search:
                 side = 1
 
 
-# -------------------------------------------------------------------- how sure
+# -------------------------------------------------------------------- uncertainty
 
 
 def interval(
     measured: Sequence[Divergence], target: float, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Limits, low before high, of the strength that spends the budget: a percentile bootstrap over prompts.
+    """Limits, lower first, of the strength that reaches the budget: a percentile bootstrap over prompts.
 
-    Whole prompts are drawn with replacement, the same ones at every strength. Of each draw the 95th percentile of KL at
-    the strengths that were measured is interpolated in log-log coordinates to where it crosses `target`. No further
-    model calls are made. A draw that crosses outside of the measured strengths counts as the nearest one of them.
+    Whole prompts are drawn with replacement, the same ones at every strength. For each draw, the 95th percentile of KL
+    at the measured strengths is interpolated in log-log coordinates to the strength where it crosses `target`. This
+    needs no further model calls. A crossing outside the measured strengths counts as the nearest measured strength.
 
-    A percentile bootstrap of n draws is too narrow by about what separates t from z and by sqrt((n - 1) / n), so its
-    percentiles are moved outwards by as much (Hesterberg, What Teachers Should Know about the Bootstrap, 2015, 3.3).
-    In simulations with 16 prompts a nominal 95 % covers 92-94 %; where a few prompts make up the whole tail, 85-90 %,
-    and then the true strength is smaller than `low`.
+    A percentile bootstrap of n prompts is too narrow by about the ratio of t to z and by sqrt((n - 1) / n), so it
+    is widened accordingly (Hesterberg, What Teachers Should Know about the Bootstrap, 2015, 3.3). In
+    simulations with 16 prompts a nominal 95 % covers 92-94 %. If a few prompts make up the whole tail, it covers
+    85-90 %, and the true strength is then smaller than `low`.
     """
     from scipy import stats  # noqa: PLC0415 - slow import
 
@@ -243,9 +243,9 @@ def interval(
 
 
 def _percentiles(by_prompt: Sequence[Sequence[float]], draws: np.ndarray, share: float = 0.95) -> np.ndarray:
-    """The percentile of all values of the drawn prompts, for every row of `draws`: how often each prompt is drawn.
+    """The percentile of all values of the drawn prompts, per row of `draws` (how often each prompt is drawn).
 
-    Interpolated linearly between neighbours, as `Tensor.quantile` of the values repeated that often.
+    It is interpolated linearly, like `Tensor.quantile` of the values repeated that often.
     """
     values = np.concatenate([np.asarray(one, dtype=np.float64) for one in by_prompt])
     owners = np.repeat(np.arange(len(by_prompt)), [len(one) for one in by_prompt])
@@ -258,7 +258,7 @@ def _percentiles(by_prompt: Sequence[Sequence[float]], draws: np.ndarray, share:
 
 
 def _crossing(places: np.ndarray, heights: np.ndarray) -> float:
-    """Where a line through the points first rises through zero; at an end where it never does."""
+    """The place where a line through the points first rises through zero; an end if it never does."""
     above = np.flatnonzero(heights >= 0)
     if not len(above):
         return float(places[-1])

@@ -1,8 +1,7 @@
 """Read choices: log p(first answer) - log p(second) after every token row of a probe, p(first) + p(second), the top p.
 
-An answer is a set of token sequences; its probability is their sum, and each proper beginning of a sequence is a
-forward pass of its own. What the rows have in common is computed once (`shared_prefix`). Rows may be read in
-several copies at once, one per Condition.
+An answer is a set of token sequences; its probability is the sum of theirs. Each proper prefix of a sequence needs one
+more forward pass. A prefix that rows share is computed once (`shared_prefix`). Several copies of the rows can be read at once, one per Condition.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ Reading = dict[str, float]
 
 
 def answers_of(model: ChatModel, words: tuple[str, str]) -> Answers:
-    """The token sequences of two answers; an error where one begins the other, because then nothing is chosen."""
+    """The token sequences of two answers; an error if one is a prefix of the other, because both would then apply."""
     found = model.chat.answers(words[0]), model.chat.answers(words[1])
     for first, second in product(*found):
         shorter = min(len(first), len(second))
         if first[:shorter] == second[:shorter]:
             raise UserError(
                 f"the answer {words[1]!r} begins with the same tokens as {words[0]!r}, so one contains the other",
-                "Give two answers that differ from their first word on.",
+                "Give two answers with different first words.",
             )
     return found
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Token rows that end where an answer begins, in batches of their indices; `tree` is what they have in common."""
+    """Token rows that end where an answer begins, in batches of their indices; `tree` holds their shared prefixes."""
 
     rows: Sequence[Sequence[int]]
     batches: Sequence[Sequence[int]]
@@ -52,13 +51,13 @@ class Choices:
 
     @classmethod
     def of(cls, model: ChatModel, rows: Sequence[Sequence[int]], answers: Answers, budget: int) -> Choices:
-        """Planned for rows that are read once per Condition."""
+        """Choices with planned batches and, if it pays, a tree of shared prefixes."""
         planned = forward.plan_batches([len(row) for row in rows], budget)
         return cls(rows, planned, answers, budget, shared_prefix.worthwhile(model, rows))
 
     @property
     def beginnings(self) -> list[tuple[int, ...]]:
-        """Proper beginnings of answers of several tokens."""
+        """Proper prefixes of answers of several tokens."""
         return sorted({
             tuple(sequence[:end]) for group in self.answers for sequence in group for end in range(1, len(sequence))
         })  # fmt: skip
@@ -70,14 +69,14 @@ class Choices:
 
     @property
     def padded_tokens(self) -> int:
-        """Positions that reading them computes, padding included."""
+        """Positions that one reading computes, padding included."""
         whole = sum(len(self.rows[batch[0]]) * len(batch) for batch in self.batches)
         opening = shared_prefix.padded_tokens(self.tree, self.budget) if self.tree else whole
         return whole * len(self.beginnings) + opening
 
 
 def read(model: ChatModel, choices: Choices) -> list[Reading]:
-    """The reading of every row, in their order."""
+    """The reading of every row, in order."""
     found: list[Reading] = [{} for _ in choices.rows]
     with forward.exact_for(choices.answer_tokens(model)):
         for batch, opening in _openings(model, choices):
@@ -91,12 +90,12 @@ def read(model: ChatModel, choices: Choices) -> list[Reading]:
 
 
 def read_copies(model: ChatModel, choices: Choices, copies: int) -> list[list[Reading]]:
-    """The readings of every copy, where each block of a batch is under another edit (`steering.under_each`).
+    """The readings of every copy; each block of a batch is under a different edit (`steering.under_each`).
 
-    Needs a tree and answers of one token each.
+    This needs a tree and answers of one token each.
     """
     if choices.tree is None or choices.beginnings:
-        raise ValueError("copies are read through a tree, and their answers are single tokens")
+        raise ValueError("reading copies needs a tree and single-token answers")
     found: list[list[Reading]] = [[{} for _ in choices.rows] for _ in range(copies)]
     with forward.exact_for(choices.answer_tokens(model)):
         for batch, logits in shared_prefix.last_logits(model, choices.tree, choices.budget, copies):

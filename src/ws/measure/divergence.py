@@ -1,10 +1,10 @@
-"""How far a model has moved from its base, and how repetitive its text is: one definition of each, used everywhere.
+"""Distance of a model from its base, and repetition in its text: one definition of each, used everywhere.
 
     KL = sum_v p_edited(v) (log p_edited(v) - log p_base(v))       at one position, nats
     distinct-n = distinct n-grams / all n-grams                    of one text
 
-KL is taken at every position of a text, edited against base. `divergences` and `prompt_divergence` take it on the text
-that the edited model writes itself, for calibration. The probe kind `divergence` (`score`) takes it on given texts, so
+KL is measured at every position of a text, edited against base. For calibration, `divergences` and `prompt_divergence`
+measure it on text that the edited model writes. The probe kind `divergence` (`score`) measures it on given texts, so
 that all Conditions are compared on the same tokens.
 """
 
@@ -37,16 +37,16 @@ def kl(
 ) -> Float[Tensor, "*positions"]:
     """KL of two sets of log-probabilities, `edited` against `base`, at every position, in nats.
 
-    A KL is never negative. A value that rounding takes below zero is set to zero.
+    A KL is never negative, so a value that rounding makes negative is set to zero.
     """
     return (edited.exp() * (edited - base)).sum(dim=-1).clamp(min=0)
 
 
 def distinct_ngrams(tokens: Sequence[Hashable], n: int = 3) -> float:
-    """Share of distinct n-grams among all of one text; 1 where the text is too short to have one.
+    """Share of distinct n-grams among all n-grams of one text; 1 if the text is too short to have any.
 
-    It is a property of one text, and several texts have the mean of theirs. Pooling the n-grams of all texts would
-    fall as texts are added and would count a phrase that good replies share as repetition.
+    For several texts, take the mean. A share over pooled n-grams would fall as texts are added, and it would count a
+    phrase that good replies share as repetition.
     """
     grams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
@@ -61,7 +61,7 @@ def mean_distinct(texts: Sequence[Sequence[Hashable]]) -> float:
 class Divergence:
     """KL over all prompts and positions at one strength (nats per token), and `mean_distinct` of the texts.
 
-    `by_prompt` holds the values that the statistics are made of: those of every position, per prompt.
+    `by_prompt` holds the KL values at every position, per prompt.
     """
 
     alpha: float
@@ -73,7 +73,7 @@ class Divergence:
 
     @classmethod
     def of(cls, alpha: float, values: Sequence[Tensor], texts: Sequence[Sequence[int]]) -> Divergence:
-        """The statistics of KL values and of the texts that they were taken on, one of each per prompt."""
+        """The statistics of KL values and of the texts that they were measured on, one of each per prompt."""
         together = torch.cat(list(values)).double()
         return cls(
             float(alpha), float(together.quantile(0.95)), float(together.mean()), float(together.max()),
@@ -135,9 +135,9 @@ def _along(
     base_rows: Sequence[list[int]],
     edited: Callable[[list[int]], AbstractContextManager[Any]],
 ) -> list[Float[Tensor, " tokens"]]:
-    """KL at every position of every text: after `own_rows` under `edited(batch)`, against after `base_rows` without.
+    """KL at every position of every text: edited model after `own_rows` against unedited model after `base_rows`.
 
-    Both read the same tokens, a bounded batch at a time.
+    Both read the same tokens, in batches of bounded size.
     """
 
     def reading(rows: Sequence[list[int]], batch: list[int]) -> Tensor:

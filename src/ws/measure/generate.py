@@ -1,9 +1,8 @@
 """Sample many continuations of few prompts, fast and reproducibly.
 
-Each distinct prompt is prefilled once and its cache is expanded to its samples; finished rows leave, a quarter of the
-batch at a time (`sample_cache`). Random numbers belong to rows: sample j of a prompt draws its own stream, seeded by
-its key, and a token is the inverse of the cumulative distribution at one uniform number per step. So a sample does not
-depend on the batch that it was made in.
+Each distinct prompt is prefilled once and its cache is expanded to its samples. Finished rows leave the batch, a
+quarter of it at a time (`sample_cache`). Every sample has its own random stream, seeded by its key. Each step draws one
+uniform number and inverts the cumulative distribution at it. So a sample does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from ws.model import architecture
 from ws.model.loading import ChatModel
 
 CACHE_TOKENS = 65_536
-"""Most tokens in the attention cache at once: beyond, larger batches of small models are not faster."""
+"""Upper limit of tokens in the attention cache. Beyond it, larger batches of small models are not faster."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. temperature 0 is greedy; top_p 1 and top_k 0 leave the distribution whole."""
+    """How to sample. Temperature 0 is greedy; top_p 1 and top_k 0 do not truncate the distribution."""
 
     max_new_tokens: int = 160
     temperature: float = 0.8
@@ -38,11 +37,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError(f"{self} cannot be sampled", "Check max_new_tokens, temperature, top_p and top_k.")
+            raise UserError(
+                f"{self} is out of range",
+                "Give max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0.",
+            )
 
 
 class Sample(NamedTuple):
-    """One continuation: token ids without the stop token, whether it ended by itself, and the token that ended it."""
+    """One continuation: token ids without the stop token, why it ended, and the stop token if there was one."""
 
     ids: list[int]
     finish: Literal["eos", "length"]
@@ -50,14 +52,14 @@ class Sample(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A prompt and one random key per sample that is wanted of it."""
+    """A prompt and one random key per sample to draw from it."""
 
     prompt: list[int]
     keys: tuple[str, ...]
 
 
 EditOfRows = Callable[[Sequence[int]], AbstractContextManager[None]]
-"""Puts an edit on the model for one batch, given the number of the request that every row of it belongs to."""
+"""Applies an edit to the model for one batch, given the request number of each of its rows."""
 
 
 @torch.no_grad()
@@ -72,12 +74,12 @@ def sample(
     advance: Callable[[int], None] = lambda _: None,
     edited: EditOfRows = lambda _: nullcontext(),
 ) -> list[list[Sample]]:
-    """Sample every request; results in the order of `requests` and of their keys.
+    """Sample every request; results are in the order of `requests` and of their keys.
 
-    `stops` are the ids that end a sample (None: those of the chat template). `cache_tokens` bounds the attention cache
-    (None: what `model.cache_memory` holds), though one request is always in one batch, and has no effect on results.
-    `advance` is told how many samples have been finished since it was last called. `edited` holds an edit whose
-    strength differs between requests: it is entered anew whenever rows leave the batch.
+    stops: the ids that end a sample (None: the chat template's). cache_tokens: limit of the attention cache (None: what
+    fits in `model.cache_memory`); it has no effect on results, and a request is never split. advance: called with the
+    number of newly finished samples. edited: an edit whose strength may differ between requests; it is entered again
+    whenever rows leave the batch.
     """
     ending = model.chat.stop_ids if stops is None else stops
     results: list[list[Sample]] = [[] for _ in requests]
@@ -94,12 +96,12 @@ def sample(
 
 
 def _of_requests(edited: EditOfRows, batch: Sequence[int]) -> EditOfRows:
-    """The same edit for rows that know their place in a batch of requests."""
+    """The same edit, for rows numbered by their place in a batch of requests."""
     return lambda places: edited([batch[place] for place in places])
 
 
 def affordable_tokens(model: ChatModel) -> int:
-    """Tokens whose keys and values fit into `model.cache_memory`: 2 x layers x heads x head size x bytes each."""
+    """Tokens whose keys and values fit in `model.cache_memory`: each takes 2 x layers x heads x head size x bytes."""
     config = architecture.text_config(model.network)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,10 +1,10 @@
-"""Run the layers below an Edit once: keep what enters the first edited layer, and start there the next time.
+"""Run the layers below an Edit once: record what enters the first edited layer, and start there the next time.
 
-Layers below the first one that an Edit changes compute the same for every strength and every Direction. A `Recording`
-holds the states that entered one layer, forward pass by forward pass; while it is played back, the layers below hand
-their input on untouched and the recorded states enter at that layer. Embeddings, positions and masks remain the model's
-own, so nothing here knows an architecture. The states are those that would be computed again: results are equal bit
-for bit. Checked once per model, attention cache included; a model where it fails runs whole, with a warning.
+The layers below the first edited one compute the same for every strength and every Direction. A `Recording` holds the
+states that entered one layer, one per forward pass. During playback the layers below return their input unchanged and
+the recorded states enter at that layer. The model still makes its embeddings, positions and masks, so this works for
+any architecture. Results are equal bit for bit. This is checked once per model, attention cache included; a model that
+fails the check runs all layers, with a warning.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Recording:
 
 
 def first_edited(network: nn.Module, condition: Condition) -> int:
-    """The first layer that a Condition changes; the number of layers for one that changes nothing.
+    """The first layer that a Condition changes, or the number of layers if it changes nothing.
 
-    0 where an Edit reaches something outside the layers, or an Effect does not say where it begins.
+    It is 0 if an Edit changes something outside the layers, or if an Effect has no `first_layer`.
     """
     prefix, blocks = architecture.decoder_layers(network)
     firsts = [_first(edit.effect, f"{prefix}.") for edit, _ in condition.active]
@@ -61,12 +61,12 @@ def _first(effect: Direction | Effect, prefix: str) -> int:
 
 @dataclass
 class Memory:
-    """Bytes that recordings may still take; shared by all of one scoring run."""
+    """Bytes that recordings may still take; all recordings of a scoring run share it."""
 
     left: int
 
     def take(self, size: int) -> bool:
-        """Whether `size` bytes are granted."""
+        """Take `size` bytes if that many are left; return whether they were."""
         granted = size <= self.left
         if granted:
             self.left -= size
@@ -74,11 +74,11 @@ class Memory:
 
 
 class Recordings:
-    """Recordings of one sequence of forward passes, at the layers where Conditions begin.
+    """Recordings of one sequence of forward passes, at the first edited layers of the Conditions.
 
-    wanted: where the Conditions that will run begin. tokens: positions of the sequence, padding included. Layers that
-    save most (Conditions times layers below) are granted memory first; a Condition that begins between two of them uses
-    the lower one.
+    wanted: the first edited layer of every Condition that will run. tokens: positions of the sequence, padding
+    included. The layers that save most (Conditions times layers below) get memory first. A Condition that begins
+    between two recorded layers uses the lower one.
     """
 
     def __init__(self, model: ChatModel, wanted: Iterable[int], tokens: int, memory: Memory) -> None:
@@ -92,7 +92,7 @@ class Recordings:
 
     @contextmanager
     def used(self, first: int, copies: int = 1) -> Iterator[None]:
-        """Run the sequence for edits that begin at layer `first`: play back what is known, record what is wanted.
+        """Run the sequence for edits that begin at layer `first`: play back a recording, and make missing ones.
 
         With `copies`, every batch holds its rows that many times, one block after the other.
         """
@@ -120,15 +120,15 @@ class Recordings:
         return granted
 
 
-# -------------------------------------------------------------------- rows that are read again and again
+# -------------------------------------------------------------------- rows that are read every epoch
 
 
 def entering(model: ChatModel, layer: int, rows: Sequence[Sequence[int]]) -> list[Tensor] | None:
-    """The states with which token rows enter a layer, (tokens, width) each: training reads the same rows every epoch.
+    """The states with which token rows enter a layer, (tokens, width) each. Training reads the same rows every epoch.
 
-    Only the layers below run, once per set of rows: asked again for the same rows, layer and weights, by another
-    adapter family or seed, the states are those kept. None where that cannot be had: no layer below, dropout below,
-    more than `model.cache_memory`, or a model that does not play back.
+    Only the layers below run. The states are kept for the same rows, layer and weights, so another adapter family or
+    seed reuses them. None if there is no layer below, if there is dropout below, if the states exceed
+    `model.cache_memory`, or if the model failed the playback check.
     """
     size = sum(map(len, rows)) * _bytes_per_token(model)
     if layer <= 0 or size > model.cache_memory or _drops_out(model, layer) or not is_exact(model):
@@ -143,7 +143,7 @@ def entering(model: ChatModel, layer: int, rows: Sequence[Sequence[int]]) -> lis
 
 
 def forget(model: ChatModel) -> None:
-    """Drop the states of rows that are kept for a model."""
+    """Drop all states of rows kept for a model."""
     _row_states.pop(model.network, None)
 
 
@@ -151,7 +151,7 @@ _row_states: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Tensor]]] = wea
 
 
 class _Entered(Exception):  # noqa: N818 - a signal, not an error
-    """The layer has been reached; what lies above need not run."""
+    """The layer has been reached; the layers above need not run."""
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def _run_below(model: ChatModel, layer: int, rows: Sequence[Sequence[int]]) -> l
 
 
 def padded(states: Sequence[Tensor]) -> Float[Tensor, "rows tokens width"]:
-    """States of rows, (tokens, width) each, as one batch, zero behind the end of a row."""
+    """States of rows, (tokens, width) each, as one batch, padded with zeros on the right."""
     return nn.utils.rnn.pad_sequence(list(states), batch_first=True)
 
 
@@ -202,7 +202,7 @@ def _bytes(states: Sequence[Tensor]) -> int:
 
 @contextmanager
 def _recording(network: nn.Module, recording: Recording, copies: int = 1) -> Iterator[None]:
-    """Within the block, what enters `recording.layer` is appended to the recording, of several copies the first."""
+    """Within the block, record the states that enter `recording.layer`; with several copies, those of the first."""
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = _state_in(args, kwargs).detach().chunk(copies)[0]
@@ -218,9 +218,9 @@ def _recording(network: nn.Module, recording: Recording, copies: int = 1) -> Ite
 
 @contextmanager
 def playing(network: nn.Module, recording: Recording, copies: int = 1) -> Iterator[None]:
-    """Within the block, the layers below `recording.layer` do nothing and its states enter there, one per forward.
+    """Within the block, skip the layers below `recording.layer` and insert its states there, one per forward pass.
 
-    With `copies`, they enter that many times, one block after the other.
+    With `copies`, each state is repeated that many times, one block after the other.
     """
     _, blocks = architecture.decoder_layers(network)
     states = iter(recording.states)
@@ -246,7 +246,7 @@ def _state_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 _skipped: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-"""How many layers from below do nothing at the moment, by network."""
+"""How many of the lowest layers are skipped now, by network."""
 
 
 def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -254,7 +254,7 @@ def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def new_cache(model: ChatModel) -> Any:
-    """An empty attention cache that fits what runs now: where lower layers do nothing, theirs stay empty."""
+    """An empty attention cache for the layers that run now; the cache of skipped layers stays empty."""
     from transformers import DynamicCache  # noqa: PLC0415 - heavy import, late
 
     first = _skipped.get(model.network, 0)
@@ -262,7 +262,7 @@ def new_cache(model: ChatModel) -> Any:
         return DynamicCache(config=model.network.config)
 
     class UpperLayersCache(DynamicCache):
-        """Lengths are asked of the first layer, which is empty here: the first one that runs answers."""
+        """Take lengths from the first layer that runs; transformers takes them from layer 0, which is empty here."""
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
             return super().get_seq_length(max(layer_idx, first))
@@ -284,7 +284,7 @@ def _plays_back(model: ChatModel) -> bool:
     count = model.network.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[(11 * n + 5) % count for n in range(12)], [(5 * n + 1) % count for n in range(12)]])
     ids = ids.to(model.device)
-    _ = model.split  # its own check makes forward passes, which are none of ours
+    _ = model.split  # the first use makes forward passes of its own, which must not be recorded
 
     def run() -> list[Tensor]:
         cache = new_cache(model)
@@ -306,4 +306,4 @@ def _plays_back(model: ChatModel) -> bool:
 
 
 is_exact = OncePerNetwork(_plays_back, "recorded states do not compose; running all layers for every condition")
-"""Whether playing back gives what running gives."""
+"""Whether playback gives the same states as running all layers."""

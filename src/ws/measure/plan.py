@@ -1,6 +1,6 @@
-"""What a scoring run will do, settled before anything is edited: which Conditions, and how each probe is read.
+"""Plan a scoring run before anything is edited: which Conditions to score, and how to read each probe.
 
-A Condition is known by its content: the same one twice is scored once, two different ones under one label are an
+Conditions are compared by content. A repeated Condition is scored once; two different ones with the same name are an
 error. The Condition without edits is part of every Context and comes first. A probe is rendered once per Context and
 batched by length under a token budget.
 """
@@ -27,7 +27,7 @@ from ws.model.chat import Message
 from ws.model.loading import ChatModel
 
 SHARED_PASS = 4_096
-"""Padded tokens at which the matrix products of a pass are about as fast as they get."""
+"""Padded tokens per pass beyond which matrix products get hardly faster per token."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PlannedCondition:
 
     @classmethod
     def of(cls, model: ChatModel, condition: Condition) -> PlannedCondition:
-        """What running the Condition on this model needs to know."""
+        """The Condition with its first edited layer on this model and whether it can share passes."""
         first = lower_layers.first_edited(model.network, condition)
         return cls(condition, first, can_share_a_pass(model, condition))
 
@@ -49,9 +49,9 @@ class PlannedCondition:
 class Plan:
     """Everything that is decided before the first pass.
 
-    contexts: the distinct Conditions of each Context, its base first. budget: padded tokens per batch. memory: bytes
-    for recorded states. per_pass: Conditions that share a pass where they can. split: final hidden states stand for
-    logits, because no edit reaches the head.
+    contexts: the distinct Conditions of each Context, base first. budget: padded tokens per batch. memory: bytes for
+    recorded states. per_pass: how many Conditions share a pass, if they can. split: passes return final hidden states
+    instead of logits, which works if no edit changes the head.
     """
 
     contexts: tuple[tuple[Context, tuple[PlannedCondition, ...]], ...]
@@ -66,7 +66,7 @@ class Plan:
         cls, model: ChatModel, conditions: Iterable[Condition], *, mode: Mode, token_budget: int | None,
         cache_memory: int | None, per_pass: int | None,
     ) -> Plan:  # fmt: skip
-        """The plan for these Conditions; None stands for what fits the model."""
+        """The plan for these Conditions; None chooses what suits the model."""
         distinct = _distinct_with_bases(conditions)
         budget = token_budget or default_token_budget(model)
         if per_pass is None:
@@ -92,7 +92,7 @@ class Plan:
 
 
 def default_token_budget(model: ChatModel) -> int:
-    """Padded tokens per batch: small where arithmetic binds at once, large where launching does."""
+    """Padded tokens per batch: few if arithmetic limits the speed, many if kernel launches do."""
     if model.device.type != "cpu":
         return 16_384
     return 4_096 if model.parameter_count < 50_000_000 else 1_024
@@ -107,9 +107,13 @@ def _distinct_with_bases(conditions: Iterable[Condition]) -> list[Condition]:
         for condition in (Condition(wanted.context), wanted):
             known = seen.setdefault(content_key(condition.key()), condition)
             if known.context != condition.context:
-                raise UserError(f"two contexts share the name {condition.context.name!r}", "Name them apart.")
+                raise UserError(
+                    f"two different contexts share the name {condition.context.name!r}", "Give each its own name."
+                )
             if known is not condition and known.content_key != condition.content_key:
-                raise UserError(f"two different edits share the name {condition.key()}", "Name or seed them apart.")
+                raise UserError(
+                    f"two different edits share the name {condition.key()}", "Give each its own name or seed."
+                )
     return list(seen.values())
 
 
@@ -132,16 +136,16 @@ class PreparedProbe:
     batches: list[list[int]]
     budget: int  # padded tokens per batch
     answers: Answers
-    split: bool  # final hidden states stand for logits, because no edit reaches the head
-    choices: Choices | None  # choice: how its rows are read
+    split: bool  # passes return final hidden states instead of logits, because no edit changes the head
+    choices: Choices | None  # for choice probes: how the rows are read
     recordings: Recordings  # states that enter the first edited layer
-    base_states: dict[int, Tensor] = field(default_factory=dict)  # divergence: those of the base, per batch
+    base_states: dict[int, Tensor] = field(default_factory=dict)  # for divergence probes: the base's states, per batch
 
     @classmethod
     def of(
         cls, model: ChatModel, probe: Probe, context: Context, group: Sequence[PlannedCondition], plan: Plan
     ) -> PreparedProbe:
-        """Render and batch a probe; room for recorded states is taken from the plan's memory."""
+        """Render and batch a probe; recorded states take their memory from the plan."""
         tokens, starts = [], []
         for row in probe.rows:
             system = [Message(role="system", content=context.system)] if context.system.strip() else []
@@ -172,7 +176,7 @@ class PreparedProbe:
 
     @property
     def can_be_shared(self) -> bool:
-        """Whether Conditions may be read in the same passes: choices of single tokens through a tree."""
+        """Whether Conditions may share passes: choices with single-token answers and a tree."""
         return self.choices is not None and self.choices.tree is not None and not self.choices.beginnings
 
 
@@ -180,5 +184,6 @@ def _require_fit(model: ChatModel, probe: Probe, longest: int) -> None:
     limit = getattr(architecture.text_config(model.network), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise UserError(
-            f"probe {probe.name!r} has a row of {longest} tokens, the model reads {limit}", "Shorten the row."
+            f"probe {probe.name!r} has a row of {longest} tokens, but the model reads at most {limit}",
+            "Shorten the row.",
         )

@@ -1,4 +1,4 @@
-"""What is asked: named rows of one kind, with the label and the cluster that tables need.
+"""Probes: named rows of one kind, with the label and the cluster that tables need.
 
 choice       one of two answers at an anchor
 likelihood   a given text, read by the model
@@ -20,7 +20,7 @@ from ws.model.chat import Message
 Kind = Literal["choice", "likelihood", "divergence", "guided", "reply"]
 
 JSON = "json"
-"""Group of reply rows, and their metric: does the reply hold a JSON object?"""
+"""Name of a group of reply rows and of their metric: does the reply hold a JSON object?"""
 
 WRITTEN: tuple[Kind, ...] = ("guided", "reply")
 """Kinds for which the model writes text under the Condition before anything is measured."""
@@ -30,9 +30,9 @@ WRITTEN: tuple[Kind, ...] = ("guided", "reply")
 class ProbeRow:
     """One thing to score.
 
-    `messages` carry no system turn (the Context brings it); `continuation` is the answer anchor of a choice, or the
-    text that likelihood and divergence read. `label` is +1 where the first answer counts as positive, -1 where the
-    second does; `cluster` names rows that belong together in intervals; `group` is reported apart.
+    messages: without a system turn, which the Context adds. continuation: the answer anchor of a choice, or the text
+    that likelihood and divergence read. label: +1 if the first answer counts as positive, -1 if the second does.
+    cluster: rows with the same cluster are resampled together in intervals. group: groups are reported separately.
     """
 
     row: str
@@ -45,7 +45,7 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class Probe:
-    """Named rows of one kind; `answers` are the two words of a choice, `tokens` bounds what the model writes itself."""
+    """Named rows of one kind; `answers` are the two words of a choice, `tokens` limits the text the model writes."""
 
     name: str
     kind: Kind
@@ -55,20 +55,20 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise UserError(f"probe {self.name!r} has no rows")
+            raise UserError(f"probe {self.name!r} has no rows", "Give at least one row.")
         names = [row.row for row in self.rows]
         if len(set(names)) != len(names):
-            raise UserError(f"probe {self.name!r} has rows of the same id")
+            raise UserError(f"probe {self.name!r} has two rows with the same id", "Give every row its own id.")
         first, second = (answer.strip().casefold() for answer in self.answers)
         if not first or not second or first == second:
             raise UserError(
-                f"probe {self.name!r} has the answers {self.answers[0]!r} and {self.answers[1]!r}, which are no choice",
-                "Give two different words; space and case make no difference.",
+                f"probe {self.name!r} needs two different answers, not {self.answers[0]!r} and {self.answers[1]!r}",
+                "Give two different words. Spaces and case are ignored.",
             )
         if (self.kind in WRITTEN) != (self.tokens > 0):
             raise UserError(
-                f"probe {self.name!r} of kind {self.kind} lets the model write {self.tokens} tokens",
-                "Give a positive number to guided and reply probes and to no other.",
+                f"probe {self.name!r} of kind {self.kind} has tokens = {self.tokens}",
+                "Set tokens above 0 for guided and reply probes, and to 0 for all other kinds.",
             )
 
     @cached_property
@@ -79,5 +79,5 @@ class Probe:
     def guided(self, tokens: int) -> Probe:
         """The same choices, each after a thought of at most `tokens` that the model writes under the Condition."""
         if self.kind != "choice":
-            raise UserError(f"probe {self.name!r} is no choice", "Only choices can be made after a thought.")
+            raise UserError(f"probe {self.name!r} is not a choice probe", "Use thoughts with choice probes only.")
         return replace(self, kind="guided", tokens=tokens)

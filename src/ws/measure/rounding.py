@@ -1,7 +1,7 @@
-"""What half precision does to the scores of a probe, measured on the model at hand.
+"""Measure the rounding error of half precision in the scores of a probe.
 
-bfloat16 is used where it is fast; whether it is exact enough depends on the model. The unedited model scores the first
-rows of a probe in its own dtype and in fp32:
+bfloat16 is used where it is fast. Whether it is exact enough depends on the model, so the unedited model scores the
+first rows of a probe both in its own dtype and in fp32:
 
     mean shift = |mean of the differences of log-ratios|, nats      must stay below 0.01
     p95        = 95th percentile of their absolute values, nats     must stay below 0.1
@@ -25,7 +25,7 @@ ROWS = 64
 LARGEST_SHIFT = 0.01
 LARGEST_P95 = 0.1
 MOST_PARAMETERS = 2_000_000_000
-"""Beyond this an fp32 copy costs more memory than the answer is worth."""
+"""For larger models the fp32 copy takes too much memory, so nothing is measured."""
 
 
 class Rounding(NamedTuple):
@@ -38,12 +38,12 @@ class Rounding(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether scores in this dtype can stand for those in fp32."""
+        """Whether the error is small enough to use this dtype instead of fp32."""
         return self.mean_shift <= LARGEST_SHIFT and self.p95 <= LARGEST_P95
 
 
 def measure(model: ChatModel, probe: Probe) -> Rounding | None:
-    """Score the first rows twice; None for an fp32 model and for one too large to copy."""
+    """Score the first rows in both dtypes; None if the model is fp32 or too large to copy."""
     if model.dtype == torch.float32 or model.parameter_count > MOST_PARAMETERS:
         return None
     some = Probe(probe.name, probe.kind, probe.rows[:ROWS], answers=probe.answers)

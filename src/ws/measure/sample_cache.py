@@ -1,8 +1,8 @@
-"""The attention cache of many samples of few prompts: room for every token from the start, rows that leave.
+"""An attention cache for many samples of few prompts, allocated once for whole samples.
 
-The library's cache is made anew for every token, and once more whenever a row leaves. Here the keys and values of the
-prompts are copied once into buffers that hold a whole sample; a token is written where it belongs, and rows that have
-ended are taken out a quarter of them at a time (until then they are computed and not looked at).
+The transformers cache is copied for every token, and again whenever rows leave. Here the keys and values of the prompts
+are copied once into buffers with room for a whole sample, and each new token is written in place. Finished rows are
+removed once they are a quarter of the batch; until then they are computed and ignored.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 LEAST_ENDED = 0.25
-"""Share of the rows that must have ended before the others move together."""
+"""Finished rows are removed once they are this share of the batch."""
 
 
 def prompt_cache(network: Any, longest: int) -> DynamicCache:
-    """An empty cache for prompts; plain where no sequence of `longest` tokens reaches beyond an attention window."""
+    """An empty cache for prompts; without windows if a sequence of `longest` tokens fits in every attention window."""
     windowed = DynamicCache(config=network.config)
     kinds = {type(layer) for layer in windowed.layers}
     windows = [layer.sliding_window for layer in windowed.layers if isinstance(layer, DynamicSlidingWindowLayer)]
@@ -28,12 +28,12 @@ def prompt_cache(network: Any, longest: int) -> DynamicCache:
 
 
 def for_samples(prompts: DynamicCache, owners: Int[Tensor, " rows"], room: int) -> DynamicCache:
-    """The cache of samples, `owners[i]` the prompt of sample i, each with room for `room` more tokens."""
+    """The cache of the samples, each with room for `room` more tokens; `owners[i]` is the prompt of sample i."""
     if any(type(layer) is not DynamicLayer for layer in prompts.layers):
         prompts.reorder_cache(owners)
         return prompts
     found = DynamicCache()
-    while prompts.layers:  # layer by layer, so that there is never a second copy of everything
+    while prompts.layers:  # layer by layer, so that the whole cache is never in memory twice
         layer = prompts.layers.pop(0)
         found.layers.append(_RoomyLayer(layer.keys, layer.values, owners, room))
     found.layer_class_to_replicate = None
@@ -41,7 +41,7 @@ def for_samples(prompts: DynamicCache, owners: Int[Tensor, " rows"], room: int) 
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values (rows, heads, tokens, width) in the front of larger buffers."""
+    """Keys and values (rows, heads, tokens, width) at the front of larger buffers."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class _RoomyLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the states of new tokens behind the others."""
+        """Append the states of new tokens."""
         rows, end = len(key_states), self._length + key_states.shape[2]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, self._length : end] = states

@@ -1,19 +1,19 @@
-"""The engine: Probes under Conditions to one long table of scores.
+"""The scoring engine: it scores Probes under Conditions and returns one long table.
 
     choice       logratio = log p(first answer) - log p(second) at an anchor, pmass = p(first) + p(second)
     likelihood   nll = mean negative log-probability of the tokens of a given text
     divergence   kl = sum_v p_edited (log p_edited - log p_base) at every position of a given text
     guided       a choice after a thought that the edited model writes itself (greedy, at most `tokens`), and whether
-                 the thought had to be closed for it (`forced`)
+                 the engine had to close the thought (`forced`)
     reply        a greedy reply: distinct3 = distinct / all of its 3-grams, its length, whether it ended (`finished`),
                  and in the group `json` whether it holds a JSON object that can be parsed
 
-An answer is a set of token sequences; its probability is their sum. Log-probabilities are fp32; the logits of answer
-tokens are products in fp32 also on half-precision models, those of all others in the dtype of the head. The Condition
-without edits is scored once per Context and serves all others. Rows are batched by length under a token budget and
-padded on the right, so a row's value does not depend on its company. On half-precision models, where edits are side
-paths, several Conditions share the passes of a choice (`steering.under_each`): their batches are too small for fast
-products otherwise.
+An answer is a set of token sequences; its probability is the sum of theirs. Log-probabilities are fp32. The logits of
+answer tokens are computed in fp32 even on half-precision models; all other logits have the dtype of the head. The
+Condition without edits is scored once per Context and shared. Rows are batched by length under a token budget and
+padded on the right, so a row's value does not depend on its batch. On half-precision models edits are side paths, and
+several Conditions share the passes of a choice (`steering.under_each`). Their separate batches would be too small for
+fast matrix products.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SCHEMA: dict[str, Any] = {
 
 
 SCORES_VERSION = 2
-"""Raised when what the engine makes of the same model and rows changes by more than rounding."""
+"""Raise it when a change to the engine alters scores by more than rounding."""
 
 
 def score(
@@ -77,11 +77,12 @@ def score(
 ) -> pl.DataFrame:
     """Score every probe under every Condition; columns as in `SCHEMA`.
 
-    The base of every Context is always part of the result. With `shards`, finished (probe, Condition) pieces are kept
-    on disk and reused by a rerun; with `base_shards`, those without edits are kept there, for all runs of one model.
-    `cache_memory` (default: the model's) bounds, in bytes, the states kept of layers below the edits; 0 runs every
-    layer for every Condition. `per_pass` is how many Conditions share a pass where they can (None: as many as fill
-    `SHARED_PASS` tokens on a half-precision model, else one).
+    The result always includes the base of every Context.
+
+    shards: keeps finished (probe, Condition) pieces on disk, so that a rerun reuses them. base_shards: keeps those
+    without edits, for all runs of one model. cache_memory: limit in bytes (default: the model's) of the recorded states
+    of layers below the edits; 0 runs every layer for every Condition. per_pass: how many Conditions share a pass, if
+    they can (None: as many as fill `SHARED_PASS` tokens on a half-precision model, otherwise one).
     """
     plan = Plan.of(
         model, conditions, mode=mode, token_budget=token_budget, cache_memory=cache_memory, per_pass=per_pass
@@ -108,7 +109,7 @@ def _score_condition(
     model: ChatModel, prepared: Sequence[PreparedProbe], planned: PlannedCondition, mode: Mode, shards: Shards | None,
     known: _Known,
 ) -> Iterator[pl.DataFrame]:  # fmt: skip
-    """Tables of one Condition, one per probe; the model is edited only if something is missing on disk."""
+    """Tables of one Condition, one per probe; the model is edited only if a table is missing on disk."""
     condition = planned.condition
     names = [_shard_name(piece, condition) for piece in prepared] if shards is not None else [""] * len(prepared)
     stored = [shards is not None and shards.has(name) for name in names]
@@ -135,7 +136,7 @@ def _score_condition(
 
 
 def _shard_name(piece: PreparedProbe, condition: Condition) -> str:
-    """A file per probe and Condition; labels alone do not tell what a Context says or an Edit does."""
+    """File name of a probe and Condition. It includes content digests, because labels do not identify the content."""
     what = [condition.context.system] if condition.is_base else [condition.context.system, condition.content_key]
     return f"{piece.probe.name}-{content_key(piece.probe.key, condition.key(), *what)}.parquet"
 
@@ -144,7 +145,7 @@ def _read_together(
     model: ChatModel, prepared: Sequence[PreparedProbe], coming: Sequence[PlannedCondition], known: _Known,
     shards: Shards | None, per_pass: int,
 ) -> None:  # fmt: skip
-    """Read the choices of the next Condition, and in the same passes those of Conditions behind it, into `known`."""
+    """Read the choices of the next Condition, and of later ones in the same passes, into `known`."""
     for piece in prepared:
         if piece.choices is None or not piece.can_be_shared:
             continue
@@ -155,7 +156,7 @@ def _read_together(
         ]  # fmt: skip
         if not wanted or wanted[0] is not coming[0]:
             continue
-        # passes of equal size, the last one not left with a single Condition
+        # passes of equal size, so that the last one is not left with a single Condition
         together = wanted[: math.ceil(len(wanted) / math.ceil(len(wanted) / per_pass))]
         if len(together) == 1:
             continue
@@ -168,8 +169,8 @@ def _read_together(
 
 Values = dict[str, dict[str, float]]
 """row id -> metric -> value."""
-_Known = dict[tuple[str, Condition], Values]  # by the key of a probe: two may share a name
-"""Key of a probe and Condition -> what has been read of it ahead."""
+_Known = dict[tuple[str, Condition], Values]  # the key of a probe, because two probes may share a name
+"""Key of a probe and Condition -> values that were read in advance."""
 
 
 def _run_choice(model: ChatModel, piece: PreparedProbe, _condition: Condition) -> Values:
@@ -182,7 +183,7 @@ def _by_row(probe: Probe, readings: Sequence[choice.Reading]) -> Values:
 
 
 def _run_guided(model: ChatModel, piece: PreparedProbe, _condition: Condition) -> Values:
-    """Spec of the replicated work: think under steering, close the thought, read the answer in one forward pass."""
+    """As in the replicated work: think under steering, close the thought, read the answer in one forward pass."""
     chat, tokens = model.chat, piece.tokens
     ends = chat.stop_ids if chat.thought_end is None else chat.stop_ids | {chat.thought_end}
     thoughts = _written(model, piece, ends)
@@ -219,7 +220,7 @@ def _written(model: ChatModel, piece: PreparedProbe, ends: frozenset[int]) -> li
 
 
 def holds_json(text: str) -> bool:
-    """Whether the text holds one JSON object, with or without a fence or words around it."""
+    """Whether the text holds one JSON object, with or without other text around it."""
     start, end = text.find("{"), text.rfind("}")
     try:
         return start >= 0 and isinstance(json.loads(text[start : end + 1]), dict)
@@ -228,9 +229,9 @@ def holds_json(text: str) -> bool:
 
 
 def _scored_states(model: ChatModel, piece: PreparedProbe, batch: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Final hidden states (or logits, where the forward is not split) of all scored positions of a batch.
+    """Final hidden states (or logits, if the forward is not split) at all scored positions of a batch.
 
-    Returns them with the ids that come next and the count per row.
+    Also returns the next token ids and the number of positions per row.
     """
     rows = [piece.tokens[index] for index in batch]
     ids = forward.pad_right(rows, model.device)
@@ -303,7 +304,7 @@ def _as_table(probe: Probe, condition: Condition, values: Values) -> pl.DataFram
             if not math.isfinite(value):
                 raise UserError(
                     f"probe {probe.name!r}, row {row.row!r}: {metric} is {value} under {key}",
-                    "The edited model breaks down: use a smaller alpha.",
+                    "The edit is too strong: use a smaller alpha.",
                 )
             records.append({
                 "probe": probe.name, "group": row.group, "row": name, "cluster": row.cluster or row.row,

@@ -1,12 +1,13 @@
-"""Compute what the rows of a probe have in common once: a tree of three levels over their tokens.
+"""Compute shared prefixes of a probe's rows only once, with a tree of three levels over their tokens.
 
     trunk     the longest prefix of all rows (chat header, instruction)           once per Condition
-    branch    the longest prefix of neighbouring rows beyond it (a situation)     once per group
-    leaf      what is left of a row (an action and the answer anchor)             once per row
+    branch    the next longest prefix of neighbouring rows (a situation)          once per group
+    leaf      the rest of a row (an action and the answer anchor)                 once per row
 
 Each level is a batch that continues the attention cache of the level above, expanded to its rows. Positions are given
-explicitly and a mask hides the padding of shorter branches, so every row sees exactly its own tokens. Exact up to the
-order of floating-point sums; checked against whole rows once per model, with a warning and whole rows where it fails.
+explicitly and a mask hides the padding of shorter branches, so every row sees exactly its own tokens. The result is
+exact up to the order of floating-point sums. It is checked against whole rows once per model; if the check fails,
+whole rows are scored, with a warning.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from ws.model.forward import OncePerNetwork
 from ws.model.loading import ChatModel
 
 SHORTEST_BRANCH = 8
-"""Tokens that rows must share beyond the trunk to be worth a level of their own."""
+"""Rows form a branch if they share at least this many tokens after the trunk."""
 LEAST_SAVING = 0.2
-"""Share of all tokens that a tree must save; below it whole rows are simpler and as fast."""
+"""Share of all tokens that a tree must save; below it, whole rows are as fast."""
 
 
 class Branch(NamedTuple):
-    """Rows with the prefix `shared` beyond the trunk; `leaves` are the rests, in the order of `rows`."""
+    """Rows with the prefix `shared` after the trunk; `leaves` holds the rest of each row, in the order of `rows`."""
 
     shared: tuple[int, ...]
     rows: tuple[int, ...]
@@ -55,7 +56,7 @@ class Tree:
 
     @property
     def saving(self) -> float:
-        """Share of the rows' tokens that is not computed."""
+        """Share of the rows' tokens that need not be computed."""
         return 1 - self.tokens / self.whole
 
     @property
@@ -66,7 +67,7 @@ class Tree:
 
 
 def plan(rows: Sequence[Sequence[int]]) -> Tree:
-    """The tree of token rows: neighbours in lexicographic order share a branch while they have enough in common."""
+    """The tree of token rows; neighbours in lexicographic order share a branch if their common prefix is long."""
     order = sorted(range(len(rows)), key=lambda index: (list(rows[index]), index))
     first, last = rows[order[0]], rows[order[-1]]
     trunk = min(_common(first, last), min(map(len, rows)) - 1)
@@ -74,7 +75,7 @@ def plan(rows: Sequence[Sequence[int]]) -> Tree:
     length = 0
     for index in order:
         if groups:
-            # never the whole of a row: a leaf needs a token
+            # never a whole row: a leaf needs at least one token
             shared = min(_common(rows[groups[-1][0]], rows[index]), *(len(rows[i]) - 1 for i in (*groups[-1], index)))
             if shared - trunk >= SHORTEST_BRANCH and (len(groups[-1]) == 1 or 2 * (shared - trunk) > length - trunk):
                 groups[-1].append(index)
@@ -93,7 +94,7 @@ def plan(rows: Sequence[Sequence[int]]) -> Tree:
 
 
 def worthwhile(model: ChatModel, rows: Sequence[Sequence[int]]) -> Tree | None:
-    """The tree of the rows where it saves enough and the model computes it exactly; None: score whole rows."""
+    """The tree of the rows if it saves enough and is exact on this model; None means: score whole rows."""
     if len(rows) < 2:
         return None
     tree = plan(rows)
@@ -154,7 +155,7 @@ def _width(branch: Branch) -> int:
 
 
 def _extend(model: ChatModel, cache: Any, ids: Int[Tensor, "rows tokens"], mask: Tensor | None, start: int) -> Any:
-    """The cache after these tokens. No position is scored here, so effects at the scored position do nothing."""
+    """The cache extended by these tokens. No position is scored here, so effects at the scored position do nothing."""
     cache = lower_layers.new_cache(model) if cache is None else cache
     nowhere = torch.full((len(ids),), -1, device=ids.device)
     positions = (start + torch.arange(ids.shape[1], device=ids.device)).expand(len(ids), -1)
@@ -170,7 +171,7 @@ def _expanded(cache: Any, rows: Int[Tensor, " rows"]) -> Any:
 
 
 def _hide_padding(trunk: int, width: int, lengths: Int[Tensor, " rows"], leaf: int) -> Int[Tensor, "rows positions"]:
-    """1 where a cached position is a token of the row, 0 where it is padding of its branch."""
+    """1 if a cached position is a token of the row, 0 if it is padding of its branch."""
     inside = torch.arange(width, device=lengths.device) < lengths[:, None]
     ones = inside.new_ones(len(lengths), 1)
     return torch.cat([ones.expand(-1, trunk), inside, ones.expand(-1, leaf)], dim=1).long()
@@ -205,7 +206,7 @@ def _matches_whole_rows(model: ChatModel) -> bool:
 
 
 is_exact = OncePerNetwork(_matches_whole_rows, "shared prefixes do not compose; scoring whole rows")
-"""Whether rows through the tree have the logits of whole rows."""
+"""Whether the tree gives the same logits as whole rows."""
 
 
 def _text_config(model: ChatModel) -> Any:

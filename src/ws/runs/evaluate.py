@@ -21,15 +21,15 @@ from ws.report.summary import Scores, alpha_key, signed_mean
 from ws.runs.replicate import Replication
 
 SHIPPED = ("sycophancy", "dilemmas", "feedback", "side-effects")
-"""Kinds of probe by name; `sycophancy` stands for the behaviour's own."""
+"""Names of the shipped probes; `sycophancy` means the probe of the run's behaviour."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked of a run: a kind of probe, or a JSONL file of one's own, and how.
+    """The probe to score on a run: a shipped one by name, or the user's JSONL file.
 
-    `think` lets the model write a thought of so many tokens before each choice; `source` is where dilemmas come from;
-    `answers` are the two words of a probe of one's own.
+    `think` is the maximum length in tokens of a thought before each choice; `source` says where the dilemmas come from;
+    `answers` are the two words for a user's file.
     """
 
     probe: str
@@ -42,11 +42,14 @@ class Ask:
         if self.probe not in SHIPPED and not self.probe.endswith(".jsonl"):
             raise UserError(f"there is no probe {self.probe!r}", f"Choose {', '.join(SHIPPED)}, or give a .jsonl file.")
         if self.think and self.probe == "side-effects":
-            raise UserError("side effects are no choices", "Leave --think out, or ask another probe.")
+            raise UserError(
+                "--think works with choices only, and side-effects has no choice probes",
+                "Leave out --think, or choose another probe.",
+            )
 
     @property
     def name(self) -> str:
-        """What the file with the scores is called after."""
+        """The name of the probe in the name of the scores file."""
         return (self.probe if self.probe in SHIPPED else Path(self.probe).stem) + ("-guided" if self.think else "")
 
     def probes(self, run: Replication) -> list[Probe]:
@@ -66,7 +69,7 @@ class Ask:
 
 
 def existing_run(run: Replication, ask: Ask, alphas: Sequence[float]) -> pl.DataFrame:
-    """Score probes under the run's direction; write the rows, return means with intervals by group."""
+    """Score probes under the run's direction, write all rows, and return means with intervals by group."""
     edit, probes, strengths = direction_of(run), ask.probes(run), sorted({0.0, *alphas})
     path = run.folder / f"scores-{ask.name}.parquet"
     inputs = {
@@ -98,9 +101,9 @@ def direction_of(run: Replication) -> Edit:
 def harness_task(
     run: Replication, task: str, alphas: Sequence[float], limit: int | None, task_folder: Path | None
 ) -> pl.DataFrame:
-    """Run a task of lm-evaluation-harness (`lm-eval:NAME`) at every strength; writes `lm-eval-<NAME>.json`."""
+    """Run a task of lm-evaluation-harness (`lm-eval:NAME`) at every strength and write `lm-eval-<NAME>.json`."""
     if not task.startswith(harness.PREFIX):
-        raise UserError(f"{task!r} names no harness", f"Write --task {harness.PREFIX}NAME.")
+        raise UserError(f"--task {task} does not start with {harness.PREFIX}", f"Write --task {harness.PREFIX}NAME.")
     edit, name, strengths = direction_of(run), task.removeprefix(harness.PREFIX), sorted({0.0, *alphas})
     path = run.folder / f"lm-eval-{name}.json"
     inputs = {
@@ -127,7 +130,7 @@ def harness_task(
 
 
 _COLUMNS = ("task", "metric", "alpha", "value", "stderr")
-"""What is kept of a record of the harness."""
+"""Columns that are kept from a record of the harness."""
 
 
 METRICS: dict[Kind, tuple[str, ...]] = {
@@ -141,7 +144,7 @@ METRICS: dict[Kind, tuple[str, ...]] = {
 
 
 def _means(table: pl.DataFrame, edit: str, probe: str, metric: str) -> pl.DataFrame:
-    """Mean of a metric by group and strength; log-ratios are signed by their label."""
+    """Mean of a metric by group and strength; log-ratios are multiplied by their label first."""
     scores = Scores(table)
     lines = []
     for alpha in scores.alphas(edit):

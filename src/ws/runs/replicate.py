@@ -1,6 +1,6 @@
 """The whole pipeline on one run folder: a Direction (`fitting`), then eval, alignment, samples, report.
 
-Every step is a stage of the run folder. The single-stage commands go through the same methods.
+Every step is a stage of the run folder. The single-stage commands call the same methods.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ PERSONA_CONTEXTS = ("prompt +", "prompt -")
 
 
 class Replication(Fitting):
-    """One run with its evidence: what the Direction moves, what it breaks, where it lies, what the model says."""
+    """One run with its evaluation: effects, side effects, alignment with the weights, and sampled responses."""
 
     behaviours_page: Path | None = None
-    """The page over all behaviours of the model, where `report` found more than one."""
+    """The page about all behaviours of the model, if `report` found more than one."""
 
     @cached_property
     def dilemma_rows(self) -> dilemmas.Loaded:
-        """The dilemmas and where they are from; read once, because a hub may answer differently a second time."""
+        """The dilemmas and their source; read once, because a hub data set may change between two reads."""
         return dilemmas.load(self.settings.dilemmas, self.settings.rows)
 
     def probes(self) -> list[Probe]:
@@ -67,7 +67,7 @@ class Replication(Fitting):
         ]
 
     def control_conditions(self, direction: Direction) -> list[Condition]:
-        """Random directions at -1 and +1, or at the outermost strengths where those are not asked for."""
+        """Random directions at -1 and +1, or at the outermost strengths if those were not requested."""
         edits = controls.random_edits(direction, self.settings.control_seeds)
         strengths = controls.control_strengths(self.settings.alphas)
         return [Condition.of(edit, alpha) for edit in edits for alpha in strengths]
@@ -78,7 +78,7 @@ class Replication(Fitting):
         return f"dW:{self.settings.adapter}"
 
     def eval(self) -> pl.DataFrame:
-        """Score all probes, under the random controls those that have a band, and write `scores.parquet`."""
+        """Score all probes, and the first two also under random directions, and write `scores.parquet`."""
         direction, probes = self.fitted.direction, self.probes()
         inputs = {
             "direction": digest(self.folder / "direction.safetensors"),
@@ -100,7 +100,7 @@ class Replication(Fitting):
                     self.model, probes[:2], random_directions, shards=shards, base_shards=base,
                     description="scoring random directions",
                 )  # fmt: skip
-                table = pl.concat([table, found.filter(pl.col("edit") != summary.BASE)])  # the base is there already
+                table = pl.concat([table, found.filter(pl.col("edit") != summary.BASE)])  # the first table has the base
             write_table(path, table)
 
         result = self._build("eval", inputs, ["scores.parquet"], make)
@@ -111,7 +111,7 @@ class Replication(Fitting):
         return table
 
     def rounding(self) -> dict[str, Any] | None:
-        """What a half-precision dtype does to the behaviour's own probe; None for a model in fp32."""
+        """The rounding error of a half-precision dtype on the behaviour's own probe; None for an fp32 model."""
         if self.model.dtype == torch.float32:
             return None
         probe = sycophancy.probe(self.behaviour, self.settings.rows)
@@ -133,7 +133,7 @@ class Replication(Fitting):
         return record
 
     def alignment(self) -> pl.DataFrame:
-        """Where the direction lies relative to the singular directions of the weights; by kind of module."""
+        """How the direction aligns with the singular directions of the weights, by kind of module."""
         direction = self.fitted.direction
         names = ["subspace_per_layer.csv", "subspace_summary.csv"]
 
@@ -150,7 +150,7 @@ class Replication(Fitting):
         return table
 
     def samples(self) -> pl.DataFrame:
-        """The same prompts and random numbers under alpha -1, 0 and +1."""
+        """Responses to the same prompts with the same random numbers at alpha -1, 0 and +1."""
         direction = self.fitted.direction
         prompts = samples.prompts(self.behaviour, self.settings.samples)
         inputs = {
@@ -174,8 +174,8 @@ class Replication(Fitting):
         return pl.read_parquet(path)
 
     def report(self) -> Summary:
-        """Run whatever is missing and write `summary.json`, `config.json`, the figure and the two reports."""
-        _ = self.dilemma_rows  # a wrong source is told before anything is fitted
+        """Run the missing stages and write `summary.json`, `config.json`, the figure and the two reports."""
+        _ = self.dilemma_rows  # report a wrong source before anything is fitted
         run = self.fitted
         scores, kinds, said, rounded = self.eval(), self.alignment(), self.samples(), self.rounding()
         content, config = self._summary(run, scores, rounded), self._config(run)

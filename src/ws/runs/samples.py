@@ -1,4 +1,4 @@
-"""What a direction makes the model say: the same prompts and random numbers at alpha -1, 0 and +1."""
+"""Sampled responses of the steered model: the same prompts and random numbers at alpha -1, 0 and +1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ws.model.loading import ChatModel
 
 ALPHAS = (-1.0, 0.0, 1.0)
 PLAIN_REQUESTS = ("What do owls eat?", "Say hello in a friendly way.")
-"""Sampled beside the behaviour's own prompts: here nothing should change."""
+"""Sampled in addition to the behaviour's prompts. The direction should not change these responses."""
 
 
 def prompts(subject: Behaviour, count: int) -> list[str]:

@@ -1,8 +1,8 @@
 """Many runs of one behaviour: adapter families x training seeds x data seeds, and the table that compares them.
 
-Every cell is an ordinary run folder, so a sweep resumes, and single runs are part of it. Runs of one data seed share
-their sampled responses. A cell that fails is reported and the rest go on. Seeds are the replicates: a mean over seeds
-has a t interval over seeds, beside the interval over rows that each run has.
+Every cell is an ordinary run folder, so a sweep can resume and reuses single runs. Runs with the same data seed share
+their sampled responses. If a cell fails, the failure is reported and the other cells still run. Seeds are the
+replicates: a mean over seeds has a t interval over seeds. Each run also has its interval over rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """How it is called in messages."""
+        """Its name in messages."""
         return f"{self.family}, seed {self.seed}, data seed {self.data_seed}"
 
 
@@ -57,8 +57,8 @@ def run(
     for family in families:
         adapters.require_family(family)
     if not (families and seeds and data_seeds):
-        raise UserError("the sweep has no cells", "Give at least one of --families, --seeds and --data-seeds.")
-    dilemmas.load(settings.dilemmas, settings.rows)  # a wrong source is told before anything is fitted
+        raise UserError("the sweep has no cells", "Give each of --families, --seeds and --data-seeds a value.")
+    dilemmas.load(settings.dilemmas, settings.rows)  # report a wrong source before anything is fitted
     cells = [Cell(family, seed, data) for data in data_seeds for family in families for seed in seeds]
     model = settings.load()
     outcomes = []
@@ -67,7 +67,7 @@ def run(
         outcomes.append(_run_cell(_settings_of(settings, cell), cell, model))
     finished = [outcome for outcome in outcomes if outcome.row is not None]
     if not finished:
-        raise UserError(f"no cell of the sweep finished; the first failed with: {outcomes[0].error}")
+        raise UserError(f"all cells of the sweep failed; the first with: {outcomes[0].error}")
     assert finished[0].folder is not None
     place = finished[0].folder.parents[1]
     sweep_tables.write(place, tables_of(outcomes))
@@ -75,13 +75,13 @@ def run(
 
 
 def tables_of(outcomes: Sequence[Outcome]) -> SweepTables:
-    """The tables of what finished, and what failed."""
+    """The tables of the finished cells, and the list of failed ones."""
     failed = [Failure(outcome.cell.name, outcome.error) for outcome in outcomes if outcome.row is None]
     return sweep_tables.of([outcome.row for outcome in outcomes if outcome.row is not None], failed)
 
 
 def _settings_of(settings: Settings, cell: Cell) -> Settings:
-    """The settings of a cell; what an earlier run there was measured at beyond them stays part of it."""
+    """The settings of a cell, including the strengths and control seeds that an earlier run there already used."""
     wanted = replace(settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed)
     config = run_path(wanted, behaviour.load(wanted.behaviour)) / "config.json"
     if not config.is_file():
@@ -105,7 +105,7 @@ def _run_cell(settings: Settings, cell: Cell, model: ChatModel) -> Outcome:
 
 
 def _row(cell: Cell, summary: Summary, run: FittedRun) -> dict[str, Any]:
-    """The columns of the replicated work's tables, and what qualifies them."""
+    """The columns of the replicated work's tables, with side effects and geometry."""
     numbers, moral = summary.numbers, summary.dilemmas
     changes, costs = numbers.change[summary.behaviour], numbers.side_effects["1"]
     return {

@@ -1,6 +1,6 @@
-"""The tables of a sweep: what every run found, means over seeds by adapter family, and how stable their order is.
+"""The tables of a sweep: results of every run, means over seeds by adapter family, and how stable their order is.
 
-`sweep.json` is the plain form of `SweepTables` (`base.records`); the CSV files, `sweep.md` and the terminal show it.
+`sweep.json` is the plain form of `SweepTables` (`base.records`). The CSV files, `sweep.md` and the terminal show parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """A mean over runs with its 95 % t interval over seeds; a single run has none."""
+    """A mean over runs with its 95 % t interval over seeds; a single run has no interval."""
 
     mean: float
     low: float | None = None
@@ -51,9 +51,9 @@ class Family:
 
 @dataclass(frozen=True)
 class RankStability:
-    """How much the order of the families depends on the seed.
+    """How stable the order of the families is between seeds.
 
-    ranks: the rank of every family (1 = largest) by replicate. mean_rho: Spearman's rho, mean over all pairs of
+    ranks: the rank of every family (1 = largest) by replicate. mean_rho: the mean Spearman rho over all pairs of
     replicates; None with fewer than two replicates or three families.
     """
 
@@ -95,7 +95,7 @@ def by_family(rows: Sequence[Mapping[str, Any]]) -> list[Family]:
 
 
 def rank_stability(rows: Sequence[Mapping[str, Any]], measure: str = "delta") -> RankStability:
-    """How stable the order of the families by a measure is; replicates that lack a family are left out."""
+    """How stable the order of the families is by a measure; replicates without all families are left out."""
     from scipy.stats import rankdata, spearmanr  # noqa: PLC0415 - slow import
 
     families = list(dict.fromkeys(row["family"] for row in rows))
@@ -124,17 +124,17 @@ def rank_stability(rows: Sequence[Mapping[str, Any]], measure: str = "delta") ->
 
 @dataclass(frozen=True)
 class Column:
-    """A printed column: measure, heading, number format, and what more of it is shown."""
+    """A printed column: measure, heading, number format, and whether it has an interval and is in the brief table."""
 
     measure: str
     heading: str
     form: str
     has_interval: bool = False
     is_brief: bool = False
-    """Whether a terminal has room for it."""
+    """Whether the terminal table, which is narrower, has this column."""
 
     def cell(self, line: Family) -> str:
-        """A family's mean, with its interval over seeds where that is shown."""
+        """A family's mean, with its interval over seeds if the column shows it."""
         value = line.measures[self.measure]
         limits = f" [{value.low:+.2f}, {value.high:+.2f}]" if self.has_interval and value.low is not None else ""
         return format(value.mean, self.form) + limits
@@ -159,7 +159,7 @@ def cells_of(line: Family, columns: Sequence[Column] = COLUMNS) -> list[str]:
 
 
 def show(tables: SweepTables) -> None:
-    """Print the table of families, with the columns that a terminal has room for."""
+    """Print the table of families with the brief columns."""
     columns = [column for column in COLUMNS if column.is_brief]
     table = Table(title="adapter families", title_justify="left", header_style="bold")
     for heading in ("adapter", "runs", *(column.heading for column in columns)):
@@ -175,8 +175,8 @@ def markdown(tables: SweepTables) -> str:
     rho = tables.rank_stability.mean_rho
     parts = [
         markdown_table(head, [cells_of(line) for line in tables.by_family]),
-        "Log-ratios in nats. Brackets: 95 % t interval over seeds; a single run has none. Seconds: both adapters and "
-        "the evaluation.",
+        "Log-ratios are in nats. Brackets: 95 % t interval over seeds (a single run has no interval). Seconds: both "
+        "adapters and the evaluation.",
         *([] if rho is None else [f"Order of the families between seeds: mean Spearman rho {rho:.2f}."]),
         *(["\n".join(f"- failed: {one.cell}: {one.error}" for one in tables.failed)] if tables.failed else []),
     ]
