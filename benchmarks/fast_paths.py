@@ -31,9 +31,7 @@ from timing import Row, Way
 from torch import Tensor, nn
 from training import Branches
 
-from ws.algebra.delta import Delta
 from ws.base import console
-from ws.edit import steering
 from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, side_effects
 from ws.fitting import behaviour
@@ -163,10 +161,6 @@ def _all_logits_exact(model: ChatModel) -> Callable[[Tensor], Tensor]:
     return lambda hidden: nn.functional.linear(hidden.float(), model.split.head.weight.float())
 
 
-def _thin_path_in_fp32(delta: Delta) -> steering.Hook:
-    return lambda _module, inputs, output: (output.float() + delta.apply(inputs[0])).to(output.dtype)
-
-
 def _library_cache(prompts: Any, owners: Tensor, _room: int) -> Any:
     prompts.reorder_cache(owners)
     return prompts
@@ -197,8 +191,6 @@ PATHS = (
     FastPath("fp32 logits of the answers alone", ("choices",),
              lambda c: patch.object(c.model.split, "logits", _all_logits_exact(c.model)), only_half=True),
     FastPath("several Conditions in a pass", ("choices",), lambda c: patch.object(c, "per_pass", 1), only_half=True),
-    FastPath("thin side path in half precision", ("texts", "replies"),
-             lambda _: patch.object(steering, "_thin_path", _thin_path_in_fp32), only_half=True),
     FastPath("sample cache with room", ("samples", "replies"),
              lambda _: patch.object(sample_cache, "for_samples", _library_cache)),
     FastPath("ended rows leave the batch", ("samples", "replies"),

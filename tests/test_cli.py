@@ -59,6 +59,7 @@ def tiny_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         (["eval", "dilemas"], "dilemas"),
         (["show", "nowhere"], "nowhere is not a run folder"),
         (["report", "nowhere"], "nowhere is not a run folder"),
+        (["report"], "no run folder is given"),
         (["replicate", "--device", "tpu9"], "tpu9"),
         (["replicate", "--pairs", "none.jsonl"], "no pairs file none.jsonl"),
         (["behaviour", "check", "nothing.toml"], "unknown behaviour 'nothing.toml'"),

@@ -79,6 +79,8 @@ class Report:
         """Rebuild what is missing and print each headline."""
         from ws.runs.replicate import Replication  # noqa: PLC0415
 
+        if not self.runs:
+            raise UserError("no run folder is given", "Give one or more: ws report out/pocket/sycophancy/lora/seed0")
         for path in self.runs:
             with Replication(self._settings(path)) as run:
                 finish(run, run.report(), self.json)

@@ -308,8 +308,6 @@ def _side_path(terms: list[tuple[Delta, Alpha]], base: Tensor) -> Hook:
     for delta in scalar:
         folded = delta if folded is None else folded + delta
     by_row = [(delta, strength) for delta, strength in terms if isinstance(strength, Tensor)]
-    if folded is not None and not by_row and folded.is_thin and base.dtype == torch.bfloat16:
-        return _thin_path(folded)
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         changed = output.to(torch.float32)
@@ -320,21 +318,6 @@ def _side_path(terms: list[tuple[Delta, Alpha]], base: Tensor) -> Hook:
             # rows at strength 0 keep their bits (adding +0.0 would turn -0.0 into +0.0)
             changed = torch.where(torch.as_tensor(per_row(strength, output)) != 0, changed + side, changed)
         return changed.to(output.dtype)
-
-    return hook
-
-
-def _thin_path(delta: Delta) -> Hook:
-    """`y + left (right x)` on a bf16 model: thin products in bf16, the sum in fp32 and rounded once.
-
-    Rounding the factors and the thin product changes the update by less than 2^-7 of itself, and `y` is rounded by 2^-9
-    of itself anyway. In fp32 the thin products take longer than `W x` where bf16 is fast.
-    """
-    left, right = delta.left.to(torch.bfloat16), delta.right.to(torch.bfloat16)
-
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        thin = nn.functional.linear(inputs[0], right)
-        return torch.addmm(output.flatten(0, -2), thin.flatten(0, -2), left.mT).view_as(output)
 
     return hook
 

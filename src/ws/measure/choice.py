@@ -1,7 +1,8 @@
 """Read choices: log p(first answer) - log p(second) after every token row of a probe, p(first) + p(second), the top p.
 
 An answer is a set of token sequences; its probability is the sum of theirs. Each proper prefix of a sequence needs one
-more forward pass. A prefix that rows share is computed once (`shared_prefix`). Several copies of the rows can be read at once, one per Condition.
+more forward pass. A prefix that rows share is computed once (`shared_prefix`). Several copies of the rows can be read
+at once, one per Condition.
 """
 
 from __future__ import annotations
