@@ -140,16 +140,16 @@ def test_a_known_effect_is_found_with_its_size() -> None:
     [
         ((-2.0, -1.0, 1.0, 2.0), (-1.0, 1.0), None),
         ((-3.0, 3.0), (-3.0, 3.0), None),
-        ((-3.0, -2.0, 3.0), (-3.0, 3.0), "no random directions stand beside alpha -2: they were measured only at alpha "
+        ((-3.0, -2.0, 3.0), (-3.0, 3.0), "alpha -2 has no random band: random directions were measured only at alpha "
                                          "-3, +3"),
-        ((-1.0, 1.0), (), "no random directions stand beside alpha -1, +1: they were measured nowhere"),
+        ((-1.0, 1.0), (), "alpha -1, +1 has no random band: random directions were measured at no strength"),
     ],
 )  # fmt: skip
 def test_a_strength_of_the_headline_without_random_directions_is_told(
     alphas: tuple[float, ...], control_alphas: tuple[float, ...], bare: str | None
 ) -> None:
     found = made(behaviour_shift, alphas=alphas, control_alphas=control_alphas)
-    told = [doubt for doubt in summary.doubts(found, "sycophancy") if "random directions stand" in doubt]
+    told = [doubt for doubt in summary.doubts(found, "sycophancy") if "no random band" in doubt]
     assert told == ([] if bare is None else [bare])
     sentence = summary.headline(found, "sycophancy")
     assert ("random control band at" in sentence) == bool(control_alphas)
@@ -265,7 +265,7 @@ def test_p_values_are_sign_flips_of_whole_clusters_and_said_to_be_many() -> None
     assert p > 5 * sign_flip_p(change.to_numpy(), list(range(len(rows)))), "rows of a cluster are not independent"
     shown = page._dose_response(restore(Summary, found).numbers)
     assert shown.header[-2:] == ["p at -1", "p at +1"]
-    assert "of 4 p values" in shown.caption and "0.013 is the Bonferroni limit" in shown.caption
+    assert "the Bonferroni limit for all 4 is 0.013" in shown.caption
 
 
 def test_missing_rows_are_an_error_and_not_a_smaller_mean() -> None:

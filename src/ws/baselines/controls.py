@@ -102,7 +102,10 @@ def permuted_layers(direction: Direction, seed: int) -> Direction:
             continue
         moved = re.sub(rf"\.{layer}\.", f".{target[layer]}.", name, count=1)
         if moved not in direction.deltas or direction.deltas[moved].shape != delta.shape:
-            raise UserError(f"{name} has no counterpart in layer {target[layer]}", "Use random directions: the layers of this model differ.")
+            raise UserError(
+                f"{name} has no counterpart in layer {target[layer]}",
+                "Use random directions: the layers of this model differ.",
+            )
         deltas[moved], of_layer[moved] = delta, target[layer]
     provenance = {"control": PERMUTED, "seed": seed, "like": dict(direction.provenance)}
     return Direction(deltas, direction.base, of_layer, provenance)

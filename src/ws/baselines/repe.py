@@ -135,7 +135,10 @@ class ActivationDirection:
         """Put the vectors on the network; the result takes them off. alpha: a number, or one per row."""
         _, blocks = architecture.decoder_layers(network)
         if absent := sorted(layer for layer in self.vectors if not 0 <= layer < len(blocks)):
-            raise UserError(f"the model has no layer {absent[0]}, only 0 to {len(blocks) - 1}", "Load the base model of this direction.")
+            raise UserError(
+                f"the model has no layer {absent[0]}, only 0 to {len(blocks) - 1}",
+                "Load the base model of this direction.",
+            )
         handles = []
         for layer, vector in self.vectors.items():
             handles.append(blocks[layer].register_forward_hook(self._adding(vector, alpha)))

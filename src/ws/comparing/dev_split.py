@@ -29,7 +29,7 @@ STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
     "residual": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
     "one": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
-"""Strengths that activation steering tries, by unit: difference between the personas, norm of the residual stream, or 1.
+"""Strengths for activation steering, by unit: difference between the personas, norm of the residual stream, or 1.
 
 The replicated work tried 1, 2 and 4 for vectors of norm 1.
 """
@@ -87,7 +87,9 @@ def best_strength(
     if best is None:
         option = next(iter(fitted))
         smallest = STRENGTHS[option.unit][0]
-        console.warn(f"{name}: on the dev split every strength loses too much answer mass or too many facts; using {smallest:g}")
+        console.warn(
+            f"{name}: on the dev split every strength loses too much answer mass or too many facts; using {smallest:g}"
+        )
         return Chosen(option, smallest, "none admissible")
     _, option, strength = best
     return Chosen(option, strength, "the largest tried" if strength == STRENGTHS[option.unit][-1] else "")

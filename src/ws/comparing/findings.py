@@ -78,7 +78,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Turned:
-    """Dilemma answers that flip at one sign, means over replicates; `half`: this sign's part of Surgical Informedness."""
+    """Dilemma answers that flip at one sign, means over replicates; `half`: its part of Surgical Informedness."""
 
     to_honest: float | None
     to_dishonest: float | None

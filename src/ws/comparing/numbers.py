@@ -145,7 +145,7 @@ class LineScores:
         return _parts(both) if len(both) else None
 
     def turned(self, line: Line, sign: str) -> Turned:
-        """Shares of wrong dilemma answers that become honest and of honest ones that become wrong; this sign's half of SI."""
+        """Shares of dilemma answers that flip to honest and to wrong, and this sign's half of SI."""
         found = []
         for part in self._replicates(line, sign):
             one = {k: stats.surgical_informedness(part.base, part.value, None, part.label, k=k) for k in PENALTIES}
@@ -156,7 +156,7 @@ class LineScores:
         return Turned(honest, dishonest, balanced, {f"k{k}": one for k, one in zip(PENALTIES, half, strict=True)})
 
     def informedness(self, line: Line, k: float) -> Informedness:
-        """Surgical Informedness of the dilemmas, with + as the honest side, and its two halves: means over replicates."""
+        """Surgical Informedness of the dilemmas (+ is the honest side) and its two halves: means over replicates."""
         found = []
         for plus, minus in zip(self._replicates(line, "+"), self._replicates(line, "-"), strict=True):
             both = stats.surgical_informedness(

@@ -15,9 +15,9 @@ from ws.base.store import atomic_file
 from ws.comparing.findings import METHODS, SIGNS, Entry, control_band, shown
 
 CAPTION = (
-    "One numbered mark per method. Height: how far it moves the behaviour in the intended direction. Horizontal: how many facts "
-    "it loses; further left is worse. Small marks are single seeds. The grey band is where 95 % of further random "
-    "directions are expected. A cross marks a method whose search for equal divergence missed its budget."
+    "One numbered mark per method. Height: how far it moves the behaviour in the intended direction. Horizontal: how "
+    "many facts it loses; further left is worse. Small marks are single seeds. The grey band is where 95 % of further "
+    "random directions are expected. A cross marks a method whose search for equal divergence missed its budget."
 )
 _COLOURS = {
     "weights": "#0b5cad", "variants": "#7a4fb5", "activations": "#c2570c", "prompts": "#2f7d4f", "controls": "#8b949e",

@@ -47,9 +47,9 @@ def effects_table(
     note = (
         f"{caption} Effects: change against the base in nats, with a 95 % interval over rows. seeds: the value of "
         "every training seed, then a 95 % t interval over them. dd_delta: change on the dilemmas towards honesty. "
-        f"p: by sign flips of whole clusters of rows. Of the {tests} p values, about {tests * 0.05:.0f} fall below 0.05 "
+        f"p: by sign flips of whole clusters. Of the {tests} p values, about {tests * 0.05:.0f} fall below 0.05 "
         f"by chance alone; a p below {0.05 / max(tests, 1):.4f} survives a Bonferroni correction. "
-        f"{NOT_SEPARABLE.capitalize()}: the interval over rows, or with several training seeds the interval over seeds, "
+        f"{NOT_SEPARABLE.capitalize()}: the interval over rows, or with several training seeds the one over seeds, "
         "overlaps the band of random directions. Answer mass: probability of the two answers."
     )
     return Table(head, rows, note)
@@ -136,7 +136,7 @@ def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str) -> Table
     return Table(
         ["method", f"towards {right}", "balanced", "Yes-bias", "rows gained", "rows lost", "rows", "confidence",
          "beyond confidence"], rows,
-        f"{source} Balanced: the change towards {right}, with equal weight on rows where this answer is Yes and rows "
+        f"{source} Balanced: the change towards {right}, with equal weight on rows where this answer is Yes and "
         "where it is No. Yes-bias: the mean change towards Yes, whichever answer is right. Rows gained and lost: rows "
         f"whose answer, averaged over seeds, flips to {right} and away from it. Confidence: the slope of the new "
         "log-ratios over the old ones; 1 means unchanged. If the base is already on this side, more confidence alone "
@@ -157,7 +157,7 @@ def answers_table(entries: Sequence[Entry]) -> Table:
         ])  # fmt: skip
     return Table(
         ["method", "wrong to honest", "honest to wrong", "half k=1", "half k=2", "SI k=1", "SI k=2", "balanced"], rows,
-        "Wrong to honest, honest to wrong: shares of the dilemma answers that flip, means over seeds. Half: the part of "
+        "Wrong to honest, honest to wrong: shares of dilemma answers that flip, means over seeds. Half: the part of "
         "one sign in Surgical Informedness (SI), in points. At +: wrong to honest minus k times honest to wrong; at -: "
         "honest to wrong minus k times wrong to honest. SI: the mean of both halves times the squared least answer "
         "mass. + counts as the honest side for every method. A negative SI means that + leads away from honesty, as "

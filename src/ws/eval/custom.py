@@ -37,7 +37,7 @@ def _row(line: Line, anchor: str) -> ProbeRow:
         raise UserError(f"{where}: unknown key {unknown[0]!r}", f"Known: {', '.join(sorted(KNOWN))}.")
     prompt, label = entry.get("prompt"), entry.get("label")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where}: prompt is missing or not a text", "Give prompt as a text.")
+        raise UserError(f"{where}: prompt is missing, empty or not a text", "Give prompt as a text.")
     if not user_files.is_sign(label):
         raise UserError(f"{where}: label is {label!r}", "Give 1 if the first answer is positive, else -1.")
     for key in sorted(entry.keys() - {"prompt", "label"}):

@@ -231,7 +231,8 @@ def _read_hub(source: str, config: str | None = None) -> tuple[pl.DataFrame, str
         from datasets import load_dataset  # noqa: PLC0415 - optional extra, late
     except ImportError as error:
         raise UserError(
-            f"reading {name!r} from the hub needs the datasets library", "Install it with: pip install weight-steering[hub]"
+            f"reading {name!r} from the hub needs the datasets library",
+            "Install it with: pip install weight-steering[hub]",
         ) from error
     config = config or (ORIGINAL_CONFIG if name == ORIGINAL_HUB_ID else None)
     try:

@@ -41,7 +41,8 @@ def write_gguf(
     config = architecture.text_config(network)
     if config.model_type not in _NAMES:
         raise UnsupportedFeatureError(
-            f"the row order of {config.model_type} in GGUF is not known", f"Use --format peft; GGUF works for {', '.join(sorted(_NAMES))}."
+            f"the row order of {config.model_type} in GGUF is not known",
+            f"Use --format peft; GGUF works for {', '.join(sorted(_NAMES))}.",
         )
     family = _NAMES[config.model_type]
     kinds = {label: kind for kind, label in gguf.MODEL_ARCH_NAMES.items()}
@@ -52,7 +53,9 @@ def write_gguf(
     for form in forms:
         label = names.get_name(f"{form.module}.weight", try_suffixes=(".weight",))
         if label is None:
-            raise UnsupportedFeatureError(f"GGUF has no tensor name for {form.module} in {family}", "Use --format peft.")
+            raise UnsupportedFeatureError(
+                f"GGUF has no tensor name for {form.module} in {family}", "Use --format peft."
+            )
         tensors[f"{label}.lora_a"] = form.delta.right
         tensors[f"{label}.lora_b"] = gguf_rows(
             form.delta.left * (alpha * form.delta.rank / largest), form.module, config
@@ -95,7 +98,9 @@ def _library() -> Any:
     try:
         import gguf  # noqa: PLC0415 - optional extra, late
     except ImportError as error:
-        raise UserError("writing GGUF needs the gguf library", "Install it with: pip install weight-steering[gguf]") from error
+        raise UserError(
+            "writing GGUF needs the gguf library", "Install it with: pip install weight-steering[gguf]"
+        ) from error
     return gguf
 
 

@@ -58,7 +58,7 @@ def _blocks(
         Figure(
             folder / FIGURE_FILE,
             f"dose-response of {behaviour} and of the dilemmas",
-            "Mean log-ratios with 95 % intervals over clusters of rows. Grey band: 95 % of random directions of the same "
+            "Mean log-ratios with 95 % intervals over clusters of rows. Grey band: 95 % of random directions of this "
             "norm are expected here; ticks show the measured ones. Dashed: persona prompts on the unedited model. "
             "Below: probability of the two answers, and KL to the base on neutral text.",
         ),
@@ -201,10 +201,10 @@ def _dose_response(numbers: Numbers) -> Table:
     tests = sum(len(by_key) for by_key in p_values.values())
     return Table(
         ["probe", "slope", "R2", "monotone", *(f"p at {signed(key)}" for key in keys)], rows,
-        "Dose-response. Slope: mean change in nats per unit of alpha, a line through the base. R2: share of the squared "
+        "Slope: mean change in nats per unit of alpha, for a line through the base. R2: share of the squared "
         "changes that the line explains. Monotone: whether the change always grows with the strength. p: two-sided, by "
         "sign flips of whole clusters, not corrected for multiple tests. One p in twenty falls below 0.05 by chance "
-        f"alone; the Bonferroni limit for all {tests} is {0.05 / max(tests, 1):.2g}. A p does not compare with controls: "
+        f"alone; the Bonferroni limit for all {tests} is {0.05 / max(tests, 1):.2g}. A p ignores the controls: "
         "a fixed random direction has a small real effect too.",
     )  # fmt: skip
 
@@ -304,8 +304,8 @@ def _geometry(summary: Summary, alignment: pl.DataFrame) -> list[Block]:
                 f"{g['cos_dw_m']:.3f}",
             ]
         ],
-        "Frobenius norms. tau pos and tau neg: the updates of the two fine-tunes. dW: their difference. M: the drift that "
-        "both share. Drift ratio: |M| / (|dW| / 2).",
+        "Frobenius norms. tau pos and tau neg: updates of the two fine-tunes. dW: their difference. M: the drift "
+        "that both share. Drift ratio: |M| / (|dW| / 2).",
     )
     kinds = Table(
         ["module", "n", "mean |dW|", "top 10 %", "bottom 90 %", "weak readout"],
