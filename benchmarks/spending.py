@@ -17,7 +17,7 @@ KINDS = {
                     "slice_backward", "fill_", "zero_"),
 }  # fmt: skip
 COMPILED = "## Call CompiledFxGraph"
-"""How the profiler names compiled kernels: those here are norms."""
+"""Names of compiled kernels in the profiler; all of them are norms."""
 ELEMENTWISE, OUTSIDE = "elementwise and reductions", "outside of operations"
 
 

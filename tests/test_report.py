@@ -122,7 +122,7 @@ def test_a_summary_of_another_version_says_how_to_write_it_anew(tmp_path: Path, 
     content = made(behaviour_shift)
     del content[name]
     write_json(tmp_path / "summary.json", content)
-    with pytest.raises(UserError, match=r"another version of ws\. Write it anew with: ws report "):
+    with pytest.raises(UserError, match=r"another version of ws\. Write it again with: ws report "):
         read_summary(tmp_path)
 
 
@@ -222,10 +222,10 @@ def test_dilemmas_of_which_none_can_be_counted_are_an_error() -> None:
 def test_the_page_says_which_rows_are_not_counted() -> None:
     shown = page._dilemma_table(restore(Summary, unbalanced(behaviour_shift)).numbers)
     assert shown.header[1] == "counted (n=75)" and shown.header[-2] == "all rows (n=120)"
-    assert "Yes on 60 and No on 15 of the 75 rows" in shown.caption and "45 more rows (filler)" in shown.caption
+    assert "Yes on 60 and No on 15 of the 75 counted rows" in shown.caption and "45 more rows (filler)" in shown.caption
     plain = page._dilemma_table(summed(table(behaviour_shift)).numbers)
     assert plain.header[1] == "all (n=120)" and "more rows" not in plain.caption
-    assert "Yes on 60 and No on 60 of the 120 rows" in plain.caption
+    assert "Yes on 60 and No on 60 of the 120 counted rows" in plain.caption
 
 
 @pytest.mark.parametrize(
