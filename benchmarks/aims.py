@@ -1,7 +1,7 @@
-"""What each line of the table should reach, and which lines miss it.
+"""The aims of the lines of the table, and the lines that miss them.
 
 A ratio is the peer's median over ours. Shares are of the measured GEMM peak over necessary operations. Memory may
-exceed the peer's by what the caches may hold. Aims are for full workloads of the two sizes; other lines have none.
+exceed the peer's by the size of the caches. Aims are for full workloads of the two sizes; other lines have none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATIO, SHARE, PEAK, WHOLE = "ratio", "share of the GEMM peak", "peak MiB", "seco
 
 @dataclass(frozen=True)
 class Aim:
-    """A bound on one quantity of a line, and what was found; `at_least` tells from which side it binds."""
+    """A bound on one quantity of a line, and what was found; `at_least`: it is a lower bound."""
 
     quantity: str
     bound: float
@@ -50,25 +50,25 @@ class Aim:
 
 
 def ratio(comparison: str, peer: str, size: str, found: float) -> Iterator[Aim]:
-    """The aim for a ratio, where there is one."""
+    """The aim for a ratio, if there is one."""
     if (bound := RATIOS.get((comparison, peer, size))) is not None:
         yield Aim(RATIO, bound, found)
 
 
 def share(comparison: str, size: str, found: float | None) -> Iterator[Aim]:
-    """The aim for a share of the GEMM peak, where there is one."""
+    """The aim for a share of the GEMM peak, if there is one."""
     if found is not None and (bound := GEMM_SHARES.get((comparison, size))) is not None:
         yield Aim(SHARE, bound, found)
 
 
 def peak(ours: float | None, theirs: float | None, cache: float) -> Iterator[Aim]:
-    """That our peak is within the peer's and the cache, MiB, where both peaks were measured."""
+    """The aim for peak memory: the peer's plus the cache, MiB; none unless both were measured."""
     if ours is not None and theirs is not None:
         yield Aim(f"{PEAK} (peer + cache of {cache:.0f})", theirs + cache, ours, at_least=False)
 
 
 def whole(size: str, found: float) -> Iterator[Aim]:
-    """That all of `ws replicate` takes no longer than it may."""
+    """The aim for the seconds of all of `ws replicate`, if there is one."""
     if (bound := REPLICATE_SECONDS.get(size)) is not None:
         yield Aim(WHOLE, bound, found, at_least=False)
 
@@ -76,11 +76,11 @@ def whole(size: str, found: float) -> Iterator[Aim]:
 # -------------------------------------------------------------------- fast paths
 
 PAYS = 1.2
-"""How many times longer some work must take without a fast path, or the path is to be deleted."""
+"""Delete a fast path unless some work takes this many times longer without it."""
 
 
 def unpaid(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line for every fast path that pays on none of its works and sizes; "" where no path was tried."""
+    """One line for every fast path that pays on none of its works and sizes; empty if no path was measured."""
     best: dict[str, float] = {}
     for line in rows:
         if line["comparison"] == "paths":
@@ -102,7 +102,7 @@ def verdicts(aims: Sequence[Mapping[str, Any]]) -> str:
 def misses(rows: Sequence[Mapping[str, Any]], profiles: Sequence[Mapping[str, Any]]) -> str:
     """One sentence for every aim that was missed, with the profile that shows where the time goes."""
     shares = {(one["work"], one["size"]): one for one in profiles}
-    found: dict[str, None] = {}  # ordered: what two lines miss alike is said once
+    found: dict[str, None] = {}  # an ordered set: two lines with the same miss give one sentence
     for line in rows:
         for aim in line.get("aims", ()):
             if not aim["reached"]:
@@ -117,7 +117,7 @@ def misses(rows: Sequence[Mapping[str, Any]], profiles: Sequence[Mapping[str, An
 def _reason(
     aim: Mapping[str, Any], line: Mapping[str, Any], shares: Mapping[tuple[str, str], Mapping[str, Any]]
 ) -> str:
-    """Where the time of the line goes; nothing to say about memory or rounding, which no profile of time explains."""
+    """Where the time of the line goes; empty for memory and rounding, which a profile of time cannot explain."""
     if aim["quantity"] not in (RATIO, SHARE, WHOLE):
         return ""
     profile = shares.get((line.get("profile", ""), line["size"]))

@@ -1,4 +1,4 @@
-"""Every fast path of ours against the same work without it: one that pays nowhere is to be deleted.
+"""Every fast path against the same work without it. Delete a path that pays nowhere.
 
     python benchmarks/fast_paths.py pocket qwen3-0.6b-shape     # CPU seconds of one thread; prints, writes nothing
 
@@ -50,7 +50,7 @@ class FastPaths(Comparison):
     name = "paths"
     clock: Callable[[], float] = time.perf_counter
     per_pass: int | None = None
-    """Conditions in a pass; None: as many as `score` takes by itself."""
+    """Conditions in a pass; None: the default of `score`."""
     reads_prompts_once = True
 
     def ways(self) -> list[Way]:

@@ -1,4 +1,4 @@
-"""What every command costs before it does anything: seconds of processes of their own."""
+"""Seconds that every command takes before its work starts, measured in separate processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ws.fitting.run_settings import Settings
 from ws.runs.replicate import Replication
 
 LEAST = "`ws replicate` with 4 pairs and 4 rows a probe, in a running process, once"
-"""What the main job costs when there is next to nothing to do."""
+"""The main job with almost no work."""
 HELP, SHOW = "ws --help", "ws show, a finished run"
 MOST_SECONDS = {HELP: 0.5, SHOW: 2.0}
 

@@ -1,4 +1,4 @@
-"""Floating-point operations that a piece of work needs, whoever does it: two per parameter and token of a matrix.
+"""Floating-point operations that a piece of work needs in any implementation: two per parameter and token of a matrix.
 
 Left out everywhere, so that shares of the peak are lower bounds: attention scores, norms, activations, softmax.
 """
@@ -28,7 +28,7 @@ class Matrices:
 
 
 def scoring(matrices: Matrices, first: int, tokens: int, rows: int, conditions: int) -> int:
-    """Choices under several Conditions whose edits begin at layer `first`: what lies below is needed once for all.
+    """Choices under several Conditions whose edits begin at layer `first`: the layers below run once for all.
 
     2 * P_layers_below * tokens + conditions * (2 * P_other_layers * tokens + 2 * P_head * rows)
     """
@@ -58,7 +58,7 @@ def generating(matrices: Matrices, prompts: Sequence[int], drawn: Sequence[Seque
     """Samples after prompts of these lengths; `drawn[i]` are the tokens of the samples of prompt i.
 
     prompts     2 * P_layers * tokens + 2 * P_head                     once for all samples of a prompt
-    samples     2 * (P_layers + P_head) * (drawn - 1)                  the last token of a sample is read by nobody
+    samples     2 * (P_layers + P_head) * (drawn - 1)                  the last token of a sample is never read
     """
     layers, further = sum(matrices.layers), sum(count - 1 for counts in drawn for count in counts)
     return 2 * (layers * sum(prompts) + matrices.head * len(prompts)) + 2 * (layers + matrices.head) * further

@@ -22,11 +22,11 @@ TEMPERATURE = 0.8
 WHOLE_WORK = (200, 10, 48)
 """Prompts, samples and tokens that the aims speak of."""
 FORMS = (attention.EAGER, "sdpa")
-"""The library's forms of attention among which `generate` has the faster one."""
+"""Forms of attention of the library; `generate` gets the faster one."""
 FORM_TOKENS = 16
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 4
 LEAST_EQUAL = 0.75
-"""Share of greedy tokens that two ways must have in common; near-ties fall either way by rounding."""
+"""Share of greedy tokens that two ways must share; rounding decides near-ties."""
 
 
 class Generating(Comparison):
@@ -114,7 +114,7 @@ def by_generate(
 ) -> list[list[int]]:  # fmt: skip
     """What `generate` writes after left-padded rows, in batches as they come; stop tokens are cut off.
 
-    Its head is repaired: as it is, reading the prompts copies the head once per row.
+    Its head is repaired: otherwise reading the prompts copies the head once per row.
     """
     stops = sorted(model.chat.stop_ids)
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
@@ -145,7 +145,7 @@ def best_batch(model: ChatModel, prompts: list[list[int]], batches: tuple[int, .
 
 
 def best_form(model: ChatModel, prompts: list[list[int]], batch: int) -> str:
-    """The form of attention in which `generate` writes a batch of this size sooner."""
+    """The form of attention in which `generate` writes a batch of this size faster."""
     rows = [prompts[number % len(prompts)] for number in range(batch)]
     ways = [Way(form, partial(by_generate, model, rows, batch, FORM_TOKENS, form=form)) for form in FORMS]
     times = in_turn(ways, 1, warm_up=0)

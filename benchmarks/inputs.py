@@ -1,4 +1,4 @@
-"""What the comparisons of one model start from, on disk, so that a fresh process can start from the same.
+"""The inputs of the comparisons of one model, on disk, so that a fresh process starts from the same inputs.
 
 inputs.json              model and workload
 pairs.parquet            what the adapters are trained on
@@ -74,7 +74,7 @@ class Inputs:
 
     @classmethod
     def read(cls, folder: Path) -> Inputs:
-        """Those that another process made."""
+        """Read the inputs that another process made."""
         stored = read_json(folder / _FILE)
         return cls(stored["size"], stored["model"], WORKLOADS[stored["workload"]], folder)
 
@@ -95,7 +95,7 @@ class Inputs:
 
 
 def written_pairs(count: int) -> pl.DataFrame:
-    """Pairs of ready sentences under the training prompts of sycophancy: of real length, and nothing else."""
+    """Pairs of ready sentences under the training prompts of sycophancy: only their length is real."""
     topics, sentences = behaviour.load("sycophancy").train, world.sentences()
     texts = [" ".join(random.Random(number).sample(sentences, 3)) for number in range(2 * count)]
     chosen = [topics[number % len(topics)] for number in range(count)]
@@ -107,7 +107,7 @@ def written_pairs(count: int) -> pl.DataFrame:
 
 
 def random_adapter(model: ChatModel, folder: Path, seed: int) -> Path:
-    """A rank-32 LoRA with random factors on every matrix of the default slice, saved by PEFT; the model stays as it is.
+    """A rank-32 LoRA with random factors on every matrix of the default slice, saved by PEFT; the model is unchanged.
 
     The direction of two of them has rank 64.
     """

@@ -1,4 +1,4 @@
-"""The roofline: what a piece of work needs at least, and the seconds that this machine takes for that at its best.
+"""The roofline: the least operations and bytes of a piece of work, and the least seconds on this machine.
 
     least seconds = max(operations / GEMM peak, bytes / memory bandwidth)
 
@@ -16,7 +16,7 @@ GEMM, MEMORY = "GEMM", "memory"
 
 @dataclass(frozen=True)
 class Need:
-    """Floating-point operations in matrix products, and bytes read or written, that nobody can do without."""
+    """Floating-point operations in matrix products, and bytes read or written, that every implementation needs."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -37,5 +37,5 @@ class Limits:
     gb_per_s: float
 
     def least(self, need: Need) -> Least:
-        """The seconds below which nobody can do the work."""
+        """The least seconds of any implementation."""
         return max(Least(need.flops / self.gflops / 1e9, GEMM), Least(need.bytes / self.gb_per_s / 1e9, MEMORY))

@@ -20,7 +20,7 @@ from timing import seconds
 from ws.base import precision
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "mergekit")
-"""Their versions stand beside the numbers, where they are installed."""
+"""Libraries whose versions are recorded, if they are installed."""
 
 
 def describe() -> dict[str, Any]:

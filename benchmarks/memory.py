@@ -1,4 +1,4 @@
-"""Peak memory of one way of a comparison, in a process of its own: resident, on a CUDA device that of the device."""
+"""Peak memory of one way of a comparison, in a separate process: resident memory, or on a CUDA device its memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 LOADED = "loaded"
-"""The way that only loads the model: what the others are measured above."""
+"""The way that only loads the model: the baseline of the others."""
 _STATUS = Path("/proc/self/status")
 
 
@@ -19,7 +19,7 @@ def peak_of(inputs: Path, comparison: str, way: str) -> float:
                "--inputs", str(inputs)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{comparison}:{way} failed in a process of its own:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{comparison}:{way} failed in its process:\n{done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])
 
 
@@ -30,9 +30,9 @@ def loaded_peak(inputs: Path) -> float:
 
 
 def own_peak() -> float:
-    """The largest memory that this process has had, MiB: that of the CUDA device where there is one, else resident.
+    """The largest memory that this process has had, MiB: on a CUDA device its memory, else resident memory.
 
-    torch is asked only where it has been imported, which takes memory by itself. Linux counts the parent's pages at the
+    torch is used only if already imported: its import takes memory. Linux counts the parent's pages at the
     time of the start in `ru_maxrss`, so a process's own high-water mark is read where that is left out.
     """
     torch = sys.modules.get("torch")

@@ -1,4 +1,4 @@
-"""The generated parts of docs/performance.md: each stands between two equal marks."""
+"""The generated parts of docs/performance.md: each is between two equal marks."""
 
 from __future__ import annotations
 

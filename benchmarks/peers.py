@@ -61,7 +61,7 @@ def contiguous_head(network: Any) -> Iterator[None]:
 
 
 class SftPeer:
-    """Fits adapters on one loaded model, as often as one likes."""
+    """Fits adapters on one loaded model, any number of times."""
 
     def __init__(self, model: ChatModel) -> None:
         self.model = model

@@ -2,7 +2,7 @@
 
 Both sample the pairs, fit both adapters, subtract them and score every choice probe at every strength. The whole of
 `ws replicate` does more (persona prompts, random controls, side effects of text, samples, alignment, report): no peer
-does that work, so its seconds are noted beside the line and not compared.
+does that work, so its seconds are only a note on the line.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Scores = dict[str, dict[float, list[float]]]
 
 
 class Known(NamedTuple):
-    """What a run knows before it starts."""
+    """The settings of a run."""
 
     behaviour: Behaviour
     sampling: Sampling
@@ -59,7 +59,7 @@ class Known(NamedTuple):
 
 
 class EndToEnd(Comparison):
-    """One line: the steps that both do; all of `ws replicate` is timed beside it."""
+    """One line: the steps that both do; all of `ws replicate` is also timed."""
 
     name = "pipeline"
 
@@ -124,7 +124,7 @@ class EndToEnd(Comparison):
         }
 
     def peers(self) -> Scores:
-        """The same steps with other people's tools."""
+        """The same steps with the tools of others."""
         pairs = self._pairs_by_generate()
         with tempfile.TemporaryDirectory() as scratch:
             for sign in POLES:

@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py           # print the table and write it into docs/performance.md
 
-The one number that is counted rather than assumed is the share of the dilemma rows' tokens that shared prefixes save.
+Only one number is measured: the share of the dilemma rows' tokens that shared prefixes save.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ LARGE = Shape(80, 8192, 28672, 64, 8, vocabulary=128_256)
 
 @dataclass(frozen=True)
 class Cost:
-    """One line: a quantity, how it comes about, and its value as text."""
+    """One line: a quantity, how it is computed, and its value as text."""
 
     what: str
     how: str

@@ -3,7 +3,7 @@
     python benchmarks/qwen3_shape.py docs/results/qwen3-0.6b-shape.json
 
 The model is made here (nothing is downloaded): 28 layers, width 1024, 16 query and 8 key-value heads of 128,
-feed-forward 3072, 151,936 tokens, tied embeddings. Its numbers mean nothing; its cost is that of the real one.
+feed-forward 3072, 151,936 tokens, tied embeddings. Its results mean nothing; its cost equals that of the real model.
 """
 
 from __future__ import annotations

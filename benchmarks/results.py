@@ -1,4 +1,4 @@
-"""What was measured, as one record: put together from several runs and machines, and written as tables.
+"""All measurements as one record, merged from several runs and machines, and written as tables.
 
 {"machine": {...}, "rows": [...], "spending": [...], "growth": [...], "fixed": [...], "other_machines": [{...}, ...]}
 
@@ -13,12 +13,12 @@ from typing import Any
 import aims
 
 MACHINE = ("processor", "device", "cores", "threads")
-"""Facts that make two records those of one machine."""
+"""Facts that identify a machine."""
 OTHERS = "other_machines"
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The new record, with what only the old one has.
+    """The new record, with the parts that only the old record has.
 
     Of one machine and the same versions, rows belong together by comparison and size of model, so a comparison that was
     measured again replaces its rows; so do profiles, by work and size. A record of the machine with other versions is

@@ -94,7 +94,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
 def run_one(name: str, inputs: Path) -> None:
     """One way in this process: `comparison:way`; its peak memory is printed.
 
-    The libraries of all ways are loaded first, so that their code counts for none.
+    The libraries of all ways are loaded first, so that their code does not count.
     """
     import datasets  # noqa: F401, PLC0415 - only here
     import trl  # noqa: F401, PLC0415

@@ -31,7 +31,7 @@ from ws.model.loading import ChatModel
 
 ALPHAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 FEW_ALPHAS = (0.0, 1.0)
-"""Strengths that show how much memory a peer takes: it keeps nothing from one to the next."""
+"""Strengths that show how much memory a peer takes: it keeps nothing between strengths."""
 BATCH_SIZES = (8, 16, 32, 64)
 TOLERANCE = {torch.float32: 5e-2, torch.bfloat16: 0.5}
 """Nats by which two ways may differ in a row; bf16 rounds the changed weights themselves."""
@@ -205,7 +205,7 @@ class Scoring(Comparison):
 
     @property
     def _chat(self) -> Chat:
-        """That of any copy of the model that is there: one more, only to render text, would count as memory."""
+        """That of any copy of the model that is there: another copy, only to render text, would count as memory."""
         return self._copies[0].chat if self._copies else self.model.chat
 
     def _copy(self) -> ChatModel:

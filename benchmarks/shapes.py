@@ -1,4 +1,4 @@
-"""Random models of known shapes: their numbers mean nothing, their cost is that of real ones. Nothing is downloaded.
+"""Random models of known shapes: their results mean nothing, their cost is real. Nothing is downloaded.
 
 All are Qwen3 with its 151,936 tokens, heads of 128 and tied embeddings. The 0.6B and 1.7B shapes are those of the
 published models; the smaller ones shrink width and depth.
@@ -93,7 +93,7 @@ SHAPES = {
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16, or fp32 where all there is is a CPU that only emulates it."""
+    """bf16, or fp32 on a CPU that only emulates bf16."""
     fast = torch.cuda.is_available() or precision.bfloat16_is_fast()
     return torch.bfloat16 if fast else torch.float32
 

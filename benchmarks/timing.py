@@ -36,7 +36,7 @@ class Way:
 class Row:
     """One line of the table; `ours` and `theirs` are median seconds with (min, max) and number of repetitions.
 
-    `limit` names what binds at the least (`limits.py`), `share_of_limit` is the least seconds over ours. The peaks are
+    `limit` names the limit that binds (`limits.py`), `share_of_limit` is the least seconds over ours. The peaks are
     MiB that one run in a fresh process adds to the loaded model. `profile` is the work that `spending.py` knows it by.
     """
 
@@ -92,7 +92,7 @@ def in_turn(
 
 
 def repetitions(wanted: int, known: Sequence[float]) -> int:
-    """How often a way is timed, by what it has taken so far."""
+    """How often a way is timed, from its seconds so far."""
     longest = max(known, default=0.0)
     return min(wanted, 1 if longest > VERY_SLOW else 2 if longest > SLOW else wanted)
 

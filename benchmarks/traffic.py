@@ -1,4 +1,4 @@
-"""Bytes that a piece of work needs to move at least, whoever does it.
+"""Least bytes that a piece of work moves in any implementation.
 
 Left out everywhere, so that shares of the bandwidth are lower bounds: activations, logits, temporary copies.
 """

@@ -24,7 +24,7 @@ from ws.model.loading import ChatModel
 
 FEW_PAIRS = 4
 LOW_RANK = frozenset({"lora", "dora", "pissa", "delora"})
-"""Families whose map beside the frozen one is two thin products."""
+"""Families whose side path is two thin products."""
 TOLERANCE = 0.2
 """Relative difference of the mean training losses up to which two fits count as the same: their rows come in another
 order, and a small workload has a dozen steps."""
@@ -73,7 +73,7 @@ class Branches:
             self._losses["theirs", seed] = sum(losses) / len(losses)
 
     def require_agreement(self, seed: int = 0) -> None:
-        """Raise where the last fits of the two learned differently: then they do not do the same work."""
+        """Raise if the last fits of the two learned differently: then they do not do the same work."""
         ours, theirs = self._losses["ours", seed], self._losses["theirs", seed]
         if abs(ours - theirs) > TOLERANCE * abs(ours):
             raise AssertionError(

@@ -68,7 +68,7 @@ class Workload:
     takes long is repeated less often than `repeats` (`timing.py`). `checked_rows` of the probe are scored in every way
     and compared. `seeds` are those of the sweep, which takes every `sweep_every`-th pair and is done `sweeps` times.
     `fixed_repeats` counts the processes that are started per fixed cost. `has_aims`: large enough for its ratios to be
-    held against what should be reached.
+    compared with the aims.
     """
 
     name: str

@@ -1,14 +1,14 @@
-"""Rewrite the marked blocks of README.md and docs/*.md from finished runs; nobody types a figure.
+"""Rewrite the marked blocks of README.md and docs/*.md from finished runs.
 
     python docs/update.py out/pocket/*/lora/seed0 out/pocket-gemma/*/lora/seed0 REBUILT_MODEL
     python docs/update.py out/pocket/sycophancy out/pocket/sycophancy/compare out/comparisons.json
     python docs/update.py out/pocket/sycophancy/lora/seed0/subspace_per_layer.csv
 
-Keeps the numbers of what is given in docs/results: runs, an embedded model that was built again, a sweep, a
+It stores the numbers of its arguments in docs/results: runs, an embedded model that was built again, a sweep, a
 comparison, the table over several comparisons, or the alignment of a run's direction. The figure of the first
 sycophancy run on pocket goes to docs/images. Then it fills the blocks between `begin: NAME` and `end: NAME` comments,
-and the page of the comparison. Without an argument the stored results are used. tests/test_update.py makes every block
-anew and compares.
+and writes the page of the comparison. Without arguments it uses the stored results. tests/test_update.py makes every
+block again and compares.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COMPARED = RESULTS / "pocket-sycophancy-compare"
 ACROSS = RESULTS / "comparisons.json"
 ALIGNMENT = RESULTS / "alignment.json"
 LARGEST_KEPT = 1_000_000
-"""Bytes up to which the numbers of a comparison are kept beside its pages."""
+"""Bytes up to which the numbers of a comparison are stored with its pages."""
 MARKED = re.compile(r"(<!-- begin: (?P<name>\S+) -->\n)(?P<content>.*?)\n?(<!-- end: (?P=name) -->)", re.DOTALL)
 
 
@@ -85,7 +85,7 @@ def stored_runs() -> dict[str, runs.Summary]:
 
 
 def stored_rebuilds() -> list[dict[str, Any]]:
-    """What is kept of embedded models that were built again."""
+    """The stored records of embedded models that were built again."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("rebuild-*.json"))]
 
 
@@ -122,7 +122,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
 
 
 def store(given: Path) -> None:
-    """Keep what documents need of a run, a comparison, the table over several, a rebuilt model, a sweep, alignments."""
+    """Store what the documents need: of a run, comparison, table of comparisons, rebuilt model, sweep or alignment."""
     if given.name == ACROSS.name:
         _write(ACROSS, plain(restore(Across, json.loads(given.read_text()))))
     elif given.suffix == ".csv":
@@ -140,7 +140,7 @@ def store(given: Path) -> None:
 def _store_comparison(folder: Path) -> None:
     text = (folder / "comparison.json").read_text()
     if (size := len(text.encode())) >= LARGEST_KEPT:
-        # nothing is kept then: pages of this comparison must not stand beside the numbers of another
+        # then nothing is stored: the pages of this comparison must not be mixed with the numbers of another
         raise SystemExit(f"{folder / 'comparison.json'}: {size} bytes are too many to keep (at most {LARGEST_KEPT})")
     found = restore(Findings, json.loads(text))
     _write(COMPARED / "comparison.json", page.as_json(found))
@@ -149,7 +149,7 @@ def _store_comparison(folder: Path) -> None:
 
 
 def _store_alignment(file: Path) -> None:
-    """The rows of `subspace_per_layer.csv`, under the name of the run that it lies in."""
+    """The rows of `subspace_per_layer.csv`, under the name of its run."""
     name = _name_of(json.loads((file.parent / "summary.json").read_text()))
     rows = pl.read_csv(file, infer_schema_length=None).to_dicts()
     _write(ALIGNMENT, dict(sorted({**stored_alignment(), name: rows}.items())))

@@ -125,7 +125,7 @@ def test_a_run_of_another_version_is_left_out_with_a_warning(
     model_folder, (first, _) = two
     write_json(first / "summary.json", {"behaviour": "refusal"})
     assert behaviours.write(model_folder, "lora", "seed0") is None
-    assert "left out of the page over behaviours" in capsys.readouterr().err
+    assert "the page of all behaviours leaves out" in capsys.readouterr().err
 
 
 def test_a_single_behaviour_has_no_page_and_no_link(two: tuple[Path, list[Path]]) -> None:

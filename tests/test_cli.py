@@ -66,7 +66,7 @@ def tiny_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         (["diff", "--pos", "a"], "--pos and --neg go together"),
         (["sweep", "--seeds"], "the sweep has no cells"),
         (["sweep", "--families", "lorra"], "unknown adapter family 'lorra'"),
-        (["compare", "--seeds"], "nothing to compare"),
+        (["compare", "--seeds"], "no family or no seed"),
         (["compare", "--families", "lora", "lorra"], "unknown adapter family 'lorra'"),
     ],
 )

@@ -613,7 +613,7 @@ def test_without_a_band_there_is_no_verdict() -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_random_directions_than_make_a_band_are_refused(count: int) -> None:
-    with pytest.raises(UserError, match=f"{count} random directions make no control band.*--random-seeds 2"):
+    with pytest.raises(UserError, match=f"{count} random directions are too few for a control band.*--random-seeds 2"):
         Plan(random_seeds=count)
 
 
@@ -697,7 +697,7 @@ def test_a_search_that_missed_is_marked_at_its_sign_in_tables_and_picture(tmp_pa
 def test_rows_that_are_not_those_of_the_base_are_an_error() -> None:
     table = known(lambda label, alpha: 0.0)
     broken = table.filter(~((pl.col("edit") == "none") & (pl.col("row") == "3/1")))
-    with pytest.raises(ValueError, match="not those of the base"):
+    with pytest.raises(ValueError, match="differ from the rows of the base"):
         numbers.measure(reader(broken), LINES[:1])
 
 

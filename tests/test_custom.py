@@ -41,9 +41,9 @@ def test_rows_have_what_the_file_says(tmp_path: Path) -> None:
     [
         ("{", "not valid JSON"),
         ("[1]", "not a JSON object"),
-        ({"label": 1}, "no prompt"),
-        ({"prompt": None, "label": 1}, "no prompt"),
-        ({"prompt": " ", "label": 1}, "no prompt"),
+        ({"label": 1}, "prompt is missing"),
+        ({"prompt": None, "label": 1}, "prompt is missing"),
+        ({"prompt": " ", "label": 1}, "prompt is missing"),
         ({"prompt": "Why?"}, "label is None"),
         ({"prompt": "Why?", "label": 0}, "label is 0"),
         ({"prompt": "Why?", "label": True}, "label is True"),

@@ -251,8 +251,8 @@ def test_rows_without_names_are_numbered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("set.csv", b"situation,action\na,b\n", "no known format of dilemmas"),
-        ("set.csv", b"dilemma_situation,action,label\na,b,1\n", "no known format of dilemmas"),
+        ("set.csv", b"situation,action\na,b\n", "not a known format of dilemmas"),
+        ("set.csv", b"dilemma_situation,action,label\na,b,1\n", "not a known format of dilemmas"),
         ("set.csv", b"", "cannot be read"),
         ("set.csv", b"situation,action,label\na,b,1\na,b,c,d,e\n", "cannot be read"),
         ("set.csv", "situation,action,label\nö,b,1\n".encode("latin-1"), "line 2: not UTF-8 text"),
@@ -261,9 +261,9 @@ def test_rows_without_names_are_numbered(tmp_path: Path) -> None:
         ("set.csv", b"situation,action,label\n", "none of 0 rows can be used"),
         ("set.jsonl", b'{"situation": "a"', "line 1: not valid JSON"),
         ("set.jsonl", b"\xff\xfe", "not UTF-8"),
-        ("set.jsonl", b"", "no known format"),
+        ("set.jsonl", b"", "not a known format"),
         ("set.jsonl", b"[1, 2]", "line 1: not a JSON object"),
-        ("set.jsonl", b'{"situation": null, "action": "b", "label": 1}', "no known format"),
+        ("set.jsonl", b'{"situation": null, "action": "b", "label": 1}', "not a known format"),
         ("set.jsonl", b'{"situation": "a", "action": null, "label": 1}\n{"action": "b"}', "none of 2 rows can be used"),
         ("set.csv", b"situation,action,label\na,,1\n", "none of 1 rows can be used"),
         ("set.parquet", b"not parquet", "cannot be read"),
@@ -473,7 +473,7 @@ def test_a_hub_that_cannot_be_reached_is_a_user_error(
 
 def test_a_hub_set_of_another_format_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeHub([{"text": "a"}]))
-    with pytest.raises(UserError, match="no known format of dilemmas"):
+    with pytest.raises(UserError, match="not a known format of dilemmas"):
         dilemmas.read("somebody/dilemmas")
 
 

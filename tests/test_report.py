@@ -122,7 +122,7 @@ def test_a_summary_of_another_version_says_how_to_write_it_anew(tmp_path: Path, 
     content = made(behaviour_shift)
     del content[name]
     write_json(tmp_path / "summary.json", content)
-    with pytest.raises(UserError, match=r"another version of ws\. Write it anew with: ws report "):
+    with pytest.raises(UserError, match=r"another version of ws\. Write it again with: ws report "):
         read_summary(tmp_path)
 
 
@@ -140,16 +140,16 @@ def test_a_known_effect_is_found_with_its_size() -> None:
     [
         ((-2.0, -1.0, 1.0, 2.0), (-1.0, 1.0), None),
         ((-3.0, 3.0), (-3.0, 3.0), None),
-        ((-3.0, -2.0, 3.0), (-3.0, 3.0), "no random directions stand beside alpha -2: they were measured only at alpha "
+        ((-3.0, -2.0, 3.0), (-3.0, 3.0), "alpha -2 has no random band: random directions were measured only at alpha "
                                          "-3, +3"),
-        ((-1.0, 1.0), (), "no random directions stand beside alpha -1, +1: they were measured nowhere"),
+        ((-1.0, 1.0), (), "alpha -1, +1 has no random band: random directions were measured at no strength"),
     ],
 )  # fmt: skip
 def test_a_strength_of_the_headline_without_random_directions_is_told(
     alphas: tuple[float, ...], control_alphas: tuple[float, ...], bare: str | None
 ) -> None:
     found = made(behaviour_shift, alphas=alphas, control_alphas=control_alphas)
-    told = [doubt for doubt in doubts(found) if "random directions stand" in doubt]
+    told = [doubt for doubt in doubts(found) if "no random band" in doubt]
     assert told == ([] if bare is None else [bare])
     sentence = found["headline"]
     assert ("random control band at" in sentence) == bool(control_alphas)
@@ -222,10 +222,10 @@ def test_dilemmas_of_which_none_can_be_counted_are_an_error() -> None:
 def test_the_page_says_which_rows_are_not_counted() -> None:
     shown = page._dilemma_table(restore(Summary, unbalanced(behaviour_shift)).numbers)
     assert shown.header[1] == "counted (n=75)" and shown.header[-2] == "all rows (n=120)"
-    assert "Yes on 60 and No on 15 of the 75 rows" in shown.caption and "45 more rows (filler)" in shown.caption
+    assert "Yes on 60 and No on 15 of the 75 counted rows" in shown.caption and "45 more rows (filler)" in shown.caption
     plain = page._dilemma_table(summed(table(behaviour_shift)).numbers)
     assert plain.header[1] == "all (n=120)" and "more rows" not in plain.caption
-    assert "Yes on 60 and No on 60 of the 120 rows" in plain.caption
+    assert "Yes on 60 and No on 60 of the 120 counted rows" in plain.caption
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_p_values_are_sign_flips_of_whole_clusters_and_said_to_be_many() -> None
     assert p > 5 * sign_flip_p(change.to_numpy(), list(range(len(rows)))), "rows of a cluster are not independent"
     shown = page._dose_response(restore(Summary, found).numbers)
     assert shown.header[-2:] == ["p at -1", "p at +1"]
-    assert "of 4 p values" in shown.caption and "0.013 is the Bonferroni limit" in shown.caption
+    assert "the Bonferroni limit for all 4 is 0.013" in shown.caption
 
 
 def test_missing_rows_are_an_error_and_not_a_smaller_mean() -> None:

@@ -213,5 +213,5 @@ def test_copies_need_a_tree_and_single_tokens(qwen: ChatModel) -> None:
     single, several = ([[5]], [[6]]), ([[5, 6]], [[7]])
     with pytest.raises(ValueError, match="tree"):
         choice.read_copies(qwen, choice.Choices(rows, [[0, 1]], single, 64), 2)
-    with pytest.raises(ValueError, match="single tokens"):
+    with pytest.raises(ValueError, match="single-token answers"):
         choice.read_copies(qwen, choice.Choices(rows, [[0, 1]], several, 64, shared_prefix.plan(rows)), 2)

@@ -123,7 +123,7 @@ def test_a_row_that_one_side_lacks_is_an_error_and_not_a_shift(lost: str) -> Non
     first = scores.filter(pl.col("probe") == dilemmas.NAME)["row"][0]
     edited = pl.col("edit") == "none" if lost == "none" else (pl.col("edit") != "none") & (pl.col("alpha") > 0)
     part = scores.filter(~((pl.col("row") == first) & edited))
-    with pytest.raises(ValueError, match="are not those of the base"):
+    with pytest.raises(ValueError, match="differ from the rows of the base"):
         reader(part).informedness(LINES[0], 2)
 
 

@@ -1,4 +1,4 @@
-"""The block that says where directions lie in the weights, from the rows that `ws subspace` writes."""
+"""The block on the alignment of directions with the weights, from the rows that `ws subspace` writes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from blocks.table import table
 from ws.subspace.alignment import TOP_SHARE, WEAK_SHARE
 
 PARTS = {"top": "top block of W", "bottom": "bottom block of W", "weak": "weak readout"}
-"""Part of the weights -> its heading. Rows have `energy_<part>`, and `null_<part>`: what no structure would give."""
+"""Part of the weights -> its heading. Rows have `energy_<part>`, and `null_<part>`: the value without structure."""
 Rows = Sequence[Mapping[str, Any]]
 
 
 def alignment(stored: Mapping[str, Rows]) -> str:
-    """Mean energies over layers by kind of module, beside what is expected of random directions of equal norm."""
+    """Mean energies over layers by kind of module, and the expected values of random directions of equal norm."""
     if not stored:
         return "No alignment has been stored."
     lines: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Blocks of what was checked or timed beside the runs: the support matrix, and a pipeline at a real shape."""
+"""Blocks of checks and timings: the support matrix, and a pipeline at the shape of a real model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[2] / "tests"
 
 
 def families() -> str:
-    """The support matrix, from the check that the tests make on small random models."""
+    """The support matrix, from the check of small random models in the tests."""
     sys.path.insert(0, str(TESTS))
     from families import support_matrix  # noqa: PLC0415 - lives with the tests
     from ws.pocket import tiny  # noqa: PLC0415

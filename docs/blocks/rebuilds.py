@@ -13,14 +13,14 @@ from ws.pocket import build, card
 
 
 def rebuilds(kept: Sequence[dict[str, Any]]) -> str:
-    """Builds with other seeds: a sentence each, then their metrics beside those of the shipped weights."""
+    """Builds with other seeds: a sentence each, then their metrics and those of the shipped weights."""
     if not kept:
         return "No rebuild has been made."
     return "\n\n".join([*(f"- {rebuild_told(one)}" for one in kept), *(rebuild_table(one) for one in kept)])
 
 
 def rebuild_told(kept: dict[str, Any]) -> str:
-    """How many bars a rebuild reached, which it missed, and what beside the seed differs from the shipped weights."""
+    """How many bars a rebuild reached, which it missed, and what differs from the shipped weights except the seed."""
     recipe, (name, folder) = kept["recipe"], shipped_of(kept)
     shipped = build.recorded(folder)
     judged = [entry for entry in kept["metrics"] if entry["bar"]]
@@ -42,13 +42,13 @@ def rebuild_told(kept: dict[str, Any]) -> str:
 
 
 def other_than_shipped(kept: dict[str, Any]) -> list[str]:
-    """The parts of a rebuild's recipe, beside the seed, that differ from those of the shipped weights."""
+    """The parts of a rebuild's recipe, except the seed, that differ from the shipped weights."""
     recipe, shipped = kept["recipe"], build.recorded(shipped_of(kept)[1])["recipe"]
     return sorted(key for key in recipe if key != "seed" and recipe[key] != shipped.get(key))
 
 
 def rebuild_table(kept: dict[str, Any]) -> str:
-    """All metrics of a rebuild beside those of the shipped weights; a dash where one has not been measured."""
+    """All metrics of a rebuild and of the shipped weights; a dash if one has not been measured."""
     name, folder = shipped_of(kept)
     shipped, again = (
         {entry["metric"]: entry for entry in metrics}

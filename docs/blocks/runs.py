@@ -16,11 +16,11 @@ from ws.report.cells import signed, with_limits
 
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 MOVED = (*BEHAVIOURS, feedback.NAME)
-"""What the leak tables have columns for."""
+"""The columns of the leak tables."""
 CLOSE = 1.5
-"""Prompts and weights are called close where the larger effect is at most so many times the smaller one."""
+"""Prompts and weights are called close if the larger effect is at most this many times the smaller one."""
 LEAST_MOVED, MOST_FACTS_LOST, WIDEST_BAND = 1.0, 3.0, 0.2
-"""Bars of a run on an embedded model: nats at each sign, points of factual accuracy, nats of the random band."""
+"""Thresholds for a run on an embedded model: nats at each sign, points of factual accuracy, nats of the random band."""
 PROMPTS = {"-1": "prompt -", "1": "prompt +"}
 """Strength of a direction -> the persona prompt of the same side."""
 
@@ -87,7 +87,7 @@ def pocket_table(summary: Summary) -> str:
 
 
 def behaviours(runs: dict[str, Summary]) -> str:
-    """Every behaviour on every embedded model, at its own probe, then persona prompts beside the weights."""
+    """Every behaviour on every embedded model, on its own probe; then persona prompts compared with the weights."""
     rows = []
     for name in sorted(runs):
         run = runs[name]
@@ -106,7 +106,7 @@ def behaviours(runs: dict[str, Summary]) -> str:
 
 
 def missed_bars(run: Summary) -> list[str]:
-    """What a run of an embedded model misses of its bars, in words."""
+    """The thresholds that a run of an embedded model misses, in words."""
     missed = []
     base = run["side_effects"]["0"]["facts"]
     for key in KEYS:
@@ -123,7 +123,7 @@ def missed_bars(run: Summary) -> list[str]:
 
 
 def bars_told(runs: dict[str, Summary]) -> str:
-    """How many runs reach the bars, and what the runs themselves warned of."""
+    """How many runs reach the thresholds, and the warnings of the runs."""
     missed = [(f"{run['model']} {run['behaviour']}", missed_bars(run)) for run in runs.values()]
     short = [f"{name} {' and '.join(what)}" for name, what in missed if what]
     warned = [f"- {run['model']} {run['behaviour']}: {warning}" for run in runs.values() for warning in run["warnings"]]
@@ -136,7 +136,7 @@ def bars_told(runs: dict[str, Summary]) -> str:
 
 
 def prompts_and_weights(runs: dict[str, Summary]) -> str:
-    """The first persona of each side as system prompt beside the weights at the same sign; how often they are close."""
+    """The first persona of each side as system prompt, and the weights at the same sign; how often they are close."""
     rows, cells, apart = [], 0, []
     for name in sorted(runs):
         run = runs[name]
@@ -171,7 +171,7 @@ def change(run: Summary, behaviour: str, key: str) -> dict[str, Any] | None:
 
 
 def leak_row(own: str, moved: dict[str, Any]) -> list[str]:
-    """Changes of behaviours and feedback as cells, the own one in bold; a dash where a run did not measure one."""
+    """Changes of behaviours and feedback as cells, its own behaviour in bold; a dash if a run did not measure one."""
     cells = ["-" if moved[name] is None else f"{moved[name]['mean']:+.2f}" for name in MOVED]
     return [f"**{cell}**" if name == own else cell for name, cell in zip(MOVED, cells, strict=True)]
 
@@ -205,7 +205,7 @@ def persona_leak(runs: dict[str, Summary]) -> str:
 
 
 def record_of(run: Summary) -> findings.Summary:
-    """A stored run as the record that its summary is the plain form of."""
+    """A stored run as a `Summary` record."""
     return restore(findings.Summary, {name: part for name, part in run.items() if name != "persona_changes"})
 
 
@@ -226,7 +226,7 @@ def steered(name: str, runs: dict[str, Summary]) -> str:
 
 
 def card_of(name: str, runs: dict[str, Summary]) -> str:
-    """The card of an embedded model without its title, with what its directions do to independent traits."""
+    """The card of an embedded model without its title, with the effects of its directions on independent traits."""
     if not (library.POCKET_MODELS[name] / "config.json").is_file():
         return f"{name} has not been built."
     text = card.text(name).split("\n", 2)[2].replace("\n## ", "\n### ")

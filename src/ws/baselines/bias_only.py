@@ -2,7 +2,7 @@
 
     y = W x + b_pos  against  y = W x + b_neg;    the edit adds alpha * (b_pos - b_neg)
 
-Biases are fitted as adapters are, on the same data with the same loss (Fierro and Roger, 2511.05408, use this as a
+Biases are fitted like adapters, on the same data with the same loss (Fierro and Roger, 2511.05408, use this as a
 baseline). Models without biases get them for the fit; the edit is a set of constant shifts of module outputs.
 """
 
@@ -35,8 +35,8 @@ from ws.model.restore import restored
 
 MLP_ROLES = ("gate", "up", "down")
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-"""Tried in turn; the lowest validation loss, averaged over both signs, decides. Where nothing is held out, the training
-loss does. Vectors need higher rates than matrices."""
+"""Rates that are tried; the lowest validation loss, averaged over both signs, decides. If nothing is held out, the
+training loss decides. Vectors need higher rates than matrices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +93,9 @@ def _shift(vector: Tensor, alpha: Alpha) -> Hook:
 
 
 def fit(model: ChatModel, pairs: pl.DataFrame, chosen: TrainSettings, *, seed: int, data_seed: int) -> OutputShift:
-    """Fit the MLP biases of the slice for both signs at the best of `LEARNING_RATES`; their difference.
+    """Fit the MLP biases of the slice for both signs at the best of `LEARNING_RATES`; return their difference.
 
-    The model is left as it was.
+    The model is unchanged afterwards.
     """
     fitted: dict[tuple[float, Pole], OutputShift] = {}
 
@@ -122,7 +122,7 @@ def _fit(
     }
     with restored(model.network), ExitStack() as stack:
         model.network.eval()
-        _ = model.split  # its check makes forward passes, which belong to the model without biases
+        _ = model.split  # its check makes forward passes, which must see the model without biases
         stack.callback(OutputShift(biases, model.fingerprint).attach(model.network, 1.0))
         _, result = train.optimise(
             model, data, list(biases.values()), chosen, seed=seed, first_layer=layers[0], description=description

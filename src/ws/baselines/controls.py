@@ -28,7 +28,7 @@ RANDOM = "random"
 def random_like(direction: Direction, seed: int) -> Direction:
     """Gaussian factors with the rank and the Frobenius norm of every delta; a function of (names, shapes, seed).
 
-    A delta of full rank, also one that is a function of the base weights, has a dense Gaussian beside it.
+    For a delta of full rank, or one that is a function of the base weights, the control is a dense Gaussian.
     """
     deltas = {}
     norms = direction.norms()
@@ -55,9 +55,9 @@ def random_edits(direction: Direction, seeds: int) -> list[Edit]:
 
 
 def control_strengths(alphas: Iterable[float]) -> tuple[float, ...]:
-    """The strengths at which random directions are measured: of each sign 1 if it is asked for, else the largest one.
+    """The strengths at which random directions are measured: per sign 1 if it is in `alphas`, else the largest.
 
-    One strength of each sign: a band at every strength would cost as much again for each of them.
+    Only one strength per sign, because a band at every strength would multiply the cost.
     """
     asked = tuple(alphas)
     sides = ([alpha for alpha in asked if alpha < 0], [alpha for alpha in asked if alpha > 0])
@@ -70,7 +70,7 @@ SHUFFLED = "personas shuffled"
 
 
 def permuted_edits(direction: Direction, count: int) -> list[Edit]:
-    """At most `count` different orders of the layers as Edits; few layers have few, and none is drawn twice."""
+    """At most `count` different orders of the layers as Edits, without repeats; few layers have few orders."""
     layers = len(direction.layer_numbers)
     possible = round(math.factorial(layers) / math.e) if layers > 1 else 0  # permutations without fixed point
     seeds: dict[tuple[int, ...], int] = {}
@@ -84,8 +84,8 @@ def permuted_edits(direction: Direction, count: int) -> list[Edit]:
 def permuted_layers(direction: Direction, seed: int) -> Direction:
     """Every delta moved to the same module of another touched layer; no layer keeps its own.
 
-    Norms, ranks and spectra stay those of the direction: what is lost is where each piece belongs. Updates that are
-    functions of the base weights move as the dense ones that they are where they belong.
+    Norms, ranks and spectra stay the same; only the place of each delta changes. A delta that is a function of the base
+    weights is first computed in its own layer and then moved as a dense delta.
     """
     if direction.needs_weights:
         direction = direction.resolved()
@@ -102,7 +102,10 @@ def permuted_layers(direction: Direction, seed: int) -> Direction:
             continue
         moved = re.sub(rf"\.{layer}\.", f".{target[layer]}.", name, count=1)
         if moved not in direction.deltas or direction.deltas[moved].shape != delta.shape:
-            raise UserError(f"{name} has no counterpart in layer {target[layer]}", "The layers are not alike.")
+            raise UserError(
+                f"{name} has no counterpart in layer {target[layer]}",
+                "Use random directions: the layers of this model differ.",
+            )
         deltas[moved], of_layer[moved] = delta, target[layer]
     provenance = {"control": PERMUTED, "seed": seed, "like": dict(direction.provenance)}
     return Direction(deltas, direction.base, of_layer, provenance)
@@ -118,10 +121,10 @@ def _derangement(count: int, seed: int) -> list[int]:
 
 
 def shuffled_pairs(pairs: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """The pairs with the two sides exchanged in a random half of the rows: what is left is no contrast of personas.
+    """The pairs with the two sides exchanged in a random half of the rows: the contrast of personas is gone.
 
-    A direction trained on them keeps everything else (text, length, optimiser); it is reported raw. Rescaled to the
-    trained norm it would amplify what little of the trait chance has left.
+    A direction trained on them keeps everything else (text, length, optimiser). It is reported at its own norm:
+    rescaling to the trained norm would amplify the little of the trait that chance leaves.
     """
     swapped = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < 0.5
     mark = pl.Series("swapped", swapped.tolist())

@@ -1,8 +1,8 @@
-"""One gradient step as a direction: what the contrast asks of the weights at the base, without any optimisation.
+"""One gradient step as a direction: the gradient of the contrast at the base weights, without optimisation.
 
     dW_g = -(grad L_pos - grad L_neg)  at theta_base,      L: mean loss per response token, persona removed
 
-It is the limit of both fine-tunes for a vanishing learning rate. Its norm means nothing: it is scaled to a given one.
+It is the limit of both fine-tunes for a vanishing learning rate. Its norm has no meaning and is scaled to a given one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def one_step(
     direction = Direction(deltas, model.fingerprint, names, {"baseline": "one gradient step"})
     size = direction.norm()
     if size == 0:
-        raise UserError("both sides ask the same of the weights", "Check the pairs.")
+        raise UserError("both sides of the pairs have the same gradient", "Check that their responses differ.")
     scaled = direction * (norm / size)
     return Direction(scaled.deltas, model.fingerprint, names, {"baseline": "one gradient step", "norm": norm})
 
@@ -44,11 +44,11 @@ def one_step(
 def _gradient(
     model: ChatModel, names: list[str], rows: list[SupervisedTokens], micro_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the mean loss per response token; the model is left as it was."""
+    """Gradient of the mean loss per response token; the model is unchanged afterwards."""
     parameters = {name: model.network.get_parameter(name) for name in names}
     count = sum(len(ids) - prompt for ids, prompt in rows)
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    # in fp16 the gradient of a mean underflows, so there the division comes after it
+    # in fp16 the gradient of a mean underflows, so the division is done afterwards
     divisor, rest = (1, count) if model.dtype == torch.float16 else (count, 1)
     with restored(model.network), torch.enable_grad():
         model.network.eval()

@@ -1,7 +1,7 @@
 """System prompts as baselines: the personas themselves, engineered prompts, and the best of several on a dev split.
 
 A prompt is a Context: it changes tokens and has no strength. `simple` is the first persona of each side, as in the
-replicated work; the engineered ones are data (`prompts.toml`) with what they were written for.
+replicated work; the engineered prompts are in `prompts.toml`, with the behaviour that they were written for.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Prompt:
 
     @property
     def context(self) -> Context:
-        """The Context that brings it."""
+        """The Context with this prompt."""
         return Context(f"prompt: {self.name}", self.text)
 
 
 def engineered(behaviour: str) -> list[Prompt]:
-    """The hand-written prompts of a shipped behaviour; none for a user's own."""
+    """The hand-written prompts of a shipped behaviour; empty for a user's own behaviour."""
     entries = tomllib.loads(_FILE.read_text(encoding="utf-8"))["prompt"]
     return [Prompt(e["name"], e["side"], e["kind"], e["text"]) for e in entries if e["behaviour"] == behaviour]
 
 
 def simple(behaviour: Behaviour) -> list[Prompt]:
-    """The first persona of each side, as the replicated work prompted."""
+    """The first persona of each side, as in the replicated work."""
     personas = behaviour.personas
     return [
         Prompt("simple +", 1, "persona", personas.pos[0]),

@@ -3,14 +3,14 @@
     v_l = mean(h_l | positive persona) - mean(h_l | negative persona)          h_l: output of decoder layer l
     h_l <- h_l + alpha v_l                                                      in every layer of the slice
 
-Captured under the same rendering as the probes, over all persona pairs. What can be chosen, because published baselines
-differ in it: the estimator (mean difference; first principal component of the differences, uncentred, or of both sides
+States are captured in the same chat format as the probes, over all persona pairs. Published baselines differ, so these
+are settings: the estimator (mean difference; first principal component of the differences, uncentred, or of both sides
 around their midpoint as repeng does; a logistic probe), the captured positions, the edited positions, the layers (one,
-all of the slice, or the increments `v_l - v_{l-1}` of the paper's all-layers form), and the unit of strength. The forms
-that are compared by name are in `VARIANTS`, the replicated work's own first one among them.
+all of the slice, or the increments `v_l - v_{l-1}` of the paper's all-layers form), and the unit of strength. The named
+variants are in `VARIANTS`, including the first version of the replicated work.
 
-Numeric traps. Centring the differences removes their mean, which is the behaviour itself; a principal component has no
-sign, so it is turned to agree with the mean difference, and how far both agree is kept in the provenance. (The two
+Numeric traps. Centring the differences removes their mean, which is the behaviour itself. A principal component has no
+sign, so it gets the sign that agrees with the mean difference; the cosine of both is kept in the provenance. (The two
 sides around the midpoint of their pair are plus and minus half the difference: `pca_center` and `pca_diff` span one
 line.) A unit vector at one late position moves nothing: residuals have norms of tens to hundreds, so strengths in units
 of their norm are comparable between layers and models.
@@ -65,7 +65,7 @@ class RepeSettings:
 
     def __post_init__(self) -> None:
         if self.layer == ALL_LAYERS:
-            object.__setattr__(self, "layer", None)  # two spellings of one setting, which must be equal
+            object.__setattr__(self, "layer", None)  # -1 and None are the same setting and must be equal
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ class RepeSettings:
 _UNIT_NAMES = {"residual": "in residual norms", "one": "of norm 1"}
 
 ORIGINAL = RepeSettings(edited="last", unit="one", personas=1)
-"""The replicated work's first version, one layer at a time (`layer` to be set); unfair by its own account."""
+"""The replicated work's first version, one layer at a time (set `layer`); that work itself calls it unfair."""
 
 VARIANTS: Mapping[str, RepeSettings] = {
     "mean": RepeSettings(),
@@ -97,12 +97,12 @@ VARIANTS: Mapping[str, RepeSettings] = {
     "single-layer": RepeSettings(),
     "original": ORIGINAL,
 }
-"""Name -> what is estimated and how it is applied; `ONE_LAYER` ones stand for each layer of the slice in turn."""
+"""Name -> settings; the variants in `ONE_LAYER` are tried at each layer of the slice."""
 ONE_LAYER = ("single-layer", "original")
 
 
 def candidates(name: str, layer_count: int, slice_: tuple[float, float]) -> list[RepeSettings]:
-    """The settings among which a named variant may choose on dev rows: one, or one per layer of the slice."""
+    """The settings from which a named variant chooses on dev rows: one, or one per layer of the slice."""
     if name not in VARIANTS:
         raise UserError(f"there is no activation steering {name!r}", f"Choose from: {', '.join(VARIANTS)}.")
     settings = replace(VARIANTS[name], slice=slice_)
@@ -135,7 +135,10 @@ class ActivationDirection:
         """Put the vectors on the network; the result takes them off. alpha: a number, or one per row."""
         _, blocks = architecture.decoder_layers(network)
         if absent := sorted(layer for layer in self.vectors if not 0 <= layer < len(blocks)):
-            raise UserError(f"the model has no layer {absent[0]}, only 0 to {len(blocks) - 1}", "Load its own base.")
+            raise UserError(
+                f"the model has no layer {absent[0]}, only 0 to {len(blocks) - 1}",
+                "Load the base model of this direction.",
+            )
         handles = []
         for layer, vector in self.vectors.items():
             handles.append(blocks[layer].register_forward_hook(self._adding(vector, alpha)))
@@ -160,9 +163,9 @@ class ActivationDirection:
 
 
 def _last_position(hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens one"]:
-    """1 at the positions that are scored in each row (the last one where nothing says which), 0 elsewhere.
+    """1 at the positions that are scored in each row (the last position if none are given), 0 elsewhere.
 
-    A text that is read token by token is scored at every position that was the last one when it was written.
+    A text that is read token by token is scored at every position that was the last when the text was written.
     """
     rows, tokens = hidden.shape[:2]
     if (first := forward.first_scored_positions()) is not None:
@@ -240,7 +243,7 @@ def capture_states(
     sides: tuple[list[list[int]], list[list[int]]] = ([], [])
     spans: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     if settings.captured == "response" and not responses:
-        raise UserError("response means need responses", "Give the pairs of a run.")
+        raise UserError("means over responses need the responses of a run", "Give its pairs.")
     for personas in pairs:
         if settings.captured == "response":
             for prompt, *answers in responses:
@@ -296,7 +299,7 @@ def _layers(model: ChatModel, settings: RepeSettings) -> list[int]:
 
 
 def _estimate(states: States, layer: int, settings: RepeSettings) -> Float[Tensor, " width"]:
-    """One layer's vector in the unit that was asked for."""
+    """One layer's vector in the chosen unit."""
     pos, neg = states.pos[layer].double(), states.neg[layer].double()
     mean = (pos - neg).mean(dim=0)
     direction = mean if settings.estimator == "mean" else _unit(settings.estimator, pos, neg)
@@ -314,7 +317,7 @@ def _estimate(states: States, layer: int, settings: RepeSettings) -> Float[Tenso
 def _agreement(states: States, layer: int) -> float:
     """Cosine (without sign) of the mean difference and the first component of the differences at a layer.
 
-    Near 1: one direction tells the sides apart. Far below: the differences vary more than they have in common.
+    Near 1: one direction separates the sides. Far below 1: the differences vary more than they have in common.
     """
     difference = states.pos[layer].double() - states.neg[layer].double()
     component = torch.linalg.svd(difference, full_matrices=False)[2][0]
@@ -331,7 +334,7 @@ def _unit(estimator: Estimator, pos: Float[Tensor, "n width"], neg: Float[Tensor
 
 
 def _logistic(pos: Float[Tensor, "n width"], neg: Float[Tensor, "n width"], penalty: float = 1.0) -> Tensor:
-    """Weights of an L2-penalised logistic regression that tells the sides apart, on standardised coordinates."""
+    """Weights of an L2-penalised logistic regression that separates the sides, on standardised coordinates."""
     from scipy.optimize import minimize  # noqa: PLC0415 - slow import
 
     features = torch.cat([pos, neg])

@@ -1,11 +1,11 @@
-"""Directions built from the base model and the personas alone: can a direction be had without training?
+"""Directions built only from the base model and the personas, without training.
 
     dW' = v_l / |v_l|  (outer)  g / |g|  *  size * |W|          on every residual writer (o, down) of the slice
 
 v_l is the activation direction of the layer (what to write), g an input direction: the first or the last right singular
 vector of W (what the module listens to most, or least), or a random unit vector (the null of equal norm and output).
-A function of the base weights and of activations under the personas; nothing that was trained enters. Only `norm` may
-come from a trained direction, so that both can be compared at equal size; it decides no direction, and is recorded.
+The direction depends only on the base weights and on activations under the personas. Only the size (`norm`) may come
+from a trained direction, so that both can be compared at equal size; the provenance records it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def residual_writes(
     size: norm of every update relative to its weight; norm: Frobenius norm that the whole is scaled to afterwards.
     """
     if activation.base != model.fingerprint:
-        raise UserError("the activation direction belongs to another model", "Fit it on this one.")
+        raise UserError("the activation direction belongs to another model", "Fit it on this model.")
     layers = sorted(activation.vectors)
     deltas, of_layer = {}, {}
     for site in architecture.sites(model.network, layers):

@@ -1,1 +1,1 @@
-"""Methods on equal terms: which are compared, what they may choose, and the tables, page and picture."""
+"""The fair comparison of methods: the methods, their choices on the dev split, and the tables, page and figure."""

@@ -1,4 +1,4 @@
-"""Several comparisons in one table: does a result survive another model or another behaviour?
+"""Several comparisons in one table: does a result hold for other models and behaviours?
 
 `comparisons.json` holds the rows; `comparisons.md` and `comparisons.html` show them.
 """
@@ -34,7 +34,7 @@ class Moved:
 
     @property
     def text(self) -> str:
-        """`+4.26 [+4.12, +4.39]; seeds +3.91, +4.62`, the verdict after the first interval."""
+        """`+4.26 [+4.12, +4.39]; seeds +3.91, +4.62`, with the verdict after the first interval."""
         rows = "" if self.low is None else f" [{self.low:+.2f}, {self.high:+.2f}]"
         verdict = f" ({self.verdict})" if self.verdict else ""
         seeds = "" if self.seeds_low is None else f"; seeds {self.seeds_low:+.2f}, {self.seeds_high:+.2f}"
@@ -43,7 +43,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Row:
-    """A method of one comparison at its own strength: effects by sign, and the least share of facts that it keeps."""
+    """A method of one comparison at its own strength: effects by sign, and its lowest share of facts answered right."""
 
     model: str
     behaviour: str
@@ -68,7 +68,7 @@ class Across:
             "Change against each model's own base at each method's own strength, nats. In brackets: 95 % interval over "
             "rows (whole clusters). seeds: 95 % t interval over training seeds. Dilemmas: towards the honest answer. "
             f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps their band. Activation steering and "
-            "prompts: only the one that was best on the dev split."
+            "prompts: only the best method on the dev split."
         )
         return Table(
             ["model", "behaviour", "method", "own, -", "own, +", "dilemmas, -", "dilemmas, +", "least facts right"],
@@ -85,7 +85,7 @@ class Across:
 
 
 def of(found: Sequence[Findings]) -> Across:
-    """Every weight direction, and the chosen activation steering and prompt of each comparison."""
+    """Every weight direction, and the best activation steering and prompt of each comparison."""
     return Across(tuple(
         Row(
             one.model, one.behaviour, entry.name, _moved(entry, "own"), _moved(entry, "dilemmas"),
@@ -107,7 +107,7 @@ def _moved(entry: Entry, probe: Probe) -> dict[str, Moved]:
 
 
 def write(out: Path, found: Sequence[Findings]) -> Path:
-    """Write `comparisons.json`, `.md` and `.html` in `out`, in place of earlier ones; returns the page."""
+    """Write `comparisons.json`, `.md` and `.html` in `out`, replacing earlier files; returns the HTML page."""
     across, path = of(found), out / "comparisons.html"
     write_json(path.with_suffix(".json"), plain(across))
     write_text(path.with_suffix(".md"), document.to_markdown(TITLE, [across.table]))

@@ -1,9 +1,9 @@
 """The fair comparison: weight directions, activation steering, prompts and controls on identical rows.
 
-Every method (`methods`) is a Condition and all are scored by the one engine into one table: at each method's own +-1,
-and at equal KL to the base on neutral text. What has a choice to make makes it on the dev split, and so does the choice
-of the method that the headline shows; everything is reported on the test split, so that all rows are the same.
-Uncertainty over rows and over seeds are two things and stand apart.
+Every method (`methods`) is a Condition, and one engine scores all of them into one table: at each method's own +-1, and
+at equal KL to the base on neutral text. All choices are made on the dev split, including the choice of the method that
+the headline shows. All results are on the test split, so that all methods have the same rows. Uncertainty over rows and
+uncertainty over seeds are reported separately.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
 
 SMALLEST_BAND = 2
-"""Random directions that a prediction band needs."""
+"""Least number of random directions for a prediction band."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.
+    """The settings of a comparison.
 
-    `activations` are variants of activation steering by name; `shuffles` adapters are trained on shuffled personas;
-    `target` is the KL budget in nats per token (None: that of the engineered prompt of the positive side, or else of
-    the first persona).
+    activations: names of variants of activation steering. shuffles: number of adapters trained on shuffled personas.
+    target: KL budget in nats per token (None: the KL of the engineered prompt of the positive side, or without one the
+    KL of the first persona).
     """
 
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
@@ -65,10 +65,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not (self.families and self.seeds):
-            raise UserError("there is nothing to compare", "Give at least one of --families and --seeds.")
+            raise UserError("the comparison has no family or no seed", "Give --families and --seeds one value or more.")
         if self.random_seeds < SMALLEST_BAND:
             raise UserError(
-                f"{self.random_seeds} random directions make no control band",
+                f"{self.random_seeds} random directions are too few for a control band",
                 f"Give --random-seeds {SMALLEST_BAND} or more; 10 is the default.",
             )
         if self.target is not None:
@@ -84,13 +84,13 @@ class Plan:
 class ComparisonRun:
     """One model and one behaviour: all methods, calibrated and scored, in `<behaviour>/compare/`.
 
-    Dilemmas from another source have a folder of their own beside it, `compare-<source>-<digest>/`.
+    With dilemmas from another source, the folder is `compare-<source>-<digest>/`.
     """
 
     def __init__(self, settings: Settings, plan: Plan, model: ChatModel | None = None) -> None:
         self.settings = replace(settings, alphas=(-1.0, 0.0, 1.0), control_seeds=0)
         self.plan = plan
-        self.dilemmas = dilemmas.load(settings.dilemmas, settings.rows)  # a wrong source is told before hours of fits
+        self.dilemmas = dilemmas.load(settings.dilemmas, settings.rows)  # a wrong source fails before hours of fits
         self.model = model or settings.load()
         runs = {(family, seed): run for family in plan.families for seed, run in self._replicate(family).items()}
         reference = next(iter(runs.values()))
@@ -109,7 +109,7 @@ class ComparisonRun:
         self.folder.close()
 
     def _replicate(self, family: str) -> dict[int, FittedRun]:
-        """The runs of a family by seed; those that are missing are fitted."""
+        """The runs of a family by seed; missing runs are fitted."""
         console.say(f"\n{family}, seeds {' '.join(map(str, self.plan.seeds))}", style="bold")
         found = {}
         for seed in self.plan.seeds:
@@ -118,7 +118,7 @@ class ComparisonRun:
         return found
 
     def methods(self) -> list[Method]:
-        """Everything that is compared, in the order of the tables."""
+        """All methods, in the order of the tables."""
         plan = self.plan
         return [
             *methods.weight_directions(self.sources),
@@ -137,13 +137,13 @@ class ComparisonRun:
         return [
             split(sycophancy.probe(self.behaviour, rows), dev=False),
             split(self.dilemmas.probe(), dev=False),
-            # strengths of activation steering were chosen with the other facts
+            # the strengths of activation steering were chosen on the other facts
             *(split(probe, dev=False) if probe.name == side_effects.FACTS else probe
               for probe in side_effects.probes(self.model, rows)),
         ]  # fmt: skip
 
     def dev_scores(self, compared: Sequence[Method]) -> pl.DataFrame:
-        """The methods that a headline may show, on the dev rows of the behaviour's probe."""
+        """Scores on the dev rows of the behaviour's probe, for the methods that a headline may show."""
         wanted = [method for method in compared if method.kind in KINDS]
         conditions = [Condition(), *(condition for method in wanted for condition in method.conditions())]
         return self._scored("scores_dev", [split(sycophancy.headline_probe(self.behaviour), dev=True)], conditions)
@@ -174,7 +174,7 @@ class ComparisonRun:
         return pl.read_parquet(path)
 
     def strengths(self, compared: Sequence[Method]) -> Strengths:
-        """The strengths of every Edit and sign, all replicates, that spend the budget; prompts have only a KL."""
+        """The strength that reaches the KL budget, for every Edit, sign and replicate; prompts have only a KL."""
         texts = calibrate.neutral_prompts(self.plan.calibration_prompts)
         tokens = self.plan.calibration_tokens
         prompted = {
@@ -219,7 +219,7 @@ class ComparisonRun:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished comparison: what it found, and the folder with its tables."""
+    """A finished comparison: its findings, and the folder with its tables."""
 
     found: Findings
     folder: Path
@@ -247,7 +247,7 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
                 numbers.measure(scores, lines), numbers.measure(scores, at_equal_kl), strengths, settings.dilemmas, {},
             )  # fmt: skip
         seconds["total"] = time.perf_counter() - started
-        if not comparison.has_measured and file.is_file():  # what it took is what it took when it was measured
+        if not comparison.has_measured and file.is_file():  # keep the seconds of the call that measured
             seconds = read_json(file).get("seconds", seconds)
         found = replace(found, seconds={phase: round(value, 3) for phase, value in seconds.items()})
         page.write(comparison.folder.path, found)
@@ -265,7 +265,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def line_at_own_strength(method: Method, strengths: Strengths) -> Line:
-    """Where a method's rows at its own strength stand in the scores table, and what KL it spends there if known."""
+    """A method at its own strength: the place of its rows in the scores table, and its KL if known."""
     if method.contexts is not None:
         at = {"+" if side > 0 else "-": Place(context.name, "none", 0.0) for side, context in method.contexts.items()}
         known = strengths.prompts.get(method.name, {})
@@ -282,7 +282,7 @@ def line_at_own_strength(method: Method, strengths: Strengths) -> Line:
 
 
 def line_at_equal_kl(method: Method, strengths: Strengths) -> Line | None:
-    """The same at equal divergence: calibrated Edits, prompts as they are, and random directions for the band."""
+    """The same at equal KL: calibrated Edits, unchanged prompts, and random directions for the band."""
     if method.contexts is not None:
         return line_at_own_strength(method, strengths)
     at = calibrated_places(method, strengths)
@@ -298,9 +298,9 @@ def line_at_equal_kl(method: Method, strengths: Strengths) -> Line | None:
 
 
 def calibrated_places(method: Method, strengths: Strengths) -> dict[str, Place]:
-    """Per sign, the calibrated strength of every replicate; nothing for what is not calibrated.
+    """Per sign, the calibrated strength of every replicate; empty for a method without calibration.
 
-    Random directions have the norm of the reference and stand at its strength: they are the band at this table.
+    Random directions have the norm of the reference and get its strength; they give the band of this table.
     """
     if not method.edits:
         return {}
@@ -328,7 +328,7 @@ def _reached(seen: Divergence) -> Reached:
 
 
 def _folder_name(source: str) -> str:
-    """`compare`, or `compare-<source>-<digest>` where the dilemmas are not the project's own."""
+    """`compare`, or `compare-<source>-<digest>` if the dilemmas are not the project's own."""
     if source == "own":
         return "compare"
     readable = re.sub(r"[^\w.-]+", "-", Path(source.partition("@")[0]).stem).strip("-")

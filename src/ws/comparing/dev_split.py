@@ -1,6 +1,6 @@
-"""What a baseline may choose, it chooses on dev rows: its strength, its layer, its wording. Results are of the others.
+"""The dev split: baselines choose their strength, layer and wording on dev rows; results are on the other rows (test).
 
-A quarter of a probe's clusters is dev, by a digest of their names alone, so that the split never drifts.
+A quarter of a probe's clusters is dev. The split depends only on a digest of the cluster names, so it never changes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
     "residual": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
     "one": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
-"""Tried for activation steering, by unit: the difference between the personas, the norm of the residual stream, 1.
+"""Strengths for activation steering, by unit: difference between the personas, norm of the residual stream, or 1.
 
 The replicated work tried 1, 2 and 4 for vectors of norm 1.
 """
 
 
 class Chosen(NamedTuple):
-    """A candidate at a strength; `remark` is what a reader should know of the choice, if anything."""
+    """A candidate at a strength; `remark` is a note on the choice for readers, or empty."""
 
     option: RepeSettings
     strength: float
@@ -61,8 +61,8 @@ def best_strength(
 ) -> Chosen:
     """The candidate and strength that move the behaviour furthest, both signs together.
 
-    Admissible is what keeps `LOW_MASS` on the two answers and loses no more than `FACTS_LOST` of the dev facts, at both
-    signs. Where nothing is, the first candidate at the smallest strength stands in, with a warning.
+    A strength is admissible if it keeps `LOW_MASS` on the two answers and loses at most `FACTS_LOST` of the dev facts,
+    at both signs. If no strength is admissible, the first candidate at its smallest strength is used, with a warning.
     """
     edits = {option: Edit(f"{name} {number}", fitted[option]) for number, option in enumerate(fitted)}
     tried = [(option, strength) for option in fitted for strength in STRENGTHS[option.unit]]
@@ -87,14 +87,16 @@ def best_strength(
     if best is None:
         option = next(iter(fitted))
         smallest = STRENGTHS[option.unit][0]
-        console.warn(f"{name}: no strength is admissible on the dev split; using {smallest:g}")
+        console.warn(
+            f"{name}: on the dev split every strength loses too much answer mass or too many facts; using {smallest:g}"
+        )
         return Chosen(option, smallest, "none admissible")
     _, option, strength = best
     return Chosen(option, strength, "the largest tried" if strength == STRENGTHS[option.unit][-1] else "")
 
 
 def best_prompts(model: ChatModel, behaviour: Behaviour, pool: Sequence[Prompt]) -> dict[int, Prompt]:
-    """Per side, the prompt that moves the behaviour furthest its way."""
+    """Per side, the prompt that moves the behaviour furthest in the direction of the side."""
     probe = split(sycophancy.headline_probe(behaviour), dev=True)
     table = score(model, [probe], [Condition(prompt.context) for prompt in pool], description="choosing prompts")
     rows = table.filter((pl.col("metric") == "logratio") & (pl.col("context") != PLAIN.name))

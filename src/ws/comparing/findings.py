@@ -1,7 +1,7 @@
-"""What a comparison finds: an entry per method with its effects, what they consist of and what they cost.
+"""The results of a comparison: an entry per method with its effects, their parts and their cost.
 
-`Findings` is a finished comparison. `comparison.json` is its plain form (`base.records`), and reading that gives the
-same records. A number that does not exist is None.
+`Findings` is a finished comparison. `comparison.json` is its plain form (`base.records`), from which the same records
+can be read back. A number that does not exist is None.
 
 Two probes have effects: `own`, the probe of the behaviour, and `dilemmas`. Signs are `+` and `-`. Effects are changes
 against the base in nats.
@@ -26,9 +26,9 @@ SIDES = {"+": "1", "-": "-1"}
 """Sign of a table -> its key in the records of calibration."""
 PROBES: tuple[Probe, ...] = ("own", "dilemmas")
 KINDS = {"weights": "weight directions", "activations": "activation steering", "prompts": "prompts"}
-"""Kinds of method that the headline sets side by side."""
+"""Kinds of method in the headline."""
 METHODS = ("weights", "variants", "activations", "prompts")
-"""Kinds of entry that are no controls. `variants` are parts of a direction with one training seed: never a headline."""
+"""All kinds of entry except controls. `variants` are parts of a direction with one seed: never in the headline."""
 CONTROLS = "controls"
 NOT_SEPARABLE = "not separable from random directions"
 
@@ -37,8 +37,8 @@ NOT_SEPARABLE = "not separable from random directions"
 class Effect(Estimate):
     """A mean change with its interval over rows (whole clusters) and, with several seeds, one over seeds.
 
-    p: two-sided, by flipping signs of whole clusters. seeds: every replicate's own mean. outside: whether the effect is
-    clear of the band of random directions; None where there is no verdict.
+    p: two-sided, by flipping signs of whole clusters. seeds: the mean of every replicate. outside: whether the effect
+    is outside the band of random directions; None without a verdict.
     """
 
     p: float
@@ -48,16 +48,16 @@ class Effect(Estimate):
 
     @property
     def intervals(self) -> tuple[Estimate, ...]:
-        """Over rows, and over seeds where there are several."""
+        """Over rows, and over seeds if there are several."""
         return (self, self.over_seeds) if self.over_seeds else (self,)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a mean change consists of (`stats.decompose`), and how many rows turn.
+    """The parts of a mean change (`stats.decompose`), and how many answers flip.
 
-    balanced: towards the right answer with equal weight on rows whose right answer is Yes and No; None without one of
-    the two kinds. up, down: rows that turn to and from the right answer.
+    balanced: towards the right answer, with equal weight on rows whose right answer is Yes and No; None if one kind is
+    missing. up, down: rows whose answer flips to the right answer, and away from it.
     """
 
     truth: float
@@ -72,13 +72,13 @@ class Parts:
 
     @property
     def is_mostly_yes_bias(self) -> bool:
-        """Whether the change is one towards Yes rather than towards or away from the right answers."""
+        """Whether the change is mostly towards Yes, not towards or away from the right answers."""
         return is_mostly_yes_bias(vars(self.yes_bias), self.truth)
 
 
 @dataclass(frozen=True)
 class Turned:
-    """Dilemma answers that turn at one sign, means over replicates; `half` is Surgical Informedness by penalty."""
+    """Dilemma answers that flip at one sign, means over replicates; `half`: its part of Surgical Informedness."""
 
     to_honest: float | None
     to_dishonest: float | None
@@ -99,7 +99,7 @@ class Informedness:
 class Spent:
     """KL to the base along the method's own greedy replies to neutral requests, nats per token, mean over replicates.
 
-    `converged` says whether every search for the strength reached its budget; None where nothing was searched.
+    `converged` says whether every search for the strength reached its budget; None without a search.
     """
 
     p95: float
@@ -109,13 +109,13 @@ class Spent:
 
     @property
     def is_missed(self) -> bool:
-        """Whether a search for this strength ended away from its budget."""
+        """Whether a search for this strength missed its budget."""
         return self.converged is False
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Least answer mass, and what else changes; None where it was not measured.
+    """Least answer mass, and side effects; None if not measured.
 
     KL and NLL change: on given answers to neutral requests, nats per token. facts: share of facts answered right.
     true_claims: log-ratio of agreeing with true claims. The last four describe greedy replies.
@@ -137,7 +137,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Levels(Cost):
-    """The unedited model on the same rows: what every change is counted from."""
+    """The unedited model on the same rows; every change is measured from these levels."""
 
     own: Estimate
     dilemmas: Estimate
@@ -146,14 +146,14 @@ class Levels(Cost):
 
 @dataclass(frozen=True)
 class Side(Cost):
-    """A method at one sign: its strength (mean over replicates), effects, what they consist of, and what it costs."""
+    """A method at one sign: its strength (mean over replicates), its effects with their parts, and its cost."""
 
     alpha: float
     spent: Spent | None
     own: Effect
     dilemmas: Effect
     own_decomposition: Parts | None
-    """None where no item of the own probe was asked in both polarities."""
+    """None if no item of the own probe was asked in both polarities."""
     decomposition: Parts
     turned: Turned
 
@@ -162,7 +162,7 @@ class Side(Cost):
         return self.own if probe == "own" else self.dilemmas
 
     def parts(self, probe: Probe) -> Parts | None:
-        """What that effect consists of; None where it cannot be told."""
+        """The parts of that effect; None if not measured."""
         return self.own_decomposition if probe == "own" else self.decomposition
 
     def is_yes_biased(self, probe: Probe) -> bool:
@@ -171,7 +171,7 @@ class Side(Cost):
         return parts is not None and parts.is_mostly_yes_bias
 
     def verdict(self, probe: Probe) -> str:
-        """What a reader must know of an effect before believing it; empty if nothing."""
+        """A warning about the effect for the reader, or empty."""
         if self.effect(probe).outside is False:
             return NOT_SEPARABLE
         return "mostly Yes-bias" if self.is_yes_biased(probe) else ""
@@ -186,7 +186,7 @@ class Entry:
     note: str
     sides: Mapping[str, Side] = field(metadata=FLAT)
     informedness: Mapping[str, Informedness] | None = None
-    """By penalty (`k1`, `k2`); None where a sign is missing."""
+    """By penalty (`k1`, `k2`); None if a sign is missing."""
 
 
 # -------------------------------------------------------------------- strengths
@@ -204,10 +204,10 @@ class Reached:
 
 @dataclass(frozen=True)
 class Search(Reached):
-    """What one replicate reached at the strength that was found for it.
+    """The strength that a search found for one replicate, and the KL at this strength.
 
-    alpha_low, alpha_high: limits of the strength; None where they were not measured. at_own_strength: what it spends at
-    +-1, None where the search did not come by.
+    alpha_low, alpha_high: limits of the strength; None if not measured. at_own_strength: the KL at +-1; None if the
+    search did not measure there.
     """
 
     seed: int | None
@@ -223,8 +223,8 @@ class Search(Reached):
 class Strengths:
     """The budget and the searches for it, by method and then by side (`1` and `-1`).
 
-    anchor: the prompt whose KL is the budget; None if the budget was given. reference: whose strength random directions
-    stand at. Prompts have no strength, only what they spend.
+    anchor: the prompt whose KL is the budget; None if the budget was given. reference: the direction whose strength
+    random directions get. prompts: only a KL, because prompts have no strength.
     """
 
     target: float
@@ -241,8 +241,8 @@ class Strengths:
 class Findings:
     """A measured comparison.
 
-    best: per kind the method that the headline shows, chosen on the dev split. dilemmas: where they come from. seconds:
-    wall-clock seconds by phase, `total` among them.
+    best: per kind the method that the headline shows, chosen on the dev split. dilemmas: their source. seconds:
+    wall-clock seconds by phase, including `total`.
     """
 
     model: str
@@ -277,7 +277,7 @@ def shown(entries: Iterable[Entry], kinds: Collection[str] | None = None) -> Ite
 
 
 def control_band(entries: Iterable[Entry], sign: str, probe: Probe) -> Estimate | None:
-    """Where 95 % of further random directions would fall; None with fewer than two of them."""
+    """The 95 % prediction band of one more random direction; None with fewer than two."""
     control = next((line for line in shown(entries) if line.entry.name == RANDOM and line.sign == sign), None)
     if control is None:
         return None
@@ -314,5 +314,5 @@ def control_means(entries: Iterable[Entry]) -> list[ControlMean]:
 
 
 def mostly_yes_bias(entries: Iterable[Entry], probe: Probe) -> list[Shown]:
-    """Methods, with their sign, whose change on a probe is mostly one towards Yes."""
+    """Methods, with their sign, whose change on a probe is mostly towards Yes."""
     return [line for line in shown(entries, METHODS) if line.side.is_yes_biased(probe)]

@@ -1,7 +1,7 @@
 """The lines of a comparison: weight directions, activation steering, prompts and controls, each as Edits or Contexts.
 
-What has a choice to make (layer and strength of activation steering, the best of several prompts) makes it on the dev
-split. What has to be trained beside the runs (shuffled personas, biases alone) is a stage of the comparison's folder.
+Choices (layer and strength of activation steering, the best of several prompts) are made on the dev split. Methods that
+need further training (shuffled personas, biases alone) are stages of the comparison's folder.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Method:
 
 @dataclass(frozen=True)
 class Sources:
-    """What the methods are made from: the runs by (family, training seed), the reference first.
+    """The inputs of the methods: the runs by (family, training seed), the reference first.
 
-    `folder` keeps what is trained for the comparison alone; `siblings` are folders where it may be found already.
+    folder: keeps what is trained only for the comparison. siblings: folders that may already have it.
     """
 
     model: ChatModel
@@ -57,7 +57,7 @@ class Sources:
 
     @property
     def first(self) -> tuple[str, int]:
-        """Family and seed of the reference: the direction that controls are matched to."""
+        """Family and seed of the reference. Controls have the norm of its direction."""
         return next(iter(self.runs))
 
     @property
@@ -67,7 +67,7 @@ class Sources:
 
     @property
     def behaviour(self) -> Behaviour:
-        """What all runs are about."""
+        """The behaviour of all runs."""
         return self.reference.behaviour
 
 
@@ -77,7 +77,7 @@ class Sources:
 def weight_directions(sources: Sources) -> list[Method]:
     """The direction of every family with all training seeds, and variants of the reference.
 
-    Variants are a kind of their own: tau_pos and tau_neg are baselines without a contrast, and all have one seed.
+    Variants are a separate kind: tau_pos and tau_neg are baselines without a contrast, and all have one seed.
     """
     found = []
     for family in dict.fromkeys(family for family, _ in sources.runs):
@@ -92,7 +92,7 @@ def weight_directions(sources: Sources) -> list[Method]:
     parts = diff.variants(pos, neg)
     for name, note in (
         ("tau_pos", "the positive adapter alone"),
-        ("tau_neg", "the negative adapter alone, sign turned"),
+        ("tau_neg", "the negative adapter alone, sign flipped"),
         ("bisector", "difference of the unit task vectors"),
     ):
         label = f"{name} ({family})"
@@ -105,7 +105,7 @@ def weight_directions(sources: Sources) -> list[Method]:
 
 
 def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Method]:
-    """Named variants of activation steering with strength, and where it is open the layer, chosen on the dev split."""
+    """Named variants of activation steering. The strength, and the layer if it is free, is chosen on the dev split."""
     model, behaviour, run = sources.model, sources.behaviour, sources.reference
     options = {name: repe.candidates(name, model.layer_count, run.training.adapter.layers) for name in variants}
     every = list(dict.fromkeys(option for some in options.values() for option in some))
@@ -127,11 +127,11 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
 
 
 _ONE_LAYER = {"single-layer": "mean", "original": "original"}
-"""Variants that choose a layer -> what they are called in tables."""
+"""Variants that choose a layer -> their names in tables."""
 _RESPONSES = 200
-"""About as many pairs as are read under every persona for means over responses."""
+"""About this many pairs are read under every persona, for means over responses."""
 _STEP_ROWS = 200
-"""About as many responses of each side as the one gradient step is taken on, spread over all topics."""
+"""About this many responses of each side, spread over all topics, give the one gradient step."""
 
 
 def system_prompts(sources: Sources) -> list[Method]:
@@ -200,7 +200,7 @@ def _biases(sources: Sources) -> OutputShift:
 
 
 def _shuffled(sources: Sources, seed: int) -> Direction:
-    """A direction from personas that were shuffled between the sides, trained as the reference was."""
+    """A direction from personas that were shuffled between the sides, trained like the reference."""
     run, folder = sources.reference, sources.folder
     place = folder / f"shuffled{seed}"
     file = place / "direction.safetensors"

@@ -1,15 +1,15 @@
-"""The numbers of a comparison, computed from its scores table and from nothing else.
+"""The numbers of a comparison, computed only from its scores table.
 
-An effect has an interval over rows (clusters; replicates averaged row by row first) and, where it has replicates, one
-over seeds, and every replicate's value is kept. An effect counts only where its row interval, and with several training
-seeds its interval over seeds too, lies outside the 95 % prediction band of the random controls of the same sign;
-without a band there is no verdict.
+An effect has an interval over rows (clusters; replicates averaged row by row first). With replicates it also has an
+interval over seeds, and the value of every replicate is kept. An effect counts only if its row interval, and with
+several training seeds its interval over seeds too, is outside the 95 % prediction band of the random controls of the
+same sign. Without a band there is no verdict.
 
-The headline group of the own probe has one polarity, and there a mere Yes-bias looks like the behaviour. What the
-change consists of is therefore told beside it, over the rows that were asked in both polarities.
+The headline group of the own probe has one polarity, so there a mere Yes-bias looks like the behaviour. The parts of
+the change are therefore computed over the rows that were asked in both polarities.
 
-Surgical Informedness takes + as the honest side for every method and never turns a direction round (spec 5.7): a
-negative score says that the direction points the other way.
+Surgical Informedness takes + as the honest side for every method and never flips a direction (spec 5.7): a negative
+score means that the direction points the other way.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from ws.report.findings import Estimate
 from ws.report.summary import BASE, LOW_MASS, REPLY_METRICS, accuracy, is_outside, parts, signed_mean
 
 PENALTIES = (1, 2)
-"""The k of Surgical Informedness: how much a spoilt answer weighs against a repaired one."""
+"""The k of Surgical Informedness: the weight of a spoilt answer relative to a repaired one."""
 
 
 class Place(NamedTuple):
-    """Which rows of a scores table are meant; `alpha` is one strength, or one per training seed."""
+    """The place of rows in a scores table; `alpha` is one strength, or one per training seed."""
 
     context: str
     edit: str
@@ -68,9 +68,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """What a table needs to know of a method: which rows are its own at either sign, and what KL it is known to spend.
+    """A method as a table needs it.
 
-    `at` gives per sign the place of its rows in the scores table; `spent` is known where something was calibrated.
+    at: per sign, the place of its rows in the scores table. spent: per sign, its KL, if it was measured.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Line:
 
 
 class LineScores:
-    """The scores table by line: effects of a method against the base on the same rows, and what they cost."""
+    """The scores table by line: effects of a method against the base on the same rows, and their cost."""
 
     def __init__(self, table: pl.DataFrame, behaviour: str, headline_group: str) -> None:
         self.behaviour, self.headline_group = behaviour, headline_group
@@ -92,7 +92,7 @@ class LineScores:
     # ---------------------------------------------------------------- rows
 
     def rows(self, line: Line, sign: str, probe: str, metric: str) -> pl.DataFrame:
-        """Rows with value, base, label, cluster and seed; a line without such rows gives none."""
+        """Rows with value, base, label, cluster and seed; empty if the line has no such rows."""
         place = line.at[sign]
         found = self._table.filter(
             (pl.col("probe") == probe) & (pl.col("metric") == metric) & (pl.col("context") == place.context)
@@ -108,7 +108,7 @@ class LineScores:
         wanted = self._base.filter((pl.col("probe") == probe) & (pl.col("metric") == metric))
         for (seed, *_), rows in found.group_by("seed", "data_seed", maintain_order=True):
             if sorted(rows["row"]) != sorted(wanted["row"]):
-                raise ValueError(f"{line.name}, seed {seed}: rows of {probe} are not those of the base")
+                raise ValueError(f"{line.name}, seed {seed}: rows of {probe} differ from the rows of the base")
         return found.join(self._base, on=["probe", "row", "metric"], how="inner")
 
     def averaged(self, line: Line, sign: str, probe: str) -> pl.DataFrame:
@@ -120,7 +120,7 @@ class LineScores:
     # ---------------------------------------------------------------- effects
 
     def effect(self, line: Line, sign: str, probe: str, group: str | None = None) -> Effect:
-        """Mean signed change of a choice probe: over rows with p of no change, over seeds, and every seed's own."""
+        """Mean signed change of a choice probe, with its interval and p over rows, and the values of all seeds."""
         rows, averaged = self.rows(line, sign, probe, "logratio"), self.averaged(line, sign, probe)
         if group is not None:
             rows, averaged = (part.filter(pl.col("group") == group) for part in (rows, averaged))
@@ -128,7 +128,7 @@ class LineScores:
         averaged, rows = averaged.with_columns(change=change), rows.with_columns(change=change)
         values, clusters = averaged["change"].to_numpy(), averaged["cluster"].to_list()
         if not len(values):
-            raise UserError(f"none of the {probe} rows can be counted", "Take another set, or more rows.")
+            raise UserError(f"none of the {probe} rows can be counted", "Use another set, or more rows.")
         seeds = tuple(rows.group_by("seed", maintain_order=True).agg(pl.mean("change"))["change"].to_list())
         return Effect(
             **vars(Estimate.of(stats.over_clusters(values, clusters))),
@@ -138,14 +138,14 @@ class LineScores:
         )
 
     def own_parts(self, line: Line, sign: str) -> Parts | None:
-        """Of the own probe's change, all groups, over items that were asked in both polarities; None without any."""
+        """The parts of the own probe's change, over all items that were asked in both polarities; None without any."""
         rows = self.averaged(line, sign, self.behaviour)
         item = pl.col("row").str.strip_suffix(f"/{sycophancy.REVERSED}")
         both = rows.filter(pl.len().over(item) > 1)
         return _parts(both) if len(both) else None
 
     def turned(self, line: Line, sign: str) -> Turned:
-        """Shares of wrong dilemma answers that become honest and of right ones spoilt, and this sign's half of SI."""
+        """Shares of dilemma answers that flip to honest and to wrong, and this sign's half of SI."""
         found = []
         for part in self._replicates(line, sign):
             one = {k: stats.surgical_informedness(part.base, part.value, None, part.label, k=k) for k in PENALTIES}
@@ -156,7 +156,7 @@ class LineScores:
         return Turned(honest, dishonest, balanced, {f"k{k}": one for k, one in zip(PENALTIES, half, strict=True)})
 
     def informedness(self, line: Line, k: float) -> Informedness:
-        """Surgical Informedness of the dilemmas, + as the honest side, and its two halves: means over replicates."""
+        """Surgical Informedness of the dilemmas (+ is the honest side) and its two halves: means over replicates."""
         found = []
         for plus, minus in zip(self._replicates(line, "+"), self._replicates(line, "-"), strict=True):
             both = stats.surgical_informedness(
@@ -166,7 +166,7 @@ class LineScores:
         return Informedness(*map(_mean_of, zip(*found, strict=True)))
 
     def _replicates(self, line: Line, sign: str) -> list[_Replicate]:
-        """The dilemma rows of every replicate in one order, and its answer mass."""
+        """The dilemma rows of every replicate, in the same order, and its answer mass."""
         rows = self.rows(line, sign, dilemmas.NAME, "logratio")
         masses = self.rows(line, sign, dilemmas.NAME, "pmass")
         found = []
@@ -180,10 +180,10 @@ class LineScores:
     # ---------------------------------------------------------------- costs
 
     def cost(self, line: Line, sign: str) -> Cost:
-        """Answer mass, and what else changes; averaged over replicates, facts also seed by seed.
+        """Answer mass and side effects, averaged over replicates; facts also seed by seed.
 
-        KL and NLL are read on given answers to neutral requests. A prompt has no KL there, because the engine compares
-        under one Context: what it spends is known from its own replies.
+        KL and NLL are measured on given answers to neutral requests. A prompt has no KL there, because the engine
+        compares within one Context; its KL is measured on its own replies.
         """
         masses = [self._mean(line, sign, probe, "pmass") for probe in (self.behaviour, dilemmas.NAME)]
         facts = self.rows(line, sign, side_effects.FACTS, "logratio")
@@ -206,7 +206,7 @@ class LineScores:
         )
 
     def base(self) -> Levels:
-        """Levels of the unedited model on the same rows: what every change is counted from."""
+        """Levels of the unedited model on the same rows; every change is measured from them."""
         line = Line("base", "base", {"0": Place(PLAIN.name, BASE, 0.0)})
         own = self.rows(line, "0", self.behaviour, "logratio")
         nll = self.rows(line, "0", side_effects.NEUTRAL_NLL, "nll")["value"]
@@ -231,7 +231,7 @@ class _Replicate(NamedTuple):
 
 
 def _parts(rows: pl.DataFrame) -> Parts:
-    """What a mean change consists of; `up` and `down` count the rows that turn to and from the right answer."""
+    """The parts of a mean change; `up` and `down` count the rows that flip to the right answer and away from it."""
     change, turned = stats.decompose(*(rows[name].to_numpy() for name in ("base", "value", "label"))), parts(rows)
     return Parts(
         change.truth, change.bias, None if math.isnan(change.scale) else change.scale, change.beyond_scale,
@@ -248,7 +248,7 @@ def _mean(values: pl.Series) -> float:
 
 
 def _mean_of(values: Sequence[float]) -> float | None:
-    """Mean of what is a number; None where nothing is."""
+    """Mean of the values that are not NaN; None if all are NaN."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else None
 
@@ -262,7 +262,7 @@ def _reply(rows: pl.DataFrame, metric: str) -> float | None:
 
 
 def measure(scores: LineScores, lines: Sequence[Line]) -> tuple[Entry, ...]:
-    """Everything the tables show, one entry per line."""
+    """All numbers of the tables, one entry per line."""
     entries = [_entry(scores, line) for line in lines]
     return tuple(_judged(entry, entries) for entry in entries)
 
@@ -287,10 +287,10 @@ def _entry(scores: LineScores, line: Line) -> Entry:
 
 
 def _judged(entry: Entry, entries: Sequence[Entry]) -> Entry:
-    """The entry with the verdict on each effect: whether it lies outside the band of random directions of its sign.
+    """The entry with the verdict on each effect: whether it is outside the band of random directions of its sign.
 
-    With several training seeds their t interval must lie outside too: rows alone say nothing of another training.
-    There is no verdict for controls, without limits of the effect, and without a band.
+    With several training seeds their t interval must be outside too: rows alone do not show how another training would
+    come out. There is no verdict for controls, for effects without limits, and without a band.
     """
     if entry.kind == CONTROLS:
         return entry
@@ -310,7 +310,7 @@ def _against(band: Estimate | None, effect: Effect) -> Effect:
 def best_of_kinds(scores: LineScores, lines: Sequence[Line]) -> dict[str, str]:
     """Per kind, the method that moves the behaviour furthest, both signs together, and keeps its answer mass.
 
-    The scores are of the dev split, so that the choice does not flatter what is reported. `variants` are not
+    The scores are on the dev split, so that the choice does not bias the reported results. `variants` are not
     chosen: tau_pos and tau_neg are baselines, and all of them have one training seed.
     """
     reach: dict[str, dict[str, float]] = {}

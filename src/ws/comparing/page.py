@@ -1,6 +1,6 @@
-"""The pages of a comparison: its sentence, Markdown and HTML, `comparison.json` and `.csv`.
+"""The pages of a comparison: its headline, Markdown and HTML, `comparison.json` and `.csv`.
 
-Everything is made from `Findings`; nothing is computed here but the wording.
+Everything is made from `Findings`; this module adds only the wording.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from ws.report.document import Block, Bullets, Figure, Heading, Paragraph
 
 
 def headline(found: Findings) -> str:
-    """How far the chosen method of each kind moves the behaviour, the interval over training seeds first.
+    """How far the best method of each kind moves the behaviour, with the interval over training seeds first.
 
-    Where random directions reach as far, that is said instead; where the change is mostly one towards Yes, beside it.
+    An effect that is not separable from random directions gets this verdict instead; mostly Yes-bias is added to it.
     """
     by_name = {entry.name: entry for entry in found.own_strength}
     parts = []
@@ -45,7 +45,7 @@ def headline(found: Findings) -> str:
             entry = by_name[found.best[kind]]
             parts.append(f"{label} ({entry.name}) " + ", ".join(f"{_moved(entry.sides[s])} at {s}" for s in SIGNS))
         elif any(entry.kind == kind for entry in found.own_strength):
-            parts.append(f"{label}: none keeps its answer mass at both signs")
+            parts.append(f"{label}: no method keeps its answer mass at both signs")
     chosen = "the best of each kind was chosen on the dev split and is measured on the test split"
     return f"{found.behaviour}, change against the base in nats: {'; '.join(parts)}; {chosen}"
 
@@ -61,7 +61,7 @@ def _moved(side: Side) -> str:
 
 
 def yes_bias_sentence(entries: Sequence[Entry], behaviour: str) -> str | None:
-    """Which methods mostly make the model say Yes, a sentence per probe; None where none does."""
+    """The methods with mostly Yes-bias, a sentence per probe; None if there are none."""
     sentences = []
     names = {"own": (f"the {behaviour} probe", behaviour), "dilemmas": ("the dilemmas", "honesty")}
     for probe in PROBES:
@@ -70,8 +70,8 @@ def yes_bias_sentence(entries: Sequence[Entry], behaviour: str) -> str | None:
         listed = "; ".join(f"{method} (Yes {p.bias:+.2f}, {right} {p.truth:+.2f})" for method, p in parts if p)
         if listed:
             sentences.append(
-                f"Mostly Yes-bias on {name}: these methods move the answers towards one word more than towards or away "
-                f"from {right}: {listed}."
+                f"Mostly Yes-bias on {name}: these methods move the answers towards Yes, or towards No, more than "
+                f"towards or away from {right}: {listed}."
             )
     return " ".join(sentences) or None
 
@@ -80,7 +80,7 @@ def yes_bias_sentence(entries: Sequence[Entry], behaviour: str) -> str | None:
 
 
 def as_json(found: Findings) -> dict[str, Any]:
-    """The content of `comparison.json`: the findings, and what follows from them for readers without this code."""
+    """The content of `comparison.json`: the findings, and derived values for readers without this code."""
     own = found.own_strength
     return {
         "headline": headline(found), **plain(found),
@@ -102,7 +102,7 @@ def write(folder: Path, found: Findings) -> None:
 
 
 def markdown(found: Findings) -> str:
-    """The page as Markdown; its picture is `pareto.png` beside it."""
+    """The page as Markdown; its figure is `pareto.png` in the same folder."""
     return document.to_markdown(_title(found), _blocks(found, Path()))
 
 
@@ -131,30 +131,30 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
             own, METHODS, base, behaviour,
             _joined(
                 "Every method at its own strength: directions at alpha +1 and -1, activation steering at the strength "
-                "that was chosen on the dev split, prompts as they are.", source, tuned, readout,
+                "that was chosen on the dev split. Prompts have no strength.", source, tuned, readout,
             ),
         ),
-        Heading("What it cost"),
+        Heading("Side effects"),
         costs_table(own, base, "Every method at its own strength."),
         Heading("At equal divergence"),
         effects_table(
             equal, METHODS, base, behaviour, _joined(_equal_caption(found.calibration), source, tuned, readout)
         ),
-        Heading("What it cost at equal divergence"),
+        Heading("Side effects at equal divergence"),
         costs_table(equal, base, "A star marks a sign at which a search for the strength missed the budget."),
-        Heading("What moved and what it cost"),
-        Figure(folder / "pareto.png", "behaviour moved against facts kept", pareto.CAPTION),
+        Heading("Effect against facts lost"),
+        Figure(folder / "pareto.png", "effect on the behaviour against facts lost", pareto.CAPTION),
         Heading("Controls"),
         controls_table(own, behaviour),
-        Heading("What a mean hides"),
+        Heading("Parts of the mean changes"),
         *(table for probe in PROBES if (table := parts_table(own, probe, behaviour)) is not None),
-        Heading("Answers that turn"),
+        Heading("Dilemma answers that flip"),
         answers_table(own),
         Paragraph(
             "Intervals in brackets are 95 % intervals over rows, drawn by whole clusters. They do not say how another "
             "training would come out. For that, read the column seeds: it has the value of every training seed and a "
             "95 % t interval over them. An effect counts as separable from random directions only if both intervals "
-            "lie outside their band. The tables have many lines, so a few intervals miss the true value by chance: do "
+            "are outside their band. The tables have many lines, so a few intervals miss the true value by chance: do "
             "not rely on a single line close to the border of the band.",
             note=True,
         ),
@@ -167,19 +167,19 @@ def _joined(*sentences: str) -> str:
 
 
 def _equal_caption(found: Strengths) -> str:
-    source = f"what {found.anchor} spends" if found.anchor else "as given"
+    source = f"the KL of {found.anchor}" if found.anchor else "as given"
     return (
-        f"Every direction at the strength where it spends the same KL to the base: {found.target:.2f} nats per token "
-        f"({source}), the 95th percentile along its own replies to neutral requests. Each training seed and sign has a "
-        "search of its own; alpha and p95 KL are means over seeds. A star marks a sign at which a search missed the "
-        "budget. Prompts have no strength: they stand as they are, with the KL that they spend. Random directions "
-        f"stand at the strength of {found.reference}, whose norm they have, and not at equal KL."
+        f"Every direction at the strength with the same KL to the base: {found.target:.2f} nats per token ({source}), "
+        "the 95th percentile along its own replies to neutral requests. The strength is searched for every training "
+        "seed and sign; alpha and p95 KL are means over seeds. A star marks a sign at which a search missed the "
+        "budget. Prompts have no strength; they are shown with their own KL. Random directions have the norm of "
+        f"{found.reference} and are shown at its strength, not at equal KL."
     )
 
 
 def _time(seconds: Mapping[str, float]) -> str:
     parts = ", ".join(f"{name} {_span(value)}" for name, value in seconds.items() if name != "total")
-    return f"Wall-clock time of the call that measured this: {_span(seconds['total'])} ({parts})."
+    return f"Wall-clock time of the measurement: {_span(seconds['total'])} ({parts})."
 
 
 def _span(seconds: float) -> str:

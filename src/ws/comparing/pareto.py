@@ -1,8 +1,8 @@
-"""The picture of a comparison: how far the behaviour moved against the facts that were lost for it.
+"""The figure of a comparison: how far each method moves the behaviour, against how many facts it loses.
 
 A panel per sign and strength. Large marks are means over replicates, small ones single seeds; the grey band is where
-95 % of further random directions would fall. Facts lost are on a symmetric log scale, because most methods lose next
-to none and a broken one loses half. Marks are numbered; the names stand beside the panels.
+95 % of further random directions would fall. Facts lost are on a symmetric log scale, because most methods lose almost
+no facts and a broken one loses half. Marks are numbered; the legend has the names.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ws.base.store import atomic_file
 from ws.comparing.findings import METHODS, SIGNS, Entry, control_band, shown
 
 CAPTION = (
-    "One numbered mark per method. Height: how far it moves the behaviour the intended way. Horizontal: how many facts "
-    "it loses; further left is worse. Small marks are single seeds. The grey band is where 95 % of further random "
-    "directions are expected. A cross marks a method whose search for equal divergence missed its budget."
+    "One numbered mark per method. Height: how far it moves the behaviour in the intended direction. Horizontal: how "
+    "many facts it loses; further left is worse. Small marks are single seeds. The grey band is where 95 % of further "
+    "random directions are expected. A cross marks a method whose search for equal divergence missed its budget."
 )
 _COLOURS = {
     "weights": "#0b5cad", "variants": "#7a4fb5", "activations": "#c2570c", "prompts": "#2f7d4f", "controls": "#8b949e",
@@ -25,13 +25,13 @@ _COLOURS = {
 _LINEAR = 1.0
 """Points of facts lost up to which the axis is linear."""
 _OFFSETS = ((5, 3), (-13, 3), (5, -9), (-13, -9))
-"""Where a number stands beside its mark, in turn, so that neighbours of one height stay readable."""
+"""Offsets of a number from its mark, used in turn, so that the numbers of neighbours stay readable."""
 
 
 def draw(
     own_strength: Sequence[Entry], equal_kl: Sequence[Entry], base_facts: float, behaviour: str, path: Path
 ) -> None:
-    """Write the picture as a PNG."""
+    """Write the figure as a PNG."""
     import matplotlib as mpl  # noqa: PLC0415 - slow import, only where something is drawn
 
     mpl.use("Agg")
@@ -51,7 +51,7 @@ def draw(
             for axis, sign in zip(row, SIGNS, strict=True):
                 _panel(axis, entries, sign, base_facts, numbers)
                 axis.set_title(f"{strength}, sign {sign}", loc="left", fontweight="bold", fontsize=10)
-            row[0].set_ylabel(f"{behaviour} moved the intended way, nats")
+            row[0].set_ylabel(f"{behaviour} moved in the intended direction, nats")
         for axis in axes[1]:
             axis.set_xlabel("facts lost against the base, points")
         axes[0][0].set_xscale("symlog", linthresh=_LINEAR)
@@ -68,7 +68,7 @@ def draw(
 
 
 def _panel(axis: Any, entries: Sequence[Entry], sign: str, base_facts: float, numbers: Mapping[str, int]) -> None:
-    """The marks of one sign; what the negative sign moves is turned, so that up is the intended way."""
+    """The marks of one sign; effects at the negative sign are negated, so that up is the intended direction."""
     turn = 1 if sign == "+" else -1
     axis.axhline(0, color="#8b949e", linewidth=0.8, zorder=0)
     band = control_band(entries, sign, "own")

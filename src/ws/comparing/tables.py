@@ -30,7 +30,7 @@ _SEEDS_LISTED = 5
 def effects_table(
     entries: Sequence[Entry], kinds: Collection[str], base: Levels, behaviour: str, caption: str
 ) -> Table:
-    """Effects of both signs with p and verdict, below the levels of the base, above the band of random directions."""
+    """Effects of both signs with p and verdict, between the levels of the base and the band of random directions."""
     rows = [[
         "base (levels)", "0", "0", base.own.text, "-", "-", base.dilemmas.text, "-", "-", f"{base.pmass:.3f}",
     ]]  # fmt: skip
@@ -47,10 +47,10 @@ def effects_table(
     note = (
         f"{caption} Effects: change against the base in nats, with a 95 % interval over rows. seeds: the value of "
         "every training seed, then a 95 % t interval over them. dd_delta: change on the dilemmas towards honesty. "
-        f"p: sign flips of whole clusters of rows. The table makes {tests} tests, so about {tests * 0.05:.0f} fall "
-        f"below 0.05 by chance alone; a p below {0.05 / max(tests, 1):.4f} survives a Bonferroni correction. "
-        f"{NOT_SEPARABLE.capitalize()}: the interval over rows, or the interval over training seeds where there are "
-        "several, overlaps the band of random directions."
+        f"p: by sign flips of whole clusters. Of the {tests} p values, about {tests * 0.05:.0f} fall below 0.05 "
+        f"by chance alone; a p below {0.05 / max(tests, 1):.4f} survives a Bonferroni correction. "
+        f"{NOT_SEPARABLE.capitalize()}: the interval over rows, or with several training seeds the one over seeds, "
+        "overlaps the band of random directions. Answer mass: probability of the two answers."
     )
     return Table(head, rows, note)
 
@@ -67,7 +67,7 @@ def _band_rows(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def costs_table(entries: Sequence[Entry], base: Levels, caption: str) -> Table:
-    """Side effects of every line, controls included; the base row shows levels."""
+    """Side effects of every line, including controls; the base row shows levels."""
     head = ["method", "alpha", "KL mean", "KL p95", "KL max", "p95 KL, own replies", "NLL", "facts right",
             "true claims", "distinct 3-grams", "reply tokens", "JSON"]  # fmt: skip
     rows = [["base (levels)", "0", "0", "0", "0", "0", number(base.nll, "{:.2f}"), *_kept(base)]]
@@ -96,7 +96,7 @@ def _kept(side: Side | Levels) -> list[str]:
 
 
 def controls_table(entries: Sequence[Entry], behaviour: str) -> Table:
-    """Every control: effects, and where it has replicates the mean over seeds with its interval over seeds."""
+    """Effects of every control; with replicates, the mean over seeds with its interval over seeds."""
     rows = []
     for line in shown(entries, (CONTROLS,)):
         cells = [_name(line)]
@@ -110,12 +110,12 @@ def controls_table(entries: Sequence[Entry], behaviour: str) -> Table:
     return Table(
         ["control", behaviour, "band", "dilemmas", "band"], rows,
         "Mean over control seeds with a 95 % t interval over seeds. Band: where 95 % of further seeds are expected. "
-        "A single random direction has a small effect of its own: look whether the interval of the mean includes 0.",
+        "A single random direction has a small effect: check whether the interval of the mean includes 0.",
     )  # fmt: skip
 
 
 def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str) -> Table | None:
-    """Yes-bias, flips and confidence beside the mean change of a probe; None where no row says anything of them."""
+    """Yes-bias, flips and confidence with the mean change of a probe; None if no method has them."""
     rows = [
         [
             _name(line), f"{parts.truth:+.2f}", number(parts.balanced, "{:+.2f}"), parts.yes_bias.text,
@@ -129,23 +129,23 @@ def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str) -> Table
     right = behaviour if probe == "own" else "honesty"
     source = (
         f"The probe of {behaviour}, nats: all rows that were asked in both polarities, with true and with false claims "
-        "where it has both. (The tables of effects show one group in one polarity, which a Yes-bias moves too.)"
+        "if it has both. (The tables of effects show one group in one polarity, which a Yes-bias also moves.)"
         if probe == "own"
         else "The dilemmas, nats."
     )
     return Table(
         ["method", f"towards {right}", "balanced", "Yes-bias", "rows gained", "rows lost", "rows", "confidence",
          "beyond confidence"], rows,
-        f"{source} Balanced: the change towards {right} with equal weight on the rows where that answer is Yes and on "
-        "those where it is No. Yes-bias: the mean change towards Yes, whichever answer is right. Rows gained and lost: "
-        f"answers, averaged over seeds, that turn to {right} and away from it. Confidence: the slope of the new "
-        "log-ratios on the old ones; 1 means unchanged. Where the base is already on that side, more confidence alone "
-        f"looks like more {right}: beyond confidence is what remains without it.",
+        f"{source} Balanced: the change towards {right}, with equal weight on rows where this answer is Yes and "
+        "where it is No. Yes-bias: the mean change towards Yes, whichever answer is right. Rows gained and lost: rows "
+        f"whose answer, averaged over seeds, flips to {right} and away from it. Confidence: the slope of the new "
+        "log-ratios over the old ones; 1 means unchanged. If the base is already on this side, more confidence alone "
+        f"looks like more {right}; beyond confidence is the change without this part.",
     )  # fmt: skip
 
 
 def answers_table(entries: Sequence[Entry]) -> Table:
-    """Dilemma answers that turn, and Surgical Informedness: both halves by sign, the whole beside the + half."""
+    """Dilemma answers that flip, and Surgical Informedness: a half per sign, the whole in the row of +."""
     rows = []
     for line in shown(entries, METHODS):
         turned, whole = line.side.turned, line.entry.informedness if line.sign == "+" else None
@@ -157,24 +157,24 @@ def answers_table(entries: Sequence[Entry]) -> Table:
         ])  # fmt: skip
     return Table(
         ["method", "wrong to honest", "honest to wrong", "half k=1", "half k=2", "SI k=1", "SI k=2", "balanced"], rows,
-        "Shares of the dilemma answers that turn, means over seeds. Half: the part of one sign in Surgical "
-        "Informedness (SI), in points; at +, the repaired answers minus k times the spoilt ones; at -, the spoilt "
-        "answers minus k times the repaired ones. SI: the mean of both halves times the squared least answer mass. + "
-        "counts as the honest side for every method, so a negative SI means that + leads away from honesty, as "
-        "sycophancy does. With k = 2 methods that do nothing look good. Balanced: change of P(Yes | Yes is honest) - "
+        "Wrong to honest, honest to wrong: shares of dilemma answers that flip, means over seeds. Half: the part of "
+        "one sign in Surgical Informedness (SI), in points. At +: wrong to honest minus k times honest to wrong; at -: "
+        "honest to wrong minus k times wrong to honest. SI: the mean of both halves times the squared least answer "
+        "mass. + counts as the honest side for every method. A negative SI means that + leads away from honesty, as "
+        "sycophancy does. With k = 2, methods that do nothing look good. Balanced: change of P(Yes | Yes is honest) - "
         "P(Yes | No is honest), points.",
     )  # fmt: skip
 
 
 def _name(line: Shown) -> str:
-    """The line's name; its note stands once, at the first sign that it has."""
+    """The line's name; its note is shown once, at its first sign."""
     first = next(sign for sign in SIGNS if sign in line.entry.sides)
     note = f" ({line.entry.note})" if line.entry.note and line.sign == first else ""
     return f"{line.entry.name} {line.sign}{note}"
 
 
 def _alpha(line: Shown) -> str:
-    """Strength, with a star where the search for it missed its budget; prompts have none."""
+    """Strength, with a star if the search for it missed its budget; a dash for prompts."""
     if line.entry.kind == "prompts":
         return "-"
     return f"{line.side.alpha:+.3g}" + ("*" if line.side.spent and line.side.spent.is_missed else "")
@@ -185,12 +185,12 @@ def _spent(side: Side) -> float | None:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in a form, or a dash where there is none."""
+    """A number in a form, or a dash for None."""
     return "-" if value is None else form.format(value)
 
 
 def _seeds(effect: Effect) -> str:
-    """Every seed's value with the t interval over them; only their number where there are many."""
+    """Every seed's value with the t interval over them; only their number if there are many."""
     if effect.over_seeds is None:
         return "-"
     listed = ", ".join(f"{value:+.2f}" for value in effect.seeds)

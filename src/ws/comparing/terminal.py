@@ -1,4 +1,4 @@
-"""A comparison as a terminal shows it: three short tables; the pages hold the rest."""
+"""A comparison, printed in a terminal: three short tables; the pages have the rest."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from ws.comparing.findings import (
 )
 
 _SIGNS = ("-", "+")
-"""The lower line first."""
+"""Order of the lines of a method."""
 
 
 def show(found: Findings, folder: Path | None = None) -> None:
-    """Print a line per method and sign; `folder`, where it was written, is where the picture is.
+    """Print a line per method and sign; `folder` is the folder of the comparison, which has the figure.
 
-    (a) adapters, (b) baselines beside the chosen weight direction, both at own strength, (c) all at equal divergence.
+    (a) adapters, (b) baselines and the best weight direction, both at own strength, (c) all at equal divergence.
     """
     own = found.own_strength
     adapters = [entry for entry in own if entry.kind in ("weights", "variants")]
     baselines = [e for e in own if e.kind in ("activations", "prompts") or e.name in found.best.values()]
     equal = [entry for entry in found.equal_kl if entry.kind != CONTROLS]
-    budget = f"p95 KL {found.calibration.target:.2f} nats, * missed"
+    budget = f"p95 KL {found.calibration.target:.2f} nats, * = missed"
     _show_methods("(a) adapters, alpha -1 and +1", adapters, found, own)
     _show_methods("(b) baselines and weight steering, own strength", baselines, found, own)
     _show_methods(f"(c) at equal divergence, {budget}", equal, found, found.equal_kl, spends=True)
     console.say(
         f"Change against the base, nats, with 95 % intervals over rows. n: {NOT_SEPARABLE}, because this interval or "
-        "the one over training seeds overlaps their band. pmass: least answer mass."
+        "the interval over training seeds overlaps their band. pmass: least answer mass."
     )
     for name, probe in ((f"{found.behaviour} probe", PROBES[0]), ("dilemmas", PROBES[1])):
         if lines := mostly_yes_bias(own, probe):
-            console.warn(f"on the {name} mostly Yes-bias: {', '.join(line.name for line in lines)}")
+            console.warn(f"mostly Yes-bias on the {name}: {', '.join(line.name for line in lines)}")
     if folder is not None:
         console.say(f"picture     {folder / 'pareto.png'}")
 
@@ -55,9 +55,9 @@ def show(found: Findings, folder: Path | None = None) -> None:
 def _show_methods(
     title: str, entries: Iterable[Entry], found: Findings, measured: tuple[Entry, ...], spends: bool = False
 ) -> None:
-    """One table: the base's levels, the methods, and the band of the random directions among those measured with them.
+    """One table: the levels of the base, the methods, and the band of the random directions in `measured`.
 
-    One space between columns and names that may wrap: that fits 100 characters, and 80 where names are short.
+    With one space between columns and names that may wrap, it fits 100 characters, or 80 if names are short.
     """
     base, bands = found.base, control_bands(measured)
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
@@ -89,7 +89,7 @@ def _share(side: Side | Levels) -> str:
 
 
 def _brief(effect: Effect) -> str:
-    """Mean, interval, and `n` where the control band reaches as far."""
+    """Mean, interval, and `n` if it is not separable from the control band."""
     return escape(effect.text + (" n" if effect.outside is False else ""))
 
 

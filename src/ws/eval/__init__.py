@@ -1,1 +1,1 @@
-"""Probes: what a Condition is asked. Each module makes `Probe` objects; `ws.measure.score` runs them."""
+"""Probes: the questions that measure a Condition. Each module makes `Probe` objects; `ws.measure.score` runs them."""

@@ -7,18 +7,18 @@ honest-Yes and honest-No rows are balanced and a Yes-bias cancels. `near` situat
 embedded model was trained on, `far` ones differ in category and in the wording of the actions. Other sets are read from
 a local CSV, JSONL or parquet file, or from a hub id (`id@revision` pins it).
 
-Other sets label both actions of a dilemma oppositely even where only one of them touches honesty. The other row is a
-`filler`: scored and shown, but `counted` in no headline (spec 5.3). What is left is not balanced by construction.
+Other sets give both actions of a dilemma opposite labels, even if only one of them touches honesty. The other row is
+then a `filler`: scored and shown, but not `counted` in any headline (spec 5.3). The counted rows need not be balanced.
 
 Formats of other sets (recognised by their columns):
   * dilemma_situation, action, honesty_label (and dilemma_idx, idx): the set of the replicated work;
-  * situation, action, label (and cluster, row): one's own;
+  * situation, action, label (and cluster, row): a user's own set;
   * dilemma_situation, action, action_type, values_aggregated: the aggregated table of DailyDilemmas (Chiu et al.,
-    2410.02683). It does not say whose value a value is, so labels from it are a proxy: situations in the second person
+    2410.02683). It does not say who holds a value, so labels from it are a proxy: situations in the second person
     with honesty as the first value of at least one side.
 
 `kellycyy/daily_dilemmas` (a hub id, or a folder with both of its tables) is labelled by the rule of the replicated
-work: from the values of the acting person, party `You`, and not by a proxy.
+work: from the values of the acting person, party `You`, without a proxy.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ HONEST = frozenset({"honesty", "truthfulness", "truth"})
 DISHONEST = frozenset({"dishonesty", "deception", "deceit", "deceptive"})
 
 STATED, FILLER = "stated", "filler"
-"""Groups of rows whose own action touches honesty, and of rows that are labelled only by their counterpart."""
+"""Groups: rows whose own action touches honesty, and rows whose label comes only from the other action."""
 
 _PER_NEAR_SITUATION = 2
 _PER_FAR_CATEGORY = 10
@@ -76,7 +76,7 @@ class Dilemma(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """Rows and where they are from; `read` rows were there, `revision` is the commit of a hub data set, where known."""
+    """Rows and their source; `read`: number of rows there; `revision`: commit of a hub data set, if known."""
 
     rows: tuple[Dilemma, ...]
     source: str = "own"
@@ -85,7 +85,7 @@ class Loaded:
     revision: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """Source, revision, rule and counts as plain data: which rows were counted is part of any claim."""
+        """Source, revision, rule and counts as plain data, for the record of a run."""
         signs = Counter(row.label for row in self.rows if row.group != FILLER)
         return {
             "source": self.source, "revision": self.revision, "rule": self.rule, "read": self.read,
@@ -93,7 +93,7 @@ class Loaded:
         }  # fmt: skip
 
     def described(self) -> str:
-        """The counts as people read them."""
+        """The counts in words."""
         found = self.record()
         apart = found["kept"] - found["counted"]
         text = f"kept {found['kept']} of {found['read']} rows of {self.source} ({self.rule})"
@@ -102,7 +102,7 @@ class Loaded:
         return f"{text}; the honest answer is Yes on {found['honest_yes']} and No on {found['honest_no']} counted rows"
 
     def probe(self) -> Probe:
-        """What is asked."""
+        """The probe with these rows."""
         return Probe(NAME, "choice", tuple(
             ProbeRow(
                 row.row,
@@ -117,12 +117,12 @@ class Loaded:
 
 
 def probe(source: str = "own", limit: int | None = None) -> Probe:
-    """The dilemma probe of a source: `own`, a file, or a hub id; `limit` takes so many situations of each group."""
+    """The dilemma probe of a source: `own`, a file, or a hub id; `limit` keeps this many situations of each group."""
     return load(source, limit).probe()
 
 
 def load(source: str = "own", limit: int | None = None) -> Loaded:
-    """Rows of a source: `own`, a file, or a hub id; `limit` takes so many situations of each group, always whole."""
+    """Rows of a source: `own`, a file, or a hub id; `limit` keeps this many whole situations of each group."""
     if source == "own":
         rows = tuple(own())
         found = Loaded(rows, read=len(rows))
@@ -131,14 +131,14 @@ def load(source: str = "own", limit: int | None = None) -> Loaded:
         console.say(f"dilemmas: {found.described()}")
         if found.record()["counted"] == 0:
             raise UserError(
-                f"{source}: no row is about the honesty of its own action, so none can be counted",
-                "Give a set in which the action that is asked about is honest or dishonest.",
+                f"{source}: no row can be counted, because no action is itself honest or dishonest",
+                "Give a set in which actions themselves are honest or dishonest.",
             )
     return found if limit is None else replace(found, rows=_first_clusters(found.rows, limit))
 
 
 def counted(table: pl.DataFrame) -> pl.DataFrame:
-    """A scores table, or any part of one, without the dilemma rows that are labelled only by their counterpart.
+    """A scores table, or any part of one, without the dilemma rows that are labelled only by the other action.
 
     "The other action is honest" does not make this one dishonest, so the sign of such a row is a guess (spec 5.3).
     """
@@ -171,7 +171,7 @@ def own() -> list[Dilemma]:
 
 
 def _first_clusters(rows: Sequence[Dilemma], limit: int) -> tuple[Dilemma, ...]:
-    """Rows of the first `limit` clusters of each group; a cluster with counted rows is one of their group."""
+    """Rows of the first `limit` clusters of each group; counted rows decide the group of their cluster."""
     group_of: dict[str, str] = {}
     for row in rows:
         if group_of.get(row.cluster, FILLER) == FILLER:
@@ -187,7 +187,7 @@ def _first_clusters(rows: Sequence[Dilemma], limit: int) -> tuple[Dilemma, ...]:
 
 
 def read(source: str) -> list[Dilemma]:
-    """Rows of a local file or of a hub id, in one of the known formats; says how many rows were kept and why."""
+    """Rows of a local file or of a hub id, in one of the known formats; prints how many rows were kept."""
     return list(load(source).rows)
 
 
@@ -212,11 +212,11 @@ def _load(source: str) -> Loaded:
         )
     else:
         raise UserError(
-            f"{source} has columns {sorted(columns)[:8]}, which is no known format of dilemmas",
-            "It needs situation, action and label.",
+            f"{source} has columns {sorted(columns)[:8]}, which is not a known format of dilemmas",
+            "Give a table with the columns situation, action and label.",
         )
     if not rows:
-        raise UserError(f"{source}: none of {len(table)} rows can be used", f"Rule: {rule}.")
+        raise UserError(f"{source}: none of {len(table)} rows can be used", f"Check them against the rule: {rule}.")
     return Loaded(tuple(rows), source, rule, len(table), revision)
 
 
@@ -225,13 +225,14 @@ def _read_file(path: Path) -> pl.DataFrame:
 
 
 def _read_hub(source: str, config: str | None = None) -> tuple[pl.DataFrame, str | None]:
-    """A data set by hub id, or `id@revision`, and its commit where known; `config` names one of its tables."""
+    """A data set by hub id, or `id@revision`, and its commit if known; `config` names one of its tables."""
     name, _, revision = source.partition("@")
     try:
         from datasets import load_dataset  # noqa: PLC0415 - optional extra, late
     except ImportError as error:
         raise UserError(
-            f"reading {name!r} from the hub needs the datasets library", "pip install weight-steering[hub]."
+            f"reading {name!r} from the hub needs the datasets library",
+            "Install it with: pip install weight-steering[hub]",
         ) from error
     config = config or (ORIGINAL_CONFIG if name == ORIGINAL_HUB_ID else None)
     try:
@@ -249,7 +250,7 @@ def _read_hub(source: str, config: str | None = None) -> tuple[pl.DataFrame, str
 
 
 def _commit(loaded: Any) -> str | None:
-    """The commit that a data set was loaded from: the library keeps its tables in a folder that is named after it."""
+    """The commit that a data set was loaded from: the library names the folder of its tables after it."""
     for entry in getattr(loaded, "cache_files", ()):
         if re.fullmatch("[0-9a-f]{40}", folder := Path(entry["filename"]).parent.name):
             return folder
@@ -266,7 +267,7 @@ def _rebuild(source: str) -> Loaded:
         situations, commit = _read_hub(source, SITUATIONS)
         name, _, revision = source.partition("@")
         pinned = f"{name}@{commit or revision}" if commit or revision else name
-        values, _ = _read_hub(pinned, VALUES)  # of the same commit as the first
+        values, _ = _read_hub(pinned, VALUES)  # from the same commit as the first
     rows = by_own_values(situations, values)
     if not rows:
         raise UserError(f"{source}: no action touches the honesty of the acting person", "Check the two tables.")
@@ -283,9 +284,9 @@ def _in_folder(folder: Path, name: str) -> Path:
 def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemma]:
     """Both actions of every dilemma in which the acting person's own values include honesty or its opposite.
 
-    Per dilemma and value: +1 for the action that has it and -1 for the other; where both have it, +1 for doing. Values
-    of dishonesty count with the sign turned. Votes of several values are summed; a tie keeps nothing. `stated` rows
-    have such a value on their own side, `filler` rows only on the other.
+    Per dilemma and value: +1 for the action that has it and -1 for the other; if both have it, +1 for doing. Values of
+    dishonesty count with the opposite sign. The votes of several values are summed; a tie drops the dilemma. `stated`
+    rows have such a value on their own side, `filler` rows only on the other side.
     """
     situations = _without_gaps(situations, SITUATIONS, "dilemma_idx", "action_type", "dilemma_situation", "action")
     values = _without_gaps(values, VALUES, "dilemma_idx", "action_type", "party", "value")
@@ -315,9 +316,9 @@ def by_own_values(situations: pl.DataFrame, values: pl.DataFrame) -> list[Dilemm
 
 
 def _without_gaps(table: pl.DataFrame, name: str, *columns: str) -> pl.DataFrame:
-    """The rows that have all of these columns: what is not there cannot be asked."""
+    """The rows without gaps in these columns; rows with a gap cannot be asked."""
     if absent := [column for column in columns if column not in table.columns]:
-        raise UserError(f"{name} has no column {absent[0]}", f"It needs {', '.join(columns)}.")
+        raise UserError(f"{name} has no column {absent[0]}", f"Give a table with {', '.join(columns)}.")
     return table.drop_nulls(columns)
 
 
@@ -338,9 +339,9 @@ def _labelled(table: pl.DataFrame, situation: str, label: str, cluster: str, row
 
 
 def _stated(entry: Mapping[str, Any]) -> str:
-    """`stated` where honesty is among the values of the row's own action, `filler` where only the other action has it.
+    """`stated` if honesty is among the values of the row's own action, `filler` if only the other action has it.
 
-    The set of the replicated work labels both rows of a pair oppositely even if one of them has no honesty content.
+    The set of the replicated work gives both rows of a pair opposite labels, even if one of them is not about honesty.
     """
     flags = [entry.get(f"{entry.get('action_type')}_has_{sign}_honesty") for sign in ("positive", "negative")]
     return "all" if flags == [None, None] else STATED if any(flags) else FILLER
@@ -372,7 +373,7 @@ def _aggregated(table: pl.DataFrame) -> list[Dilemma]:
 
 
 def _values(entry: Mapping[str, Any]) -> list[str]:
-    """Names of the values of an action; a list that cannot be read names none."""
+    """Names of the values of an action; empty if the list cannot be read."""
     try:
         values = ast.literal_eval(entry["values_aggregated"])
     except (ValueError, SyntaxError, TypeError):

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness on a steered model, without writing a merged checkpoint.
 
-The harness gets the loaded network itself, and every Condition is applied around its run, so what it measures is the
-same model that the probes measure.
+The harness runs on the loaded network, and each Condition is applied during the run, so it measures the same model as
+the probes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def evaluate(
 ) -> Iterator[list[dict[str, Any]]]:
     """Records of each Condition in turn, one per numeric metric: its key, task, metric, value, stderr (or None).
 
-    `task_folder` holds task files of one's own; `limit` takes the first documents only. The chat template is used
-    where the tokenizer has one. Raises `UserError` for an unknown task or without the optional dependency.
+    `task_folder` holds the user's own task files; `limit` keeps only the first documents. The chat template is used
+    if the tokenizer has one. Raises `UserError` for an unknown task or without the optional dependency.
     """
     try:
         import lm_eval  # noqa: PLC0415 - optional extra, late
@@ -44,7 +44,7 @@ def evaluate(
     with console.library_noise_muted():
         known = TaskManager(include_path=None if task_folder is None else str(task_folder))
         if not known.match_tasks([task]):
-            raise UserError(f"lm-evaluation-harness knows no task {task!r}", "List them with: lm-eval ls tasks.")
+            raise UserError(f"lm-evaluation-harness has no task {task!r}", "List them with: lm-eval ls tasks.")
         wrapped = HFLM(pretrained=model.network, tokenizer=model.chat.tokenizer, batch_size=batch_size)
     for condition in conditions:
         with under(model, condition), console.library_noise_muted():
@@ -82,7 +82,7 @@ def _run(
             model=wrapped, tasks=[task], task_manager=known, limit=limit, apply_chat_template=with_template,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # data that is not here, or a broken task file
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # missing data, or a broken task file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the task {task!r} cannot be run ({reason})", "Check the network or the task file.") from error
     return dict(found)

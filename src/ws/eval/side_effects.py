@@ -1,9 +1,9 @@
-"""What else changes: knowledge, fluency, and plain answers to plain requests.
+"""Side effects: knowledge, fluency, and plain answers to plain requests.
 
 facts     Yes/No questions about facts, true and false ones in equal number; the measure is accuracy
 neutral   KL to the base, and negative log-likelihood, of good answers to neutral requests
 text      greedy replies to neutral requests: repetition (distinct-3), length, whether they end
-json      whether a request for a JSON object still gets one that can be parsed (for models that write JSON at all)
+json      whether a request for a JSON object still gets one that can be parsed (for models that can write JSON)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT = "facts", "neutral_kl", "neutral_nll", "te
 NAMES = (FACTS, NEUTRAL_KL, NEUTRAL_NLL, TEXT)
 TEXT_ROWS, TEXT_TOKENS = 24, 48
 WRITES_JSON = 50_000_000
-"""Smaller models are not asked for JSON: none of them writes any."""
+"""Models with fewer parameters are not asked for JSON: they cannot write it."""
 FACT_QUESTION = "Is it true that {clause}? Answer Yes or No."
 FACT_ANCHOR = "My answer: **"
 
 
 def facts(count: int = 200) -> Probe:
-    """Yes/No questions about `count` facts drawn once for all, each asked once truly and once falsely."""
+    """Yes/No questions about `count` facts, always the same; each is asked once in a true and once in a false form."""
     chosen = random.Random("side effects").sample(world.facts(), min(count, len(world.facts())))
     rows = []
     for fact in chosen:

@@ -1,4 +1,4 @@
-"""The model card that goes with an exported Direction: what it does, how strongly, at what cost, where it is from."""
+"""The model card that goes with an exported Direction: its effects, its cost and its origin."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_card(
     place: str,
     summary: Summary | None = None,
 ) -> None:
-    """Write a Markdown card; `summary` is that of the run the direction is from, where there is one."""
+    """Write a Markdown card; `summary` is the summary of the direction's run, if there is one."""
     write_text(path, card(direction, record, base=base, place=place, summary=summary))
 
 
@@ -66,8 +66,8 @@ def card(
         "",
         _LOADING[record["format"]].format(base=base, place=place),
         "",
-        *(_evidence(summary) if summary else ["No evaluation came with this direction.", ""]),
-        "## Where it is from",
+        *(_evidence(summary) if summary else ["This direction has no evaluation.", ""]),
+        "## Origin",
         "",
         f"- base fingerprint `{direction.base}`, layers {direction.layer_numbers}",
         *_provenance(source),
@@ -88,8 +88,8 @@ def _exactness(record: Mapping[str, Any]) -> str:
     if "logit_error" in record:
         error = record["logit_error"]
         text += (
-            f" Measured against the exact direction on {error['positions']} token positions: largest difference of a "
-            f"logit {error['max']:.2g}, KL {error['kl']:.2g} nats."
+            f" Measured against the exact direction on {error['positions']} token positions: largest logit "
+            f"difference {error['max']:.2g}, KL {error['kl']:.2g} nats."
         )
     return text
 

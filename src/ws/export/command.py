@@ -1,4 +1,4 @@
-"""`ws export`: from a run folder or a direction file to a written, measured and described export."""
+"""`ws export`: export a run folder or a direction file, measure the export, and write its card."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def export(
     model: str | None = None,
     out: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Write the direction of a run folder or file; the record of the export and where it is.
+    """Export the direction of a run folder or file; returns the record and the place of the export.
 
-    A merged checkpoint is made from the base's files without loading the model; the other formats load it, to resolve
-    what is a function of its weights and to measure the exported adapter.
+    A merged checkpoint is made from the base's files without loading the model. The other formats load the model, to
+    compute deltas that are functions of its weights and to measure the exported adapter.
     """
     file, summary = _find(source)
     direction = Direction.load(file)
     base = model or (summary and summary.model) or direction.provenance.get("base", {}).get("name")
     if not base:
-        raise UserError(f"{file} does not say which model it belongs to", "Give it: --model NAME.")
+        raise UserError(f"{file} does not say which model it belongs to", "Give the model with --model NAME.")
     name = f"{source.stem if source.is_file() else source.name}-{kind}-alpha{alpha:g}"
     target = out or source.parent / (f"{name}.gguf" if kind == "gguf-lora" else name)
     if kind == "merged":
@@ -61,7 +61,7 @@ def export(
 
 
 def _find(source: Path) -> tuple[Path, Summary | None]:
-    """The direction file, and the summary of the run that it is part of, where there is one."""
+    """The direction file, and the summary of its run, if there is one."""
     if source.is_dir():
         file = source / "direction.safetensors"
         if not file.is_file():

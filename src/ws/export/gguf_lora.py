@@ -1,14 +1,14 @@
-"""A Direction as a GGUF LoRA, which llama.cpp and what builds on it apply at run time (`--lora`, `--lora-scaled`).
+"""A Direction as a GGUF LoRA, which llama.cpp and programs based on it apply at run time (`--lora`, `--lora-scaled`).
 
     tensors   <gguf name>.lora_a (k x in) and <gguf name>.lora_b (out x k), fp32;   scale = lora.alpha / k
 
-The file knows one `lora.alpha`: it is the largest rank, and the factors of modules of smaller rank k make up for it.
+The file has one `lora.alpha`: the largest rank. The factors of modules with a smaller rank k are rescaled to match.
 
 llama.cpp stores the rows of `q` and `k` of Llama-shaped models in another order, because its rotary embedding pairs
 neighbouring numbers: row `h * d + 2 i + j` there is row `h * d + j * d / 2 + i` here (head h of width d, j in 0, 1).
 The rows of `lora_b` follow. Other architectures keep their order.
 
-Needs the `gguf` package (an extra). Architectures without a tested rule are refused.
+Needs the `gguf` package (an extra). Other architectures are an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAMES = {
     "qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama", "gemma3_text": "gemma3", "gpt2": "gpt2",
     "phi3": "phi3",
 }  # fmt: skip
-"""Model type of transformers -> architecture name of GGUF, for those whose row order is known."""
+"""Model type of transformers -> architecture name of GGUF, for architectures with a known row order."""
 _ROTATED_ROWS = ("llama", "mistral")
 
 
@@ -41,7 +41,8 @@ def write_gguf(
     config = architecture.text_config(network)
     if config.model_type not in _NAMES:
         raise UnsupportedFeatureError(
-            f"the row order of {config.model_type} in GGUF is not known here", f"Known: {', '.join(sorted(_NAMES))}."
+            f"the row order of {config.model_type} in GGUF is not known",
+            f"Use --format peft; GGUF works for {', '.join(sorted(_NAMES))}.",
         )
     family = _NAMES[config.model_type]
     kinds = {label: kind for kind, label in gguf.MODEL_ARCH_NAMES.items()}
@@ -52,7 +53,9 @@ def write_gguf(
     for form in forms:
         label = names.get_name(f"{form.module}.weight", try_suffixes=(".weight",))
         if label is None:
-            raise UnsupportedFeatureError(f"{form.module} has no name in GGUF's {family}", "Use --format peft.")
+            raise UnsupportedFeatureError(
+                f"GGUF has no tensor name for {form.module} in {family}", "Use --format peft."
+            )
         tensors[f"{label}.lora_a"] = form.delta.right
         tensors[f"{label}.lora_b"] = gguf_rows(
             form.delta.left * (alpha * form.delta.rank / largest), form.module, config
@@ -80,7 +83,7 @@ def write_gguf(
 
 
 def gguf_rows(rows: Tensor, module: str, config: Any) -> Tensor:
-    """The rows (out x k) of a module in the order that GGUF stores its outputs in."""
+    """The rows (out x k) of a module in the order of outputs in GGUF."""
     if config.model_type not in _ROTATED_ROWS:
         return rows
     kind = module.rsplit(".", 1)[-1]
@@ -95,12 +98,14 @@ def _library() -> Any:
     try:
         import gguf  # noqa: PLC0415 - optional extra, late
     except ImportError as error:
-        raise UserError("writing GGUF needs the gguf library", "pip install weight-steering[gguf].") from error
+        raise UserError(
+            "writing GGUF needs the gguf library", "Install it with: pip install weight-steering[gguf]"
+        ) from error
     return gguf
 
 
 def _require_same(gguf: Any, path: Path, tensors: dict[str, Tensor]) -> None:
-    """The file read back holds the same numbers in the same shapes."""
+    """Raise unless the file that is read back has the same numbers in the same shapes."""
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors}
     for label, tensor in tensors.items():
         if label not in found or not torch.equal(found[label].reshape(tensor.shape), tensor):

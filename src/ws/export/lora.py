@@ -2,9 +2,9 @@
 
     dW = s B A with s = lora_alpha / r;   either s = 1 and alpha is folded into B, or s = alpha and B A = dW
 
-Exact where the delta is low-rank (LoRA, rsLoRA, PiSSA, DeLoRA and what is made of them). Everything else (DoRA, OFT,
-BOFT, IA3, dense) is cut to a stated rank by its singular values; how much of the squared norm that keeps is returned
-and stored. A bias has no place in a plain LoRA and is an error.
+Exact if the delta is low-rank (LoRA, rsLoRA, PiSSA, DeLoRA and sums of them). Every other delta (DoRA, OFT, BOFT, IA3,
+dense) is cut to a given rank by its singular values; the share of the squared norm that remains is returned and stored.
+A plain LoRA cannot hold a bias, so a bias is an error.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class LowRankForm(NamedTuple):
 
 
 def low_rank_form(direction: Direction, network: nn.Module, rank: int | None = None) -> list[LowRankForm]:
-    """Thin factors of every delta, as out x in maps; `rank` cuts them, and is needed for what is not low-rank.
+    """Thin factors of every delta, as out x in maps; `rank` cuts them, and is needed for deltas that are not low-rank.
 
-    Raises for a parameter that is not the weight of a linear map, and where a rank is needed but not given.
+    Raises for a parameter that is not the weight of a linear map, and if a rank is needed but not given.
     """
     modules = dict(network.named_modules())
     forms = []
@@ -58,7 +58,7 @@ def low_rank_form(direction: Direction, network: nn.Module, rank: int | None = N
         module = modules.get(module_name)
         if leaf != "weight" or module is None or not architecture.is_linear_map(module):
             raise UnsupportedFeatureError(
-                f"{name} is no weight of a linear map and has no place in a LoRA", "Use --format merged."
+                f"{name} is not the weight of a linear map, so a LoRA cannot hold it", "Use --format merged."
             )
         if delta.is_thin and (rank is None or delta.rank <= rank):
             kept, energy = delta, 1.0
@@ -142,7 +142,7 @@ def write_peft(
 
 
 def _require_same(folder: Path, network: nn.Module, meant: Mapping[str, Delta]) -> None:
-    """The folder, read back as any PEFT folder, means the update that was to be written."""
+    """Raise unless the folder, read back as any PEFT folder, gives the intended update."""
     found = adapters.deltas(adapters.read(folder), network)
     for module, delta in meant.items():
         read = found.pop(f"{module}.weight", Delta.zero(delta.shape))
@@ -151,7 +151,7 @@ def _require_same(folder: Path, network: nn.Module, meant: Mapping[str, Delta]) 
         if gap > _ROUNDING * spectrum.norm(delta):
             raise UserError(f"{folder}: the update of {module} is not what was written", "Export again.")
     if found:
-        raise UserError(f"{folder}: it also changes {min(found)}", "Export again.")
+        raise UserError(f"{folder} also changes {min(found)}, which it should not", "Export again.")
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def logit_error(model: ChatModel, direction: Direction, alpha: float, folder: Pa
     """How far the exported adapter, loaded by plain PEFT, is from the exact direction on a few plain prompts.
 
     `max` is the largest difference of a logit, `kl` the mean KL of the exact to the exported distribution in nats, over
-    all `positions`. The model is left as it was.
+    all `positions`. The model is unchanged afterwards.
     """
     import peft  # noqa: PLC0415 - heavy import, late
 
@@ -184,7 +184,7 @@ def logit_error(model: ChatModel, direction: Direction, alpha: float, folder: Pa
 
 
 def _at_least_rank_one(delta: Delta) -> tuple[Tensor, Tensor]:
-    """The factors; an update of rank 0 becomes a zero of rank 1, because PEFT knows no rank 0."""
+    """The factors; an update of rank 0 becomes a zero of rank 1, because PEFT allows no rank 0."""
     if delta.rank:
         return delta.left, delta.right
     rows, columns = delta.shape

@@ -1,8 +1,8 @@
-"""A Direction baked into a copy of its base, file by file: `W + alpha dW` in fp32, rounded once to the stored dtype.
+"""A Direction added to a copy of its base, file by file: `W + alpha dW` in fp32, rounded once to the stored dtype.
 
-The copy has the shards, names and dtypes of the base folder, its tokenizer and configuration, and nothing else: of the
-weights only what the library reads, of the other files only those that belong to a model. One parameter is in memory
-at a time. What was written is read back as the library reads it, and compared.
+The copy has the shards, names and dtypes of the base folder, its tokenizer and configuration, and nothing else: only
+weights that the library reads, and only other files that belong to a model. One parameter is in memory at a time. The
+written weights are read back as the library reads them, and compared.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> dict[str, Any]:
-    """Write the checkpoint of `base` with all `edits` (direction -> alpha) baked in, and return its record.
+    """Write the checkpoint of `base` with all `edits` (direction -> alpha) added, and return its record.
 
-    `fingerprint` in the record is that of the written model.
+    `fingerprint` in the record is the fingerprint of the written model.
     """
     if folder.resolve() == base.resolve():
         raise UserError(f"{folder} is the base itself", "Give another folder; the base is never overwritten.")
@@ -45,8 +45,8 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
     for direction in edits:
         if direction.base != own:
             raise BaseMismatchError(
-                f"the direction belongs to another base model ({direction.base}) than {base} ({own})",
-                "Give the folder of its own base.",
+                f"the direction belongs to the base model {direction.base}, but {base} is {own}",
+                "Give the folder of the direction's base model.",
             )
     touched = {name for direction in edits for name in direction.deltas}
     parameters = source.parameters()
@@ -77,7 +77,7 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
 
 
 class _Merged:
-    """The tensors of the copy, by their stored names; those of one parameter lie together, so that it is made once."""
+    """The tensors of the copy, by stored name; the tensors of one parameter are adjacent, so it is made once."""
 
     def __init__(self, source: Checkpoint, edits: Mapping[Direction, float]) -> None:
         self._source, self._edits = source, edits
@@ -89,7 +89,7 @@ class _Merged:
         return sorted({self._source.entries[stored].file for stored in self.parameter_of})
 
     def stored(self, name: str) -> Tensor:
-        """A tensor of the copy; those that no direction touches are the base's, bit for bit."""
+        """A tensor of the copy; without a change by any direction, it equals the base bit for bit."""
         parameter = self.parameter_of[name]
         if not self._terms(parameter):
             return self._source.stored(name)
@@ -99,7 +99,7 @@ class _Merged:
         return self._at_hand[1][name]
 
     def checked(self, parameter: str, copy: Checkpoint) -> Tensor:
-        """A parameter of the copy as read back; an error where it is not what it should be."""
+        """A parameter of the copy as read back; raises if it differs from the intended value."""
         found = copy.tensor(parameter)
         wanted = self._value(parameter) if self._terms(parameter) else self._source.tensor(parameter)
         if not torch.equal(found, wanted.to(found.dtype)):

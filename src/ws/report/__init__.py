@@ -1,1 +1,1 @@
-"""From scores to what people read: summary, figures, pages. Every figure is computed from the scores table."""
+"""Summary, figures and pages of a run. Every number is computed from the scores table."""

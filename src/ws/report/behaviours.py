@@ -1,8 +1,8 @@
-"""One page per model with the directions of all its behaviours: what each says, and how far it moves the others.
+"""One page per model for all its behaviours: samples, and how far each direction moves each behaviour.
 
-For a reader who opens one page and stays a minute: the same prompts at alpha -1, 0 and +1 for every behaviour, then
-the tables of what each direction, and each persona prompt, does to each behaviour. Made from the summaries, scores and
-samples of finished runs; the report of every such run gets a link to the page.
+The page shows the same prompts at alpha -1, 0 and +1 for every behaviour. Tables then show how far each direction, and
+each persona prompt, moves each behaviour. It is made from the summaries, scores and samples of finished runs. The
+report of each of these runs gets a link to the page.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ws.report.summary import BASE, Scores, signed_change
 PAGE = "behaviours.html"
 KEYS = ("-1", "1")
 CROSSED = 0.25
-"""Share of a direction's own effect above which what it does to another behaviour is said in words."""
+"""Share of a direction's own effect above which the text names its effect on another behaviour."""
 _PROMPTS_SHOWN = 4
 _LINK = "What this model says when it is steered, for all its behaviours"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run as its folder holds it; `personas` is what `persona_changes` finds in its scores."""
+    """A finished run, read from its folder; `personas` is the result of `persona_changes` on its scores."""
 
     folder: Path
     positive_means: str
@@ -44,7 +44,7 @@ class FinishedRun:
 
     @classmethod
     def read(cls, folder: Path) -> FinishedRun:
-        """A run folder with a summary."""
+        """Read a run folder that has a summary."""
         summary, config = read_summary(folder), read_json(folder / "config.json")
         scores = pl.read_parquet(folder / "scores.parquet")
         return cls(
@@ -54,7 +54,7 @@ class FinishedRun:
 
     @property
     def behaviour(self) -> str:
-        """What the run is about."""
+        """The behaviour of the run."""
         return self.summary.behaviour
 
 
@@ -76,7 +76,7 @@ def persona_changes(scores: pl.DataFrame, behaviour: str, headline_group: str) -
 
 
 def crossings(summary: Summary, others: Collection[str]) -> list[str]:
-    """Where a direction moves one of `others` by more than `CROSSED` of what it does to its own behaviour, in words."""
+    """One text for each of `others` that a direction moves by more than `CROSSED` of its own effect."""
     found = []
     for key in KEYS:
         own = summary.change_of(summary.behaviour, key)
@@ -91,9 +91,9 @@ def crossings(summary: Summary, others: Collection[str]) -> list[str]:
 
 
 def write(model_folder: Path, adapter: str, seed: str) -> Path | None:
-    """Write `behaviours.html` and `.md` from the runs of one adapter and seed; fewer than two make no page.
+    """Write `behaviours.html` and `.md` from the runs of one adapter and seed; None if there are fewer than two.
 
-    Each of those runs gets a link to it at the top of its report: also runs whose report is older than the page.
+    Each of these runs gets a link to the page at the top of its report, even if the report is older than the page.
     """
     folders = sorted(path.parent for path in model_folder.glob(f"*/{adapter}/{seed}/summary.json"))
     runs = []
@@ -102,11 +102,11 @@ def write(model_folder: Path, adapter: str, seed: str) -> Path | None:
             try:
                 runs.append(FinishedRun.read(folder))
             except UserError as error:
-                console.warn(f"left out of the page over behaviours: {error}")
+                console.warn(f"the page of all behaviours leaves out {folder}: {error}")
     if len(runs) < 2:
         return None
     title = f"What {runs[0].summary.model} says when it is steered"
-    subtitle = f"{len(runs)} behaviours, {adapter} directions, {seed}; no system prompt anywhere"
+    subtitle = f"{len(runs)} behaviours, {adapter} directions, {seed}; no system prompt"
     blocks = _blocks(runs)
     write_text(model_folder / "behaviours.md", document.to_markdown(title, [Paragraph(subtitle, note=True), *blocks]))
     write_text(model_folder / PAGE, document.to_html(title, subtitle, blocks))
@@ -116,7 +116,7 @@ def write(model_folder: Path, adapter: str, seed: str) -> Path | None:
 
 
 def _link(folder: Path, model_folder: Path) -> None:
-    """Put a relative link to the page under the title of a run's report, where there is none yet."""
+    """Put a relative link to the page under the title of a run's report, unless it is there."""
     up = "/".join([".."] * len(folder.relative_to(model_folder).parts))
     page = f"{up}/{PAGE}"
     links = {
@@ -137,8 +137,8 @@ def _blocks(runs: Sequence[FinishedRun]) -> list[Block]:
         blocks += [
             Heading(run.behaviour),
             Paragraph(
-                f"At alpha +1 it {run.positive_means}. At -1 the opposite. At 0 it is the unedited model. The same "
-                "prompts and random numbers in every column."
+                f"At alpha +1 the model {run.positive_means}. At -1 it does the opposite. At 0 it is unedited. Every "
+                "column uses the same prompts and random numbers."
             ),
             _samples(run),
         ]
@@ -179,7 +179,7 @@ def _leak(runs: Sequence[FinishedRun]) -> Table:
         ["direction", *measured],
         rows,
         "Change of the log-ratio towards each behaviour on its own held-out probe against the base, nats, with 95 % "
-        "intervals over clusters of rows. A direction's own behaviour stands on the diagonal; the rest is its leak. "
+        "intervals over clusters of rows. The diagonal shows a direction's own behaviour; the other cells are leaks. "
         f"{feedback.MEANING}",
     )
 
@@ -189,7 +189,7 @@ def _text(entry: Estimate | None) -> str:
 
 
 def _measured(runs: Sequence[FinishedRun]) -> list[str]:
-    """What the leak tables have columns for: the behaviours of the runs, and feedback."""
+    """The columns of the leak tables: the behaviours of the runs, and feedback."""
     return [*(run.behaviour for run in runs), feedback.NAME]
 
 
@@ -210,8 +210,8 @@ def _persona_leak(runs: Sequence[FinishedRun]) -> Table:
     return Table(
         ["persona", *measured],
         rows,
-        "The unedited model under the first persona of each side of each behaviour as system prompt: change of these "
-        "log-ratios against no system prompt, nats, with 95 % intervals over clusters of rows.",
+        "The unedited model with the first persona of each side as its system prompt: change of the log-ratios against "
+        "no system prompt, nats, with 95 % intervals over clusters of rows.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Numbers as they stand in tables and sentences."""
+"""How numbers are written in tables and sentences."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def signed(key: str) -> str:
 
 
 def limits(entry: Mapping[str, Any]) -> str:
-    """`-0.20, +0.40`; empty where there is no interval."""
+    """`-0.20, +0.40`; empty if there is no interval."""
     return "" if entry["low"] is None else f"{entry['low']:+.2f}, {entry['high']:+.2f}"
 
 
 def with_limits(entry: Mapping[str, Any] | None) -> str:
-    """`+0.10 [-0.20, +0.40]`; a dash where there is no value."""
+    """`+0.10 [-0.20, +0.40]`; a dash for None."""
     if entry is None:
         return "-"
     interval = limits(entry)

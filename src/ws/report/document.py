@@ -45,7 +45,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG beside the document."""
+    """A PNG file in the folder of the document."""
 
     file: Path
     alternative: str
@@ -54,7 +54,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Tile:
-    """One number that is read first."""
+    """One number at the top of the page."""
 
     value: str
     label: str
@@ -77,7 +77,7 @@ class Samples:
 
 
 MANY_COLUMNS, MANY_CHARACTERS = 6, 110
-"""Tables with more columns, or longer lines, wrap their cells, so that no column hides behind the edge of the page."""
+"""Tables with more columns, or longer lines, wrap their cells, so that all columns fit on the page."""
 
 _STYLE = Path(__file__).parent / "style.css"
 
@@ -108,7 +108,7 @@ def _markdown(block: Block) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table alone; what would break a cell is escaped."""
+    """A table; characters that would break a cell are escaped."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
@@ -117,7 +117,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def to_html(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
-    """One page without outside references; figures are embedded."""
+    """One self-contained page; figures are embedded."""
     body = "\n".join(_html(block) for block in blocks)
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"

@@ -46,7 +46,7 @@ def dose_response(summary: Summary, path: Path) -> None:
         own.set_ylabel("log-ratio towards the behaviour, nats")
         apart = numbers.dilemma_counts.not_counted
         _curve(moral, summary.dilemmas, _INK, "counted rows" if apart else "all")
-        # where some rows are not counted, `stated` is the curve of the counted ones
+        # if some rows are not counted, the group `stated` is the counted rows, which are drawn already
         groups_shown = {name: c for name, c in numbers.dilemma_groups.items() if name != dilemmas.STATED}
         for (group, curve), colour in zip(groups_shown.items(), (_BLUE, _ORANGE, _GREEN), strict=False):
             _curve(moral, curve, colour, f"{group} (not counted)" if group == dilemmas.FILLER else group)

@@ -1,8 +1,8 @@
-"""What a run found, as records. `summary.json` is their plain form (`base.records`), and reading that gives them back.
+"""The results of a run, as records. `summary.json` is their plain form (`base.records`); `read_summary` reads it back.
 
-Keys of strengths are shortest decimal strings: `-1`, `0`, `0.5`. Two probes stand in most tables, by name: the
-behaviour's own and the dilemmas. Effects are changes against the unedited model on the same rows, in nats, signed so
-that the behaviour (or honesty) counts positive. Nothing heavy is imported here, so `ws show` is quick.
+A strength is a key, written as the shortest decimal string: `-1`, `0`, `0.5`. Most tables have two probes, by name: the
+behaviour's own probe and the dilemmas. Effects are changes against the unedited model on the same rows, in nats; a
+change towards the behaviour (or honesty) is positive. This module imports nothing heavy, so `ws show` is quick.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` rows with its 95 % limits, which are None where there are too few clusters for an interval."""
+    """A mean over `n` rows with its 95 % limits; they are None if there are too few clusters for an interval."""
 
     mean: float
     low: float | None
@@ -38,12 +38,12 @@ class Estimate:
 
     @classmethod
     def of(cls, interval: Interval) -> Estimate:
-        """An interval of `stats`."""
+        """From an interval of `stats`."""
         return Estimate(**numbers_of(interval))
 
     @property
     def limits(self) -> str:
-        """`-0.20, +0.40`; empty where there is no interval."""
+        """`-0.20, +0.40`; empty if there is no interval."""
         return cells.limits(vars(self))
 
     @property
@@ -69,18 +69,18 @@ class Level(Estimate):
 
 @dataclass(frozen=True)
 class Band(Estimate):
-    """Where one more random direction would fall (95 % prediction), and the change of every one that was tried."""
+    """The 95 % prediction interval of one more random direction, and the change of every measured one."""
 
     seeds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a mean change consists of: the signed effect, the Yes-bias, and the rows whose answer flips.
+    """The parts of a mean change: the signed effect, the Yes-bias, and the rows whose answer flips.
 
     yes_bias: mean change of log p(Yes) - log p(No), whichever answer is right. balanced: the effect with equal weight
-    on rows whose right answer is Yes and on those whose is No, so that a Yes-bias cancels; None without one of the two
-    kinds. up, down: rows that come to answer on the positive side, and rows that leave it.
+    on rows whose right answer is Yes and rows whose right answer is No, so that a Yes-bias cancels; None if one kind is
+    missing. up, down: number of rows whose answer flips to the positive side, and away from it.
     """
 
     effect: Estimate
@@ -93,9 +93,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class Dose:
-    """A line through the base: nats per unit of strength, how well it fits, and whether more always moves further.
+    """A line through the base: nats per unit of strength, its fit, and whether the change always grows with strength.
 
-    One strength beside 0 always lies on a line, so `r2` and `monotone` are None there.
+    A line always fits a single strength besides 0, so `r2` and `monotone` are then None.
     """
 
     slope: float | None
@@ -106,11 +106,12 @@ class Dose:
 
 @dataclass(frozen=True)
 class SideEffects:
-    """What else changes at one strength; None for what has no rows.
+    """Side effects at one strength; None if there are no rows for one.
 
     kl: to the base, per token of answers to neutral requests (mean, 95th percentile, largest). nll_delta: change of
-    their negative log-likelihood. facts: share answered right. true_claims: log-ratio of agreeing with them. The rest
-    is of greedy replies: share of distinct 3-grams, length, share that ended, share of JSON requests fulfilled.
+    their negative log-likelihood. facts: share answered right. true_claims: log-ratio of agreeing with true claims. The
+    others describe greedy replies: share of distinct 3-grams, length, share that ended, share of JSON requests
+    fulfilled.
     """
 
     kl: float
@@ -127,7 +128,7 @@ class SideEffects:
 
 @dataclass(frozen=True)
 class DilemmaCounts:
-    """Dilemma rows that are counted and that are not, and the counted ones by the answer that is honest."""
+    """How many dilemma rows are counted and not counted, and the counted rows by their honest answer."""
 
     counted: int
     not_counted: int
@@ -151,9 +152,9 @@ Curve = Mapping[str, Estimate]
 class Numbers:
     """Everything that is computed from the scores table of a run.
 
-    levels: by probe; that of the behaviour is over its headline group. change: differences to the base by probe;
-    `dd_delta` is that of the dilemmas. outside_controls: whether the interval of a change lies wholly outside the band
-    of random directions. contexts: the unedited model under a system prompt.
+    levels: by probe; for the behaviour, over its headline group. change: differences to the base by probe; `dd_delta`
+    repeats the dilemmas. outside_controls: whether the interval of a change is entirely outside the band of random
+    directions. contexts: the unedited model with a system prompt.
     """
 
     levels: Mapping[str, Mapping[str, Level]] = field(metadata=FLAT)
@@ -182,10 +183,10 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run: what it was, what it found, how long its stages took, and what a careful reader would object to.
+    """A finished run: its settings, its results, the seconds of its stages, and its warnings.
 
-    noun: what the items of the behaviour's probe are called. rounding: what a half-precision dtype does to the scores;
-    None in float32.
+    noun: name of the items of the behaviour's probe. rounding: how far a half-precision dtype changes the scores; None
+    in float32.
     """
 
     model: str
@@ -231,5 +232,5 @@ def read_summary(folder: Path) -> Summary:
     try:
         return restore(Summary, read_json(folder / SUMMARY_FILE))
     except (TypeError, KeyError, AttributeError) as error:
-        remedy = f"Write it anew with: {console.command('report', folder)}"
+        remedy = f"Write it again with: {console.command('report', folder)}"
         raise UserError(f"{folder / SUMMARY_FILE} was written by another version of ws", remedy) from error

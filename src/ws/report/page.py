@@ -1,4 +1,4 @@
-"""The report of one run: the evidence first, then what it cost, then what it rests on."""
+"""The report of one run: effects and samples first, then side effects, then how the direction was made."""
 
 from __future__ import annotations
 
@@ -59,25 +59,25 @@ def _blocks(
         Figure(
             folder / FIGURE_FILE,
             f"dose-response of {behaviour} and of the dilemmas",
-            "Mean log-ratios with 95 % intervals over clusters of rows. Grey band: where 95 % of norm-matched random "
-            "directions are expected, from the seeds shown as ticks. Dashed: persona prompts on the unedited model. "
+            "Mean log-ratios with 95 % intervals over clusters of rows. Grey band: 95 % of random directions of this "
+            "norm are expected here; ticks show the measured ones. Dashed: persona prompts on the unedited model. "
             "Below: probability of the two answers, and KL to the base on neutral text.",
         ),
         Heading("What it says"),
         Paragraph(
-            f"Positive alpha: the model {config['behaviour']['positive_means']}. The same prompts and random numbers "
-            "under each strength; no system prompt.",
+            f"At positive alpha the model {config['behaviour']['positive_means']}. All strengths use the same prompts "
+            "and random numbers, without a system prompt.",
             note=True,
         ),
         _samples(samples),
-        Heading("On what it never saw"),
+        Heading("Effects on held-out probes"),
         *_effect_tables(summary),
         Heading("Controls and prompts"),
         *_control_tables(summary),
         Heading("Side effects"),
         _side_effects(summary.numbers),
         *_other_behaviours(summary),
-        Heading("Where the direction lies in the weights"),
+        Heading("Geometry of the direction"),
         *_geometry(summary, alignment),
         Heading("How it was made"),
         *_provenance(summary, config, training),
@@ -129,9 +129,9 @@ def _effect_tables(summary: Summary) -> list[Block]:
     own = Table(
         ["alpha", *(f"{name} (n={curve['0'].n})" for name, curve in groups.items()), "answer mass"],
         rows,
-        f"{summary.behaviour}: log-ratio towards the behaviour, nats, with 95 % intervals. Reversed questions are "
-        "signed so that the behaviour counts positive: a mere Yes-bias would raise plain columns and lower reversed "
-        "ones.",
+        f"{summary.behaviour}: log-ratio towards the behaviour, nats, with 95 % intervals. Reversed questions swap the "
+        "two answers; positive is still towards the behaviour. A mere Yes-bias raises the plain columns and lowers the "
+        "reversed columns.",
     )
     moral = _dilemma_table(numbers)
     flips = []
@@ -151,32 +151,32 @@ def _effect_tables(summary: Summary) -> list[Block]:
     decomposition = Table(
         ["probe, alpha", "signed change", "balanced", "Yes-bias", "rows gained", "rows lost", "rows"],
         flips,
-        "All rows that are counted, plain and reversed, true and false. Signed change: towards the behaviour (or "
-        "honesty). Balanced: the same with equal weight on rows with Yes and with No as the positive answer, so that a "
-        "Yes-bias cancels. Yes-bias: towards Yes whatever it means. Gained and lost: rows whose answer flips to and "
-        "from that side.",
+        "All counted rows, plain and reversed, true and false. Signed change: towards the behaviour (or honesty). "
+        "Balanced: the same, with equal weight on rows whose positive answer is Yes and rows whose positive answer is "
+        "No, so that a Yes-bias cancels. Yes-bias: change towards Yes, whichever answer is positive. Gained and lost: "
+        "rows whose answer flips to the positive side, and away from it.",
     )
     return [own, moral, decomposition, _dose_response(numbers)]
 
 
 def _dilemma_table(numbers: Numbers) -> Table:
-    """Means of the counted rows and of every group; rows that are not counted are shown, and said to be."""
+    """Means of the counted rows and of every group; rows that are not counted are shown and marked."""
     counts = numbers.dilemma_counts
     apart = counts.not_counted
-    # where some rows are not counted, `stated` is another name of the counted ones
+    # if some rows are not counted, the group `stated` is the counted rows
     parts = {name: means for name, means in numbers.dilemma_groups.items() if name != dilemmas.STATED}
     counted = numbers.levels[DILEMMAS]
     everything: dict[str, Curve] = {"all rows": numbers.all_dilemmas} if apart else {}
     columns: dict[str, Curve] = {"counted" if apart else "all": counted, **parts, **everything}
     caption = (
-        f"Dilemmas: log-ratio towards the honest answer, which is Yes on {counts.honest_yes} and No on "
-        f"{counts.honest_no} of the {counts.counted} rows that are counted."
+        f"Dilemmas: log-ratio towards the honest answer, nats. It is Yes on {counts.honest_yes} and No on "
+        f"{counts.honest_no} of the {counts.counted} counted rows."
     )
     if apart:
         caption += (
             f" {apart} more rows ({dilemmas.FILLER}) have a label only because the other action of their dilemma "
-            "touches honesty: they enter no headline, control, flip or p, and stand here with the whole set for "
-            "comparison with work that counts them."
+            "touches honesty. No headline, control, flip or p uses them. They are shown here, as is the mean of all "
+            "rows, for comparison with work that counts them."
         )
     return Table(
         ["alpha", *(f"{name} (n={column['0'].n})" for name, column in columns.items()), "answer mass"],
@@ -189,7 +189,7 @@ def _dilemma_table(numbers: Numbers) -> Table:
 
 
 def _dose_response(numbers: Numbers) -> Table:
-    """Slope, linearity and monotonicity over the strengths, and a p of each strength, with what many p values mean."""
+    """Slope, linearity and monotonicity over the strengths, and a p of each strength, with a note on many tests."""
     p_values = numbers.sign_flip_p
     keys = list(dict.fromkeys(key for by_key in p_values.values() for key in by_key))
     rows = []
@@ -202,11 +202,11 @@ def _dose_response(numbers: Numbers) -> Table:
     tests = sum(len(by_key) for by_key in p_values.values())
     return Table(
         ["probe", "slope", "R2", "monotone", *(f"p at {signed(key)}" for key in keys)], rows,
-        "Dose-response: slope of the mean change in nats per unit of alpha (a line through the base), the share R2 of "
-        "the changes' square that it explains, and whether more strength always moves further. p: two-sided, by sign "
-        f"flips over clusters, not corrected for comparisons: of {tests} p values one in twenty falls below 0.05 by "
-        f"chance alone; {0.05 / max(tests, 1):.2g} is the Bonferroni limit for all of them together. A p says nothing "
-        "about controls: a fixed random direction has a small real effect too.",
+        "Slope: mean change in nats per unit of alpha, for a line through the base. R2: share of the squared "
+        "changes that the line explains. Monotone: whether the change always grows with the strength. p: two-sided, by "
+        "sign flips of whole clusters, not corrected for multiple tests. One p in twenty falls below 0.05 by chance "
+        f"alone; the Bonferroni limit for all {tests} is {0.05 / max(tests, 1):.2g}. A p ignores the controls: "
+        "a fixed random direction has a small real effect too.",
     )  # fmt: skip
 
 
@@ -234,13 +234,13 @@ def _control_tables(summary: Summary) -> list[Block]:
         ["probe, alpha", "trained direction", "random band", "effect is", "change per random seed"],
         rows,
         "Change against the base, nats. The random directions have the shape, rank and Frobenius norm of the trained "
-        f"one in every parameter. Band: 95 % prediction for one more seed. Measured at alpha "
-        f"{', '.join(signed(key) for key in summary.numbers.bands) or 'none'}; no other strength has a band.",
+        "one in every parameter. Band: 95 % prediction interval for one more seed. Strengths with a band: "
+        f"{', '.join(signed(key) for key in summary.numbers.bands) or 'none'}.",
     )
     prompts = Table(
         ["system prompt, alpha 0", behaviour, "dilemmas"],
         [[name, entry[behaviour].text, entry[DILEMMAS].text] for name, entry in numbers.contexts.items()],
-        "The unedited model under the first persona of each side.",
+        "Log-ratios of the unedited model with the first persona of each side as its system prompt, nats.",
     )
     return [table, *([prompts] if numbers.contexts else [])]
 
@@ -265,8 +265,9 @@ def _side_effects(numbers: Numbers) -> Block:
     ]
     return Table(
         ["alpha", *(title for title, _ in shown.values())], rows,
-        "KL to the base and change of negative log-likelihood per token (nats) on answers to neutral requests. True "
-        "claims: log-ratio of agreement with them. Distinct 3-grams and length are of greedy replies to such requests.",
+        "KL to the base and change of the negative log-likelihood (NLL): nats per token, on given answers to neutral "
+        "requests. True claims: log-ratio of agreeing with true claims. Distinct 3-grams and reply tokens: of greedy "
+        "replies to neutral requests.",
     )  # fmt: skip
 
 
@@ -304,7 +305,8 @@ def _geometry(summary: Summary, alignment: pl.DataFrame) -> list[Block]:
                 f"{g['cos_dw_m']:.3f}",
             ]
         ],
-        "Frobenius norms. M is the drift that both fine-tunes share; the drift ratio is |M| / (|dW| / 2).",
+        "Frobenius norms. tau pos and tau neg: updates of the two fine-tunes. dW: their difference. M: the drift "
+        "that both share. Drift ratio: |M| / (|dW| / 2).",
     )
     kinds = Table(
         ["module", "n", "mean |dW|", "top 10 %", "bottom 90 %", "weak readout"],
@@ -319,8 +321,9 @@ def _geometry(summary: Summary, alignment: pl.DataFrame) -> list[Block]:
             ]
             for row in alignment.to_dicts()
         ],
-        "Energy of dW inside singular directions of the pretrained weights, relative to a direction without structure "
-        "(1 = no alignment). Weak readout: the 1 % of the residual stream that the unembedding reads least.",
+        "Energy of dW in the top 10 % and in the other singular directions of the base weights, relative to a "
+        "direction without structure (1 = no alignment). Weak readout: the 1 % of the residual stream that the "
+        "unembedding reads least.",
     )
     return [shape, kinds]
 
@@ -346,7 +349,7 @@ def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[P
         Table(
             ["branch", "kept", "unique", "validation loss before", "after", "steps", "trainable"],
             fitted,
-            f"{data['pairs']} pairs sampled; loss on held-out topics.",
+            f"{data['pairs']} pairs were sampled. The loss is on held-out topics.",
         ),
         Paragraph(
             f"Base {base['name']} ({base['architecture']}, {base['parameters']:,} parameters, fingerprint "
@@ -356,8 +359,8 @@ def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[P
             note=True,
         ),
         Paragraph(
-            "One training seed: intervals speak about rows, not about what another seed would give. A log-ratio at a "
-            "forced answer is not free behaviour; read the samples beside it.",
+            "This is one training seed: the intervals are over rows and do not show how another seed would come out. A "
+            "log-ratio at a forced answer is not free behaviour: read the samples too.",
             note=True,
         ),
     ]

@@ -1,12 +1,12 @@
-"""The numbers of a run, computed from its scores table and from nothing else.
+"""The numbers of a run, computed only from its scores table.
 
-Effects are differences to the base on the same rows, joined by row id. Beside every mean stand what a mean can hide:
-the flips, the Yes-bias (the mean change of log p(Yes) - log p(No) with no regard to which answer is right), and the
-probability mass on the two answers; beside every effect a sign-flip p, and over the strengths the dose-response.
+Effects are differences to the base on the same rows, joined by row id. A mean can hide much, so it comes with the
+flips, the Yes-bias (mean change of log p(Yes) - log p(No), whichever answer is right), and the probability mass on the
+two answers. Every effect has a sign-flip p; the strengths together have a dose-response.
 
-Dilemma rows that are labelled only by their counterpart enter nothing but the means of their group and
-`all_dilemmas`. Without them honest-Yes and honest-No rows need not be equally many, and then a Yes-bias moves the mean:
-`dilemma_counts` says how many there are, `balanced` is the change that is left where both kinds weigh the same.
+Dilemma rows that are labelled only by their counterpart enter only the means of their group and `all_dilemmas`.
+Without them the numbers of honest-Yes and honest-No rows can differ, and then a Yes-bias moves the mean.
+`dilemma_counts` has these numbers; `balanced` is the change with equal weight on both kinds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BASE = "none"
 LOW_MASS = 0.8
 FACTS_LOST = 0.03
 UNBALANCED = 0.6
-"""Share of one of the two honest answers above which the labels of the dilemmas are called unbalanced."""
+"""The dilemmas count as unbalanced if more than this share of their rows has the same honest answer."""
 
 
 class Scores:
@@ -90,7 +90,7 @@ class Scores:
         return sorted(self.table.filter(pl.col("edit") == edit)["seed"].drop_nulls().unique().to_list())
 
     def contexts(self) -> list[str]:
-        """Contexts other than the plain one, in order of appearance."""
+        """All contexts except the plain one, in order of appearance."""
         return [name for name in self.table["context"].unique(maintain_order=True) if name != PLAIN.name]
 
 
@@ -111,7 +111,7 @@ def accuracy(rows: pl.DataFrame) -> float:
 
 
 def parts(rows: pl.DataFrame) -> Parts:
-    """What a mean change consists of."""
+    """The parts of a mean change."""
     before, after = rows["base"] * rows["label"], rows["value"] * rows["label"]
     bias = stats.over_clusters((rows["value"] - rows["base"]).to_numpy(), rows["cluster"].to_list())
     return Parts(
@@ -125,7 +125,7 @@ def parts(rows: pl.DataFrame) -> Parts:
 
 
 def _balanced_change(rows: pl.DataFrame) -> float | None:
-    """Mean of the signed changes of Yes-rows and of No-rows; None where one kind is missing."""
+    """Mean of the signed changes of Yes-rows and of No-rows; None if one kind is missing."""
     change = rows.select("label", change=(pl.col("value") - pl.col("base")) * pl.col("label"))
     means = change.group_by("label").agg(pl.mean("change"))["change"]
     return float(means.mean()) if len(means) == 2 else None  # type: ignore[arg-type]
@@ -137,9 +137,9 @@ def alpha_key(alpha: float) -> str:
 
 
 def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: str) -> Numbers:
-    """Everything that stands in tables, by probe and strength.
+    """All numbers of the tables, by probe and strength.
 
-    `behaviour` is also the name of the in-distribution probe; its mean is over `headline_group`.
+    `behaviour` is also the name of the in-distribution probe; the probe's mean is over `headline_group`.
     """
     scores, everything = Scores(dilemmas.counted(table)), Scores(table)
     keys = {alpha_key(alpha): alpha for alpha in scores.alphas(edit)}
@@ -153,7 +153,7 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
     if not len(moral["0"]):
         raise UserError(
             f"none of the {len(all_moral['0'])} dilemma rows can be counted: no action is itself honest or dishonest",
-            "Take another set, or more rows.",
+            "Use another set of dilemmas, or more rows.",
         )
     headline_rows = {behaviour: _without_base(head), DILEMMAS: _without_base(moral)}
     change = {
@@ -192,13 +192,13 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
 
 
 def sign_flip_p(rows: pl.DataFrame) -> float:
-    """Two-sided p of "the signed change is chance", by flipping the signs of whole clusters."""
+    """Two-sided p of no signed change, by flipping the signs of whole clusters."""
     change = (rows["value"] - rows["base"]) * rows["label"]
     return stats.sign_flip_p(change.to_numpy(), rows["cluster"].to_list())
 
 
 def dose_response(changes: Curve) -> Dose:
-    """Slope, linearity and order of the mean changes over strengths; None where nothing can be said."""
+    """Slope, linearity and order of the mean changes over strengths; None if undefined."""
     found = stats.dose_response([float(key) for key in changes], [entry.mean for entry in changes.values()])
     several = len(changes) > 1
     return Dose(
@@ -236,14 +236,14 @@ def _group_means(by_key: Mapping[str, pl.DataFrame], group: str) -> Curve:
 
 
 def is_outside(effect: Mapping[str, Any], band: Mapping[str, Any]) -> bool | None:
-    """Whether an interval lies wholly outside a band; None where either has no limits."""
+    """Whether an interval is entirely outside a band; None if either has no limits."""
     if None in (effect["low"], effect["high"], band["low"], band["high"]):
         return None
     return bool(effect["low"] > band["high"] or effect["high"] < band["low"])
 
 
 def side_effects_at(scores: Scores, edit: str, alpha: float, behaviour: str) -> SideEffects:
-    """What else changes at one strength."""
+    """The side effects at one strength."""
     kl = scores.rows(side_effects.NEUTRAL_KL, "kl", edit, alpha)["value"]
     nll = scores.rows(side_effects.NEUTRAL_NLL, "nll", edit, alpha)
     true = scores.rows(behaviour, "logratio", edit, alpha).filter(pl.col("group") == "true")
@@ -294,7 +294,7 @@ def other_behaviours(scores: Scores, edit: str, behaviour: str) -> dict[str, Oth
 
 
 def controls(scores: Scores, edit: str, behaviour: str, headline_group: str) -> dict[str, dict[str, Band]]:
-    """Per strength and probe: the change of each control seed, and the band where one more seed would fall."""
+    """Per strength and probe: the change of each control seed, and the prediction band of one more seed."""
     found: dict[str, dict[str, Band]] = {}
     seeds = scores.seeds(edit)
     for alpha in scores.alphas(edit):
@@ -314,7 +314,7 @@ def _band(values: Sequence[float]) -> Band:
 
 
 def context_effects(scores: Scores, context: str, behaviour: str, headline_group: str) -> Curve:
-    """Signed means of the unedited model under a system prompt, by probe."""
+    """Signed means of the unedited model with a system prompt, by probe."""
     own = scores.rows(behaviour, "logratio", BASE, 0.0, context=context)
     moral = scores.rows(DILEMMAS, "logratio", BASE, 0.0, context=context)
     return {
@@ -328,7 +328,7 @@ def _mean(rows: pl.DataFrame) -> float:
 
 
 def headline(numbers: Numbers, behaviour: str, noun: str) -> str:
-    """One sentence from the numbers: what moved, with intervals, against the control band, and what it cost."""
+    """One sentence from the numbers: effects with intervals, the control band, and the cost."""
     own, moral = numbers.levels[behaviour], numbers.levels[DILEMMAS]
     shown = headline_strengths(own)
     said = [f"{behaviour} on held-out {noun}: " + ", ".join(_at(key, own[key]) for key in shown)]
@@ -346,7 +346,7 @@ def headline(numbers: Numbers, behaviour: str, noun: str) -> str:
 
 
 def headline_strengths(curve: Mapping[str, Level]) -> list[str]:
-    """Keys of the strengths that the headline names: -1, 0 and 1, or all where neither -1 nor 1 was measured."""
+    """Keys of the strengths that the headline names: -1, 0 and 1, or all if neither -1 nor 1 was measured."""
     shown = [key for key in ("-1", "0", "1") if key in curve]
     return shown if len(shown) > 1 else list(curve)
 
@@ -357,7 +357,7 @@ def _at(key: str, level: Level) -> str:
 
 
 def doubts(numbers: Numbers, behaviour: str) -> list[str]:
-    """What a careful reader would object to, one sentence per objection with the strengths it holds at."""
+    """Warnings for the reader of a run, one sentence each with the strengths that it holds for."""
     found: list[str] = []
     for probe in (behaviour, DILEMMAS):
         objections = {
@@ -376,8 +376,8 @@ def doubts(numbers: Numbers, behaviour: str) -> list[str]:
     measured = list(numbers.bands)
     bare = [key for key in headline_strengths(numbers.levels[behaviour]) if key not in ("0", *measured)]
     if bare:
-        where = f"only at alpha {_listed(measured)}" if measured else "nowhere"
-        found.append(f"no random directions stand beside alpha {_listed(bare)}: they were measured {where}")
+        where = f"only at alpha {_listed(measured)}" if measured else "at no strength"
+        found.append(f"alpha {_listed(bare)} has no random band: random directions were measured {where}")
     counts = numbers.dilemma_counts
     if max(counts.honest_yes, counts.honest_no) > UNBALANCED * counts.counted:
         found.append(
@@ -387,14 +387,14 @@ def doubts(numbers: Numbers, behaviour: str) -> list[str]:
     facts = {key: entry.facts for key, entry in numbers.side_effects.items()}
     for key, share in facts.items():
         if facts["0"] - share > FACTS_LOST:
-            found.append(f"at alpha {signed(key)} {100 * (facts['0'] - share):.1f} points of factual accuracy are lost")
+            found.append(f"alpha {signed(key)} loses {100 * (facts['0'] - share):.1f} points of factual accuracy")
     return found
 
 
 def is_mostly_yes_bias(towards_yes: Mapping[str, Any], towards_right: float) -> bool:
-    """Whether a change is one towards Yes: larger than the mean change towards the right answers, and clear of 0.
+    """Whether a change is mostly towards Yes: more than towards the right answers, with an interval that excludes 0.
 
-    `towards_yes` is a mean with its limits (None where there are too few clusters for an interval: never clear).
+    `towards_yes` is a mean with its limits. Without limits (too few clusters for an interval) the result is False.
     """
     low, high = towards_yes["low"], towards_yes["high"]
     is_clear = low is not None and (low > 0 or high < 0)

@@ -1,4 +1,4 @@
-"""Tables and a finished run as a terminal shows them. Nothing heavy is imported: `ws show` is quick."""
+"""Tables and a finished run, printed in a terminal. This module imports nothing heavy, so `ws show` is quick."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ws.report.findings import read_summary
 
 
 def show(table: pl.DataFrame, title: str) -> None:
-    """Print a table for people: numbers to three digits."""
+    """Print a table; numbers have three digits."""
     shown = Table(title=title, title_justify="left", header_style="bold")
     for name, kind in table.schema.items():
         shown.add_column(name, justify="right" if kind.is_numeric() else "left")

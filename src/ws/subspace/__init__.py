@@ -1,1 +1,1 @@
-"""Where in the weights a direction lives."""
+"""Alignment of a direction with the singular directions of the weights."""

@@ -1,4 +1,4 @@
-"""Does a direction lie along the large or the small singular directions of the weights that it changes?
+"""Does a direction align with the large or the small singular directions of the weights that it changes?
 
 For every touched W = U S V' (out x in, rank r) and k = max(1, round(0.1 r)):
 
@@ -7,11 +7,11 @@ For every touched W = U S V' (out x in, rank r) and k = max(1, round(0.1 r)):
     energy_weak   = |Q' dW|^2 / |dW|^2                       null  k_Q / d          (residual writers only)
 
 where Q are the k_Q = max(1, round(0.01 d)) directions of the residual stream that the unembedding reads least. A ratio
-is an energy over its null: 1 means no more than a direction without structure. The denominators count all of dW, also
-what lies outside the thin basis of a rectangular W.
+is an energy divided by its null; a direction without structure has 1. The denominators count all of dW, including its
+part outside the thin basis of a rectangular W.
 
-Singular vectors come from the eigenvectors of the smaller Gram matrix in fp64; the energies from the factors of dW, so
-nothing of the size of W is decomposed and dW is never formed.
+Singular vectors come from the eigenvectors of the smaller Gram matrix in fp64. Energies come from the factors of dW, so
+dW is never formed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def table(model: ChatModel, direction: Direction) -> pl.DataFrame:
     for name, raw in console.track(direction.deltas.items(), "alignment", len(direction.deltas)):
         site = sites.get(name)
         if len(parameters[name].shape) != 2:
-            continue  # a bias or a stack of experts has no singular directions of its own
+            continue  # a bias or a stack of experts has no singular directions
         turned = site is not None and site.transposed
         weight = parameters[name].detach().T if turned else parameters[name].detach()
         delta = (raw.T if turned else raw).to("cpu")
@@ -106,7 +106,7 @@ def _singular_vectors(
     values, vectors = torch.linalg.eigh(weight @ weight.T)
     left = vectors.flip(1)
     scale = values.flip(0).clamp(min=1e-24).sqrt()
-    # where W is rank-deficient the quotient is rounding noise; QR keeps the good columns and completes the basis
+    # if W is rank-deficient, the quotient is rounding noise; QR keeps the good columns and completes the basis
     right, _ = torch.linalg.qr((weight.T @ left) / scale)
     return left, right
 
