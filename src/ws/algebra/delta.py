@@ -380,7 +380,7 @@ def _compressed(
 ) -> tuple[Float[Tensor, "*experts out m"], Float[Tensor, "*experts m in"]]:
     """The same product, in orthogonal form if it has more than min(out, in) terms, or terms that cancel.
 
-    One factor is orthonormal (QR in fp64). The other one holds the sum, is as large as the product, and is rounded once.
+    One factor is orthonormal (QR in fp64). The other one is as large as the product and is rounded once.
     """
     rows, columns, rank = left.shape[-2], right.shape[-1], left.shape[-1]
     if rank <= min(rows, columns) and not _cancels(left, right):

@@ -1,4 +1,4 @@
-"""Load a causal language model with its tokenizer, from the package, a hub or a folder, and know which one it is.
+"""Load a causal language model with its tokenizer from the package, a hub or a folder, and identify it.
 
 `load("pocket")`, `load("Qwen/Qwen3-0.6B")` and `load("./folder")` go through the same `from_pretrained`. A folder may
 carry `weight_steering.json` with recommended settings (per adapter family and behaviour, for sampling); the embedded
@@ -33,17 +33,17 @@ POCKET_MODELS = {"pocket": _POCKET_WEIGHTS / "qwen3", "pocket-gemma": _POCKET_WE
 
 SETTINGS_FILE = "weight_steering.json"
 CACHE_MEMORY = 2**30
-"""Bytes of hidden states that may be kept to be used again, where the user does not say."""
+"""Default limit, in bytes, of the hidden states that are kept for reuse."""
 SMALL_MODEL = 200_000_000
-"""Up to this many parameters `--dtype auto` means fp32 everywhere."""
+"""Up to this many parameters `--dtype auto` means fp32 on every device."""
 
 
 @dataclass(eq=False)
 class ChatModel:
-    """A causal LM, its tokenizer behind a `Chat`, and what identifies it.
+    """A causal LM, a `Chat` with its tokenizer, and its identity.
 
-    `name` is what the user asked for; `settings` are the recommendations that came with the model folder;
-    `cache_memory` bounds, in bytes, the states that are kept because they will be needed again.
+    `name`: as the user gave it. `settings`: recommended settings from the model folder. `cache_memory`: limit, in
+    bytes, of the hidden states that are kept for reuse.
     """
 
     name: str
@@ -55,7 +55,7 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the embedding, where token ids go."""
+        """Device of the embedding; token ids must be on it."""
         return self.network.get_input_embeddings().weight.device
 
     @property
@@ -75,12 +75,12 @@ class ChatModel:
 
     @cached_property
     def parameter_count(self) -> int:
-        """Number of parameters, tied ones once."""
+        """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @cached_property
     def split(self) -> SplitForward:
-        """The forward pass as trunk and head, checked once against the whole."""
+        """The forward pass as trunk and head, checked once against the whole forward pass."""
         return SplitForward(self.network)
 
     @property
@@ -89,7 +89,7 @@ class ChatModel:
         return fingerprint(self.network)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the model, its dtype, device and rendering, for configs and provenance."""
+        """The identity of the model, with dtype, device and rendering, for configs and provenance."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -126,15 +126,15 @@ def load(
 ) -> ChatModel:
     """Load a model by the name of an embedded model, a folder, or a hub id.
 
-    dtype "auto" is fp32 up to 200 M parameters, and on a CPU that only emulates bfloat16; else the checkpoint's own.
+    dtype "auto" is fp32 up to 200 M parameters and on a CPU that emulates bfloat16, else the dtype of the checkpoint.
     Device "auto" prefers CUDA, then MPS, then the CPU; attention "auto" is the grouped eager form on the CPU (faster
     there at these lengths) and SDPA elsewhere.
-    Weights are read from safetensors only. Raises `UserError` with the remedy for anything that cannot be loaded.
+    Weights are read from safetensors only. Raises `UserError` with a remedy if the model cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy import, late
 
     if cache_memory < 0:
-        raise UserError(f"a cache of {cache_memory / 2**30:g} GiB is none", "Give --cache-memory 0 or more.")
+        raise UserError(f"--cache-memory is {cache_memory / 2**30:g} GiB; it cannot be negative", "Give 0 or more.")
     place = _locate(name)
     target_device = _choose_device(device)
     chosen_attention = _choose_attention(attention, target_device)
@@ -151,18 +151,18 @@ def load(
                 attn_implementation=chosen_attention,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are an error all the same, but one that says which
+                ignore_mismatched_sizes=True,  # raised below as an error that names the tensor
                 **common,
             )
-    except Exception as error:  # without weights it fails again where the configuration or the choice is to blame
+    except Exception as error:  # a try without weights finds a bad configuration or choice
         without_weights(place, name, **common)
         without_weights(place, name, part="attention", attn_implementation=chosen_attention, **common)
         if isinstance(error, RuntimeError) and Path(place).is_dir():
-            # the library points to a report that nobody sees; reading the files says which tensor it is about
+            # the library's report is muted; reading the files raises an error that names the tensor
             weight_files.Checkpoint(Path(place)).fingerprint()
         raise _explain(name, place, "weights", error) from error
     if getattr(network, "_hf_peft_config_loaded", False):
-        raise UserError(f"{name} is an adapter, not a model", "Give its base model; ws diff reads adapters.")
+        raise UserError(f"{name} is an adapter, not a model", "Give its base model. To use adapters, see ws diff.")
     for parameter, stored, described in sorted(loading["mismatched_keys"]):
         weight_files.require_shape(name, parameter, stored, described)
     weight_files.require_all_there(name, loading["missing_keys"])
@@ -171,13 +171,13 @@ def load(
     if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):
         network.to(torch.float32)
     elif slow and network.dtype == torch.bfloat16:
-        console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
+        console.warn("this CPU emulates bfloat16, which is slow: --dtype float32 is many times faster")
     with _library(name, place, "first forward pass"):
         network.to(target_device).eval().requires_grad_(False)
         forward.check_causal(network, name)
     if attention == "auto" and network.config._attn_implementation == EAGER:
         if not use_grouped(network):
-            console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
+            console.warn(f"{name}: grouped attention does not match this model; using the library's eager form")
         norms.use_lean(network)
     settings_file = Path(place) / SETTINGS_FILE
     return ChatModel(
@@ -203,7 +203,7 @@ def without_weights(
 ) -> Any:
     """The network that a model's configuration describes, on the meta device.
 
-    Raises `UserError` about this `part` for whatever the library refuses.
+    Raises `UserError` about this `part` if the library fails.
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy import, late
 
@@ -234,7 +234,7 @@ def _locate(name: str) -> str:
 
 
 def folder_of(name: str) -> Path:
-    """The local folder of a model's files: an embedded model, a folder, or a hub model that has been downloaded."""
+    """The local folder of a model's files: of an embedded model, a folder, or a downloaded hub model."""
     place = Path(_locate(name))
     if place.is_dir():
         return place
@@ -242,9 +242,9 @@ def folder_of(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # the library raises many kinds for a model that is not there
+    except Exception as error:  # the library raises many types for a model that is not there
         raise UserError(
-            f"the files of {name!r} are not on this machine", "Load the model once, or give a folder."
+            f"the files of {name!r} are not on this machine", "Download it by loading it once, or give a folder."
         ) from error
 
 
@@ -253,20 +253,20 @@ _REMEDIES = {
     "attention": "Use --attention auto.",
     "tokenizer": "Save the tokenizer again with save_pretrained, into the same folder.",
     "weights": "Save it again with save_pretrained.",
-    "first forward pass": "Try --attention eager and --dtype float32; else this model cannot be used here.",
+    "first forward pass": "Try --attention eager and --dtype float32; if both fail, this model is not supported.",
 }
-"""What to do about a part of a model that the library refuses."""
+"""Remedies, by the part of the model that the library fails to load."""
 
 
 @contextmanager
 def _library(name: str, place: str, part: str) -> Iterator[None]:
-    """Whatever the library raises within the block about this part of the model becomes one line."""
+    """Turn any exception of the library within the block into a `UserError` about this part of the model."""
     try:
         with console.library_noise_muted():
             yield
     except UserError:
         raise
-    except Exception as error:  # a library that changes with every release raises whatever it likes
+    except Exception as error:  # the types that the library raises change with every release
         raise _explain(name, place, part, error) from error
 
 
@@ -275,7 +275,7 @@ def _explain(name: str, place: str, part: str, error: Exception) -> UserError:
     cause = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     cause = cause if " " in cause else f"{type(error).__name__} {cause}".strip()
     if isinstance(error, ImportError):
-        return UserError(f"{name} needs a package that is not installed for its {part} ({cause})", "Install it.")
+        return UserError(f"{name} needs a package for its {part} that is not installed ({cause})", "Install it.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return UserError(f"{name} does not fit into memory ({cause})", "Use --dtype bfloat16 or another --device.")
     if Path(place).is_dir():
@@ -283,14 +283,14 @@ def _explain(name: str, place: str, part: str, error: Exception) -> UserError:
     if part != "first forward pass" and isinstance(error, OSError):
         return UserError(
             f"model {name!r} is neither {' nor '.join(map(repr, POCKET_MODELS))}, a folder, nor a hub id that can be "
-            f"reached from here ({cause})",
+            f"downloaded ({cause})",
             "Check the spelling and the network, or give a local folder.",
         )
     return UserError(f"the model {name!r} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
 
 
 def _ends(network: Any) -> tuple[int, ...]:
-    """Token ids that end a text by `generation_config.json`: none, one, or several."""
+    """Token ids that end a text according to `generation_config.json`: none, one, or several."""
     found = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
 

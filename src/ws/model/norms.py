@@ -3,7 +3,7 @@
     y = x / sqrt(mean(x^2) + eps) * scale         scale: the weight, or 1 + weight (Gemma)
 
 The library converts, squares, averages, multiplies and converts back, with one pass for each. Here the sum of squares
-is one reduction, and the products are in fp32 and rounded once. In half precision one compiled kernel does all of it if
+is one reduction; the products are in fp32 and rounded once. In half precision one compiled kernel does all of it if
 a C++ compiler is installed. The backward pass needs the input and one number per row. Each norm is compared with the
 library's form before it is replaced. A norm that computes something else stays as it is.
 """
@@ -36,7 +36,7 @@ def normalised(
 ) -> tuple[Float[Tensor, "n width"], Float[Tensor, "n 1"]]:
     """The norm of every row, rounded once to the dtype of `rows`, and its factor 1 / sqrt(mean(x^2) + eps).
 
-    Sums are in fp32, of fp64 rows in fp64.
+    Sums are in fp32, or in fp64 for fp64 rows.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
@@ -77,7 +77,7 @@ def norm(
 ) -> Float[Tensor, "*rows width"]:
     """The norm over the last dimension; with `compiled`, one kernel each way."""
     rows = x.reshape(-1, x.shape[-1])
-    # a single row would have kernels of its own
+    # a single row would be compiled separately
     forward, backward = _kernels() if compiled and len(rows) > 1 else (normalised, gradient_of_rows)
     if torch.is_grad_enabled() and (rows.requires_grad or scale.requires_grad):
         return _Normalise.apply(rows, scale, eps, forward, backward).view(x.shape)
@@ -105,7 +105,7 @@ def _compiled(function: Kernel) -> Kernel:
 
 @cache
 def can_compile() -> bool:
-    """Whether the kernels compile here and give the right values. Tried once; a failure is a warning."""
+    """Whether the kernels compile here and give the right values. Tried once; a failed compilation gives a warning."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return False
     rows = torch.linspace(-3, 3, 64 * 7).view(7, 64).to(torch.bfloat16)
@@ -114,8 +114,8 @@ def can_compile() -> bool:
     try:
         found, inverse = forward(rows, scale, 1e-6)
         moved = backward(rows, rows, scale, inverse)
-    except (RuntimeError, OSError, ImportError, AttributeError) as error:  # whatever a compiler may do elsewhere
-        console.warn(f"norms cannot be compiled here ({type(error).__name__}); half precision is slower without")
+    except (RuntimeError, OSError, ImportError, AttributeError) as error:  # compilers fail in many ways
+        console.warn(f"norms cannot be compiled here ({type(error).__name__}); half precision will be slower")
         return False
     exact, inverse = normalised(rows, scale, 1e-6)
     wanted = gradient_of_rows(rows, rows, scale, inverse)
@@ -127,7 +127,7 @@ def can_compile() -> bool:
 
 @torch.no_grad()
 def use_lean(network: nn.Module) -> None:
-    """Replace the forward pass of the network's root-mean-square norms, where the result stays the same."""
+    """Replace the forward pass of the network's root-mean-square norms if the result stays the same."""
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters())
     compiled = half and sum(p.numel() for p in network.parameters()) >= COMPILE_FROM and can_compile()
     for module in network.modules():
@@ -136,14 +136,14 @@ def use_lean(network: nn.Module) -> None:
 
 
 def use_library(network: nn.Module) -> None:
-    """Give the network its own norms back."""
+    """Restore the network's own norms."""
     for module in network.modules():
         if is_lean(module):
             module.__class__ = type(module).__mro__[1]
 
 
 def is_lean(module: nn.Module) -> bool:
-    """Whether this module computes as above."""
+    """Whether this module uses the norm above."""
     return type(module).__name__.startswith(_MARK)
 
 
@@ -169,7 +169,7 @@ def _epsilon(module: nn.Module) -> Any:
 
 @cache
 def _lean(kind: type[nn.Module], offset: float, compiled: bool) -> type[nn.Module]:
-    """A subclass with another forward. An instance keeps everything else, also when it is copied."""
+    """A subclass with a different forward. An instance keeps everything else, also in copies."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         scale = self.weight.float() + offset if offset else self.weight
