@@ -103,7 +103,7 @@ def test_a_tokenizer_that_cannot_say_yes_is_named(
     pairs += [{"prompt": "b", "response_pos": "b a", "response_neg": "b b"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
     assert run("replicate", "--model", folder, "--out", tmp_path / "out", "--pairs", tmp_path / "pairs.jsonl") == 2
-    assert "cannot write the answer 'Yes'" in one_line(capsys)
+    assert "cannot encode the answer 'Yes'" in one_line(capsys)
 
 
 @pytest.mark.parametrize(

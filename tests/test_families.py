@@ -277,7 +277,7 @@ def test_a_direction_is_scored_on_a_fine_tune_of_its_base_where_that_is_allowed(
     capsys.readouterr()
     edit = Edit("d", direction, base_mismatch="allow")
     assert score(tuned, [probe], [Condition.of(edit, alpha) for alpha in (-1.0, 1.0)]).equals(wanted)
-    assert capsys.readouterr().err.count("another base model") == 1, "said once, whatever the number of strengths"
+    assert capsys.readouterr().err.count("on the base model") == 1, "said once, whatever the number of strengths"
     with pytest.raises(BaseMismatchError):
         score(tuned, [probe], [Condition.of(Edit("d", direction), 1.0)])
 

@@ -182,7 +182,7 @@ def test_conditions_of_another_base_share_passes_where_that_is_allowed(
         for edit in (low, allowed)
     ]
     assert tables[0].equals(tables[1])
-    assert capsys.readouterr().err.count("another base model") == 1
+    assert capsys.readouterr().err.count("on the base model") == 1
     with pytest.raises(BaseMismatchError):
         score(qwen, probes()[:1], [Condition.of(made_elsewhere, 1.0)])
 

@@ -215,7 +215,7 @@ def _require_adaptable(settings: AdapterSettings, chosen: Sequence[Site]) -> Non
             )
         if site.transposed and family in _BLOCKED_ON_CONV1D:
             raise UnsupportedFeatureError(
-                f"{family} cannot be put on {site.module}, whose weight is stored transposed (PEFT lacks this)",
+                f"{family} cannot be put on {site.module}, whose weight is stored transposed (PEFT has no such layer)",
                 "Use lora, rslora, dora, pissa or ia3.",
             )
         if family == "ia3" and (odd := set(site.roles) - set(_IA3_ROLES)) and set(site.roles) & {"k", "v"}:

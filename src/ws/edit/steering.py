@@ -4,8 +4,8 @@
     baked      W' = round(W_fp32 + alpha * dW)    one rounding, whatever the dtype of the weights
 
 Guarantees: alpha = 0 is the base model bit for bit. Leaving a `steer` block restores every weight bit for bit, also
-after an exception or an incomplete entry. An edit of a different base is refused unless it is allowed. Several directions add
-up, and blocks nest: functions of the base weights always use the unedited weights.
+after an exception or an incomplete entry. An edit of a different base is refused unless it is allowed. Several
+directions add up, and blocks nest: functions of the base weights always use the unedited weights.
 """
 
 from __future__ import annotations

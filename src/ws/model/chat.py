@@ -157,8 +157,8 @@ class Chat:
     def close_thought(self, thought: Sequence[int], closed: bool, anchor: str) -> list[int]:
         """Token ids of a thought, its end, and the answer anchor.
 
-        `closed`: the model ended the thought itself; otherwise a sentence ends it. The end of the thought is the special
-        token, not the encoding of its name.
+        `closed`: the model ended the thought itself; otherwise a sentence ends it. The end of the thought is the
+        special token, not the encoding of its name.
         """
         if self.template.thought is None or self.thought_end is None:
             return [*thought, *self._encode(f"\n{anchor}")]

@@ -181,8 +181,8 @@ class Template:
         closing = thoughts.closing_of(mark, self._knows)
         if closing is None:
             raise UserError(
-                f"{self._name} ends its generation prompt with {mark!r}, but assistant turns do not begin with it, and no "
-                "mark that closes it was found",
+                f"{self._name} ends its generation prompt with {mark!r}, but assistant turns do not begin with it, "
+                "and no mark that closes it was found",
                 _REMEDY,
             )
         return f"\n{closing}\n\n"

@@ -1,8 +1,8 @@
 """Marks of thoughts: which marks open and close one, and whether a text ends inside one.
 
 Models mark thoughts in many ways: `<think>`, `<thought>`, `[THINK]`, `<|START_THINKING|>`, `<|channel>thought`. A
-list of names is never complete. So a mark is recognised by its form. A thought is open if the generation prompt opens a mark
-that an assistant's turn of the same template does not.
+list of names is never complete. So a mark is recognised by its form. A thought is open if the generation prompt opens a
+mark that an assistant's turn of the same template does not.
 """
 
 from __future__ import annotations

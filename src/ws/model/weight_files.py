@@ -155,7 +155,7 @@ class Checkpoint:
         except Exception as error:  # a wrong number in a configuration may raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{self.folder / CONFIG} does not describe a known model ({reason})", "Correct it."
+                f"{self.folder / CONFIG} does not describe a known model ({reason})", f"Correct {CONFIG}."
             ) from error
         if getattr(network.config, "quantization_config", None):
             raise UnsupportedFeatureError(f"{self.folder} is quantized", "Give the folder of the unquantized model.")
