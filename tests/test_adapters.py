@@ -470,11 +470,11 @@ def test_a_rank_that_contradicts_the_factors_is_an_error(qwen: ChatModel, plain_
 
 REFUSED_SETTINGS = {
     "unknown family": (AdapterSettings(family="lorra"), "lorra"),
-    "rank 0": (AdapterSettings(rank=0), "rank 0"),
+    "rank 0": (AdapterSettings(rank=0), "rank is 0"),
     "rank beyond a side": (AdapterSettings(family="pissa", rank=500), "rank 500"),
     "blocks that do not divide": (AdapterSettings(family="oft", block_size=7), "7"),
     "no bound": (AdapterSettings(family="delora", delora_lambda=0.0), "delora_lambda"),
-    "negative rank": (AdapterSettings(rank=-3), "rank -3"),
+    "negative rank": (AdapterSettings(rank=-3), "rank is -3"),
     "unknown role": (AdapterSettings(roles=("q", "nose")), "nose"),
     "empty slice": (AdapterSettings(layers=(0.5, 0.5)), "selects no layer"),
     "slice upside down": (AdapterSettings(layers=(0.8, 0.3)), "selects no layer"),

@@ -377,9 +377,9 @@ def test_a_folder_of_another_identity_is_refused_and_the_field_named(tmp_path: P
     with pytest.raises(BaseMismatchError, match=r"different model \(abc, not def\)") as caught:
         RunFolder(tmp_path, {"model": "def", "behaviour": "x"})
     assert str(tmp_path) in str(caught.value)
-    with pytest.raises(BaseMismatchError, match="another behaviour"):
+    with pytest.raises(BaseMismatchError, match="different behaviour"):
         RunFolder(tmp_path, {"model": "abc", "behaviour": "y"})
-    with pytest.raises(BaseMismatchError, match=r"another more \(None, not 1\)"):
+    with pytest.raises(BaseMismatchError, match=r"different more \(None, not 1\)"):
         RunFolder(tmp_path, {"model": "abc", "behaviour": "x", "more": 1})
     RunFolder(tmp_path, {"model": "abc", "behaviour": "x"}).close()
 
