@@ -154,7 +154,7 @@ def test_an_out_folder_of_another_model_is_refused(
     other = tmp_path / model.name
     tiny.make("qwen3", other, seed=5, layers=4)
     assert run("replicate", "--model", other, "--out", out, *QUICK) == 2
-    assert "another fingerprint" in one_line(capsys)
+    assert "different fingerprint" in one_line(capsys)
 
 
 def test_an_out_that_cannot_be_written_is_named(
