@@ -462,7 +462,7 @@ def test_a_folder_that_contradicts_itself_is_one_line_that_names_it(
 
 def test_a_rank_that_contradicts_the_factors_is_an_error(qwen: ChatModel, plain_lora: Path, tmp_path: Path) -> None:
     folder = copy_changed(plain_lora, tmp_path / "damaged", reconfigured(r=5))
-    with pytest.raises(UserError, match=r"rank 5 is configured for .*, but its factors have rank 4"):
+    with pytest.raises(UserError, match=r"has rank 5 in the configuration, but its factors have rank 4"):
         adapters.deltas(adapters.read(folder), qwen.network)
 
 
@@ -470,11 +470,11 @@ def test_a_rank_that_contradicts_the_factors_is_an_error(qwen: ChatModel, plain_
 
 REFUSED_SETTINGS = {
     "unknown family": (AdapterSettings(family="lorra"), "lorra"),
-    "rank 0": (AdapterSettings(rank=0), "rank 0"),
+    "rank 0": (AdapterSettings(rank=0), "rank is 0"),
     "rank beyond a side": (AdapterSettings(family="pissa", rank=500), "rank 500"),
     "blocks that do not divide": (AdapterSettings(family="oft", block_size=7), "7"),
     "no bound": (AdapterSettings(family="delora", delora_lambda=0.0), "delora_lambda"),
-    "negative rank": (AdapterSettings(rank=-3), "rank -3"),
+    "negative rank": (AdapterSettings(rank=-3), "rank is -3"),
     "unknown role": (AdapterSettings(roles=("q", "nose")), "nose"),
     "empty slice": (AdapterSettings(layers=(0.5, 0.5)), "selects no layer"),
     "slice upside down": (AdapterSettings(layers=(0.8, 0.3)), "selects no layer"),
@@ -505,7 +505,7 @@ def test_peft_adapting_another_set_of_modules_is_an_error_that_unwraps_again(
     names = {name for name, _ in network.named_parameters()}
     real = peft.LoraConfig
     monkeypatch.setattr(peft, "LoraConfig", lambda **options: real(**{**options, "target_modules": ["q_proj"]}))
-    with pytest.raises(UnsupportedFeatureError, match="another set of modules"):
+    with pytest.raises(UnsupportedFeatureError, match="not adapt exactly the modules of the slice"):
         adapters.attach(network, AdapterSettings(rank=2), "base")
     assert {name for name, _ in network.named_parameters()} == names
 

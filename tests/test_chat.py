@@ -385,5 +385,5 @@ def test_an_answer_that_cannot_be_written_is_a_user_error(kind: str) -> None:
 
             backend.normalizer = normalizers.Lowercase()
         made = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=bpe.CHAT_TEMPLATE)
-    with pytest.raises(UserError, match="cannot write the answer 'Maybe'"):
+    with pytest.raises(UserError, match="cannot encode the answer 'Maybe'"):
         Chat(made).answers("Maybe")

@@ -104,7 +104,7 @@ def test_a_tokenizer_that_cannot_say_yes_is_named(
     pairs += [{"prompt": "b", "response_pos": "b a", "response_neg": "b b"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
     assert run("replicate", "--model", folder, "--out", tmp_path / "out", "--pairs", tmp_path / "pairs.jsonl") == 2
-    assert "cannot write the answer 'Yes'" in one_line(capsys)
+    assert "cannot encode the answer 'Yes'" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_an_out_folder_of_another_model_is_refused(
     other = tmp_path / model.name
     tiny.make("qwen3", other, seed=5, layers=4)
     assert run("replicate", "--model", other, "--out", out, *QUICK) == 2
-    assert "another fingerprint" in one_line(capsys)
+    assert "different fingerprint" in one_line(capsys)
 
 
 def test_an_out_that_cannot_be_written_is_named(

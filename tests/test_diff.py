@@ -188,7 +188,7 @@ def test_parameters_of_one_side_only_are_counted_as_zero_and_reported(
     )
     assert found.provenance["one_sided_parameters"] == one_sided
     warning = capsys.readouterr().err
-    assert "6 parameters are touched by one side only" in warning and one_sided[0] in warning
+    assert "6 parameters are changed by one side only" in warning and one_sided[0] in warning
     pos, neg = (diff.task_vector(qwen, folder) for folder in (pair[0], partial))
     up, v = one_sided[1], "model.layers.1.self_attn.v_proj.weight"
     assert relative_error(in_fp64(found.deltas[up]), in_fp64(pos.deltas[up])) < TOLERANCE

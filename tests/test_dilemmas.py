@@ -267,8 +267,8 @@ def test_rows_without_names_are_numbered(tmp_path: Path) -> None:
         ("set.jsonl", b'{"situation": "a", "action": null, "label": 1}\n{"action": "b"}', "none of 2 rows can be used"),
         ("set.csv", b"situation,action,label\na,,1\n", "none of 1 rows can be used"),
         ("set.parquet", b"not parquet", "cannot be read"),
-        ("set.txt", b"situation,action,label\na,b,1\n", "is of an unknown kind"),
-        ("set", b"situation,action,label\na,b,1\n", "is of an unknown kind"),
+        ("set.txt", b"situation,action,label\na,b,1\n", "is not a CSV, JSONL or parquet file"),
+        ("set", b"situation,action,label\na,b,1\n", "is not a CSV, JSONL or parquet file"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(

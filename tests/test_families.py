@@ -258,7 +258,7 @@ def test_a_direction_can_be_moved_to_another_base_as_the_update_that_it_is(
             assert relative_error(moved, change) < 1e-3, name
     if direction.needs_weights:
         unbound = Direction(direction.deltas, direction.base, direction.layers)
-        with pytest.raises(UserError, match="bind it first"), steer(other, unbound, 1.0, base_mismatch="allow"):
+        with pytest.raises(UserError, match="and bind it"), steer(other, unbound, 1.0, base_mismatch="allow"):
             pass
 
 
@@ -277,7 +277,7 @@ def test_a_direction_is_scored_on_a_fine_tune_of_its_base_where_that_is_allowed(
     capsys.readouterr()
     edit = Edit("d", direction, base_mismatch="allow")
     assert score(tuned, [probe], [Condition.of(edit, alpha) for alpha in (-1.0, 1.0)]).equals(wanted)
-    assert capsys.readouterr().err.count("another base model") == 1, "said once, whatever the number of strengths"
+    assert capsys.readouterr().err.count("on the base model") == 1, "said once, whatever the number of strengths"
     with pytest.raises(BaseMismatchError):
         score(tuned, [probe], [Condition.of(Edit("d", direction), 1.0)])
 

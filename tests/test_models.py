@@ -347,7 +347,7 @@ def test_tying_is_kept(tiny_folders: dict[str, Path]) -> None:
 
 
 def test_a_negative_cache_is_refused(qwen: ChatModel) -> None:
-    with pytest.raises(UserError, match=r"a cache of -1 GiB is none.*--cache-memory 0"):
+    with pytest.raises(UserError, match=r"--cache-memory is -1 GiB; it cannot be negative.*Give 0 or more"):
         loading.load(qwen.name, cache_memory=-(2**30))
 
 

@@ -80,7 +80,7 @@ def test_sides_of_different_bases_and_of_another_base_than_the_model_are_refused
         diff.direction(model, *sides)
     assert_one_line(caught.value, str(places[named]))
     if named == TWO:
-        with pytest.raises(BaseMismatchError, match="other weights"):
+        with pytest.raises(BaseMismatchError, match="whose weights differ"):
             diff.task_vector(model, sides[(pos, neg).index(TWO)])
 
 

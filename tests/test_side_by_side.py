@@ -163,7 +163,7 @@ def _of_other_strides(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_rows_that_do_not_divide_into_conditions_are_refused(qwen: ChatModel) -> None:
     low = edits(qwen)[0]
     with (
-        pytest.raises(UnsupportedFeatureError, match="2 rows for 3 conditions"),
+        pytest.raises(UnsupportedFeatureError, match="2 rows, which 3 conditions"),
         under_each(qwen, [Condition.of(low, alpha) for alpha in (1.0, 0.5, -1.0)]),
     ):
         qwen.network(input_ids=torch.ones(2, 4, dtype=torch.long), use_cache=False)
@@ -182,7 +182,7 @@ def test_conditions_of_another_base_share_passes_where_that_is_allowed(
         for edit in (low, allowed)
     ]
     assert tables[0].equals(tables[1])
-    assert capsys.readouterr().err.count("another base model") == 1
+    assert capsys.readouterr().err.count("on the base model") == 1
     with pytest.raises(BaseMismatchError):
         score(qwen, probes()[:1], [Condition.of(made_elsewhere, 1.0)])
 

@@ -368,7 +368,7 @@ def test_another_base_can_be_allowed_with_a_warning(any_model: ChatModel, capsys
     with steer(any_model, foreign, base_mismatch="allow"):
         assert torch.equal(logits(any_model.network, ids), expected)
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: ") and "another base model" in warning and "f" * 24 in warning
+    assert warning.startswith("warning: ") and "on the base model" in warning and "f" * 24 in warning
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -374,12 +374,12 @@ def test_changed_inputs_are_named(tmp_path: Path, fresh: dict[str, Any], changed
 
 def test_a_folder_of_another_identity_is_refused_and_the_field_named(tmp_path: Path) -> None:
     RunFolder(tmp_path, {"model": "abc", "behaviour": "x"}).close()
-    with pytest.raises(BaseMismatchError, match=r"another model \(abc, not def\)") as caught:
+    with pytest.raises(BaseMismatchError, match=r"different model \(abc, not def\)") as caught:
         RunFolder(tmp_path, {"model": "def", "behaviour": "x"})
     assert str(tmp_path) in str(caught.value)
-    with pytest.raises(BaseMismatchError, match="another behaviour"):
+    with pytest.raises(BaseMismatchError, match="different behaviour"):
         RunFolder(tmp_path, {"model": "abc", "behaviour": "y"})
-    with pytest.raises(BaseMismatchError, match=r"another more \(None, not 1\)"):
+    with pytest.raises(BaseMismatchError, match=r"different more \(None, not 1\)"):
         RunFolder(tmp_path, {"model": "abc", "behaviour": "x", "more": 1})
     RunFolder(tmp_path, {"model": "abc", "behaviour": "x"}).close()
 
@@ -399,7 +399,7 @@ def test_a_broken_identity_is_an_error_and_leaves_the_folder_unlocked(tmp_path: 
 
 def test_a_folder_in_use_is_refused_until_it_is_closed(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    with RunFolder(tmp_path, {}), pytest.raises(UserError, match="another ws process is working in"):
+    with RunFolder(tmp_path, {}), pytest.raises(UserError, match="another ws process is using"):
         RunFolder(tmp_path, {})
     run = RunFolder(tmp_path, {})
     run.close()

@@ -96,17 +96,17 @@ def make(tokenizer_file: Path) -> Any:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ({"tool_use": CHATML, "rag": CHATML}, "rag, tool_use, and none is called default"),
+        ({"tool_use": CHATML, "rag": CHATML}, "rag, tool_use, but no default"),
         (WANTS_SYSTEM, "No system!"),
-        (CHATML.replace("message['content']", "(message['content'] + '')[:9]"), "drops or changes what the user says"),
+        (CHATML.replace("message['content']", "(message['content'] + '')[:9]"), "drops or changes the user's text"),
         (CHATML.replace("{% endfor %}", "{% endfr %}"), "endfr"),
         ("{{ today_string() }}" + CHATML, "'today_string' is undefined"),
         ("{{ messages[1]['content'] + 'x' }}" + CHATML, "a user message alone"),
         ("{{ 1 / 0 }}" + CHATML, "division by zero"),
-        (CHATML.replace("['content']", "['content'][:5]"), "drops or changes what the user says"),
-        (CHATML.replace("['content']", "['content'] | upper"), "drops or changes what the user says"),
-        (CHATML.replace("{{ message['content'] }}", ""), "drops or changes what the user says"),
-        (CHATML.replace("messages %}", "messages if message['role'] == 'user' %}"), "what the assistant says"),
+        (CHATML.replace("['content']", "['content'][:5]"), "drops or changes the user's text"),
+        (CHATML.replace("['content']", "['content'] | upper"), "drops or changes the user's text"),
+        (CHATML.replace("{{ message['content'] }}", ""), "drops or changes the user's text"),
+        (CHATML.replace("messages %}", "messages if message['role'] == 'user' %}"), "the assistant's text"),
         (prompting("<|muse|>"), "ends its generation prompt with '<|muse|>'"),
     ],
 )  # fmt: skip

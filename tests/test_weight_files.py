@@ -217,19 +217,19 @@ def shard_lost(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "fewer layers than stored": ("llama", configure(num_hidden_layers=2), r"no place for 18 .* model\.layers\.2\."),
-    "biases that are switched off": ("qwen3-biases", configure(attention_bias=False), r"no place for 16 .*\.bias"),
+    "fewer layers than stored": ("llama", configure(num_hidden_layers=2), r"18 stored tensors .* model\.layers\.2\."),
+    "biases that are switched off": ("qwen3-biases", configure(attention_bias=False), r"16 stored tensors .*\.bias"),
     "a tensor of nobody": ("llama", lambda f: rewrite(f, lambda t: {**t, "x": t[HEAD].clone()}), "for example x"),
     "more layers than stored": ("llama", configure(num_hidden_layers=5), r"lack 9 tensors .* model\.layers\.4\."),
     "an untied head that is not stored": ("qwen3", configure(tie_word_embeddings=False), r"lack 1 .* lm_head\.weight"),
     "another name": ("llama", renamed("model.norm.weight", "x"), "for example x|lack"),
-    "another shape": ("llama", configure(intermediate_size=96), r"stored in the shape .*128.* describes .*96"),
+    "another shape": ("llama", configure(intermediate_size=96), r"stored with shape .*128.* describes .*96"),
     "an index cut off": ("sharded", shards_cut_off, r"index\.json is damaged"),
     "an index of nothing": ("sharded", lambda f: (f / INDEX).write_text("[]"), r"index\.json is damaged"),
     "a shard lost": ("sharded", shard_lost, r"lacks model-00001-of-\d+\.safetensors"),
     "an expert lost": ("qwen3-moe", without("1.mlp.experts.3."), r"layers\.1\.mlp\.experts\.(gate_up|down)_proj"),
     "half an expert lost": ("qwen3-moe", without("1.mlp.experts.3.up"), r"layers\.1\.mlp\.experts\.gate_up_proj"),
-    "an adapter beside the model": ("llama", lambda f: (f / "adapter_config.json").touch(), "holds an adapter"),
+    "an adapter beside the model": ("llama", lambda f: (f / "adapter_config.json").touch(), "holds both an adapter"),
     "only leftovers": ("llama", lambda f: (f / WEIGHTS).rename(f / "copy.safetensors"), "no safetensors weights"),
 }  # fmt: skip
 

@@ -5,8 +5,8 @@
     with ws.steer(model, direction, alpha=1.0):
         ...
 
-Two opposite persona descriptions go in; `dW = theta_pos - theta_neg` comes out: signed, exact and exportable, with
-evidence of what it moves and what it breaks. Everything is imported on first use, so `import ws` is instant.
+The input is two opposite persona descriptions. The result is `dW = theta_pos - theta_neg`: signed, exact, exportable,
+and measured (what it changes and what it damages). Modules are imported on first use, so `import ws` is fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ws.base.version import __version__
 
 if os.environ.get("BEARTYPE") == "1":
-    # shapes and types of every annotated function are checked at run time (smoke run and tests)
+    # check shapes and types of every annotated function at run time (smoke run and tests)
     from jaxtyping import install_import_hook
 
     from ws.base import shape_checks  # noqa: F401 - the hook looks it up by name

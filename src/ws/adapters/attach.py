@@ -1,12 +1,12 @@
-"""Put a fresh trainable adapter of a family on a slice of layers, and say exactly where it sits.
+"""Put a new trainable adapter of a family on a slice of layers, and check that it is on exactly these layers.
 
-PEFT does the forward pass and the files. Here is what it does not do: IA3 honours the layer slice, PiSSA leaves the
-base weights alone, DoRA's magnitudes start from fp32 norms also on a half-precision base, and that precisely the
-modules of the slice are adapted is checked.
+PEFT does the forward pass and the files. This module adds what PEFT lacks: IA3 respects the layer slice; PiSSA leaves
+the base weights unchanged; DoRA's magnitudes start from fp32 norms, also on a half-precision base; and a check that
+exactly the modules of the slice are adapted.
 
-PiSSA (Meng et al., 2404.02948) is LoRA that starts from the principal factors of W with a frozen `- s B0 A0` beside it.
-Its folder is saved as the plain LoRA of twice the rank that it amounts to, so that any reader gets it right; as stored
-by PEFT it would hold a part of the base.
+PiSSA (Meng et al., 2404.02948) is LoRA that starts from the principal factors of W, plus a frozen term `- s B0 A0`. Its
+folder is saved as the equivalent plain LoRA of twice the rank, which any reader understands. The form that PEFT stores
+would contain a part of the base.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _REFUSALS_OF_PEFT = (ValueError, TypeError, RuntimeError, AttributeError, KeyErr
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What to attach: family, its size, the layer slice as fractions, and the roles (None: all that the family adapts).
+    """What to attach: family, size, layer slice as fractions, and roles (None: all that the family adapts).
 
-    `rank` and `lora_alpha` are of the low-rank families (DeLoRA has no alpha: `delora_lambda` bounds its norm);
-    `block_size` of OFT and BOFT; `ia3_all_layers` gives IA3 every layer, as PEFT does.
+    `rank` and `lora_alpha` are for the low-rank families (DeLoRA has no alpha; `delora_lambda` bounds its norm),
+    `block_size` is for OFT and BOFT. `ia3_all_layers` puts IA3 on every layer, as PEFT does.
     """
 
     family: str = "lora"
@@ -53,15 +53,15 @@ class AdapterSettings:
 
 
 def require_family(name: str) -> None:
-    """Raise for a family that does not exist here."""
+    """Raise for an unknown family."""
     if name not in FAMILIES:
         raise UserError(f"unknown adapter family {name!r}", f"Families: {', '.join(FAMILIES)}.")
 
 
 class Attached:
-    """A network with a fresh adapter: what to train, how to save it, how to take it off again.
+    """A network with a new adapter: its parameters, and methods to save it and to remove it.
 
-    `trainable` are the adapter's parameters, `layers` the adapted maps by their names in the network.
+    `trainable`: the adapter's parameters. `layers`: the adapted linear maps by their names in the network.
     """
 
     def __init__(self, wrapped: Any, take_off: Callable[[], None]) -> None:
@@ -88,7 +88,7 @@ class Attached:
         return min(int(place.removeprefix(f"{prefix}.").split(".", 1)[0]) for place in self.layers)
 
     def save(self, folder: Path) -> None:
-        """Write a PEFT adapter folder that plain PEFT loads to the same model."""
+        """Write a PEFT adapter folder. PEFT alone loads it to the same model."""
         with console.library_noise_muted():
             if self._shifts:
                 self._save_as_lora(folder)
@@ -97,7 +97,7 @@ class Attached:
         (folder / "README.md").unlink(missing_ok=True)
 
     def detach(self) -> None:
-        """Take the adapter off: the network has its own modules again, with nothing on them."""
+        """Remove the adapter: the network gets its original modules back."""
         for shift in self._shifts.values():
             shift.handle.remove()
         self._take_off()
@@ -125,9 +125,9 @@ class Attached:
 
 
 def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
-    """Put a fresh trainable adapter on the slice; `name` is recorded as the base model.
+    """Put a new trainable adapter on the slice; `name` is recorded as the base model.
 
-    Freezes all other parameters. An error leaves no adapter behind.
+    All other parameters are frozen. After an error the network has no adapter.
     """
     import peft  # noqa: PLC0415 - heavy import, late
 
@@ -137,13 +137,13 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
     everywhere = settings.family == "ia3" and settings.ia3_all_layers
     layers = range(len(blocks)) if everywhere else architecture.layer_slice(len(blocks), *settings.layers)
     roles = settings.roles
-    if roles is None and settings.family == "ia3":  # those that the architecture has: fused experts have no down
+    if roles is None and settings.family == "ia3":  # only roles that the architecture has: fused experts have no down
         present = {role for site in architecture.sites(network, layers) for role in site.roles}
         roles = tuple(role for role in _IA3_ROLES if role in present)
     chosen = architecture.sites(network, layers, roles)
     _require_adaptable(settings, chosen)
     if settings.roles is None and (missed := architecture.linear_maps_without_role(network, layers)):
-        console.warn(f"{name}: not adapted, because their role is unknown: {', '.join(missed)}")
+        console.warn(f"{name}: these maps have no known role and are not adapted: {', '.join(missed)}")
     config = _configuration(settings, chosen, prefix, layers)
     take_off = _taking_off(network)
     attached = None
@@ -171,7 +171,7 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
 
 
 def _taking_off(network: nn.Module) -> Callable[[], None]:
-    """What gives the network its own modules and its trainable flags back; PEFT undoes nothing where it fails."""
+    """A function that restores the network's modules and trainable flags. PEFT does not undo a failed change."""
     children = [(module, dict(module._modules)) for module in network.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
 
@@ -187,10 +187,10 @@ def _taking_off(network: nn.Module) -> Callable[[], None]:
 
 
 def _way_out(network: nn.Module, family: str) -> str:
-    """What works instead: in mixtures PEFT moves LoRA on feed-forward maps to the experts, and only LoRA."""
+    """A remedy that works. In mixtures of experts PEFT moves only LoRA from feed-forward maps to the experts."""
     if family in _LORA_KINDS and any(name.endswith("experts") for name, _ in network.named_modules()):
         return (
-            "PEFT moves it from feed-forward maps to the fused experts here. Give --roles q k v o, "
+            "In this model PEFT moves it from feed-forward maps to the fused experts. Give --roles q k v o, "
             "or use delora, oft, boft or ia3."
         )
     return "Give other --roles, or use another family."
@@ -199,9 +199,9 @@ def _way_out(network: nn.Module, family: str) -> str:
 def _require_positive(settings: AdapterSettings) -> None:
     for option in ("rank", "block_size"):
         if getattr(settings, option) < 1:
-            raise UserError(f"{option} {getattr(settings, option)} is no size", "Give a whole number from 1.")
+            raise UserError(f"{option} is {getattr(settings, option)}; it must be at least 1", "Give a larger number.")
     if settings.delora_lambda <= 0:
-        raise UserError(f"delora_lambda {settings.delora_lambda} bounds nothing", "Give a positive number.")
+        raise UserError(f"delora_lambda is {settings.delora_lambda}; it must be positive", "Give a larger number.")
 
 
 def _require_adaptable(settings: AdapterSettings, chosen: Sequence[Site]) -> None:
@@ -210,8 +210,8 @@ def _require_adaptable(settings: AdapterSettings, chosen: Sequence[Site]) -> Non
         inputs = site.shape[0] if site.transposed else site.shape[1]
         if family in ("oft", "boft") and inputs % settings.block_size:
             raise UserError(
-                f"{site.module} has {inputs} inputs, which are no whole number of blocks of {settings.block_size}",
-                "Give --block-size a divisor.",
+                f"{site.module} has {inputs} inputs, which is not a multiple of the block size {settings.block_size}",
+                f"Set --block-size to a divisor of {inputs}.",
             )
         if site.transposed and family in _BLOCKED_ON_CONV1D:
             raise UnsupportedFeatureError(
@@ -243,7 +243,7 @@ def _configuration(settings: AdapterSettings, chosen: Sequence[Site], prefix: st
         "delora": lambda: peft.DeloraConfig(**common, r=settings.rank, delora_lambda=settings.delora_lambda),
         "oft": lambda: peft.OFTConfig(**common, r=0, oft_block_size=settings.block_size),
         "boft": lambda: peft.BOFTConfig(**common, boft_block_size=settings.block_size, boft_n_butterfly_factor=1),
-        # PEFT has no layer slice for IA3: the modules are named in full
+        # PEFT has no layer slice for IA3, so the modules get their full names
         "ia3": lambda: peft.IA3Config(
             task_type="CAUSAL_LM",
             target_modules=[site.module for site in chosen],
@@ -254,11 +254,13 @@ def _configuration(settings: AdapterSettings, chosen: Sequence[Site], prefix: st
     try:
         return make[settings.family]()
     except (ValueError, TypeError) as error:
-        raise UserError(f"PEFT refuses this {settings.family} ({error})", "Change the adapter settings.") from error
+        raise UserError(
+            f"PEFT rejects the settings of {settings.family} ({error})", "Change the adapter settings."
+        ) from error
 
 
 def _require_exactly(wrapped: Any, chosen: Sequence[Site], remedy: str) -> None:
-    """Raise unless precisely the modules of the slice carry the adapter."""
+    """Raise unless exactly the modules of the slice carry the adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415
 
     adapted = {
@@ -267,8 +269,8 @@ def _require_exactly(wrapped: Any, chosen: Sequence[Site], remedy: str) -> None:
     odd = sorted(adapted ^ {site.module for site in chosen})
     if odd:
         raise UnsupportedFeatureError(
-            f"PEFT adapts another set of modules than the slice holds ({len(adapted)} instead of {len(chosen)}, "
-            f"for example {odd[0]})",
+            f"PEFT does not adapt exactly the modules of the slice ({len(adapted)} instead of {len(chosen)}, "
+            f"a difference is {odd[0]})",
             remedy,
         )
 
@@ -278,7 +280,7 @@ def _require_exactly(wrapped: Any, chosen: Sequence[Site], remedy: str) -> None:
 
 @dataclass(frozen=True)
 class _Shift:
-    """The frozen `- s B0 A0` beside a PiSSA module: `up` is s B0, `down` A0, fp32."""
+    """The frozen term `- s B0 A0` of a PiSSA module: `up` is s B0, `down` is A0, fp32."""
 
     up: Tensor
     down: Tensor
@@ -286,7 +288,7 @@ class _Shift:
 
 
 def _start_from_principal(wrapped: Any, site: Site) -> _Shift:
-    """Set B and A to the principal factors of the weight and subtract them again with a hook: W stays what it is."""
+    """Set B and A to the principal factors of the weight, and subtract these in a hook: W itself does not change."""
     layer = wrapped.get_submodule(PREFIX + site.module)
     stored = layer.get_base_layer().weight.data
     weight = stored.T if site.transposed else stored
@@ -294,8 +296,8 @@ def _start_from_principal(wrapped: Any, site: Site) -> _Shift:
     rank = layer.r[_ADAPTER]
     if rank > min(weight.shape):
         raise UserError(
-            f"rank {rank} is larger than a side of {site.module}, {tuple(weight.shape)}",
-            "PiSSA needs a smaller --rank.",
+            f"rank {rank} is too large for PiSSA on {site.module} of shape {tuple(weight.shape)}",
+            f"Give --rank {min(weight.shape)} or less.",
         )
     up, down = principal_factors(weight, rank, scale)
     with torch.no_grad():
@@ -310,7 +312,7 @@ def _start_from_principal(wrapped: Any, site: Site) -> _Shift:
 
 
 def _exact_magnitude(wrapped: Any, site: Site) -> None:
-    """Row norms of the base weight in fp32: PEFT takes them in the dtype of the base."""
+    """Set DoRA's magnitudes to fp32 row norms of the base weight. PEFT computes them in the dtype of the base."""
     layer = wrapped.get_submodule(PREFIX + site.module)
     stored = layer.get_base_layer().weight.data.to(torch.float32)
     norms = (stored.T if site.transposed else stored).norm(dim=1)

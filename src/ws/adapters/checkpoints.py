@@ -1,8 +1,8 @@
-"""Full checkpoints, tensor by tensor: the difference of two, and files that are written as they are computed.
+"""Full checkpoints, tensor by tensor: the difference of two, and safetensors files written one tensor at a time.
 
-Nothing here holds more than one parameter at a time, so memory is bounded by the largest tensor, whatever the size of
-the model. A difference of checkpoints is dense; where only low-rank adapters differ, `ws diff` on the adapter folders
-is smaller by an order of magnitude and exact, while a checkpoint in bf16 has already lost what rounding took.
+Only one parameter is in memory at a time, so the largest tensor bounds the memory. A difference of checkpoints is
+dense. If the two differ by low-rank adapters only, use `ws diff` on the adapter folders: the result is ten times
+smaller and exact, while checkpoints in bf16 have rounding errors.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 def difference(
     base: str | Path, pos: str | Path, neg: str | Path, out: Path, provenance: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Write `theta_pos - theta_neg` of two checkpoint folders as a direction file of `base`; the names that differ.
+    """Write `theta_pos - theta_neg` of two checkpoint folders as a direction of `base`; return the names that differ.
 
-    Subtracted in fp32 tensor by tensor; a parameter that does not differ is left out.
+    Subtracts in fp32, tensor by tensor. Parameters that do not differ are left out.
     """
     own, positive, negative = (Checkpoint(Path(folder)) for folder in (base, pos, neg))
     shapes = own.parameters()
@@ -44,9 +44,11 @@ def difference(
                 changed.append(name)
             bar.advance()
     if not changed:
-        raise UserError(f"{pos} and {neg} hold the same weights", "There is no direction between them.")
+        raise UserError(
+            f"{pos} and {neg} hold the same weights, so their difference is zero", "Give two different checkpoints."
+        )
     if torch.float32 not in [side.dtype(changed[0]) for side in (positive, negative)]:
-        console.warn("both checkpoints are in half precision: what their rounding lost is not in the difference")
+        console.warn("both checkpoints are in half precision: the difference contains their rounding errors")
     header = {
         "format": FORMAT,
         "base": own.fingerprint(),
@@ -80,7 +82,7 @@ def _require_same_parameters(base: Checkpoint, shapes: Mapping[str, tuple[int, .
             has, wanted = (f"has shape {s[name]}" if name in s else "is absent" for s in (found, shapes))
             raise UserError(
                 f"{side.folder}: {name} {has}, but in the base {base.folder} it {wanted}",
-                "Base and both sides must be checkpoints of one architecture, with heads tied in all or in none.",
+                "Give a base and two sides of the same architecture, with the head tied in all three or in none.",
             )
 
 
@@ -100,7 +102,7 @@ def write_streamed(
     metadata: Mapping[str, str],
     description: str,
 ) -> None:
-    """A safetensors file whose tensors are made one after the other; atomic.
+    """Write a safetensors file atomically. `produce` makes its tensors one after the other.
 
     The layout is 8 bytes of header length, the header as JSON, then the tensors in header order.
     """
@@ -119,7 +121,7 @@ def write_streamed(
             for name, entry in entries.items():
                 tensor = produce(name).to(entry.dtype).contiguous()
                 if tuple(tensor.shape) != entry.shape:
-                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, announced was {entry.shape}")
+                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the header has {entry.shape}")
                 if tensor.numel():
                     handle.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
                 bar.advance()

@@ -1,8 +1,8 @@
-"""Two adapters of one base to a Direction, with the geometry of what they share and where they part.
+"""Make a Direction from two adapters of one base, with the geometry of their common part and their difference.
 
     dW = tau_pos - tau_neg,     M = (tau_pos + tau_neg) / 2   (the drift that both fine-tunes share and dW removes)
 
-The deltas come from the adapter tensors in fp32. Merging in bf16 and subtracting, as is usual, rounds away much of a
+The deltas come from the adapter tensors in fp32. The usual way, merging in bf16 and subtracting, rounds away much of a
 small update and adds full-rank noise.
 """
 
@@ -29,15 +29,15 @@ from ws.model import architecture
 from ws.model.loading import ChatModel
 
 WEAK_RELATIVE_NORM = 1e-4
-"""|dW| / |W| of the touched parameters below which the direction is reported as doing nothing."""
+"""Below this |dW| / |W| of the changed parameters, a warning says that hardly anything was learned."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Three scalars of the two task vectors, and what follows from them.
+    """Norms of two task vectors, of dW and of M, and scalars computed from them.
 
     cos_anti: -cos(tau_pos, tau_neg); asymmetry: |tau_pos| / |tau_neg|; drift_ratio: |M| / (|dW| / 2);
-    cos_dw_m: cosine of dW and M. All norms are Frobenius over every touched parameter.
+    cos_dw_m: cosine of dW and M. All norms are Frobenius norms over all changed parameters.
     """
 
     norm_pos: float
@@ -51,7 +51,7 @@ class Geometry:
 
     @classmethod
     def of(cls, pos: Direction, neg: Direction) -> Geometry:
-        """Geometry of two task vectors, from `p2`, `n2` and `pn` (fp64)."""
+        """Geometry of two task vectors, from their squared norms and inner product (fp64)."""
         p2, n2, pn = pos.norm() ** 2, neg.norm() ** 2, pos.dot(neg)
         norm_dw = math.sqrt(max(0.0, p2 - 2 * pn + n2))
         norm_m = math.sqrt(max(0.0, p2 + 2 * pn + n2)) / 2
@@ -72,23 +72,27 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def are_adapters(pos: Path, neg: Path) -> bool:
-    """Whether both folders are PEFT adapters; False where both are checkpoints, an error for anything else."""
+    """True if both folders are PEFT adapters, False if both are checkpoints; anything else is an error."""
     kinds = [adapters.is_adapter_folder(folder) for folder in (pos, neg)]
     for folder, is_adapter in zip((pos, neg), kinds, strict=True):
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}", "Give two PEFT adapter folders, or two checkpoints.")
         if not is_adapter and not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is neither a PEFT adapter nor a checkpoint", "Give two of one kind.")
+            raise UserError(
+                f"{folder} is neither a PEFT adapter nor a checkpoint", "Give two adapters or two checkpoints."
+            )
     if kinds[0] != kinds[1]:
-        raise UserError(f"{pos} and {neg} are an adapter and a checkpoint", "Give two of one kind.")
+        raise UserError(
+            f"one of {pos} and {neg} is an adapter, the other a checkpoint", "Give two adapters or two checkpoints."
+        )
     return kinds[0]
 
 
 def variants(pos: Direction, neg: Direction) -> dict[str, Direction]:
-    """The direction and what it is compared with, from the two task vectors.
+    """The direction, and the ablations that it is compared with, from the two task vectors.
 
-    dw: tau_pos - tau_neg; tau_pos, tau_neg: each alone (the paper's non-contrastive ablation, tau_neg with a minus, so
-    that positive strengths mean the same); bisector: tau_pos / |tau_pos| - tau_neg / |tau_neg|, scaled to |dw|.
+    dw: tau_pos - tau_neg. tau_pos, tau_neg: each alone (the paper's non-contrastive ablation), tau_neg negated so that
+    positive strengths have the same meaning. bisector: tau_pos / |tau_pos| - tau_neg / |tau_neg|, scaled to |dw|.
     """
     whole = pos - neg
     bisector = pos / pos.norm() - neg / neg.norm()
@@ -96,10 +100,10 @@ def variants(pos: Direction, neg: Direction) -> dict[str, Direction]:
 
 
 def bf16_loss(model: ChatModel, pos: Direction, neg: Direction) -> list[dict[str, Any]]:
-    """What merging both adapters in bf16 and subtracting would have made of the direction, by parameter.
+    """The error of merging both adapters in bf16 and then subtracting, by parameter.
 
-    `cosine` of that difference with the exact dW, `norm_ratio` of the two, `relative_size`: |tau_pos| / |W|. Published
-    rankings of adapters rest on such differences.
+    `cosine` and `norm_ratio` compare that difference with the exact dW. `relative_size`: |tau_pos| / |W|. Published
+    rankings of adapters use such differences.
     """
     rows = []
     whole = pos - neg
@@ -142,14 +146,14 @@ def direction(
 ) -> tuple[Direction, Geometry]:
     """`dW = tau_pos - tau_neg` of two adapter folders, and their geometry.
 
-    Parameters that only one side touches count as zero on the other; how many do is recorded, and said when it is odd.
+    A parameter that only one side changes counts as zero on the other. Such parameters are recorded and give a warning.
     """
     sides = [adapters.read(folder) for folder in (pos, neg)]
     require_one_base(model, sides)
     tau_pos, tau_neg = (_task_vector(model, side) for side in sides)
     one_sided = sorted(tau_pos.deltas.keys() ^ tau_neg.deltas.keys())
     if one_sided:
-        console.warn(f"{len(one_sided)} parameters are touched by one side only, for example {one_sided[0]}")
+        console.warn(f"{len(one_sided)} parameters are changed by one side only, for example {one_sided[0]}")
     geometry = Geometry.of(tau_pos, tau_neg)
     difference = tau_pos - tau_neg
     recorded = {

@@ -1,6 +1,6 @@
-"""A PEFT folder as read: configuration and tensors, and where each tensor belongs in the model.
+"""Read a PEFT folder: its configuration, its tensors, and the module that each tensor belongs to.
 
-Every complaint names the folder and the module. Tensors are fp32 from here on; PEFT's name prefixes are gone.
+Every error names the folder and the module. Tensors are converted to fp32; PEFT's name prefixes are removed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 
 
 class AdapterFolder(NamedTuple):
-    """A PEFT folder as read: its configuration and its tensors (fp32, module names without PEFT's prefix)."""
+    """The configuration and the tensors of a PEFT folder (fp32, module names without PEFT's prefix)."""
 
     path: Path
     config: Mapping[str, Any]
@@ -45,7 +45,7 @@ class AdapterFolder(NamedTuple):
         raise UnsupportedFeatureError(f"{self.path}: {problem} has no exact form here", remedy)
 
     def fail(self, problem: str, remedy: str = "Save the adapter again.") -> NoReturn:
-        """Refuse a folder that is damaged or belongs to another model."""
+        """Refuse a folder that is damaged or belongs to a different model."""
         raise UserError(f"{self.path}: {problem}", remedy)
 
     def number(self, option: str, module: str = "", patterns: str = "") -> float:
@@ -59,7 +59,7 @@ class AdapterFolder(NamedTuple):
         return value
 
     def refuse_options(self, harmless: Collection[str]) -> None:
-        """Refuse by name every option that is switched on and is not known to be without effect on the update."""
+        """Refuse every option that is switched on, unless it is known to have no effect on the update."""
         for option, value in self.config.items():
             if option in _NEVER_MATTERS or option in harmless or not value or value == "none":
                 continue
@@ -72,11 +72,11 @@ _NEVER_MATTERS = frozenset({
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
     "runtime_config", "task_adapter_names",
 })  # fmt: skip
-"""Options that say what was adapted, which the tensors say better, or that act in training only."""
+"""Options that name the adapted modules, which the tensors also show, or that matter in training only."""
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether the folder claims to be a PEFT adapter."""
+    """Whether the folder has a PEFT adapter configuration."""
     return (path / _CONFIG).is_file()
 
 
@@ -86,12 +86,12 @@ def read(path: str | Path) -> AdapterFolder:
     if not path.is_dir():
         raise UserError(f"there is no adapter folder {path}", "Give a folder saved by PEFT.")
     if not is_adapter_folder(path):
-        raise UserError(f"{path} holds no {_CONFIG}", "Give a folder saved by PEFT.")
+        raise UserError(f"{path} has no {_CONFIG}", "Give a folder saved by PEFT.")
     if not (path / _WEIGHTS).is_file():
-        raise UserError(f"{path} holds no {_WEIGHTS}", "Save the adapter as safetensors (pickles are not read).")
+        raise UserError(f"{path} has no {_WEIGHTS}", "Save the adapter as safetensors (pickle files are not read).")
     config = read_json(path / _CONFIG)
     if not isinstance(config, dict):
-        raise UserError(f"{path / _CONFIG} is not a configuration", "Give a folder saved by PEFT.")
+        raise UserError(f"{path / _CONFIG} is not a JSON object", "Give a folder saved by PEFT.")
     try:
         raw = load_file(path / _WEIGHTS)
     except SafetensorError as error:
@@ -104,7 +104,7 @@ def read(path: str | Path) -> AdapterFolder:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the module's name or its ending, as PEFT does it."""
+    """The value of the first pattern that matches the module's name or its end, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -116,7 +116,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One adapted linear map: its tensors by their name within the adapter, and the base weight as out x in."""
+    """One adapted linear map: the adapter's tensors by name, and the module of the base model."""
 
     folder: AdapterFolder
     name: str
@@ -146,7 +146,7 @@ class AdaptedModule:
         return None if stored is None else stored.data
 
     def take(self, *names: str) -> list[Tensor]:
-        """The tensors of these names; a missing one and an unexpected one are errors."""
+        """The tensors with these names; missing or additional tensors are errors."""
         for name in names:
             if name not in self.tensors:
                 present = ", ".join(sorted(self.tensors))
@@ -156,11 +156,11 @@ class AdaptedModule:
         return [self.tensors[name] for name in names]
 
     def as_stored(self, delta: Delta) -> Delta:
-        """A delta of the out x in map as one of the stored parameter, checked against its shape."""
+        """Convert a delta of the out x in map to one of the stored parameter; checks its shape."""
         if delta.shape != tuple(self.weight.shape):
             self.folder.fail(
-                f"the update of {self.name} has shape {delta.shape}, its weight has {tuple(self.weight.shape)}",
-                "Give the base model it was made on.",
+                f"the update of {self.name} has shape {delta.shape}, but its weight has {tuple(self.weight.shape)}",
+                "Give the base model that the adapter was trained on.",
             )
         return delta.T if self.transposed else delta
 
@@ -168,8 +168,8 @@ class AdaptedModule:
 def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collection[str]) -> list[AdaptedModule]:
     """The adapter's tensors by module; `endings` are the names that the family gives to its tensors.
 
-    Tensors of `modules_to_save` are left out: `saved_modules` turns them into dense updates. So are copies of base
-    weights that PEFT saves beside an adapter of the embeddings or the head.
+    Tensors of `modules_to_save` are left out: `saved_modules` makes dense updates of them. Copies of base weights,
+    which PEFT saves with an adapter of the embeddings or the head, are left out too.
     """
     modules = dict(network.named_modules())
     saved = set(_saved_parameters(folder, network))
@@ -191,7 +191,9 @@ def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collecti
             folder.unsupported(f"an adapter on the single expert {name}, which the model keeps fused in {fused[1]},",
                                MERGE_EXPERTS)  # fmt: skip
         if module is None or not architecture.is_linear_map(module):
-            folder.fail(f"it adapts {name}, which the model does not have", "Give the base model it was made on.")
+            folder.fail(
+                f"it adapts {name}, which the model does not have", "Give the base model that it was trained on."
+            )
         if uses[id(module.weight)] > 1:
             other = architecture.tied_to(network, f"{name}.weight")
             folder.unsupported(f"an adapter on {name}, whose weight the model ties to {other},")
@@ -202,19 +204,19 @@ def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collecti
 
 
 def _is_copy(tensor: Tensor, base: Tensor | None) -> bool:
-    """Whether a tensor is a base weight, unchanged (rounded to the dtype that the base has here)."""
+    """Whether a tensor is an unchanged base weight (compared in the dtype of the loaded base)."""
     return base is not None and base.shape == tensor.shape and torch.equal(tensor.to(base), base.data)
 
 
 def saved_modules(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
-    """Dense updates of modules that were trained in full and saved beside the adapter (`modules_to_save`)."""
+    """Dense updates of modules that were trained in full and saved with the adapter (`modules_to_save`)."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     result = {}
     for name, parameter_name in _saved_parameters(folder, network).items():
         tensor, base = folder.tensors[name], parameters[parameter_name]
         if tensor.shape != base.shape:
             folder.fail(f"the saved {parameter_name} has shape {tuple(tensor.shape)}, the model's {tuple(base.shape)}",
-                        "Give the base model it was made on.")  # fmt: skip
+                        "Give the base model that it was trained on.")  # fmt: skip
         if torch.equal(tensor, base.data.to(tensor.dtype)):
             continue  # saved with the rest, but not changed
         shared = [other for other, p in network.named_parameters(remove_duplicate=False) if p is base]
@@ -232,6 +234,6 @@ def _saved_parameters(folder: AdapterFolder, network: nn.Module) -> dict[str, st
     found = {}
     for name in folder.tensors:
         plain = name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-        if wanted and plain in names:  # PEFT matches the ends of module names, so the option says less than the tensors
+        if wanted and plain in names:  # PEFT matches the ends of module names; only the tensors show which modules
             found[name] = plain
     return found

@@ -5,12 +5,12 @@
     DoRA    (Liu et al., 2402.09353)         dW = diag(g - 1) W + diag(g) s B A,    g = m / |W + s B A| by row
     PiSSA   (Meng et al., 2404.02948)        dW = s (B A - B0 A0),    s B0 A0 = best rank-r approximation of W
 
-`rank_pattern` and `alpha_pattern` are honoured per module. A trained bias of B (`lora_bias`) is an update of the
-module's own bias.
+`rank_pattern` and `alpha_pattern` are applied per module. A trained bias of B (`lora_bias`) is an update of the bias of
+the module.
 
 Numeric traps. `g - 1` is small and is formed in fp64 from a row norm in fp64. In PiSSA `B A` and `B0 A0` are as large
-as W and nearly equal: the difference is stored as `[B - B0, B0] [A; A - A0]`. A PiSSA folder does not hold B0 and A0;
-they are the truncated SVD of W for `pissa`, and lost for its randomised variants.
+as W and nearly equal: the difference is stored as `[B - B0, B0] [A; A - A0]`. A PiSSA folder does not hold B0 and A0.
+For `pissa` they are the truncated SVD of W; for its randomised variants they are lost, so these are refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def deltas(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
     folder.refuse_options(_HARMLESS)
     init = folder.config.get("init_lora_weights", True)
     if init not in (*_INITS_THAT_KEEP_THE_BASE, "pissa"):
-        folder.unsupported(f"LORA with init_lora_weights = {init!r} (it moves the base by factors that are not saved)")
+        folder.unsupported(
+            f"LORA with init_lora_weights = {init!r} (it changes the base by factors that are not saved)"
+        )
     result: dict[str, Delta] = {}
     for adapted in adapted_modules(folder, network, _ENDINGS):
         result |= _module_deltas(adapted, init)
@@ -52,7 +54,7 @@ def _module_deltas(adapted: AdaptedModule, init: bool | str) -> dict[str, Delta]
     down, up, *rest = adapted.take(*names)
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        adapted.folder.fail(f"the factors of {adapted.name} do not fit ({shapes})")
+        adapted.folder.fail(f"the factors of {adapted.name} do not match ({shapes})")
     scale = _scale(adapted, down)
     scaled = (up.double() * scale).float()
     if config.get("use_dora"):
@@ -64,7 +66,7 @@ def _module_deltas(adapted: AdaptedModule, init: bool | str) -> dict[str, Delta]
     result = {adapted.parameter: adapted.as_stored(delta)}
     if config.get("lora_bias"):
         if adapted.bias is None:
-            adapted.folder.unsupported(f"a trained bias of {adapted.name}, which has none in the base model,")
+            adapted.folder.unsupported(f"a trained bias of {adapted.name}, which has no bias in the base model,")
         result[f"{adapted.name}.bias"] = Delta.full((rest[0].double() * scale).float()[:, None])
     return result
 
@@ -75,7 +77,7 @@ def _scale(adapted: AdaptedModule, down: Tensor) -> float:
     rank = folder.number("r", adapted.name, "rank_pattern")
     alpha = folder.number("lora_alpha", adapted.name, "alpha_pattern")
     if rank != down.shape[0]:
-        folder.fail(f"rank {rank} is configured for {adapted.name}, but its factors have rank {down.shape[0]}")
+        folder.fail(f"{adapted.name} has rank {rank} in the configuration, but its factors have rank {down.shape[0]}")
     return alpha / rank**0.5 if folder.config.get("use_rslora") else alpha / rank
 
 
@@ -98,7 +100,7 @@ def shifted_low_rank(up: Tensor, down: Tensor, first_up: Tensor, first_down: Ten
 def principal_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """`s B0` and `A0` with `s B0 A0` the best rank-r approximation of the weight (out x in), fp32.
 
-    The square root of each singular value, divided by the scale, goes to either side.
+    B0 and A0 each get the square root of the singular values divided by the scale.
     """
     left, values, right = torch.linalg.svd(weight.to(torch.float32), full_matrices=False)
     root = (values[:rank] / scale).sqrt()
@@ -106,7 +108,7 @@ def principal_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, 
 
 
 def _principal(adapted: AdaptedModule, scale: float, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The initial factors of a PiSSA module, each component with the sign that training started from."""
+    """The initial factors of a PiSSA module, each component with the sign that training started with."""
     first_up, first_down = principal_factors(adapted.weight, down.shape[0], scale)
     sign = torch.where((down * first_down).sum(dim=1) < 0, -1.0, 1.0)
     return first_up * sign, first_down * sign[:, None]

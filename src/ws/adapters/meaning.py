@@ -1,4 +1,4 @@
-"""From a PEFT folder to the exact update of every parameter that it changes."""
+"""The exact update of every parameter that a PEFT folder changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READERS = {
 
 
 def deltas(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
-    """The exact update that the adapter means for this network: {full parameter name: Delta}.
+    """The exact updates that the adapter makes to this network: {full parameter name: Delta}.
 
     Deltas of DoRA, OFT, BOFT and IA3 are functions of the base weights; a bias is a matrix of one column.
     """

@@ -1,6 +1,6 @@
-"""Whether adapters were made on the base that they are read on. A PEFT folder knows its base by name only.
+"""Check that adapters belong to the base model that they are applied to. A PEFT folder stores only a name of its base.
 
-Where a name is another than that of the model, the weights under that name decide, if they are on this machine.
+If that name differs from the name of the model, the weights are compared, if they are on this machine.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ws.model.weight_files import Checkpoint
 
 
 def require_one_base(model: ChatModel, folders: Sequence[AdapterFolder]) -> None:
-    """Raise for adapters of another base than `model`, and for sides whose bases cannot be told to be one.
+    """Raise for adapters of a different base than `model`, and for adapters that may have different bases.
 
-    A folder that names no base is taken as it is. Names that differ for the same weights are a warning.
+    A folder that names no base is accepted. Different names for the same weights give a warning.
     """
     named = [folder for folder in folders if _name(folder)]
     unknown = {folder.path: folder for folder in named if not _has_weights_of(model, folder)}
@@ -29,18 +29,18 @@ def require_one_base(model: ChatModel, folders: Sequence[AdapterFolder]) -> None
         if (names_decide and _name(folder) != _name(first)) or _revisions_differ(first, folder):
             raise BaseMismatchError(
                 f"{first.path} was made on the base {_described(first)}, but {folder.path} on {_described(folder)}",
-                "Give adapters of one base. If these are one model, name it alike in both adapter_config.json "
-                "(base_model_name_or_path, revision).",
+                "Give adapters of one base. If both are the same model, write the same base_model_name_or_path and "
+                "revision into both adapter_config.json.",
             )
     if unknown:
         console.warn(
             f"the adapters name the base {_name(next(iter(unknown.values())))}, which is not on this machine: "
-            f"not checked that it is {model.name}"
+            f"cannot check that it is {model.name}"
         )
 
 
 def _has_weights_of(model: ChatModel, folder: AdapterFolder) -> bool:
-    """True where the named base is the model, False where it cannot be known; another base is an error."""
+    """True if the named base is the model, False if that is unknown; a different base is an error."""
     name = _name(folder)
     if name == model.name or Path(name).expanduser().resolve() == Path(model.name).expanduser().resolve():
         return True
@@ -50,7 +50,7 @@ def _has_weights_of(model: ChatModel, folder: AdapterFolder) -> bool:
         return False
     if found != model.fingerprint:
         raise BaseMismatchError(
-            f"{folder.path} was made on the base {name}, which has other weights than {model.name}",
+            f"{folder.path} was made on the base {name}, whose weights differ from those of {model.name}",
             f"Give --model {name}, or adapters of {model.name}.",
         )
     console.warn(f"{folder.path} names the base {name}; it has the same weights as {model.name}")

@@ -5,8 +5,8 @@
     BOFT  (Liu et al., 2311.06243)     W' = diag(s) W M^T    M a product of permuted block rotations
                                                              (I - K) (I + K)^-1 with K = (P - P^T) / 2
 
-Q is skew-symmetric with the saved numbers above its diagonal. The truncated series is not orthogonal and turns the
-other way than the exact Cayley form; what matters is which one the folder was trained with.
+Q is skew-symmetric with the saved numbers above its diagonal. The truncated series is not orthogonal and rotates in the
+opposite direction of the exact Cayley form. The form that the folder was trained with is used.
 
 Numeric trap: `R - I` is small. It is formed in fp64 without ever forming R, as `2 Q + 2 Q^2 + ...` or
 `-2 Q (I + Q)^-1`. A BOFT folder with more than one factor mixes all inputs and becomes a dense update.
@@ -31,7 +31,7 @@ _BOFT_HARMLESS = frozenset({
     "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout", "init_weights",
 })  # fmt: skip
 _FIRST_VERSION = (0, 18)
-"""PEFT changed what the numbers of an OFT folder mean at this version."""
+"""This version of PEFT changed the meaning of the numbers in an OFT folder."""
 
 
 def oft_deltas(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
@@ -53,7 +53,7 @@ def _require_version(folder: AdapterFolder) -> None:
     if not known or tuple(map(int, digits)) < _FIRST_VERSION:
         folder.unsupported(
             f"an OFT adapter written by PEFT {written or 'of unknown version'}",
-            "Train it with PEFT 0.18 or newer, which changed the meaning of the numbers.",
+            "Train it with PEFT 0.18 or newer; older versions store different numbers.",
         )
 
 
@@ -62,8 +62,8 @@ def _oft_rotation_gap(adapted: AdaptedModule, numbers: Float[Tensor, "stored ele
     folder, columns = adapted.folder, adapted.weight.shape[1]
     size = round((1 + (1 + 8 * numbers.shape[1]) ** 0.5) / 2)
     if numbers.ndim != 2 or size * (size - 1) // 2 != numbers.shape[1] or columns % size:
-        folder.fail(f"the rotation of {adapted.name} has shape {tuple(numbers.shape)}, which fits no blocks of its "
-                    f"{columns} inputs")  # fmt: skip
+        folder.fail(f"the rotation of {adapted.name} has shape {tuple(numbers.shape)}, which does not match "
+                    f"its {columns} inputs")  # fmt: skip
     skew = _skew(numbers, size)
     if folder.config.get("coft"):
         skew = _near_identity(skew, folder.number("eps"))
@@ -87,7 +87,7 @@ def boft_deltas(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
         numbers, scale = (tensor.double() for tensor in adapted.take(_BOFT_BLOCKS, _BOFT_SCALE))
         columns = adapted.weight.shape[1]
         if numbers.ndim != 4 or numbers.shape[1] * numbers.shape[2] != columns:
-            folder.fail(f"the rotations of {adapted.name} have shape {tuple(numbers.shape)}, its inputs are {columns}")
+            folder.fail(f"the rotations of {adapted.name} have shape {tuple(numbers.shape)}, not {columns} inputs")
         gaps = _cayley_gap((numbers - numbers.mT) / 2)
         if gaps.shape[0] == 1:
             result[adapted.parameter] = _rotated(adapted, gaps[0].mT, scale.flatten())
@@ -108,7 +108,7 @@ def _rotated(adapted: AdaptedModule, gap: Float[Tensor, "blocks size size"], sca
 
 
 def _dense_butterfly(adapted: AdaptedModule, gaps: Float[Tensor, "factors blocks size size"], scale: Tensor) -> Delta:
-    """`diag(s) W M^T - W` with `M = F_n ... F_1`, `F_i = P_i blockdiag_i P_i^T`; `F_i - I` is kept apart from I."""
+    """`diag(s) W M^T - W` with `M = F_n ... F_1`, `F_i = P_i blockdiag_i P_i^T`; `F_i - I` is kept separate from I."""
     from peft.tuners.boft.layer import BOFTLayer  # noqa: PLC0415 - heavy import, late
 
     factors, blocks, size = gaps.shape[:3]
@@ -138,14 +138,14 @@ def _skew(numbers: Float[Tensor, "stored elements"], size: int) -> Float[Tensor,
 
 
 def _near_identity(skew: Float[Tensor, "stored size size"], eps: float) -> Float[Tensor, "stored size size"]:
-    """Constrained OFT: every block is pulled back to Frobenius norm eps / sqrt(number of blocks)."""
+    """Constrained OFT: the Frobenius norm of every block is at most eps / sqrt(number of blocks)."""
     limit = eps / skew.shape[0] ** 0.5
     norms = skew.norm(dim=(1, 2), keepdim=True)
     return torch.where(norms <= limit, skew, limit * skew / norms)
 
 
 def _series_gap(skew: Float[Tensor, "*n size size"], terms: int) -> Float[Tensor, "*n size size"]:
-    """`2 Q + 2 Q^2 + ... + Q^(terms - 1)`: all but the identity of the truncated series of the Cayley transform."""
+    """`2 Q + 2 Q^2 + ... + Q^(terms - 1)`: the truncated series of the Cayley transform, without the identity."""
     total = torch.zeros_like(skew)
     if terms > 1:
         total = total + 2 * skew

@@ -3,7 +3,7 @@
     attention       W' = diag(l) W,  b' = l b        dW = diag(l - 1) W,  db = (l - 1) b
     feed-forward    W' = W diag(l)                   dW = W diag(l - 1)
 
-Which of the two a module is, the shape of its vector says: (out, 1) or (1, in).
+The shape of the vector shows which of the two a module is: (out, 1) or (1, in).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def deltas(folder: AdapterFolder, network: nn.Module) -> dict[str, Delta]:
                 result[f"{adapted.name}.bias"] = Delta.scaling((rows, 1), row=gap.flatten())
         else:
             folder.fail(
-                f"the vector of {adapted.name} has shape {tuple(vector.shape)}, its weight has {(rows, columns)}",
-                "Give the base model it was made on.",
+                f"the vector of {adapted.name} has shape {tuple(vector.shape)}, but its weight has {(rows, columns)}",
+                "Give the base model that the adapter was trained on.",
             )
         result[adapted.parameter] = adapted.as_stored(delta)
     return result

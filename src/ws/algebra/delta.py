@@ -2,21 +2,20 @@
 
     dW = sum_i diag(row_i) W mix_i  +  B A  (+ dense)     B: out x k,  A: k x in,  mix_i (block-)diagonal
 
-One operator covers every adapter family, and it is closed under sums, differences and multiples: an update never needs
-its parameter to be merged in order to be added or subtracted. Everything is stored as a *difference* from the base, so
-an untrained adapter is a zero update. (Task vectors: Ilharco et al. 2212.04089; low-rank adapters: Hu et al.
+This form covers every adapter family, and it is closed under sums, differences and multiples: updates are added and
+subtracted without merging them into weights. Everything is stored as a *difference* from the base, so an untrained
+adapter is a zero update. (Task vectors: Ilharco et al. 2212.04089; low-rank adapters: Hu et al.
 2106.09685; orthogonal ones: Qiu et al. 2306.07280; scaling ones: Liu et al. 2205.05638.)
 
-The first kind of term is a function of the base weight `W`. A delta that has any needs `W` wherever the update itself
-is asked for (`materialise`, `apply`, norms); asked without it, that is an error. Stacked experts carry a leading axis
-in `left`, `right` and `dense`. A bias vector is a matrix of one column. Left is the side of the outputs, right the
-side of the inputs.
+The first kind of term is a function of the base weight `W`. A delta with such terms needs `W` to compute the update
+(`materialise`, `apply`, norms); without `W` these raise an error. Stacked experts have a leading axis in `left`,
+`right` and `dense`. A bias vector is a matrix of one column. Left is the output side, right the input side.
 
-Numeric traps. Two fine-tunes of one base share most of their movement, so `tau_pos - tau_neg` cancels: the
-difference of equal-rank products is stored as `[B_p - B_n, B_n] [A_p; A_p - A_n]`, whose small differences of fp32
-numbers are rounded once, and never as a merge in half precision. `tau_pos + (-tau_neg)` is stored as the same numbers.
-Sums that still cancel (of unequal ranks, or of more than two) are brought into an orthogonal form in fp64.
-Half-precision inputs of `apply` are multiplied in fp32 and rounded once.
+Numeric traps. Two fine-tunes of one base share most of their change, so `tau_pos - tau_neg` cancels. The difference of
+equal-rank products is stored as `[B_p - B_n, B_n] [A_p; A_p - A_n]`: small differences of fp32 numbers, rounded once,
+never a difference of weights merged in half precision. `tau_pos + (-tau_neg)` is stored as the same numbers. Sums that
+still cancel (of unequal ranks, or of more than two terms) are converted to an orthogonal form in fp64. `apply`
+multiplies half-precision inputs in fp32 and rounds once.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class BaseTerm:
     """`diag(row) W mix`: the part of an update that is a function of the base weight.
 
     row: (out,), or None for ones. mix: None for the identity, (in,) for a diagonal matrix, (blocks, size, size) for a
-    block-diagonal one. At least one of them is given; both fp32.
+    block-diagonal one. At least one is given; both are fp32.
     """
 
     row: Tensor | None = None
@@ -48,13 +47,13 @@ class BaseTerm:
 
     def __post_init__(self) -> None:
         if self.row is None and self.mix is None:
-            raise UserError("a term of the base weight needs a row scale or a mix of its columns")
+            raise UserError("a BaseTerm has neither row nor mix; give at least one")
         if self.mix is not None and self.mix.ndim not in (1, 3):
-            raise UserError(f"a mix of columns is (in,) or (blocks, size, size), not {tuple(self.mix.shape)}")
+            raise UserError(f"mix has shape {tuple(self.mix.shape)}; it must be (in,) or (blocks, size, size)")
 
     @property
     def is_block_diagonal(self) -> bool:
-        """Whether input channels are mixed with each other, not only scaled."""
+        """Whether input channels are mixed, not only scaled."""
         return self.mix is not None and self.mix.ndim == 3
 
     @property
@@ -71,7 +70,7 @@ class BaseTerm:
             raise UserError(f"a term of {rows} rows and {columns} columns does not fit a weight of shape {shape}")
 
     def times(self, factor: float) -> BaseTerm:
-        """The term with a factor, in the row scale where there is one."""
+        """The term multiplied by a factor, in `row` if there is one, else in `mix`."""
         if self.row is not None:
             return BaseTerm(self.row * factor, self.mix)
         assert self.mix is not None
@@ -83,7 +82,7 @@ class BaseTerm:
 
     @property
     def T(self) -> BaseTerm:  # noqa: N802 - the name that tensors use
-        """The term of the transposed weight: row scale and diagonal change places."""
+        """The term of the transposed weight: `row` and the diagonal `mix` swap."""
         if self.is_block_diagonal:
             raise UnsupportedFeatureError("a block-diagonal mix has no exact form on a transposed weight")
         return BaseTerm(self.mix, self.row)
@@ -106,7 +105,7 @@ class BaseTerm:
         return torch.einsum("mni,nij->mnj", blocks, mix).reshape(matrix.shape)
 
     def turned(self, inputs: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
-        """`inputs mix^T`: what the weight is multiplied with at run time."""
+        """`inputs mix^T`: the inputs that the weight gets at run time."""
         if self.mix is None:
             return inputs
         mix = self.mix.to(inputs.dtype)
@@ -121,7 +120,7 @@ class Delta:
     """`sum of base terms + left @ right + dense`, all in fp32.
 
     `left` is (experts,) out x k and `right` (experts,) k x in; k may be 0.
-    Build with `Delta.low_rank`, `Delta.full`, `Delta.scaling` or `Delta.zero`; the shapes are checked there.
+    Build with `Delta.low_rank`, `Delta.full`, `Delta.scaling` or `Delta.zero`; these check the shapes.
     """
 
     left: Tensor
@@ -138,13 +137,13 @@ class Delta:
         if not stacked_alike or left.shape[-1] != right.shape[-2]:
             raise UserError(
                 f"a low-rank delta needs factors of shapes (out, k) and (k, in), "
-                f"got {tuple(left.shape)} and {tuple(right.shape)}"
+                f"but got {tuple(left.shape)} and {tuple(right.shape)}"
             )
         return cls(left.to(torch.float32).contiguous(), right.to(torch.float32).contiguous())
 
     @classmethod
     def full(cls, dense: Float[Tensor, "*experts out in"]) -> Delta:
-        """A dense update, for changes that have no thin form."""
+        """A dense update, for changes that have no low-rank form."""
         *experts, rows, columns = dense.shape
         return cls(dense.new_zeros(*experts, rows, 0, dtype=torch.float32),
                    dense.new_zeros(*experts, 0, columns, dtype=torch.float32),
@@ -157,7 +156,7 @@ class Delta:
         row: Float[Tensor, " out"] | None = None,
         mix: Float[Tensor, " in"] | Float[Tensor, "blocks size size"] | None = None,
     ) -> Delta:
-        """`diag(row) W mix`, both given as differences from the identity that they replace."""
+        """`diag(row) W mix`. Differences such as `scale - 1` or `R - I` are given, as everywhere in a Delta."""
         term = BaseTerm(*(None if part is None else part.to(torch.float32).contiguous() for part in (row, mix)))
         term.require_shape(shape)
         zero = cls.zero(shape, term.parts[0].device)
@@ -165,7 +164,7 @@ class Delta:
 
     @classmethod
     def zero(cls, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Delta:
-        """No update at all, of rank 0."""
+        """A zero update, of rank 0."""
         *experts, rows, columns = shape
         return cls(torch.zeros(*experts, rows, 0, device=device), torch.zeros(*experts, 0, columns, device=device))
 
@@ -173,12 +172,12 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in) of the parameter, with the expert axis in front where there is one."""
+        """(out, in) of the parameter, or (experts, out, in)."""
         return (*self.left.shape[:-1], self.right.shape[-1])
 
     @property
     def rank(self) -> int:
-        """Number of stored rank-one terms (an upper bound of the rank of the thin part)."""
+        """Number of stored rank-one terms (an upper bound of the rank of `left @ right`)."""
         return self.left.shape[-1]
 
     @property
@@ -188,17 +187,17 @@ class Delta:
 
     @property
     def is_thin(self) -> bool:
-        """Whether `left @ right` is all there is."""
+        """Whether the update is `left @ right` alone."""
         return self.dense is None and not self.base_terms
 
     @property
     def device(self) -> torch.device:
-        """Where the factors live."""
+        """Device of the factors."""
         return self.left.device
 
     @property
     def stored_numbers(self) -> int:
-        """How many fp32 numbers this form stores."""
+        """Number of fp32 numbers that are stored."""
         return sum(part.numel() for part in self._parts())
 
     def is_finite(self) -> bool:
@@ -256,14 +255,14 @@ class Delta:
         )
 
     def require_same_shape(self, other: Delta) -> None:
-        """Raise unless both belong to parameters of one shape."""
+        """Raise unless both belong to parameters of the same shape."""
         if self.shape != other.shape:
             raise UserError(f"deltas of shapes {self.shape} and {other.shape} belong to different parameters")
 
     # ---------------------------------------------------------------- use
 
     def materialise(self, weight: Float[Tensor, "*experts out in"] | None = None) -> Float[Tensor, "*experts out in"]:
-        """The dense update, fp32; `weight` is the base weight, for deltas that are functions of it."""
+        """The dense update, fp32. `weight` is the base weight, needed by deltas that are functions of it."""
         product = self.left @ self.right
         if self.dense is not None:
             product = product + self.dense
@@ -274,10 +273,10 @@ class Delta:
     def apply(
         self, inputs: Float[Tensor, "*rows in"], alpha: Alpha = 1.0, weight: Float[Tensor, "out in"] | None = None
     ) -> Float[Tensor, "*rows out"]:
-        """`alpha * inputs @ dW.T` in fp32: what a linear layer's output changes by.
+        """`alpha * inputs @ dW.T` in fp32: the change of a linear layer's output.
 
-        `alpha` is a number or a tensor of the leading shape of `inputs` (one strength per row or per token). A base
-        weight in half precision is multiplied in half precision: its rounding is that of the term, not of `W x`.
+        `alpha` is a number or a tensor of the leading shape of `inputs` (one strength per row or per token). With a
+        half-precision base weight, base terms are multiplied in half precision; only the term is rounded, not `W x`.
         """
         inputs = inputs.to(torch.float32)
         outputs = (inputs @ self.right.mT) @ self.left.mT
@@ -316,7 +315,7 @@ class Delta:
         return result
 
     def base_weight(self, weight: Tensor | None) -> Tensor:
-        """The base weight that the update is a function of; its absence is an error."""
+        """The checked base weight, for terms that are functions of it; raises if it is missing."""
         if weight is None:
             raise UserError(
                 f"this update of a parameter of shape {self.shape} is a function of the base weights",
@@ -343,7 +342,7 @@ def per_row(alpha: Alpha, outputs: Float[Tensor, "*rows out"]) -> Alpha:
 
 
 def _merged(terms: Iterable[BaseTerm]) -> tuple[BaseTerm, ...]:
-    """Terms with the same single kind of factor become one; products of two factors stay two, without cancelling."""
+    """Add up terms that have only a row, or only a mix, of one shape; `_append` the terms that have both."""
     single: dict[tuple[str, tuple[int, ...]], BaseTerm] = {}
     others: list[BaseTerm] = []
     for term in terms:
@@ -360,9 +359,9 @@ def _merged(terms: Iterable[BaseTerm]) -> tuple[BaseTerm, ...]:
 
 
 def _append(terms: list[BaseTerm], row: Tensor, mix: Tensor) -> None:
-    """Append `diag(row) W mix`; where it cancels an earlier term, both are written by their differences.
+    """Append `diag(row) W mix`. If it cancels an earlier term, both are rewritten as differences.
 
-    `diag(r) W M + diag(s) W N = diag(r + s) W M - diag(s) W (M - N)`, as for products of thin factors.
+    `diag(r) W M + diag(s) W N = diag(r + s) W M - diag(s) W (M - N)`, as in `_sum_of_products`.
     """
     for number, term in enumerate(terms):
         if term.row is None or term.mix is None or term.mix.shape != mix.shape:
@@ -379,9 +378,9 @@ def _append(terms: list[BaseTerm], row: Tensor, mix: Tensor) -> None:
 def _compressed(
     left: Float[Tensor, "*experts out k"], right: Float[Tensor, "*experts k in"]
 ) -> tuple[Float[Tensor, "*experts out m"], Float[Tensor, "*experts m in"]]:
-    """The same product in orthogonal form, where sums have piled up more than min(out, in) terms or terms that cancel.
+    """The same product, in orthogonal form if it has more than min(out, in) terms, or terms that cancel.
 
-    One factor is orthonormal (QR in fp64), the other one holds the sum: of the size of the product, rounded once.
+    One factor is orthonormal (QR in fp64). The other one is as large as the product and is rounded once.
     """
     rows, columns, rank = left.shape[-2], right.shape[-1], left.shape[-1]
     if rank <= min(rows, columns) and not _cancels(left, right):
@@ -394,12 +393,12 @@ def _compressed(
 
 
 LARGEST_CANCELLATION = 10.0
-"""Root of the sum of squares of all terms, relative to the norm of their sum, that a stored product may have."""
+"""Largest allowed root of the sum of squares of the terms of a stored product, relative to the norm of their sum."""
 
 
 def _cancels(left: Float[Tensor, "*experts out k"], right: Float[Tensor, "*experts k in"]) -> bool:
-    """Whether the terms of a product are so much larger than their sum that every use of it would lose a digit."""
-    inner = (left.mT @ left) * (right @ right.mT)  # products of every two terms
+    """Whether the terms of a product are so much larger than their sum that each use would lose a digit."""
+    inner = (left.mT @ left) * (right @ right.mT)  # inner products of all pairs of terms
     terms = inner.diagonal(dim1=-2, dim2=-1).sum()
     return bool(terms > LARGEST_CANCELLATION**2 * inner.sum().clamp(min=0))
 
@@ -412,10 +411,10 @@ def _sum_of_products(
 ) -> tuple[Float[Tensor, "*experts out m"], Float[Tensor, "*experts m in"]]:
     """`left @ right + other_left @ other_right` as one product with little cancellation.
 
-    For equal ranks `B A + C D = (B + C) A - C (A - D)`. A difference is a sum with C negated: where the two products
-    share most of their movement, `B + C` and `A - D` are small and the identity loses nothing, while `[B, C] [A; D]`
-    adds large terms of opposite sign at every use. The form with the smaller sum of term norms is kept; it is the same
-    for `p - n` and `p + (-n)`.
+    For equal ranks `B A + C D = (B + C) A - C (A - D)`. A difference is a sum with C negated. If its two products are
+    nearly equal, `B + C` and `A - D` are small and this form loses nothing, while `[B, C] [A; D]` adds large terms of
+    opposite sign at every use. The form with the smaller sum of term norms is kept. It is the same for `p - n` and
+    `p + (-n)`.
     """
     if left.shape[-1] == other_left.shape[-1]:
         left_gap, right_gap = left + other_left, right - other_right
@@ -426,10 +425,10 @@ def _sum_of_products(
 
 
 def _term_norms(left: Tensor, right: Tensor) -> float:
-    """Sum over rank-one terms of their norms: the scale of the rounding error of the product."""
+    """Sum of the norms of the rank-one terms: the scale of the rounding error of the product."""
     return float((left.square().sum(-2) * right.square().sum(-1)).sqrt().sum())
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite, in one pass and without a mask (several times faster than `isfinite`)."""
+    """Whether no number is NaN or infinite, in one pass without a mask (several times faster than `isfinite`)."""
     return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))

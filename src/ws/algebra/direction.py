@@ -2,13 +2,13 @@
 
     dW = theta_pos - theta_neg = tau_pos - tau_neg          (Fierro and Roger, 2511.05408)
 
-A Direction belongs to one base model, known by its fingerprint. Sums and differences keep the factored form of every
-delta and the union of the parameters: what only one side touches counts as zero on the other. One safetensors file
-holds everything: the factors as fp32 tensors, the provenance as JSON in the header.
+A Direction belongs to one base model, identified by its fingerprint. Sums and differences keep the factored form of
+every delta and the union of the parameters: a parameter that only one side changes counts as zero on the other. One
+safetensors file holds everything: the factors as fp32 tensors, the provenance as JSON in the header.
 
-Deltas of some adapter families are functions of the base weights. What needs those weights (norms, cosines, dense
-matrices) works on a *bound* Direction: `direction.bind(model)`; `ws.fit` and `ws.adapters.diff` return bound ones, a
-file is unbound. Arithmetic, saving and steering need no binding.
+Deltas of some adapter families are functions of the base weights. For these, norms, cosines and dense matrices need a
+*bound* Direction: `direction.bind(model)`. `ws.fit` and `ws.adapters.diff` return bound Directions; `Direction.load`
+returns unbound ones. Arithmetic, saving and steering need no binding.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ HEADER_KEY = "weight_steering"
 class Direction:
     """`deltas`: full parameter name -> Delta; `base`: fingerprint of the model that they belong to.
 
-    `layers`: decoder layer of each parameter (absent for parameters outside the layers); `provenance`: where it comes
-    from, JSON-like; `weights`: base weights of the deltas that are functions of them, once bound. Supports `a + b`,
+    `layers`: decoder layer of each parameter (absent for parameters outside the layers). `provenance`: its origin,
+    JSON-like. `weights`: once bound, the base weights of the deltas that are functions of them. Supports `a + b`,
     `a - b`, `-a`, `2 * a`, `a / 2`, `keep`, `drop`, `norm`, `dot`, `cosine`, `save`, `load`.
     """
 
@@ -54,13 +54,13 @@ class Direction:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def bind(self, model: ChatModel | nn.Module) -> Direction:
-        """The same direction with its base's weights at hand; another base is an error. Nothing is copied."""
+        """The same direction with references to the weights of its base (no copies). Raises for a different base."""
         network = model.network if isinstance(model, ChatModel) else model
         own = fingerprint(network)
         if own != self.base:
             raise BaseMismatchError(
-                f"the direction belongs to another base model ({self.base}) than this one ({own})",
-                "Load its own base.",
+                f"the direction belongs to the base model {self.base}, but this model is {own}",
+                "Load the base model of the direction.",
             )
         parameters = dict(network.named_parameters())
         if absent := sorted(self.deltas.keys() - parameters.keys()):
@@ -95,7 +95,7 @@ class Direction:
         if self.base != other.base:
             raise BaseMismatchError(
                 f"the directions belong to different base models ({self.base} and {other.base})",
-                "Only directions of one base can be combined.",
+                "Combine only directions of the same base model.",
             )
         deltas = {}
         for name in sorted({*self.deltas, *other.deltas}):
@@ -117,7 +117,7 @@ class Direction:
         return self._select(layers, modules, wanted=True)
 
     def drop(self, *, layers: Collection[int] | None = None, modules: Iterable[str] | None = None) -> Direction:
-        """Everything that `keep` with the same arguments would leave out, so that keep + drop is the whole."""
+        """All deltas that `keep` with the same arguments leaves out: keep + drop is the whole direction."""
         return self._select(layers, modules, wanted=False)
 
     def _select(self, layers: Collection[int] | None, modules: Iterable[str] | None, *, wanted: bool) -> Direction:
@@ -169,12 +169,12 @@ class Direction:
         )
 
     def cosine(self, other: Direction) -> float:
-        """Cosine over all parameters; NaN where one of them is zero."""
+        """Cosine over all parameters; NaN if one direction is zero."""
         return spectrum.cosine(self.dot(other), self.norm(), other.norm())
 
     @property
     def layer_numbers(self) -> list[int]:
-        """Sorted decoder layers that are touched."""
+        """Sorted decoder layers that the direction changes."""
         return sorted({self.layers[name] for name in self.deltas if name in self.layers})
 
     @property
@@ -189,7 +189,7 @@ class Direction:
 
     @property
     def is_bound(self) -> bool:
-        """Whether everything that needs base weights has them."""
+        """Whether every delta that needs base weights has them."""
         return all(name in self.weights for name, delta in self.deltas.items() if delta.needs_weight)
 
     def materialise(self, name: str) -> torch.Tensor:
@@ -197,7 +197,7 @@ class Direction:
         return self.deltas[name].materialise(self.weights.get(name))
 
     def resolved(self) -> Direction:
-        """The same update without functions of the base: those deltas become dense (for another base)."""
+        """The same update with functions of the base weights made dense, for use on a different base."""
         deltas = {
             name: Delta.full(self.materialise(name)) if delta.needs_weight else delta
             for name, delta in self.deltas.items()
@@ -222,7 +222,7 @@ class Direction:
 
     @cached_property
     def content_key(self) -> str:
-        """Digest of what it does: its base and all stored numbers, whatever their provenance."""
+        """Digest of the base and all stored numbers, without the provenance."""
         return content_key("direction", self.base, tensors_key(self._tensors()))
 
     def save(self, path: str | Path) -> None:
@@ -234,11 +234,11 @@ class Direction:
             "provenance": dict(self.provenance),
         }
         with atomic_file(Path(path)) as temporary:
-            # one key only: the format writes several in random order, and equal directions must give equal bytes
+            # only one key: several would be written in random order, and equal directions must give equal bytes
             save_file(self._tensors(), temporary, metadata={HEADER_KEY: canonical_json(header)})
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Every stored tensor by the name that it has in a file."""
+        """All stored tensors by their names in the file."""
         tensors = {}
         for name, delta in self.deltas.items():
             tensors[f"{name}::left"] = delta.left.cpu().contiguous()
@@ -253,7 +253,7 @@ class Direction:
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
-        """Read a file written by `save`; anything else is an error that says what it is."""
+        """Read a file written by `save`; anything else is an error."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"there is no direction file {path}", "Make one with ws replicate or ws diff.")
@@ -262,7 +262,9 @@ class Direction:
                 header = _read_header(file.metadata() or {}, path)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error})", "The file is damaged: make it again.") from error
+            raise UserError(
+                f"{path} cannot be read ({error})", "The file is damaged: make the direction again."
+            ) from error
         deltas = {}
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
@@ -271,7 +273,10 @@ class Direction:
         for name in sorted(parts):
             read = _read_delta(parts[name])
             if read is None:
-                raise UserError(f"{path} is damaged: the factors of {name} do not fit", "Make the direction again.")
+                raise UserError(
+                    f"{path} is damaged: the factors of {name} have shapes that do not match",
+                    "Make the direction again.",
+                )
             deltas[name] = read
         broken = [name for name, delta in deltas.items() if not delta.is_finite()]
         if broken:
@@ -280,9 +285,11 @@ class Direction:
 
 
 def _read_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The header of a direction file; anything else is another kind of file, or a damaged one."""
+    """The header of a direction file; raises if the file is of another kind or damaged."""
     if HEADER_KEY not in metadata:
-        raise UserError(f"{path} is not a direction", "Give a direction.safetensors; adapters become one by ws diff.")
+        raise UserError(
+            f"{path} is not a direction", "Give a direction.safetensors; ws diff makes one from two adapters."
+        )
     try:
         header = json.loads(metadata[HEADER_KEY])
     except json.JSONDecodeError as error:
@@ -291,17 +298,17 @@ def _read_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or not all(isinstance(header.get(n), kind) for n, kind in kinds.items()):
         raise UserError(f"{path} is damaged: its header lacks an entry", "Make the direction again.")
     if header["format"] != FORMAT:
-        raise UserError(f"{path} has the format {header['format']!r}, this version reads {FORMAT!r}", "Make it again.")
+        raise UserError(f"{path} has format {header['format']!r}, but this version reads {FORMAT!r}", "Make it again.")
     return header
 
 
 def as_matrix(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter as deltas see it: a bias vector is a matrix of one column."""
+    """A parameter in the shape that deltas use: a bias vector becomes a matrix of one column."""
     return parameter[:, None] if parameter.ndim == 1 else parameter
 
 
 def _read_delta(parts: Mapping[str, torch.Tensor]) -> Delta | None:
-    """A delta from its stored tensors; None where they do not fit together."""
+    """A delta from its stored tensors; None if their shapes do not match."""
     left, right, dense = (parts.get(part) for part in ("left", "right", "dense"))
     numbers = sorted({int(part[3:]) for part in parts if part[:3] in ("row", "mix")})
     if left is None or right is None or not left.ndim == right.ndim >= 2:

@@ -1,10 +1,10 @@
-"""Norms, inner products, spectra and truncation of deltas, without forming the dense matrix where the form allows.
+"""Norms, inner products, spectra and truncation of deltas. Low-rank deltas are never made dense.
 
 For thin factors `dW = B A`:  |dW|^2 = tr((B'B)(A A')),  <dW1, dW2> = sum((B1'B2) * (A1 A2')), and with thin QR
-decompositions B = Q S, A' = P T the singular values of dW are those of the small matrix S T'. What is a function of the
-base weight, or dense, is formed in fp64, one matrix at a time.
+decompositions B = Q S, A' = P T the singular values of dW are those of the small matrix S T'. Dense parts and functions
+of the base weight are formed in fp64, one matrix at a time.
 
-Numeric trap: the factors of a difference hold large terms that cancel, so all Gram products are formed in fp64.
+Numeric trap: the factors of a difference hold large terms that cancel, so all Gram products are in fp64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Weight = Tensor | None
 
 
 def inner_product(first: Delta, second: Delta, weight: Weight = None) -> float:
-    """Frobenius inner product `<first, second>`, fp64; both belong to the same base weight."""
+    """Frobenius inner product `<first, second>`, fp64. Both are updates of the same base weight."""
     first.require_same_shape(second)
     total = float(_thin_inner(first, second))
     rest, other_rest = _without_thin(first, weight), _without_thin(second, weight)
@@ -38,7 +38,7 @@ def inner_product(first: Delta, second: Delta, weight: Weight = None) -> float:
 
 
 def norm(delta: Delta, weight: Weight = None) -> float:
-    """Frobenius norm, fp64; through QR of the factors, so that cancelling terms stay accurate."""
+    """Frobenius norm, fp64. It uses QR of the factors, so it is accurate if terms cancel."""
     if not delta.is_thin:
         return float(dense(delta, weight).norm())
     if delta.rank == 0:
@@ -47,19 +47,19 @@ def norm(delta: Delta, weight: Weight = None) -> float:
 
 
 class Truncation(NamedTuple):
-    """A delta of given rank, and the share of the squared Frobenius norm that it keeps."""
+    """A delta of limited rank, and the share of the squared Frobenius norm that it keeps."""
 
     delta: Delta
     energy: float
 
 
 def truncate(delta: Delta, rank: int, weight: Weight = None) -> Truncation:
-    """The closest delta of at most `rank` (Eckart-Young), through thin QR where the form allows.
+    """The closest delta of at most `rank` (Eckart-Young); low-rank deltas use thin QR.
 
-    The factors carry the square roots of the singular values each.
+    Each factor carries the square roots of the singular values.
     """
     if rank < 1:
-        raise UserError(f"rank {rank} is not a rank", "Give a whole number from 1.")
+        raise UserError(f"the rank is {rank}; it must be at least 1", "Give a larger rank.")
     if delta.is_thin and delta.rank == 0:
         return Truncation(delta, 1.0)
     if delta.is_thin:
@@ -77,7 +77,7 @@ def truncate(delta: Delta, rank: int, weight: Weight = None) -> Truncation:
 
 
 def cosine(inner: float, first_norm: float, second_norm: float) -> float:
-    """Cosine from an inner product and two norms; NaN where a norm is zero."""
+    """Cosine from an inner product and two norms; NaN if a norm is zero."""
     return inner / (first_norm * second_norm) if first_norm > 0 and second_norm > 0 else math.nan
 
 
@@ -89,7 +89,7 @@ def dense(delta: Delta, weight: Weight = None) -> Float[Tensor, "*experts out in
 
 
 def _without_thin(delta: Delta, weight: Weight) -> Float[Tensor, "*experts out in"] | None:
-    """What is dense or a function of the base weight, in fp64; None where there is nothing."""
+    """The dense part plus the functions of the base weight, in fp64; None if there is neither."""
     total = None if delta.dense is None else delta.dense.double()
     for term in delta.base_terms:
         part = term.of(delta.base_weight(weight).double())
@@ -98,7 +98,7 @@ def _without_thin(delta: Delta, weight: Weight) -> Float[Tensor, "*experts out i
 
 
 def _core(delta: Delta) -> Float[Tensor, "*experts m n"]:
-    """The small matrix with the singular values of the thin product."""
+    """A small matrix with the singular values of `left @ right`."""
     _, left_triangle = torch.linalg.qr(delta.left.double(), mode="r")
     _, right_triangle = torch.linalg.qr(delta.right.double().mT, mode="r")
     return left_triangle @ right_triangle.mT

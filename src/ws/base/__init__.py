@@ -1,1 +1,1 @@
-"""What every room may use: errors, messages, settings, random streams, statistics, files. Knows no model."""
+"""Basics that every package uses: errors, messages, settings, random streams, statistics, files. No models here."""

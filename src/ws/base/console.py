@@ -1,7 +1,7 @@
-"""What people see: messages on stdout, progress and warnings on stderr.
+"""Output for people: messages on stdout, progress and warnings on stderr.
 
-One place decides, so that `--json` can silence stdout and nothing else has to know. Progress bars appear for
-anything that takes longer than about two seconds; they live on stderr and never mix with results.
+All output goes through this module, so `--json` can silence stdout in one place. Work that takes longer than about two
+seconds shows a progress bar, on stderr, so it never mixes with results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _quiet = False
 @contextmanager
 def quiet(on: bool = True) -> Iterator[None]:
     """Silence messages and progress while the block runs (used by `--json`); warnings and errors stay."""
-    global _quiet  # noqa: PLW0603 - one process-wide switch; what a command silences, the next one may say
+    global _quiet  # noqa: PLW0603 - one process-wide switch, restored at the end of the block
     before, _quiet = _quiet, on
     try:
         yield
@@ -49,12 +49,12 @@ def say(text: str = "", style: str = "") -> None:
 
 
 def command(*words: object) -> str:
-    """A `ws` command as it can be pasted into a shell."""
+    """A `ws` command, quoted so that it can be pasted into a shell."""
     return shlex.join(["ws", *map(str, words)])
 
 
 def say_next(*commands: str) -> None:
-    """Print what can be done next: whole commands, one a line, so that each can be pasted."""
+    """Print the commands that can follow: complete, one per line, ready to paste."""
     for number, line in enumerate(commands):
         say(f"{'' if number else 'next':<12}{line}")
 
@@ -66,7 +66,7 @@ def show(renderable: object) -> None:
 
 
 def print_json(text: str) -> None:
-    """Print machine-readable output on stdout, whatever the quiet switch says."""
+    """Print machine-readable output on stdout, also when `quiet`."""
     _out.print(Text(text))
 
 
@@ -81,7 +81,7 @@ def fail(text: str) -> None:
 
 
 class Bar:
-    """Progress that its owner advances: a live bar on a terminal, a line every few seconds in a log."""
+    """Progress of one task: a live bar on a terminal, a line every few seconds in a log."""
 
     def __init__(self, description: str, total: float, live: Progress | None) -> None:
         self._description, self._total, self._live = description, total, live
@@ -90,7 +90,7 @@ class Bar:
         self._next_line = time.monotonic() + LINE_EVERY
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        """Advance by `steps`; `note` replaces the text behind the bar."""
+        """Advance by `steps`; `note` replaces the text after the bar."""
         self._done += steps
         if self._live is not None and self._task is not None:
             self._live.advance(self._task, steps)
@@ -102,7 +102,7 @@ class Bar:
 
 
 LINE_EVERY = 10.0
-"""Seconds between progress lines where there is no terminal."""
+"""Seconds between progress lines if stderr is not a terminal."""
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def track(items: Iterable[T], description: str, total: float) -> Iterator[T]:
 
 @contextmanager
 def library_noise_muted() -> Iterator[None]:
-    """Silence progress bars and chatter of the libraries underneath; our own lines say what matters."""
+    """Silence progress bars and log messages of the libraries; our own messages are enough."""
     from huggingface_hub.utils import logging as hub_logging  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - heavy import, late
 

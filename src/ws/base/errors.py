@@ -1,8 +1,8 @@
-"""The errors that a user can mend.
+"""Errors that a user can fix.
 
-Everything that bad input or a bad environment can cause ends in a `UserError`: one line that names the
-thing, the place and the remedy. The command line prints that line and exits with 2; the Python API lets it
-through as an ordinary exception. Anything else that escapes is a defect of this package.
+Bad input or a bad environment raises a `UserError`: one line that names the thing, the place and the remedy. The
+command line prints that line and exits with code 2. The Python API raises it as an ordinary exception. Any other
+exception is a bug in this package.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class UserError(Exception):
 
 
 class BaseMismatchError(UserError):
-    """A Direction or a run folder belongs to another base model."""
+    """A Direction or a run folder belongs to a different base model."""
 
 
 class UnsupportedFeatureError(UserError):
-    """A feature has no exact form here; never approximated in silence."""
+    """A feature has no exact form here. It is refused, never approximated."""

@@ -1,4 +1,4 @@
-"""Random streams by name: what one name draws does not depend on other draws or on their order."""
+"""Random streams by name: the numbers drawn under one name do not depend on other draws or on their order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which floating-point format is fast on this machine.
+"""Find out whether bfloat16 is fast on this machine.
 
-A CPU without bfloat16 instructions emulates them, ten to a thousand times slower than float32, and the library does not
-say so. CPU names and flags are not reliable, so one small product is timed, once per process.
+A CPU without bfloat16 instructions emulates them, ten to a thousand times slower than float32, without a warning from
+the library. CPU names and flags are not reliable, so one small product is timed, once per process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 _SIZE = 192
 _SLOWER = 2.0
-"""bfloat16 counts as emulated where a product takes this many times as long as in float32."""
+"""bfloat16 counts as emulated if a product takes at least this many times as long as in float32."""
 
 
 @cache
@@ -25,7 +25,7 @@ def bfloat16_is_fast(device_type: str = "cpu") -> bool:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The shortest of a few runs of one product, after a first one that sets up the kernels."""
+    """The shortest time of a few products, after a first one that sets up the kernels."""
     factor = torch.ones(_SIZE, _SIZE, dtype=dtype)
     times = []
     for _ in range(4):

@@ -1,9 +1,9 @@
-"""Frozen dataclasses to plain data that JSON can hold, and back.
+"""Convert frozen dataclasses to plain JSON data and back.
 
     restore(type(record), plain(record)) == record
 
-holds for records of numbers, text, tuples, mappings by name and further records. JSON has no NaN: it is written as
-null, so a record that is to survive the way holds None where a number is missing.
+holds for records of numbers, text, tuples, mappings by name and further records. JSON has no NaN, so NaN
+is written as null: a record that must survive the conversion holds None for a missing number.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 T = TypeVar("T")
 FLAT = {"flat": True}
-"""Metadata of a field that is a mapping: its items stand among the keys of the record."""
+"""Metadata of a mapping field whose items are stored among the record's own keys."""
 
 
 def plain(value: Any) -> Any:
-    """Dictionaries, lists, text, numbers and None; what is no finite number becomes None."""
+    """Dictionaries, lists, text, numbers and None; NaN and infinity become None."""
     if is_dataclass(value):
         found: dict[str, Any] = {}
         for one in fields(value):
@@ -35,7 +35,7 @@ def plain(value: Any) -> Any:
 
 
 def restore(kind: type[T], data: Any) -> T:
-    """The record that `plain` made this data of. Unknown keys are ignored; missing ones take the field's default."""
+    """The record from which `plain` made this data. Unknown keys are ignored; missing ones take the field's default."""
     return cast("T", _restore(kind, data))
 
 

@@ -1,4 +1,4 @@
-"""Build a settings dataclass from JSON-like values. Files and flags may write 1 for 1.0, and lists for tuples."""
+"""Build a settings dataclass from JSON-like values. Files and flags may give 1 for 1.0, and lists for tuples."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def make(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """`kind(**values)` with numbers and lists in the declared form; an unknown or ill-typed name is an error.
+    """`kind(**values)` with values converted to the declared types; unknown names and wrong types are errors.
 
-    `where` names the source of the values in messages.
+    `where` names the source of the values in error messages.
     """
     declared = {f.name: str(f.type) for f in fields(kind)}  # type: ignore[arg-type]
     for name in values:
@@ -40,4 +40,4 @@ def _as_declared(value: Any, declared: str, where: str) -> Any:
         return value
     if base in ("str", "bool") and type(value).__name__ == base:
         return value
-    raise UserError(f"{where} is {value!r}, not of the type {declared}")
+    raise UserError(f"{where} is {value!r}, but must be of type {declared}")

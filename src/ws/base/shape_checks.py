@@ -1,4 +1,4 @@
-"""The run-time checker behind `BEARTYPE=1`: annotated types and tensor shapes; int passes where float is said."""
+"""The run-time checker behind `BEARTYPE=1`: annotated types and tensor shapes; an int is accepted as a float."""
 
 from beartype import BeartypeConf, beartype
 

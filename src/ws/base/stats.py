@@ -1,15 +1,15 @@
 """Intervals for effects measured on rows, clusters and seeds.
 
-Rows of one cluster (the two actions of a dilemma, the wordings of one claim) are not independent, so row
-uncertainty is taken over clusters: a percentile bootstrap that draws whole clusters, or, below 50 clusters, where
-that bootstrap is too narrow, a t interval with the cluster-robust standard error
+Rows of one cluster (the two actions of a dilemma, the wordings of one claim) are not independent, so the interval is
+taken over clusters: a percentile bootstrap that draws whole clusters. Below 50 clusters that bootstrap is too narrow,
+so it is a t interval with the cluster-robust standard error
 
     se^2 = C / (C - 1) * sum_c (sum_{i in c} (x_i - mean))^2 / n^2 ,   C - 1 degrees of freedom.
 
-Uncertainty over seeds is another question and is never mixed in: `over_seeds` and `prediction_band`.
+Uncertainty over seeds is a separate question and is kept apart: `over_seeds` and `prediction_band`.
 
-Functions for what a mean can hide: `sign_flip_p` (is it chance?), `surgical_informedness` (which answers change?),
-`decompose` (truth, Yes-bias or only confidence?), `dose_response` (does twice the strength do twice as much?).
+Functions for questions that a mean cannot answer: `sign_flip_p` (is it chance?), `surgical_informedness` (which
+answers change?), `decompose` (truth, Yes-bias or only confidence?), `dose_response` (is the effect linear?).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def over_clusters(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Mean over rows with an interval over clusters.
+    """The mean over rows, with an interval over clusters.
 
     `values` (n,) must be finite; `clusters` (n,) names the cluster of each row. One cluster gives NaN limits.
     """
@@ -81,7 +81,7 @@ def over_seeds(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95
 
 
 def prediction_band(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
-    """Where one more control seed would fall: `mean +- t * sd * sqrt(1 + 1/n)`."""
+    """The range in which one more control seed would fall: `mean +- t * sd * sqrt(1 + 1/n)`."""
     values = np.asarray(values, dtype=np.float64)
     mean = float(values.mean())
     if values.size < 2:
@@ -92,7 +92,7 @@ def prediction_band(values: Sequence[float] | np.ndarray, *, confidence: float =
 
 
 def _in_order(names: set[Hashable]) -> list[Hashable]:
-    """Cluster numbers in sorted order of the names, so that the bootstrap does not depend on the order of rows."""
+    """Cluster names in sorted order, so that the bootstrap does not depend on the order of rows."""
     try:
         return sorted(names)  # type: ignore[type-var]
     except TypeError:
@@ -109,9 +109,9 @@ def sign_flip_p(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> float:
-    """Two-sided p of "no effect" by flipping the signs of whole clusters.
+    """Two-sided p-value of "no effect", from flipping the signs of whole clusters.
 
-    All 2^C patterns for at most 12 clusters, else random ones with the observed pattern counted in.
+    Up to 12 clusters: all 2^C sign patterns. More: random patterns, plus the observed one.
     """
     values = np.asarray(values, dtype=np.float64)
     numbers = {name: number for number, name in enumerate(_in_order(set(clusters)))}
@@ -122,18 +122,19 @@ def sign_flip_p(
         patterns = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
         return float(np.mean(np.abs(patterns @ sums) >= observed * (1 - 1e-12)))
     generator, reached = np.random.default_rng(seed), 0
-    for start in range(0, resamples, 1000):  # in parts: all patterns of many clusters at once would fill the memory
+    for start in range(0, resamples, 1000):  # in parts, because all patterns at once may not fit into memory
         signs = generator.integers(0, 2, size=(min(1000, resamples - start), count)) * 2 - 1
         reached += int(np.sum(np.abs(signs @ sums) >= observed * (1 - 1e-12)))
     return (1 + reached) / (1 + resamples)
 
 
 class Informedness(NamedTuple):
-    """Surgical Informedness of an intervention at +1 and -1, and the rates that it is made of.
+    """Surgical Informedness of an intervention at +1 and -1, and its parts.
 
-    fixed, broken: shares of the rows that the base answers wrongly (rightly) whose answer turns at +1; flipped,
-    countered: of those it answers rightly (wrongly) at -1. Scores are in points: 100 is perfect, 0 a no-op. `balanced`
-    is the change of P(Yes | Yes is right) - P(Yes | No is right), which no Yes-bias moves.
+    At +1: fixed is the share of the base's wrong answers that become right, broken of its right ones that become wrong.
+    At -1: flipped is the share of its right answers that become wrong, countered of its wrong ones that become right.
+    Scores are in points: 100 is perfect, 0 is no effect. `balanced` is the change of
+    P(Yes | Yes is right) - P(Yes | No is right), which a bias towards Yes does not change.
     """
 
     score: float
@@ -157,11 +158,11 @@ def surgical_informedness(
     k: float = 2.0,
     mass: tuple[float, float] = (1.0, 1.0),
 ) -> Informedness:
-    """SI of rows in the same order: `base`, `plus`, `minus` are log-ratios towards Yes, `labels` +1 where Yes is right.
+    """SI of rows in the same order. `base`, `plus`, `minus`: log-ratios towards Yes; `labels`: +1 if Yes is right.
 
     forward = fixed - k broken, reverse = flipped - k countered, score = their mean times the squared smaller answer
-    mass times 100 (as the replicated work defines it). k = 2 punishes damage twice, which flatters no-ops where most
-    rows are right: report k = 1 and `balanced` beside it. Without `minus` the reverse half is NaN.
+    mass times 100 (as the replicated work defines it). k = 2 counts damage twice, which favours having no effect if
+    most rows are right: also report k = 1 and `balanced`. Without `minus`, `score` and the reverse half are NaN.
     """
     before, after = base * labels, plus * labels
     correct, wrong = before > 0, before < 0
@@ -188,10 +189,10 @@ def _share(event: np.ndarray, among: np.ndarray) -> float:
 
 
 class Decomposition(NamedTuple):
-    """What a mean change of log-ratios consists of, nats.
+    """The parts of a mean change of log-ratios, in nats.
 
     truth: mean change towards the right answer; bias: mean change towards Yes; scale: slope of the new log-ratios on
-    the old ones at equal label (1 = no change of confidence); beyond_scale: change towards the right answer that
+    the old ones at equal label (1: confidence is unchanged); beyond_scale: change towards the right answer that this
     scaling does not explain.
     """
 
@@ -202,15 +203,15 @@ class Decomposition(NamedTuple):
 
 
 def decompose(base: np.ndarray, edited: np.ndarray, labels: np.ndarray) -> Decomposition:
-    """Truth, Yes-bias and confidence scaling of a change, rows in the same order.
+    """Split a change into truth, Yes-bias and confidence scaling. Rows are in the same order.
 
-    A pure gain in confidence multiplies every log-ratio and looks like a gain in truth wherever the base is right, and
-    a base that is right mostly makes a gain in truth look like one in confidence: so the slope is that of a regression
-    on the old log-ratios, the label and a constant together. NaN where the old ones are no more than the latter two.
+    A gain in confidence multiplies every log-ratio, which looks like a gain in truth if the base is mostly right; a
+    gain in truth then looks like a gain in confidence. So the slope comes from one regression on the old log-ratios,
+    the label and a constant. It is NaN if label and constant explain the old log-ratios completely.
     """
     change = edited - base
     others = np.column_stack([np.ones_like(base), labels])
-    own = base - others @ np.linalg.lstsq(others, base, rcond=None)[0]  # what of the base label and constant leave
+    own = base - others @ np.linalg.lstsq(others, base, rcond=None)[0]  # residual of the base log-ratios
     spread = float(own @ own)
     slope = float(own @ edited / spread) if spread > 1e-9 * float(base @ base) else float("nan")
     explained = (slope - 1) * base if np.isfinite(slope) else np.zeros_like(base)
@@ -219,8 +220,8 @@ def decompose(base: np.ndarray, edited: np.ndarray, labels: np.ndarray) -> Decom
 
 
 class DoseResponse(NamedTuple):
-    """slope: change per unit of strength (through the origin); r2: share of the changes' square that it explains;
-    monotone: whether the changes never turn back from one strength to the next."""
+    """slope: change per unit of strength (through the origin); r2: share of the sum of squared changes that it
+    explains; monotone: whether the change only rises, or only falls, with strength."""
 
     slope: float
     r2: float
@@ -228,11 +229,11 @@ class DoseResponse(NamedTuple):
 
 
 def dose_response(alphas: Sequence[float], changes: Sequence[float]) -> DoseResponse:
-    """Linearity and monotonicity of mean changes over strengths; alpha 0 with change 0 may be left out."""
+    """Linearity and monotonicity of mean changes over strengths. The point (0, 0) is added."""
     x, y = (np.asarray(values, dtype=np.float64) for values in ([*alphas, 0.0], [*changes, 0.0]))
     slope = float(x @ y / (x @ x)) if x.any() else float("nan")
     total = float(y @ y)
     r2 = 1 - float(((y - slope * x) ** 2).sum()) / total if total > 0 else float("nan")
     ordered = y[np.argsort(x, kind="stable")]
-    steps = np.diff(ordered)  # the sign of the slope would not do: a bend that is even in alpha has none
+    steps = np.diff(ordered)  # the slope is no test: it is 0 for a change that is even in alpha
     return DoseResponse(slope, r2, bool((steps >= 0).all() or (steps <= 0).all()))

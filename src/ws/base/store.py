@@ -1,11 +1,10 @@
 """Run folders: atomic, resumable, keyed by content.
 
-Nothing is ever half-written: a file or folder is made under a temporary name, flushed to disk and renamed. A stage
-counts as done only when its record (`stages/<name>.json`) exists, names the same inputs, and the files it lists are
-still the ones it made. The key of a stage contains the digests of the files that it reads, so a changed input
-rebuilds exactly the stages that depend on it, and an unchanged one rebuilds none.
+No file or folder is ever half-written: it is made under a temporary name, flushed to disk and renamed. A stage is done
+if its record (`stages/<name>.json`) exists, lists the same inputs, and its output files are unchanged. The key of a
+stage contains the digests of the files that it reads, so a changed input rebuilds exactly the stages that depend on it.
 
-Work inside a stage that takes long is kept in `Shards`: small atomic files that a rerun picks up.
+A long stage keeps its progress in `Shards`: small atomic files that a rerun reuses.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename, else remove it."""
+    """Yield a temporary path next to `path`. On success flush and rename it, else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -85,7 +84,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it replaces `path` as a whole."""
+    """Yield an empty temporary folder next to `path`. On success it replaces the whole of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -103,9 +102,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Put a complete folder where another one may be. A kill at any moment leaves one of the two whole.
+    """Replace the folder `target` with `source`. A kill at any moment leaves one of the two complete.
 
-    The old folder is renamed aside first and deleted last; `recover_folder` ends what a kill has interrupted.
+    The old folder is renamed first and deleted last; `recover_folder` completes an interrupted move.
     """
     recover_folder(target)
     if target.exists():
@@ -115,7 +114,7 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Finish an interrupted `move_folder`: the old folder comes back where no new one took its place, or goes."""
+    """Complete an interrupted `move_folder`: delete the old folder if the new one is in place, else put it back."""
     aside = _aside(target)
     if not aside.exists():
         return
@@ -134,7 +133,7 @@ def _aside(folder: Path) -> Path:
 
 @contextmanager
 def _problems_of_the_system(path: Path) -> Iterator[None]:
-    """A full disk is an OSError also where a library written in Rust meets it and raises a kind of its own."""
+    """Turn an operating system error that a Rust library raises as its own type (a full disk) into an OSError."""
     try:
         yield
     except OSError:
@@ -173,7 +172,7 @@ def write_table(path: Path, table: pl.DataFrame) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a broken file is an error that names it."""
+    """Read JSON; a damaged file is an error that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -187,7 +186,7 @@ class Shards:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Where the piece `name` is, or will be."""
+        """The path of the piece `name`, which need not exist."""
         return self.folder / name
 
     def has(self, name: str) -> bool:
@@ -195,12 +194,12 @@ class Shards:
         return self.path(name).is_file()
 
     def discard(self) -> None:
-        """Remove all pieces, once the stage that they belong to is done."""
+        """Remove all pieces, once their stage is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class StageResult(NamedTuple):
-    """`built` is False where the stage was found done; `seconds` is what building took when it was built."""
+    """`built` is False if the stage was done already; `seconds` is the time that building it took."""
 
     built: bool
     seconds: float
@@ -209,8 +208,7 @@ class StageResult(NamedTuple):
 class RunFolder:
     """One run's folder with its identity, stage records and lock.
 
-    `identity` says what the folder is about (model fingerprint, behaviour ...); a folder that holds another identity
-    is refused, never mixed.
+    `identity` describes the run (model fingerprint, behaviour ...). A folder with a different identity is refused.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -220,7 +218,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot create the run folder {path}: {error.strerror}", "Choose another one with --out."
+                f"cannot create the run folder {path}: {error.strerror}", "Choose another folder with --out."
             ) from error
         self._lock = _lock(path)
         try:
@@ -252,8 +250,8 @@ class RunFolder:
         for name, value in self.identity.items():
             if known.get(name) != value:
                 raise BaseMismatchError(
-                    f"{self.path} holds a run with another {name} ({_short(known.get(name))}, not {_short(value)})",
-                    "Choose another --out, or delete that folder.",
+                    f"{self.path} holds a run with a different {name} ({_short(known.get(name))}, not {_short(value)})",
+                    "Choose another folder with --out, or delete this one.",
                 )
 
     def __truediv__(self, name: str) -> Path:
@@ -269,8 +267,8 @@ class RunFolder:
     ) -> StageResult:
         """Run `make` unless the stage is done for these inputs, here or in one of the sibling run folders.
 
-        `inputs` is everything the result depends on, file contents as digests; `outputs` are names inside the folder
-        that `make` writes atomically. `make` gets `Shards` that survive a kill and are keyed by the inputs.
+        `inputs`: all that the result depends on, file contents as digests. `outputs`: names inside the folder that
+        `make` writes atomically. `make` gets `Shards` that survive a kill and are keyed by the inputs.
         """
         record_file, key = self._record_file(stage), content_key(stage, inputs)
         if self.is_done(stage, inputs):
@@ -297,20 +295,20 @@ class RunFolder:
         return StageResult(True, round(seconds, 3))
 
     def is_done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether the stage is recorded for these inputs and its outputs are still those that it made."""
+        """Whether the stage is recorded for these inputs and its outputs are unchanged."""
         record_file = self._record_file(stage)
         record = read_json(record_file) if record_file.exists() else None
         return record is not None and record["key"] == content_key(stage, inputs) and self._outputs_intact(record)
 
     def shards(self, stage: str, inputs: Mapping[str, Any]) -> Shards:
-        """Where the pieces of a stage are kept until it is done for these inputs."""
+        """The finished pieces of a stage for these inputs, kept until the stage is done."""
         return Shards(self.path / ".partial" / f"{stage}-{content_key(stage, inputs)}")
 
     def _record_file(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"
 
     def _copied(self, stage: str, key: str, siblings: Iterable[Path]) -> bool:
-        """Whether a sibling had the same stage done for the same inputs, so that its outputs could be copied."""
+        """Copy the outputs from a sibling that has done this stage for the same inputs; False if none has."""
         for sibling in siblings:
             record_file = sibling / "stages" / f"{stage}.json"
             if sibling == self.path or not record_file.is_file():
@@ -333,7 +331,7 @@ class RunFolder:
         )
 
     def changed_inputs(self, stage: str, inputs: Mapping[str, Any]) -> list[str]:
-        """Names of the inputs that differ from the recorded ones; empty when the stage never ran."""
+        """Names of the inputs that differ from the recorded ones; empty if the stage never ran."""
         record_file = self._record_file(stage)
         if not record_file.exists():
             return []
@@ -348,7 +346,7 @@ def _short(value: Any) -> str:
 
 
 def _lock(path: Path) -> Any:
-    """Hold an advisory lock on the folder for the life of the process; None where the platform has none."""
+    """Hold an advisory lock on the folder for the life of the process; None if the platform has no locks."""
     try:
         import fcntl  # noqa: PLC0415 - absent on Windows
     except ImportError:
@@ -361,5 +359,5 @@ def _lock(path: Path) -> Any:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.close()
-        raise UserError(f"another ws process is working in {path}", "Wait for it, or choose another --out.") from error
+        raise UserError(f"another ws process is using {path}", "Wait for it, or use another --out.") from error
     return handle

@@ -1,8 +1,8 @@
-"""Files that a user wrote or another tool exported: text, JSON lines, TOML, tables. One set of rules for all of them.
+"""Read files that a user wrote or another tool exported: text, JSON lines, TOML, tables. The same rules for all:
 
 * Text is UTF-8, with or without a byte order mark. Anything else is an error that names the file and the line.
-* A line of JSON lines ends at a line feed and nowhere else: U+2028 is a character like any other.
-* A null is a key that is not there.
+* In JSON lines, only a line feed ends a line. U+2028 is an ordinary character.
+* A key with the value null counts as absent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAVE_AS_UTF8 = "Save the file as UTF-8."
 
 
 class Line(NamedTuple):
-    """One JSON object of a file: `where` names file and line for complaints."""
+    """One JSON object of a file; `where` names file and line in error messages."""
 
     where: str
     number: int
@@ -34,7 +34,7 @@ class Line(NamedTuple):
 
 
 def given(record: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of a key, or the default where the key is absent or null."""
+    """The value of a key, or the default if the key is absent or null."""
     value = record.get(key)
     return default if value is None else value
 
@@ -45,7 +45,7 @@ def is_sign(value: Any) -> bool:
 
 
 def text(path: Path, what: str, remedy: str) -> str:
-    """The text of a file; `what` and `remedy` are for the error where there is none."""
+    """The text of a file; `what` and `remedy` are for the error message if it does not exist."""
     raw = _bytes(path, what, remedy)
     if raw.startswith(_OTHER_MARKS):
         raise UserError(f"{path}, line 1: UTF-16 or UTF-32 text, not UTF-8", _SAVE_AS_UTF8)
@@ -59,12 +59,12 @@ def text(path: Path, what: str, remedy: str) -> str:
         ) from error
     if "\0" in decoded:
         line = decoded.count("\n", 0, decoded.index("\0")) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text (a zero byte, as UTF-16 has them)", _SAVE_AS_UTF8)
+        raise UserError(f"{path}, line {line}: not UTF-8 text (a zero byte; the file may be UTF-16)", _SAVE_AS_UTF8)
     return decoded
 
 
 def json_lines(path: Path, what: str, remedy: str) -> list[Line]:
-    """The JSON objects of a file, one a line, without their nulls; blank lines are skipped."""
+    """The JSON objects of a file, one per line, without their nulls; blank lines are skipped."""
     found = []
     for number, line in enumerate(text(path, what, remedy).split("\n"), start=1):
         if line.strip():
@@ -89,13 +89,13 @@ def table(path: Path, what: str, remedy: str) -> pl.DataFrame:
 
     kind = path.suffix.casefold()
     if path.is_file() and kind not in TABLE_KINDS:
-        raise UserError(f"{path} is of an unknown kind", "Give a CSV, JSONL or parquet file.")
+        raise UserError(f"{path} is not a CSV, JSONL or parquet file", "Convert it to one of these.")
     try:
         if kind == ".parquet":
             return pl.read_parquet(io.BytesIO(_bytes(path, what, remedy)))
         if kind == ".csv":
             return pl.read_csv(io.BytesIO(text(path, what, remedy).encode()), infer_schema_length=None)
-        # every line is looked at: a key may begin late
+        # infer from every line: a key may first appear late in the file
         return pl.DataFrame([line.content for line in json_lines(path, what, remedy)], infer_schema_length=None)
     except (pl.exceptions.PolarsError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -108,7 +108,7 @@ def _bytes(path: Path, what: str, remedy: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", "Check who may read it.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", "Check its permissions.") from error
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def _object(where: str, line: str) -> dict[str, Any]:
         raise UserError(f"{where}: not a JSON object", 'Write one object per line, such as {"prompt": "..."}.')
     try:
         json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, and no text
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but not text
         raise UserError(
-            f"{where}: holds half of a character (a lone surrogate)", "Write the whole character."
+            f"{where}: holds a lone surrogate (half of a character)", "Write the whole character."
         ) from error
     return content

@@ -1,3 +1,3 @@
-"""The version of the package, apart, so that every room may read it and none has to import the package's top."""
+"""The version of the package. Its own module, so that no module has to import the top of the package."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""What a model is measured under (Context, Edit, Condition), and putting edits on it and taking them off."""
+"""Contexts, Edits and Conditions, and how edits are put on a model and removed again."""

@@ -1,8 +1,8 @@
-"""What a model is measured under: a Context and any number of Edits with their strengths.
+"""Condition: a Context plus any number of Edits with strengths. A model is measured under a Condition.
 
-A Context is a system prompt or none; it changes tokens and has no strength. An Edit changes the model and has a
-strength alpha. Every baseline, control and ablation is a Condition, so one runner measures them all; and because the
-Context is part of the key, a persona at alpha 0 can never be averaged with the plain model at alpha 0.
+A Context is an optional system prompt; it changes tokens and has no strength. An Edit changes the model and has a
+strength alpha. Every baseline, control and ablation is a Condition, so one runner measures them all. The Context is
+part of the key, so a persona at alpha 0 is never averaged with the plain model at alpha 0.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ws.base.errors import UserError
 from ws.base.store import content_key
 
 BaseMismatch = Literal["refuse", "allow"]
-"""What happens where an edit was made on another base model than the one it is put on."""
+"""What happens if an edit was made on a different base model than the one that it is put on."""
 Undo = Callable[[], None]
-"""Takes an effect off again, restoring the network bit for bit."""
+"""Removes an effect; restores the network bit for bit."""
 
 
 @runtime_checkable
 class Effect(Protocol):
     """An edit that is not a weight Direction, such as an activation direction added to the residual stream.
 
-    An Effect may have an attribute `first_layer`, the first decoder layer that it changes: layers below are then run
-    once for all of its strengths.
+    An Effect may have an attribute `first_layer`, the first decoder layer that it changes. The layers below it are
+    then computed once for all strengths.
     """
 
     @property
@@ -40,34 +40,34 @@ class Effect(Protocol):
 
     @property
     def content_key(self) -> str:
-        """Digest of everything that decides what it does: its numbers, where and at which positions it acts, its base.
+        """Digest of everything that determines its effect: its numbers, its layers, its token positions, its base.
 
-        Two Effects of one name are the same Effect only if their keys are equal.
+        Two Effects with the same name are the same Effect only if their keys are equal.
         """
         ...
 
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
-        """Put the effect on the network at a strength; the result takes it off."""
+        """Put the effect on the network at a strength; the returned function removes it."""
         ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """A named system prompt; the empty text means no system turn at all."""
+    """A named system prompt; an empty text means no system turn."""
 
     name: str
     system: str = ""
 
 
 PLAIN = Context("plain")
-"""No system prompt: how every direction is evaluated."""
+"""No system prompt. Every direction is evaluated in this Context."""
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A named Direction or Effect; `name` is its label in tables, the seeds tell replicates apart.
+    """A named Direction or Effect; `name` is its label in tables, the seeds distinguish replicates.
 
-    `base_mismatch` "allow": it may be put on another base model than its own, such as a fine-tune of it.
+    `base_mismatch` "allow": it may be put on a different base model than its own, such as a fine-tune of it.
     """
 
     name: str
@@ -80,13 +80,13 @@ class Edit:
         if not isinstance(self.effect, Direction) and not getattr(self.effect, "content_key", None):
             raise UserError(
                 f"the effect of edit {self.name!r}, a {type(self.effect).__name__}, has no content_key",
-                "Give its class a content_key: a digest of everything that decides what it does.",
+                "Give its class a content_key: a digest of everything that determines its effect.",
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A Context with edits at strengths. Without edits it is the base model."""
+    """A Context and edits with their strengths. Without edits it is the base model."""
 
     context: Context = PLAIN
     edits: tuple[tuple[Edit, float], ...] = ()
@@ -103,12 +103,12 @@ class Condition:
 
     @property
     def is_base(self) -> bool:
-        """Whether the model is left as it is."""
+        """Whether the model is not edited."""
         return not self.active
 
     @cached_property
     def content_key(self) -> str:
-        """Digest of all that it does to a model and of how it is labelled; equal only for the same Condition."""
+        """Digest of its effect on a model and of its labels; equal only for the same Condition."""
         edits = [
             [edit.name, float(alpha), edit.seed, edit.data_seed, edit.base_mismatch, edit.effect.content_key]
             for edit, alpha in self.active
@@ -116,10 +116,10 @@ class Condition:
         return content_key(self.context, edits)
 
     def key(self) -> dict[str, Any]:
-        """The columns that name it in a scores table: context, edit, alpha, seed, data_seed.
+        """The columns that identify it in a scores table: context, edit, alpha, seed, data_seed.
 
-        Several edits are one label at alpha 1, with exact strengths; a seed that they share stands in its column, and
-        seeds that differ stand in the label.
+        Several edits get one label, which contains their exact strengths, and alpha 1. A seed that they share is in its
+        column; seeds that differ are in the label.
         """
         seeds, data_seeds = ({getattr(edit, name) for edit, _ in self.active} for name in ("seed", "data_seed"))
         seed = next(iter(seeds)) if len(seeds) == 1 else None
@@ -146,6 +146,6 @@ class Condition:
 
 
 def _bracketed(*seeds: tuple[str, int | None, set[int | None]]) -> str:
-    """` (seed 1, data seed 2)`: the seeds of an edit, each where there are others beside it."""
+    """` (seed 1, data seed 2)`: the seeds of an edit, each only if the edits have different ones."""
     shown = [f"{name} {value}" for name, value, others in seeds if len(others) > 1 and value is not None]
     return f" ({', '.join(shown)})" if shown else ""

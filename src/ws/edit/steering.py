@@ -1,11 +1,11 @@
-"""Put edits on a model: at run time, per row, or baked into the weights, and take them off again.
+"""Put edits on a model (at run time, per row, or baked into the weights) and remove them again.
 
     run time   y = W x + alpha * dW x             side path, added in fp32 and rounded once; alpha may differ per row
     baked      W' = round(W_fp32 + alpha * dW)    one rounding, whatever the dtype of the weights
 
-Laws: alpha = 0 is the base model bit for bit; leaving a `steer` block restores every weight bit for bit, also after an
-exception or a failure half-way in; an edit of another base is refused unless it is allowed. Several directions add up,
-and blocks nest: what is a function of the base weights is always taken of the pristine ones.
+Guarantees: alpha = 0 is the base model bit for bit. Leaving a `steer` block restores every weight bit for bit, also
+after an exception or an incomplete entry. An edit of a different base is refused unless it is allowed. Several
+directions add up, and blocks nest: functions of the base weights always use the unedited weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Mode = Literal["auto", "runtime", "baked"]
 Edits = Direction | Effect | Mapping[Any, Alpha]
 Parts = dict[str, list[tuple[Delta, Alpha]]]
 Strength = tuple[Direction | Effect, Alpha, BaseMismatch]
-"""What is put on a model, how strongly, and whether it may be there on another base than its own."""
+"""An edit, its strength, and whether it may be put on a different base than its own."""
 
 
 @contextmanager
@@ -48,16 +48,16 @@ def steer(
 
     edits: one Direction (or other Effect) with `alpha`, or a mapping {direction: alpha}. alpha: a number, or a tensor
     with one strength per row of the batch (run time only).
-    mode: "baked" changes the weights and puts them back, "runtime" adds a side path and leaves them alone; "auto" bakes
-    fp32 weights with scalar strengths and uses the side path otherwise. Per-row strengths also reach parameters outside
-    linear maps only when baked, so those are an error.
+    mode: "baked" changes the weights and restores them; "runtime" adds a side path instead; "auto" bakes
+    fp32 weights with scalar strengths and uses the side path otherwise. Parameters outside linear maps can only be
+    baked, so per-row strengths on them are an error.
 
     >>> with ws.steer(model, direction, 0.5):                      # doctest: +SKIP
     ...     model.network.generate(...)
     """
     network = network_of(model)
     if isinstance(model, ChatModel):
-        _ = model.split  # its check belongs to the unedited model
+        _ = model.split  # its check must run on the unedited model
     strengths = list(edits.items()) if isinstance(edits, Mapping) else [(edits, alpha)]
     with _applied(network, [(edit, strength, base_mismatch) for edit, strength in strengths], mode):
         yield
@@ -65,14 +65,14 @@ def steer(
 
 @contextmanager
 def under(model: ChatModel, condition: Condition, *, mode: Mode = "auto") -> Iterator[None]:
-    """Run the block under a Condition's edits (its Context is a matter of rendering, not of the model)."""
+    """Run the block under a Condition's edits. (Its Context is applied when prompts are rendered.)"""
     strengths: list[Strength] = [(edit.effect, alpha, edit.base_mismatch) for edit, alpha in condition.active]
     with _applied(model.network, strengths, mode):
         yield
 
 
 def can_share_a_pass(model: ChatModel, condition: Condition) -> bool:
-    """Whether `under_each` takes this Condition: one Direction, of nothing but thin updates of linear maps."""
+    """Whether `under_each` accepts this Condition: one Direction, with only low-rank updates of linear maps."""
     if len(condition.active) != 1 or not isinstance(direction := condition.active[0][0].effect, Direction):
         return False
     modules = dict(model.network.named_modules())
@@ -83,9 +83,10 @@ def can_share_a_pass(model: ChatModel, condition: Condition) -> bool:
 
 @contextmanager
 def under_each(model: ChatModel, conditions: Sequence[Condition]) -> Iterator[None]:
-    """Run the block with every batch in as many equal blocks of rows as there are Conditions, one under each.
+    """Run the block with every batch split into equal blocks of rows, one block per Condition.
 
-    Side paths in the dtype of the weights, summed in fp32 and rounded once. Takes what `can_share_a_pass`.
+    Side paths in the dtype of the weights, summed in fp32 and rounded once. Every Condition must pass
+    `can_share_a_pass`.
     """
     terms: dict[str, dict[int, tuple[Delta, float]]] = defaultdict(dict)
     for block, condition in enumerate(conditions):
@@ -126,18 +127,18 @@ def _applied(network: nn.Module, strengths: Sequence[Strength], mode: Mode) -> I
 def bake(model: ChatModel | nn.Module, edits: Mapping[Direction, float]) -> None:
     """Add directions to the weights for good: `W <- round(W_fp32 + sum alpha * dW)`.
 
-    The model then has a new fingerprint. Use `steer` for a change that is taken back.
+    The model then has a new fingerprint. Use `steer` for a temporary change.
     """
     network = network_of(model)
     if _pristine.get(network):
-        raise UserError("the model is being steered", "Leave the steer block before you bake for good.")
+        raise UserError("cannot bake while the model is being steered", "Leave the steer block first.")
     for direction in edits:
         _require_base(direction, network, "refuse")
     parts = _parts_by_parameter(list(edits.items()))
     _require_parameters(parts, network)
     with ExitStack() as stack:
         _bake_parts(parts, network, stack)
-        stack.pop_all()  # nothing failed: the backups are not needed
+        stack.pop_all()  # success: the backups are not needed
     _pristine.pop(network, None)
     forget_fingerprint(network)
 
@@ -151,42 +152,40 @@ def network_of(model: ChatModel | nn.Module) -> nn.Module:
 
 
 _pristine: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
-"""Base values of the parameters that are edited at the moment, by network and name."""
+"""Base values of the parameters that are currently edited, by network and name."""
 
 
 def _base_values(network: nn.Module, name: str) -> Tensor:
-    """The pristine value of a parameter, whether it is edited at the moment or not."""
+    """The unedited value of a parameter, also while it is edited."""
     edited_now = _pristine.get(network, {})
     return edited_now[name] if name in edited_now else network.get_parameter(name).data
 
 
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-"""Fingerprints of other bases whose edits were allowed, by the network that they are on: said once each."""
+"""By network, the fingerprints of different bases whose edits were allowed: each gives one warning."""
 
 
 def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: BaseMismatch) -> bool:
-    """Whether the edit was made on another base, where that is allowed; an error where it is not."""
+    """Whether the edit was made on a different base; raises unless that is allowed."""
     own = fingerprint(network)
     if edit.base == own:
         return False
-    problem = f"the direction was made on another base model ({edit.base}) than this one ({own})"
+    problem = f"the direction was made on the base model {edit.base}, but this model is {own}"
     if base_mismatch != "allow":
-        raise BaseMismatchError(
-            problem, "Load that base, or pass base_mismatch='allow' to apply its deltas as they are."
-        )
+        raise BaseMismatchError(problem, "Load that base, or pass base_mismatch='allow' to apply the direction anyway.")
     told = _told.setdefault(network, set())
     if edit.base not in told:
-        console.warn(problem + "; applied as asked")
+        console.warn(problem + "; it is applied, because base_mismatch is 'allow'")
         told.add(edit.base)
     return True
 
 
 def _transplanted(direction: Direction) -> Direction:
-    """The update that the direction is on its own base: its factors would mean another one on other weights."""
+    """The update that the direction has on its own base. On other weights its factors would give a different update."""
     if not direction.is_bound:
         raise BaseMismatchError(
-            "a direction that is a function of its base weights cannot be moved to another base unbound",
-            "Load its own base and bind it first: direction.bind(own_base).",
+            "this direction is a function of its base weights, so it must be bound before it is put on another base",
+            "Load its own base and bind it: direction.bind(own_base).",
         )
     return direction.resolved()
 
@@ -213,8 +212,8 @@ def _require_parameters(parts: Parts, network: nn.Module) -> None:
             wanted = tuple(as_matrix(parameters[name]).shape)
             if delta.shape != wanted:
                 raise UserError(
-                    f"the direction has shape {delta.shape} for {name}, the model has {wanted}",
-                    "Load its own base model.",
+                    f"the direction has shape {delta.shape} for {name}, but the model has {wanted}",
+                    "Load the base model of the direction.",
                 )
 
 
@@ -245,7 +244,7 @@ def _bake_parts(parts: Parts, network: nn.Module, stack: ExitStack) -> None:
 
 
 def edited(current: Tensor, terms: Sequence[tuple[Delta, Alpha]], base: Tensor) -> Tensor:
-    """`W + sum alpha * dW` in fp32, of the shape of `current`; `base` is what dW is a function of."""
+    """`W + sum alpha * dW` in fp32, in the shape of `current`. `base`: the weight that dW may be a function of."""
     weight = current.to(torch.float32)
     for delta, strength in terms:
         change = delta.to(current.device).materialise(as_matrix(base) if delta.needs_weight else None)
@@ -302,7 +301,7 @@ def _bias_path(terms: list[tuple[Tensor, Alpha]]) -> Hook:
 
 def _side_path(terms: list[tuple[Delta, Alpha]], base: Tensor) -> Hook:
     """Adds `alpha * dW x` to the output `W x`; `base` is W as out x in."""
-    # scalar strengths are folded into one pair of factors, so that any number of directions costs two products
+    # scalar strengths are folded into one pair of factors: any number of directions costs two products
     scalar = [delta * strength for delta, strength in terms if not isinstance(strength, Tensor)]
     folded = None
     for delta in scalar:
@@ -315,7 +314,7 @@ def _side_path(terms: list[tuple[Delta, Alpha]], base: Tensor) -> Hook:
             changed = changed + folded.apply(inputs[0], weight=base)
         for delta, strength in by_row:
             side = delta.apply(inputs[0], strength, base)
-            # rows at strength 0 keep their bits (adding +0.0 would turn -0.0 into +0.0)
+            # rows at strength 0 keep their exact bits (adding +0.0 would turn -0.0 into +0.0)
             changed = torch.where(torch.as_tensor(per_row(strength, output)) != 0, changed + side, changed)
         return changed.to(output.dtype)
 
@@ -325,7 +324,7 @@ def _side_path(terms: list[tuple[Delta, Alpha]], base: Tensor) -> Hook:
 def _block_path(by_block: Mapping[int, tuple[Delta, float]], blocks: int, weight: Tensor) -> Hook:
     """`y_b + left_b (alpha_b right_b x_b)` for the blocks of rows that have an update.
 
-    Neighbouring blocks with the same update, which differ in strength only, go through the products together.
+    Neighbouring blocks with the same update, at different strengths, share their products.
     """
     runs: list[_Run] = []
     for block, (delta, alpha) in sorted(by_block.items()):
@@ -342,14 +341,14 @@ def _block_path(by_block: Mapping[int, tuple[Delta, float]], blocks: int, weight
         size, rest = divmod(len(output), blocks)
         if rest:
             raise UnsupportedFeatureError(
-                f"a linear map gets {len(output)} rows for {blocks} conditions in one pass, which it must not mix",
-                "Score them one by one: score(..., per_pass=1).",
+                f"a linear map gets {len(output)} rows, which {blocks} conditions in one pass cannot share evenly",
+                "Score one condition per pass: score(..., per_pass=1).",
             )
-        changed = output.contiguous()  # the sums are added in place, and a view of other strides would be a copy
+        changed = output.contiguous()  # sums are added in place, which needs a contiguous view
         for run, left, right, alphas in placed:
             rows = slice(run.start * size, run.stop * size)
             thin = nn.functional.linear(inputs[0][rows], right).flatten(0, -2)
-            scaled = thin.unflatten(0, (len(alphas), len(thin) // len(alphas))) * alphas  # in fp32: not to be rounded
+            scaled = thin.unflatten(0, (len(alphas), len(thin) // len(alphas))) * alphas  # in fp32, not rounded
             changed[rows].view(-1, changed.shape[-1]).addmm_(scaled.flatten(0, 1).to(thin), left.mT)
         return changed
 
@@ -357,7 +356,7 @@ def _block_path(by_block: Mapping[int, tuple[Delta, float]], blocks: int, weight
 
 
 class _Run(NamedTuple):
-    """Neighbouring blocks of rows under one update, each at its own strength."""
+    """Neighbouring blocks of rows with the same update, each at its own strength."""
 
     delta: Delta
     start: int

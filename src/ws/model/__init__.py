@@ -1,1 +1,1 @@
-"""Load a model, render conversations for it, name its parts, and run it forward."""
+"""Load a model, find its linear maps, render conversations for it, and run its forward pass."""

@@ -1,9 +1,8 @@
-"""Where the linear maps of a decoder are, and what each of them does.
+"""Find the linear maps of a decoder and their roles.
 
-Every architecture names its projections in its own way; the rest of the package speaks of roles: `q k v o gate up
-down`. A `Site` is one stored matrix inside one decoder layer with the roles that it holds (a fused matrix holds
-several). A role or a layer that resolves to nothing is an error, never a silent gap: with a fixed list of names an
-adapter touches 2 of 7 maps of Phi-3 without a word.
+Architectures name their projections differently; the rest of the package uses roles: `q k v o gate up down`. A `Site`
+is one stored matrix inside one decoder layer with the roles that it holds (a fused matrix holds several). A role or a
+layer that does not exist is an error. With a fixed list of names, an adapter would silently miss 5 of 7 maps of Phi-3.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ws.base.errors import UnsupportedFeatureError, UserError
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 RESIDUAL_WRITERS = frozenset({"o", "down"})
 DEFAULT_SLICE = (0.3, 0.8)
-"""Fractions of the depth that are adapted by default."""
+"""The slice of layers that is adapted by default, as fractions of the depth."""
 
 # endings of module names inside a decoder layer -> roles held, in stored order
 _ROLES_BY_ENDING: dict[str, tuple[str, ...]] = {
@@ -59,7 +58,7 @@ class Site:
 
     @property
     def writes_residual(self) -> bool:
-        """Whether the output goes straight into the residual stream."""
+        """Whether the output is added directly to the residual stream."""
         return bool(RESIDUAL_WRITERS.intersection(self.roles))
 
     @property
@@ -86,7 +85,7 @@ def decoder_layers(network: nn.Module) -> tuple[str, nn.ModuleList]:
     outermost = [pair for pair in language if not any(pair[0].startswith(other + ".") for other, _ in language)]
     if len(outermost) != 1:
         raise UnsupportedFeatureError(
-            f"{type(network).__name__}: cannot tell its {expected} decoder layers apart "
+            f"{type(network).__name__}: cannot find its {expected} decoder layers "
             f"(candidates: {[name for name, _ in outermost] or 'none'})",
             "Only decoder-only causal language models are supported.",
         )
@@ -135,7 +134,7 @@ def sites(network: nn.Module, layers: Iterable[int] | None = None, roles: Sequen
 
 
 def linear_maps_without_role(network: nn.Module, layers: Iterable[int]) -> list[str]:
-    """Names of linear maps and stacked expert weights in `layers` that no role covers, so callers can say so."""
+    """Names of linear maps and stacked expert weights in `layers` without a role, so that callers can report them."""
     _, blocks = decoder_layers(network)
     missed = set()
     for layer in layers:
@@ -148,27 +147,27 @@ def linear_maps_without_role(network: nn.Module, layers: Iterable[int]) -> list[
 
 
 def tied_to(network: nn.Module, parameter: str) -> str:
-    """Another name under which the network holds this very parameter (a head tied to the embeddings), or ""."""
+    """Another name of the same parameter (a head tied to the embeddings), or ""."""
     named = dict(network.named_parameters(remove_duplicate=False))
     own = named.get(parameter)
     return next((name for name, other in named.items() if other is own and name != parameter), "")
 
 
 def no_own_parameter(network: nn.Module, parameter: str) -> UserError:
-    """Why a direction cannot change a parameter that `network.named_parameters()` does not list.
+    """The error for a direction that changes a parameter that `network.named_parameters()` does not list.
 
-    An update of a tied head alone is none of the shared matrix, which the embeddings read too.
+    A tied head cannot be updated alone, because the embeddings use the same matrix.
     """
     if other := tied_to(network, parameter):
         return UnsupportedFeatureError(
             f"the direction changes {parameter}, which the model ties to {other}",
-            "Make it from adapters that leave the tied matrix alone.",
+            "Make the direction from adapters that do not change the tied matrix.",
         )
-    return UserError(f"the direction changes {parameter}, which the model does not have", "Load its own base model.")
+    return UserError(f"the direction changes {parameter}, which the model does not have", "Load its base model.")
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear map, whose weight is stored as in x out."""
+    """Whether this is GPT-2's linear map, whose weight is stored as in x out."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - heavy import, late
 
     return isinstance(module, Conv1D)

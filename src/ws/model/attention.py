@@ -2,10 +2,10 @@
 
     scores = scaling * q k^T + mask        out = softmax(scores) v        softmax in fp32
 
-Where several query heads share a key-value head, the eager form first copies keys and values once per query head. With
-a cache, these copies are most of the memory traffic. Here the query heads of a group are rows of one product, and
+If several query heads share a key-value head, the eager form first copies keys and values once per query head. With a
+cache, these copies are most of the memory traffic. Here the query heads of a group are rows of one product, and
 scaling and mask are added in place. The result is the same up to rounding. Every loaded model is checked against the
-library's eager form, which stays in use where the two differ (attention sinks, position biases).
+library's eager form, which stays in use if the two differ (attention sinks, position biases).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def grouped(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "rows tokens heads values"], Float[Tensor, "rows heads tokens past"]]:
-    """The attention function that transformers calls: output and weights. Query heads of a group are neighbours."""
+    """The attention function that transformers calls: output and weights. Query heads of a group are adjacent."""
     rows, heads, tokens, width = query.shape
     groups, past = key.shape[1], key.shape[2]
     merged = query.reshape(rows * groups, -1, width)
@@ -63,7 +63,7 @@ def _register() -> None:
 
 @torch.no_grad()
 def use_grouped(network: Any) -> bool:
-    """Switch a network that runs eager attention to the grouped form, unless it then computes something else."""
+    """Switch a network from eager attention to the grouped form, unless its outputs change; whether it did."""
     _register()
     before = _outputs(network)
     with console.library_noise_muted():

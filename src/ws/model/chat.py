@@ -1,15 +1,15 @@
-"""One renderer for every conversation: data, training, probes and capture all go through `Chat`.
+"""`Chat` renders all conversations: for data, training, probes and capture.
 
-Rules, each learned from a wrong table in earlier work:
-* an empty system prompt means no system turn, never an empty one;
-* thinking is an explicit policy. `off` renders the generation prompt without thinking and ends where an assistant's
-  answer stands: a thought that a template opened is closed, a channel is chosen, and both belong to the prompt and are
-  never supervised or scored;
-* a prefill (answer anchor) is appended to the rendered text and tokenised with it;
-* templates without a system role get the system prompt in front of the first user message;
-* a tokenizer without a template gets `PLAIN_TEMPLATE` and a warning;
-* names of control tokens in what people write are plain text;
-* answers are token sets of exact matches after stripping ("Yes" is not "Yesterday", "no" is not "now").
+Rules, each added after a wrong result:
+* An empty system prompt means no system turn, not an empty one.
+* Thinking is an explicit setting. `off` renders the generation prompt without thinking, up to the place of the
+  assistant's answer. If a template opens a thought it is closed; if it has channels the one for answers is chosen. Both
+  are part of the prompt, so they are never supervised or scored.
+* A prefill (answer anchor) is appended to the rendered text and tokenised with it.
+* If a template has no system role, the system prompt is put before the first user message.
+* A tokenizer without a template gets `PLAIN_TEMPLATE` and a warning.
+* Names of control tokens in messages are plain text.
+* Answers are sets of tokens that match exactly after stripping ("Yes" is not "Yesterday", "no" is not "now").
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TIME_IS_UP = "\nI have thought enough and answer now.\n"
 
 _SENTINEL = "weightsteeringsentinel"
 _WORD_MARKERS = "Ġ▁Ċ \t\n\r"
-"""Space, and what some tokenizers leave of it when a single token is decoded."""
+"""Whitespace, and the marks that some tokenizers leave for it when they decode a single token."""
 
 
 class SupervisedTokens(NamedTuple):
@@ -48,13 +48,13 @@ class SupervisedTokens(NamedTuple):
 
 
 def ask(user: str, system: str | None = None) -> list[Message]:
-    """One user message, with a system turn only where `system` says something."""
+    """One user message, with a system turn unless `system` is blank."""
     turns = [Message(role="system", content=system)] if system and system.strip() else []
     return [*turns, Message(role="user", content=user)]
 
 
 class Chat:
-    """Renders messages to text and token ids for one tokenizer and one thinking policy."""
+    """Renders messages to text and token ids for one tokenizer and one thinking setting."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class Chat:
     ) -> None:
         """Check the template on known conversations.
 
-        vocabulary: rows of the embedding; a token beyond is a `UserError`. ends: token ids that end a response besides
-        those of the template.
+        vocabulary: rows of the embedding; a larger token id is a `UserError`. ends: token ids that end a response, in
+        addition to those of the template.
         """
         if thinking not in ("off", "on"):
-            raise UserError(f"thinking is {thinking!r}", "Choose off or on.")
+            raise UserError(f"thinking is {thinking!r}; it must be off or on", "Choose one of them.")
         self.tokenizer = tokenizer
         self.thinking = thinking
         self._name, self._vocabulary = name, vocabulary
@@ -84,30 +84,30 @@ class Chat:
         self.template = Template(self.tokenizer, name)
         self._control_tokens = ControlTokens(self.tokenizer, self.template.source)
         if self.template.is_dated:
-            console.warn(f"the chat template of {name} may write today's date; runs of another day are computed anew")
+            console.warn(f"the chat template of {name} may write today's date; results of other days are not reused")
         if self.prompt(ask("Is the sky blue?", "Be kind.")) == self.prompt(ask("Why?", "Be kind.")):
             raise UserError(
-                f"the tokenizer of {name} writes two different questions as the same tokens",
+                f"the tokenizer of {name} encodes two different questions as the same tokens",
                 "Save the model with the tokenizer that it was trained with.",
             )
 
     # ---------------------------------------------------------------- rendering
 
     def text(self, messages: Sequence[Message], prefill: str = "") -> str:
-        """The conversation up to where the assistant answers, then `prefill`."""
+        """The conversation up to the assistant's answer, then `prefill`."""
         rendered, hidden = self._rendered(messages, prefill)
         return hidden.shown(rendered)
 
     def prompt(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
-        """Token ids of `text`, in which names of control tokens that people wrote are plain text."""
+        """Token ids of `text`; names of control tokens inside messages are encoded as plain text."""
         rendered, hidden = self._rendered(messages, prefill)
         return self._encode(rendered, hidden)
 
     def supervised(self, messages: Sequence[Message], response: str) -> SupervisedTokens:
         """Token ids of the prompt, the response and the end of the assistant turn.
 
-        The prompt ids are an exact prefix: where tokenising the whole text would merge across the boundary, the parts
-        are tokenised apart.
+        The prompt ids are an exact prefix: if tokenising the whole text merges tokens across the boundary, prompt and
+        response are tokenised separately.
         """
         rendered, hidden = self._rendered(messages)
         prompt = self._encode(rendered, hidden)
@@ -121,7 +121,7 @@ class Chat:
 
     @cached_property
     def turn_end(self) -> str:
-        """What ends an assistant turn, up to and including the first stop token."""
+        """The text that ends an assistant turn, up to and including the first stop token."""
         turns = [*ask("x"), Message(role="assistant", content=_SENTINEL)]
         whole = self.template.render(turns, thinking=self._thinks, generation=False)
         ending = whole[whole.rindex(_SENTINEL) + len(_SENTINEL) :]
@@ -148,7 +148,7 @@ class Chat:
         return None if thought is None else self.tokenizer.get_vocab().get(thought.closing)
 
     def thinking_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to the inside of an opened thought; a model that does not think gets an opening in words."""
+        """Token ids up to the start of a thought. If the model does not think, words start it."""
         if self.template.thought is None:
             return self.prompt(messages, _THINK_IN_WORDS)
         rendered, hidden = self._rendered(messages, thinks=True)
@@ -157,8 +157,8 @@ class Chat:
     def close_thought(self, thought: Sequence[int], closed: bool, anchor: str) -> list[int]:
         """Token ids of a thought, its end, and the answer anchor.
 
-        `closed` says that the model ended the thought itself; otherwise it is told to answer first. The end of the
-        thought is the special token, never the encoding of its name.
+        `closed`: the model ended the thought itself; otherwise a sentence ends it. The end of the thought is the
+        special token, not the encoding of its name.
         """
         if self.template.thought is None or self.thought_end is None:
             return [*thought, *self._encode(f"\n{anchor}")]
@@ -167,9 +167,9 @@ class Chat:
 
     @cached_property
     def rendering_key(self) -> str:
-        """What decides the rendering, for content keys: a digest of the tokens of known conversations.
+        """A digest of the rendering, for content keys: made of the tokens of known conversations.
 
-        Template, switches, thinking policy, tokenizer and date are in it as far as they change what the model reads.
+        It depends on template, switches, thinking setting, tokenizer and date as far as they change the tokens.
         """
         plain, marked = ask("Is the sky blue?"), ask(" What does </think> mean?\n", "Be kind.")
         found = [*map(self.prompt, (plain, marked)), self.supervised(marked, "It ends a thought.").ids]
@@ -179,15 +179,15 @@ class Chat:
         return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of response tokens (tokens,), without special tokens and outer space."""
+        """Text of response tokens (tokens,), stripped, without special tokens."""
         return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)).strip()
 
     # ---------------------------------------------------------------- answers
 
     def answers(self, word: str) -> list[list[int]]:
-        """All token sequences that mean `word`: single tokens where there are any, else its spelling in several.
+        """All token sequences that mean `word`: single tokens if there are any, else its encoding in several tokens.
 
-        Single tokens match exactly after stripping space, boundary marks and case.
+        Single tokens match exactly after stripping space and boundary marks and ignoring case.
         """
         single = self._tokens_by_word.get(word.casefold())
         if single:
@@ -196,8 +196,8 @@ class Chat:
         unknown = self.tokenizer.unk_token_id
         if not spelled or (unknown is not None and unknown in spelled) or self.decode(spelled) != word:
             raise UserError(
-                f"the tokenizer cannot write the answer {word!r}",
-                "Use another model, or a probe with answers that it has.",
+                f"the tokenizer cannot encode the answer {word!r}",
+                "Use another model, or a probe with other answers.",
             )
         return [spelled]
 
@@ -215,16 +215,16 @@ class Chat:
 
     @property
     def supports_system_turn(self) -> bool:
-        """Whether the template renders a system turn at all (some raise, some drop it)."""
+        """Whether the template renders a system turn (some raise, some drop it)."""
         return self.template.supports_system_turn
 
     @property
     def switches(self) -> dict[str, bool]:
-        """The variables by which the template asks whether to think, as the policy sets them."""
+        """The template's variables for thinking, with the values of the thinking setting."""
         return dict.fromkeys(self.template.switches, self._thinks)
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the template takes them: no empty system turn; without a system role it joins the user's."""
+        """The messages for the template: no empty system turn; without a system role, its text joins the user's."""
         turns = [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()]
         if not turns or turns[0]["role"] != "system" or self.supports_system_turn:
             return turns
@@ -238,11 +238,11 @@ class Chat:
     def _rendered(
         self, messages: Sequence[Message], prefill: str = "", *, thinks: bool | None = None
     ) -> tuple[str, Hidden]:
-        """The text with hidden names of control tokens, and what they are."""
+        """The text with hidden names of control tokens, and these names."""
         thinks = self._thinks if thinks is None else thinks
         if prefill and thinks:
             raise UserError(
-                "an answer anchor cannot be placed while the model is thinking",
+                "this probe has an answer anchor, which cannot be combined with thinking",
                 "Use --thinking off for this probe.",
             )
         turns = self.turns(messages)
@@ -257,8 +257,8 @@ class Chat:
         if self._vocabulary is not None and ids and max(ids) >= self._vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
-                f"the tokenizer of {self._name} writes {token!r} as token {max(ids)}, but the embedding of the model "
-                f"has {self._vocabulary} rows",
+                f"the tokenizer of {self._name} encodes {token!r} as token {max(ids)}, but the embedding of the model "
+                f"has only {self._vocabulary} rows",
                 "Call resize_token_embeddings(len(tokenizer)) on the model, train the new rows, and save it again.",
             )
         return ids

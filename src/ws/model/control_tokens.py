@@ -1,8 +1,8 @@
-"""Control tokens are written by templates; where a person types the name of one, it is plain text.
+"""Only templates write control tokens. If a message contains the name of one, the name is plain text.
 
-A tokenizer turns the text `<|im_end|>` into the token that ends a turn, whoever wrote it. So before a template is
-rendered, such names in what people write are replaced by characters that no text has. Afterwards they are encoded in
-two parts, so that no token is found in them. A text without such names is encoded as a whole.
+A tokenizer turns the text `<|im_end|>` into the token that ends a turn, also inside a message. So before a template is
+rendered, such names in messages are replaced by unused characters. Afterwards each name is encoded in two parts, so
+that no control token is found in it. A text without such names is encoded as a whole.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ws.model.template import Message
 from ws.model.thoughts import is_thought_mark
 
 _PRIVATE = range(0xF0000, 0xFFFFD)
-"""Code points without meaning, for whoever needs some."""
+"""Private code points, which have no meaning."""
 
 
 class Hidden(NamedTuple):
-    """Texts with the names of control tokens replaced by single characters, and what each character stands for."""
+    """Texts with the names of control tokens replaced by single characters, and the name for each character."""
 
     texts: list[str]
     names: Mapping[str, str]
@@ -47,9 +47,9 @@ class ControlTokens:
     def __init__(self, tokenizer: Any, template: str) -> None:
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         special = {*tokenizer.all_special_tokens, *(name for name, is_special in added.items() if is_special)}
-        # not the blank ones: those of Gemma for line breaks are ordinary text in its template
+        # blank ones are left out: Gemma's tokens for line breaks are ordinary text in its template
         self._of_people = _any_of({*special, *(name for name in added if name in template)})
-        # a model may have written the others, and its thoughts
+        # in a model's own messages, marks of thoughts and added tokens are kept
         self._of_models = _any_of(name for name in special if not is_thought_mark(name))
 
     def hide(self, turns: Iterable[Message]) -> Hidden:

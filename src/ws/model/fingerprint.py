@@ -1,7 +1,7 @@
-"""Which weights a model has: a digest of all parameters by name, rounded to bfloat16.
+"""The fingerprint of a model: a digest of all parameters by name, rounded to bfloat16.
 
-One checkpoint has one fingerprint whether it is loaded in fp32 or bf16, or read from its files tensor by tensor; every
-other checkpoint has another.
+A checkpoint has the same fingerprint if it is loaded in fp32, in bf16, or read from its files tensor by tensor.
+Different checkpoints have different fingerprints.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _known: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 def fingerprint(network: nn.Module) -> str:
     """Digest of names, shapes and bf16-rounded values of all parameters.
 
-    Remembered per module object, so that edits made by `steer` do not change it; call `forget_fingerprint` after
-    changing weights for good.
+    Cached per module object, so that edits made by `steer` do not change it. Call `forget_fingerprint` after a
+    permanent change of the weights.
     """
     known = _known.get(network)
     if known is None:
@@ -32,7 +32,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def fingerprint_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The same digest of parameters that come one by one, for weights that are never in memory together."""
+    """The same digest from parameters that are read one by one and need not fit into memory together."""
     return _joint({name: _tensor_digest(name, tensor) for name, tensor in named})
 
 
@@ -42,7 +42,7 @@ def _joint(digests: Mapping[str, str]) -> str:
 
 
 def forget_fingerprint(network: nn.Module) -> None:
-    """The weights have changed for good: compute the fingerprint anew when next asked."""
+    """Drop the cached fingerprint after a permanent change of the weights."""
     _known.pop(network, None)
 
 

@@ -1,12 +1,12 @@
-"""A forward pass in two parts: the trunk gives final hidden states, the head gives logits where they are asked for.
+"""A forward pass in two parts: the trunk computes final hidden states, the head computes logits at chosen positions.
 
-Only positions that are scored meet the vocabulary matrix (a quarter of the arithmetic of a 0.6 B model otherwise), and
-the head always gets a contiguous 2-D input: with `logits_to_keep=1` a CPU copies the whole head once per row. Whether
-head(trunk(x)) is the model's own forward is checked once per model; a model where it is not (scaled or capped logits)
-falls back to its own forward, and says so.
+Only scored positions are multiplied by the vocabulary matrix (else a quarter of the arithmetic of a 0.6 B model).
+The head always gets a contiguous 2-D input: with `logits_to_keep=1` a CPU copies the whole head once per row. Once per
+model it is checked that head(trunk(x)) equals the model's own forward pass. If not (scaled or capped logits), the own
+forward pass is used, with a warning.
 
-Batches are padded on the right. In a causal model nothing to the right of a position reaches it, so no mask is needed
-and every row gives the same numbers alone and in company.
+Batches are padded on the right. In a causal model a position does not depend on later ones, so no mask is needed and a
+row gives the same numbers alone and in a batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
 
 LOGIT_BYTES = 2**28
-"""Most bytes of one set of fp32 logits in memory at once, where every token of a text meets the vocabulary."""
+"""Most bytes of fp32 logits in memory at once, if every token of a text needs logits."""
 
 _scored: ContextVar[Tensor | None] = ContextVar("scored positions", default=None)
 _exact_for: ContextVar[Tensor | None] = ContextVar("tokens with fp32 logits", default=None)
@@ -42,7 +42,7 @@ def _holding(variable: ContextVar[Tensor | None], value: Tensor) -> Iterator[Non
 
 
 def scoring_at(columns: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
-    """Within the block, `scored_positions` tells effects which position of each row is looked at."""
+    """Within the block, `scored_positions` gives effects the scored position of each row."""
     return _holding(_scored, columns)
 
 
@@ -52,26 +52,26 @@ def scored_positions() -> Int[Tensor, " rows"] | None:
 
 
 def scoring_from(columns: Int[Tensor, " rows"]) -> AbstractContextManager[None]:
-    """Within the block, every position from these on is looked at: the tokens of a text, read as they were written."""
+    """Within the block, every position from these on is scored: all tokens of a written text."""
     return _holding(_scored_from, columns)
 
 
 def first_scored_positions() -> Int[Tensor, " rows"] | None:
-    """The first of the scored positions of each row, where a whole text is scored; None otherwise."""
+    """The first scored position of each row if a whole text is scored; None otherwise."""
     return _scored_from.get()
 
 
 def exact_for(tokens: Int[Tensor, " tokens"]) -> AbstractContextManager[None]:
     """Within the block, a half-precision head gives the logits of these tokens in fp32.
 
-    In bf16 a logit between 16 and 32 comes in steps of 0.125, more than the effects that are looked for.
+    In bf16, logits between 16 and 32 have steps of 0.125, larger than the effects that are measured.
     """
     return _holding(_exact_for, tokens)
 
 
 @contextmanager
 def replaced(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, `call` stands for the module's forward (which an instance may have of its own)."""
+    """Within the block, `call` replaces the module's forward (which may be an attribute of the instance)."""
     own = module.__dict__.get("forward")
     module.forward = call
     try:
@@ -92,17 +92,17 @@ class SplitForward:
         self.head = network.get_output_embeddings()
         self.is_split = self._matches_whole()
         if not self.is_split:
-            console.warn(f"{type(network).__name__}: head and trunk do not compose; using whole forward passes")
+            console.warn(f"{type(network).__name__}: head(trunk(x)) is not its forward pass; using slower whole passes")
 
     def hidden(self, ids: Int[Tensor, "rows tokens"], **inputs: Any) -> Float[Tensor, "rows tokens width"]:
         """Final hidden states (after the last norm)."""
         return self.decoder(input_ids=ids, **{"use_cache": False, **inputs}).last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n vocabulary"]:
-        """Logits of single positions, fp32; within `exact_for` those of its tokens are products in fp32."""
+        """Logits of single positions, fp32. Within `exact_for`, the logits of its tokens are computed in fp32."""
         logits = self.head(hidden.contiguous()).to(torch.float32)
         tokens = _exact_for.get()
-        # what hangs on the head is part of it
+        # hooks on the head are part of it, so they must run
         if tokens is not None and self.head.weight.dtype != torch.float32 and not self.head._forward_hooks:
             bias = None if self.head.bias is None else self.head.bias[tokens].float()
             logits[:, tokens] = nn.functional.linear(hidden.float(), self.head.weight[tokens].float(), bias)
@@ -110,7 +110,7 @@ class SplitForward:
 
     @property
     def positions_at_once(self) -> int:
-        """Positions whose fp32 logits fill `LOGIT_BYTES`."""
+        """Number of positions whose fp32 logits fill `LOGIT_BYTES`."""
         return max(1, LOGIT_BYTES // (4 * self.network.get_input_embeddings().weight.shape[0]))
 
     def logits_at(
@@ -129,8 +129,8 @@ class SplitForward:
     def losses(self, hidden: Float[Tensor, "n width"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Negative log-likelihood of every target after its final hidden state, fp32, for a frozen head.
 
-        The logits are made a block at a time, at most `LOGIT_BYTES` of them, together with their gradient: neither all
-        logits nor their gradients are ever in memory, and nothing is computed twice.
+        Logits and their gradients are computed in blocks of at most `LOGIT_BYTES`, so neither is ever in memory as a
+        whole, and nothing is computed twice.
         """
         block = self.positions_at_once
         if not (torch.is_grad_enabled() and hidden.requires_grad):
@@ -156,9 +156,9 @@ class SplitForward:
 
 @torch.no_grad()
 def check_causal(network: Any, name: str) -> None:
-    """Run a network once: two rows that part in the middle have the same finite logits before, and keys to go on from.
+    """Check that a network is causal: two rows that differ in the second half have equal logits in the first half.
 
-    Raises `UserError` for a network that scoring and sampling cannot be exact with.
+    Raises `UserError` if they differ or are not finite, or if the network has no key-value cache.
     """
     embedding = network.get_input_embeddings().weight
     ids = (torch.arange(16, device=embedding.device) * 7 + 3).repeat(2, 1)
@@ -167,26 +167,27 @@ def check_causal(network: Any, name: str) -> None:
     kind = f"{name} ({type(network).__name__})"
     if getattr(found, "past_key_values", None) is None:
         raise UnsupportedFeatureError(
-            f"{kind} keeps no keys and values of attention to sample from",
+            f"{kind} has no key-value cache, which sampling needs",
             "Use a decoder-only causal model with attention.",
         )
     logits = found.logits.float()
     if not logits.isfinite().all():
         raise UserError(
-            f"{kind} computes numbers that are not finite in {network.dtype}",
-            "Use --dtype float32; if it is that already, check its weights.",
+            f"{kind} computes NaN or infinite logits in {network.dtype}",
+            "Use --dtype float32. If you already do, check its weights.",
         )
-    # the mean, because rounding may send single tokens to another expert
+    # the mean, because rounding may route single tokens to other experts
     if (logits[0, :8] - logits[1, :8]).abs().mean() > 5e-2 * logits[0, :8].abs().mean():
         raise UnsupportedFeatureError(
-            f"{kind} lets later tokens change what is before them", "Use a decoder-only causal language model."
+            f"{kind} is not causal: later tokens change the logits of earlier ones",
+            "Use a decoder-only causal language model.",
         )
 
 
 class OncePerNetwork:
-    """A shortcut that is tried out once on every network, unedited, and is not taken where it is not exact.
+    """A shortcut that is tested once on every unedited network, and used only if it is exact.
 
-    `holds` tries it; `otherwise` says what is done instead, in a warning that is given once.
+    `holds` tests it; `otherwise` is the text of the warning, given once, if it is not exact.
     """
 
     def __init__(self, holds: Callable[[Any], bool], otherwise: str) -> None:
@@ -194,7 +195,7 @@ class OncePerNetwork:
         self._known: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
     def __call__(self, model: Any) -> bool:
-        """Whether the shortcut may be taken with this ChatModel."""
+        """Whether the shortcut may be used with this ChatModel."""
         known = self._known.get(model.network)
         if known is None:
             known = self._known[model.network] = self._holds(model)
@@ -204,7 +205,7 @@ class OncePerNetwork:
 
 
 class _BlockwiseLosses(torch.autograd.Function):
-    """Losses with the gradient of each to its own state, taken while the logits of its block are there."""
+    """Losses, and the gradient of each to its own hidden state, block by block."""
 
     @staticmethod
     def forward(
@@ -228,7 +229,7 @@ class _BlockwiseLosses(torch.autograd.Function):
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "rows tokens"]:
-    """Stack token rows; what is behind a row's end is id 0 and never looked at."""
+    """Stack token rows, padded on the right with id 0; padding is never scored."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 

@@ -25,14 +25,14 @@ _REMEDIES = {
     "attention": "Use --attention auto.",
     "tokenizer": "Save the tokenizer again with save_pretrained, into the same folder.",
     "weights": "Save it again with save_pretrained.",
-    "first forward pass": "Try --attention eager and --dtype float32; else this model cannot be used here.",
+    "first forward pass": "Try --attention eager and --dtype float32; if both fail, this model is not supported.",
 }
-"""What to do about a part of a model that the library refuses."""
+"""Remedies, by the part of the model that the library fails to load."""
 
 
 @contextmanager
 def refusals_told(name: str, place: str, part: str) -> Iterator[None]:
-    """Whatever the library raises within the block about this part of the model becomes one line."""
+    """Turn any exception of the library within the block into a `UserError` about this part of the model."""
     try:
         with console.library_noise_muted():
             yield
@@ -48,7 +48,7 @@ def explain(name: str, place: str, part: str, error: Exception) -> UserError:
     cause = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     cause = cause if " " in cause else f"{type(error).__name__} {cause}".strip()
     if isinstance(error, ImportError):
-        return UserError(f"{name} needs a package that is not installed for its {part} ({cause})", "Install it.")
+        return UserError(f"{name} needs a package for its {part} that is not installed ({cause})", "Install it.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return UserError(f"{name} does not fit into memory ({cause})", "Use --dtype bfloat16 or another --device.")
     if Path(place).is_dir():
@@ -56,7 +56,7 @@ def explain(name: str, place: str, part: str, error: Exception) -> UserError:
     if part != "first forward pass" and isinstance(error, OSError):
         return UserError(
             f"model {name!r} is neither {' nor '.join(map(repr, POCKET_MODELS))}, a folder, nor a hub id that can be "
-            f"reached from here ({cause})",
+            f"downloaded ({cause})",
             "Check the spelling and the network, or give a local folder.",
         )
     return UserError(f"the model {name!r} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
@@ -73,7 +73,7 @@ def without_weights(
 ) -> Any:
     """The network that a model's configuration describes, on the meta device.
 
-    Raises `UserError` about this `part` for whatever the library refuses.
+    Raises `UserError` about this `part` if the library fails.
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy import, late
 

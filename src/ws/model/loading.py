@@ -1,4 +1,4 @@
-"""Load a causal language model with its tokenizer, from the package, a hub or a folder, and know which one it is.
+"""Load a causal language model with its tokenizer from the package, a hub or a folder, and identify it.
 
 `load("pocket")`, `load("Qwen/Qwen3-0.6B")` and `load("./folder")` go through the same `from_pretrained`. A folder may
 carry `weight_steering.json` with recommended settings (per adapter family and behaviour, for sampling); the embedded
@@ -29,17 +29,17 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 SETTINGS_FILE = "weight_steering.json"
 CACHE_MEMORY = 2**30
-"""Bytes of hidden states that may be kept to be used again, where the user does not say."""
+"""Default limit, in bytes, of the hidden states that are kept for reuse."""
 SMALL_MODEL = 200_000_000
-"""Up to this many parameters `--dtype auto` means fp32 everywhere."""
+"""Up to this many parameters `--dtype auto` means fp32 on every device."""
 
 
 @dataclass(eq=False)
 class ChatModel:
-    """A causal LM, its tokenizer behind a `Chat`, and what identifies it.
+    """A causal LM, a `Chat` with its tokenizer, and its identity.
 
-    `name` is what the user asked for; `settings` are the recommendations that came with the model folder;
-    `cache_memory` bounds, in bytes, the states that are kept because they will be needed again.
+    `name`: as the user gave it. `settings`: recommended settings from the model folder. `cache_memory`: limit, in
+    bytes, of the hidden states that are kept for reuse.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the embedding, where token ids go."""
+        """Device of the embedding; token ids must be on it."""
         return self.network.get_input_embeddings().weight.device
 
     @property
@@ -71,12 +71,12 @@ class ChatModel:
 
     @cached_property
     def parameter_count(self) -> int:
-        """Number of parameters, tied ones once."""
+        """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @cached_property
     def split(self) -> SplitForward:
-        """The forward pass as trunk and head, checked once against the whole."""
+        """The forward pass as trunk and head, checked once against the whole forward pass."""
         return SplitForward(self.network)
 
     @property
@@ -85,7 +85,7 @@ class ChatModel:
         return fingerprint(self.network)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the model, its dtype, device and rendering, for configs and provenance."""
+        """The identity of the model, with dtype, device and rendering, for configs and provenance."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -122,15 +122,15 @@ def load(
 ) -> ChatModel:
     """Load a model by the name of an embedded model, a folder, or a hub id.
 
-    dtype "auto" is fp32 up to 200 M parameters, and on a CPU that only emulates bfloat16; else the checkpoint's own.
+    dtype "auto" is fp32 up to 200 M parameters and on a CPU that emulates bfloat16, else the dtype of the checkpoint.
     Device "auto" prefers CUDA, then MPS, then the CPU; attention "auto" is the grouped eager form on the CPU (faster
     there at these lengths) and SDPA elsewhere.
-    Weights are read from safetensors only. Raises `UserError` with the remedy for anything that cannot be loaded.
+    Weights are read from safetensors only. Raises `UserError` with a remedy if the model cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy import, late
 
     if cache_memory < 0:
-        raise UserError(f"a cache of {cache_memory / 2**30:g} GiB is none", "Give --cache-memory 0 or more.")
+        raise UserError(f"--cache-memory is {cache_memory / 2**30:g} GiB; it cannot be negative", "Give 0 or more.")
     place = _locate(name)
     target_device = _choose_device(device)
     chosen_attention = _choose_attention(attention, target_device)
@@ -147,18 +147,18 @@ def load(
                 attn_implementation=chosen_attention,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are an error all the same, but one that says which
+                ignore_mismatched_sizes=True,  # raised below as an error that names the tensor
                 **common,
             )
-    except Exception as error:  # without weights it fails again where the configuration or the choice is to blame
+    except Exception as error:  # a try without weights finds a bad configuration or choice
         without_weights(place, name, **common)
         without_weights(place, name, part="attention", attn_implementation=chosen_attention, **common)
         if isinstance(error, RuntimeError) and Path(place).is_dir():
-            # the library points to a report that nobody sees; reading the files says which tensor it is about
+            # the library's report is muted; reading the files raises an error that names the tensor
             weight_files.Checkpoint(Path(place)).fingerprint()
         raise explain(name, place, "weights", error) from error
     if getattr(network, "_hf_peft_config_loaded", False):
-        raise UserError(f"{name} is an adapter, not a model", "Give its base model; ws diff reads adapters.")
+        raise UserError(f"{name} is an adapter, not a model", "Give its base model. To use adapters, see ws diff.")
     for parameter, stored, described in sorted(loading["mismatched_keys"]):
         weight_files.require_shape(name, parameter, stored, described)
     weight_files.require_all_there(name, loading["missing_keys"])
@@ -167,12 +167,12 @@ def load(
     if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):
         network.to(torch.float32)
     elif slow and network.dtype == torch.bfloat16:
-        console.warn("this CPU emulates bfloat16, many times slower than float32: --dtype float32 is faster")
+        console.warn("this CPU emulates bfloat16, which is slow: --dtype float32 is many times faster")
     with refusals_told(name, place, "first forward pass"):
         network.to(target_device).eval().requires_grad_(False)
         forward.check_causal(network, name)
     if attention == "auto" and network.config._attn_implementation == EAGER and not use_grouped(network):
-        console.warn(f"{name}: its attention is not the usual one; using the library's own eager form")
+        console.warn(f"{name}: grouped attention does not match this model; using the library's eager form")
     settings_file = Path(place) / SETTINGS_FILE
     return ChatModel(
         name=name,
@@ -208,7 +208,7 @@ def _locate(name: str) -> str:
 
 
 def folder_of(name: str) -> Path:
-    """The local folder of a model's files: an embedded model, a folder, or a hub model that has been downloaded."""
+    """The local folder of a model's files: of an embedded model, a folder, or a downloaded hub model."""
     place = Path(_locate(name))
     if place.is_dir():
         return place
@@ -216,14 +216,14 @@ def folder_of(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # the library raises many kinds for a model that is not there
+    except Exception as error:  # the library raises many types for a model that is not there
         raise UserError(
-            f"the files of {name!r} are not on this machine", "Load the model once, or give a folder."
+            f"the files of {name!r} are not on this machine", "Download it by loading it once, or give a folder."
         ) from error
 
 
 def _ends(network: Any) -> tuple[int, ...]:
-    """Token ids that end a text by `generation_config.json`: none, one, or several."""
+    """Token ids that end a text according to `generation_config.json`: none, one, or several."""
     found = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
 

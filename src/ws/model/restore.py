@@ -1,7 +1,7 @@
-"""Leave a network, and the global random state, as they were found.
+"""Restore a network and the global random state after a fit.
 
 A fit switches modules to training mode, freezes parameters and seeds the global generators, because PEFT draws its
-initial values from them. The caller's model and the caller's random numbers must not show that a fit has run.
+initial values from them. A fit must not change the caller's model or the caller's random numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import nn
 def restored(network: nn.Module) -> Iterator[None]:
     """Undo at the end of the block, also after an exception: modes, `requires_grad` flags, global random states.
 
-    The mode is each module's own, the flag each parameter's own. Values of parameters are not kept. Within the block
-    all that the network has is frozen.
+    Modes are restored per module, flags per parameter. Values of parameters are not restored. Within the block all
+    existing parameters are frozen.
     """
     modes = [(module, module.training) for module in network.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
@@ -37,7 +37,7 @@ def restored(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_state_restored() -> Iterator[None]:
-    """Put back the global states of torch on every device in use, of `random` and of numpy."""
+    """Restore the global random states of torch on every device in use, of `random` and of numpy."""
     has_cuda, has_mps = torch.cuda.is_initialized(), torch.backends.mps.is_available()
     of_torch = torch.get_rng_state()
     of_cuda = torch.cuda.get_rng_state_all() if has_cuda else []

@@ -1,14 +1,13 @@
-"""The chat template of one model: rendered, understood, and checked once on conversations that are known.
+"""The chat template of one model, checked once on known conversations.
 
-Templates differ in more than their marks: several stand under names, some raise, some take lists of parts and render
-plain text as nothing, some ignore `add_generation_prompt`, some open a thought or leave the channel to the model. What
-a template does is read off what it renders, never off its source:
+Templates differ in many ways: a model may have several by name, some raise, some take lists of parts and drop plain
+text, some ignore `add_generation_prompt`, some open a thought or let the model choose the channel. How a template works
+is found from its output, not from its source:
 
-    form     text or parts: the first in which the user's whole text stands in the rendering
-    header   where an assistant's turn of the same template has its text; there an answer is put
+    form     text or parts: the first form for which the output contains the user's whole text
+    header   the text before an assistant's answer in a finished conversation; a new answer goes after the same header
 
-A template for which this cannot be found is a `UserError` that names it. The clock stands still at the time of loading,
-so that one process renders one date.
+If these cannot be found, a `UserError` names the template. The date is fixed at loading, so a process renders one date.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PLAIN_TEMPLATE = (
 """`User:` / `Assistant:` blocks for models that have no chat template (GPT-2 and other base models)."""
 
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")
-"""Names under which templates ask whether the model is to think."""
+"""Names of the variables that switch thinking on and off in templates."""
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _HARMONY_ANSWER = "<|channel|>final<|message|>"
 _REMEDY = "Correct chat_template.jinja, or chat_template in tokenizer_config.json, of the model."
@@ -48,9 +47,9 @@ class Message(TypedDict):
 
 
 class Thought(NamedTuple):
-    """What opens a thought after the generation prompt, the token that ends it, and what stands before the answer.
+    """The text that opens a thought, the token that ends it, and the text between that token and the answer.
 
-    `opening` is empty where the generation prompt has opened the thought already.
+    `opening` is empty if the generation prompt opens the thought.
     """
 
     opening: str
@@ -61,7 +60,7 @@ class Thought(NamedTuple):
 class Template:
     """Renders conversations for one tokenizer. Raises `UserError` for a template that cannot be used.
 
-    `source` is the template's text with the date of today in it, where it asks for one (`is_dated`).
+    `source` is the template's text; if it asks for the date (`is_dated`), today's date is filled in.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -78,7 +77,7 @@ class Template:
     # ---------------------------------------------------------------- rendering
 
     def render(self, turns: Sequence[Message], *, thinking: bool, generation: bool = True) -> str:
-        """The conversation as text, with the generation prompt or without."""
+        """The conversation as text, with or without the generation prompt."""
         conversation = [
             {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} if self._as_parts else turn
             for turn in turns
@@ -90,17 +89,17 @@ class Template:
                     **dict.fromkeys(self.switches, thinking),
                 )
             )  # fmt: skip
-        except Exception as error:  # a template is a program, and may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = [turn["role"] for turn in turns]
             given = "a user message alone" if roles == ["user"] else f"messages of {', '.join(roles)}"
             raise UserError(f"{self._name} cannot render {given} ({reason[:200]})", _REMEDY) from error
 
     def header_end(self, turns: Sequence[Message], thinking: bool) -> str:
-        """What must follow the generation prompt, so that what comes next is the answer.
+        """The text to add after the generation prompt, so that the answer comes next.
 
-        Nothing for most templates; else the channel of answers, the end of an opened thought, or the header that a
-        template without generation prompt gives to an assistant's turn. With thinking on, only that header.
+        Empty for most templates. Otherwise the channel of answers, the end of an opened thought, or, for a template
+        without a generation prompt, the header of an assistant's turn. With thinking on, only that header.
         """
         key = tuple(turn["role"] for turn in turns), thinking
         if key not in self._header_ends:
@@ -111,7 +110,7 @@ class Template:
 
     @cached_property
     def switches(self) -> tuple[str, ...]:
-        """Names of the variables by which this template turns thinking on and off."""
+        """Names of the variables that switch thinking on and off in this template."""
         return tuple(name for name in _SWITCHES if re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", self.source))
 
     @cached_property
@@ -126,7 +125,7 @@ class Template:
 
     @cached_property
     def thought(self) -> Thought | None:
-        """How thoughts are marked; None for a template that knows none, or that has no single token for their end."""
+        """The marks of thoughts; None if the template has no thoughts, or no single token that ends them."""
         prompt, header = self._headers(("user",), thinking=True)
         if header.endswith(_HARMONY_ANSWER) and "<|end|>" in self._vocabulary:
             return Thought("<|channel|>analysis<|message|>", "<|end|>", f"<|start|>assistant{_HARMONY_ANSWER}")
@@ -145,12 +144,12 @@ class Template:
         if "default" in given:
             return str(given["default"])
         raise UserError(
-            f"{self._name} cannot be told: it has {', '.join(sorted(given))}, and none is called default",
-            "Save the one for chat as chat_template.jinja in the model folder.",
+            f"{self._name} is ambiguous: there are {', '.join(sorted(given))}, but no default",
+            "Save the template for chat as chat_template.jinja in the model folder.",
         )
 
     def _find_form(self) -> None:
-        """Take the first form in which the user's whole text is rendered; the first form's failure is the one told."""
+        """Use the first form that renders the user's whole text. If neither does, raise the first problem."""
         question, answer = _known_turns(("user", "assistant"))
         problems: list[UserError] = []
         for self._as_parts in (False, True):
@@ -160,12 +159,14 @@ class Template:
             except UserError as error:
                 problems.append(error)
             else:
-                dropped = f"{self._name} drops or changes what the user says, so that two questions may be one prompt"
+                dropped = (
+                    f"{self._name} drops or changes the user's text, so different questions may give the same prompt"
+                )
                 problems.append(UserError(dropped, _REMEDY))
         else:
             raise problems[0]
         if answer["content"] not in self.render([question, answer], thinking=False, generation=False):
-            raise UserError(f"{self._name} drops or changes what the assistant says", _REMEDY)
+            raise UserError(f"{self._name} drops or changes the assistant's text", _REMEDY)
 
     def _find_header_end(self, roles: tuple[str, ...], thinking: bool) -> str:
         prompt, header = self._headers(roles, thinking)
@@ -180,21 +181,21 @@ class Template:
         closing = thoughts.closing_of(mark, self._knows)
         if closing is None:
             raise UserError(
-                f"{self._name} ends its generation prompt with {mark!r}, which stands before no answer of an assistant "
-                "turn and which nothing known closes",
+                f"{self._name} ends its generation prompt with {mark!r}, but assistant turns do not begin with it, "
+                "and no mark that closes it was found",
                 _REMEDY,
             )
         return f"\n{closing}\n\n"
 
     def _headers(self, roles: tuple[str, ...], thinking: bool) -> tuple[str, str]:
-        """What follows the last text of a conversation: as generation prompt, and before an assistant's text."""
+        """The text after the last message: the generation prompt, and the header of an assistant's turn."""
         *turns, answer = _known_turns((*roles, "assistant"))
         whole = self.render([*turns, answer], thinking=thinking, generation=False)
         header = whole[: whole.rfind(answer["content"])].rpartition(turns[-1]["content"])[2]
         return self._behind(turns, thinking, generation=True), header
 
     def _behind(self, turns: Sequence[Message], thinking: bool, *, generation: bool = False) -> str:
-        """What is rendered behind the last turn's text."""
+        """The rendered text after the last turn's message."""
         return self.render(turns, thinking=thinking, generation=generation).rpartition(turns[-1]["content"])[2]
 
     @cached_property
@@ -207,5 +208,5 @@ class Template:
 
 
 def _known_turns(roles: Sequence[str]) -> list[Message]:
-    """Turns with texts that differ, are long enough to be cut, and stand in nobody's template."""
+    """Turns with different texts, long enough to show cuts, that no template contains."""
     return [Message(role=role, content=f"Sentinel {n} of {role}.\n{_FILLER}{n}") for n, role in enumerate(roles)]

@@ -1,8 +1,8 @@
-"""Marks of thoughts: which one opens, which one closes it, and whether a text ends inside a thought.
+"""Marks of thoughts: which marks open and close one, and whether a text ends inside one.
 
 Models mark thoughts in many ways: `<think>`, `<thought>`, `[THINK]`, `<|START_THINKING|>`, `<|channel>thought`. A
-list of names is never complete. So a mark is known by its form, and an opened thought by what the generation prompt has
-and an assistant's turn of the same template has not.
+list of names is never complete. So a mark is recognised by its form. A thought is open if the generation prompt opens a
+mark that an assistant's turn of the same template does not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OPPOSITES = (("START", "END"), ("start", "end"), ("BEGIN", "END"), ("begin", "e
 
 
 def opened_mark(text: str) -> str | None:
-    """The mark that `text` ends inside of; None where everything that was opened is closed again."""
+    """The last mark that `text` opens and does not close; None if there is none."""
     opened = None
     for mark in _MARK.findall(text):
         opened = None if _CLOSES.search(mark) else mark
@@ -27,7 +27,7 @@ def opened_mark(text: str) -> str | None:
 def closing_of(mark: str, knows: Callable[[str], bool]) -> str | None:
     """The mark that closes `mark`: the first usual form that `knows` accepts.
 
-    Where it knows none, the name decides: `<thought>` is closed by `</thought>`; None for a mark of another meaning.
+    If it accepts none, the name decides: `</thought>` closes `<thought>`; None for a mark that is not about thoughts.
     """
     forms = _closing_forms(mark)
     known = next((form for form in forms if knows(form)), None)
@@ -35,7 +35,7 @@ def closing_of(mark: str, knows: Callable[[str], bool]) -> str | None:
 
 
 def thought_marks(template: str, knows: Callable[[str], bool]) -> tuple[str, str] | None:
-    """Opening and closing mark of the thoughts that a template speaks of; None where it speaks of none."""
+    """Opening and closing mark of the thoughts in a template; None if it has none."""
     for mark in filter(_THINKS.search, _MARK.findall(template)):
         opening = mark.replace("/", "", 1)
         closing = closing_of(opening, knows)
@@ -45,13 +45,13 @@ def thought_marks(template: str, knows: Callable[[str], bool]) -> tuple[str, str
 
 
 def left_open(prompt: str, header: str) -> str | None:
-    """The mark that a generation prompt ends inside of, unless the header of an assistant's turn does so too."""
+    """The mark that a generation prompt leaves open, unless the header of an assistant's turn leaves it open too."""
     mark = opened_mark(prompt)
     return None if mark == opened_mark(header) else mark
 
 
 def is_thought_mark(name: str) -> bool:
-    """Whether a token's name says that it opens or closes a thought."""
+    """Whether a token's name shows that it opens or closes a thought."""
     return bool(_MARK.fullmatch(name) and _THINKS.search(name))
 
 

@@ -1,13 +1,13 @@
-"""The weights in a model folder as the library reads them: which files, which tensors, and what they become.
+"""Read the weights in a model folder by the rules of transformers: which files, tensors and parameters.
 
-A folder may hold leftovers: vendor copies, shards of an older save, an index beside a whole file. The tensors in the
-files may have other names than the parameters of the model, several may be fused into one (the experts of a mixture),
-and some are ignored (stored masks). `Checkpoint` follows the library's own rules on all of this, so that a fingerprint,
-a difference and an export are about the same tensors as the loaded model. What does not fit is an error.
+A folder may hold unused files: vendor copies, shards of an older save, an index next to a complete file. Stored tensors
+may have other names than the parameters, several may be fused into one (the experts of a mixture), and some are ignored
+(stored masks). `Checkpoint` follows the library's own rules, so that fingerprints, differences and exports use the same
+tensors as the loaded model. Everything else is an error.
 
-    files        model.safetensors; without it those that model.safetensors.index.json lists
+    files        model.safetensors; without it, the files that model.safetensors.index.json lists
     names        the library's renamings and conversions, by architecture
-    left over    an error, but for tensors that the architecture is known to ignore
+    left over    an error, except for tensors that the architecture is known to ignore
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def names_in(folder: Path) -> list[str]:
     """Names of the weight files that the library reads from a model folder."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a model folder (no {CONFIG})", "Give a folder made by save_pretrained.")
-    if (folder / ADAPTER_CONFIG).is_file():  # the library would load it with the model
-        raise UserError(f"{folder} holds an adapter ({ADAPTER_CONFIG}) beside a model", "Move one of them elsewhere.")
+    if (folder / ADAPTER_CONFIG).is_file():  # the library would load it together with the model
+        raise UserError(
+            f"{folder} holds both an adapter ({ADAPTER_CONFIG}) and a model", "Move one of them to another folder."
+        )
     if (folder / WHOLE).is_file():
         return [WHOLE]
     if not (folder / INDEX).is_file():
@@ -63,17 +65,17 @@ def names_in(folder: Path) -> list[str]:
 
 
 def require_all_used(place: str | Path, unused: Iterable[str]) -> None:
-    """Raise for stored tensors that the model of the configuration has no place for."""
+    """Raise for stored tensors that the model of the configuration does not have."""
     if left := sorted(unused):
         raise UserError(
-            f"{place}: the model that {CONFIG} describes has no place for {len(left)} of the stored tensors, "
+            f"{place}: {len(left)} stored tensors do not belong to the model that {CONFIG} describes, "
             f"for example {left[0]}",
             f"Correct {CONFIG} (number of layers, biases), or save the model without them.",
         )
 
 
 def require_all_there(place: str | Path, missing: Iterable[str]) -> None:
-    """Raise for tensors of the model of the configuration that are not stored."""
+    """Raise for tensors of the configured model that are not stored."""
     if absent := sorted(missing):
         raise UserError(
             f"{place}: the weights lack {len(absent)} tensors of the model that {CONFIG} describes, "
@@ -83,11 +85,11 @@ def require_all_there(place: str | Path, missing: Iterable[str]) -> None:
 
 
 def require_shape(place: str | Path, parameter: str, stored: Sequence[int], described: Sequence[int]) -> None:
-    """Raise for a parameter that is stored in another shape than the model of the configuration has."""
+    """Raise for a parameter whose stored shape differs from that of the configured model."""
     if tuple(stored) != tuple(described):
         raise UserError(
-            f"{place}: {parameter} is stored in the shape {tuple(stored)}, but {CONFIG} describes {tuple(described)}",
-            f"Correct {CONFIG}, or give the one that belongs to these weights.",
+            f"{place}: {parameter} is stored with shape {tuple(stored)}, but {CONFIG} describes {tuple(described)}",
+            f"Correct {CONFIG}, or use the {CONFIG} that belongs to these weights.",
         )
 
 
@@ -101,10 +103,10 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """What tensors of the model are made of: stored names by the pattern that they matched.
+    """The stored tensors from which tensors of the model are made: names by the pattern that they matched.
 
-    `converter` is the library's, and makes all of `targets` at once; without one there is one target, stored as it is
-    (under several names where a tied matrix is stored twice).
+    `converter` is the library's and makes all `targets` at once. Without a converter there is one target, stored
+    unchanged (under several names if a tied matrix is stored twice).
     """
 
     targets: tuple[str, ...]
@@ -155,7 +157,7 @@ class Checkpoint:
 
     @cached_property
     def origins(self) -> dict[str, Origin]:
-        """What every tensor of the model is made of, tied ones under one name; complete, or an error."""
+        """The origin of every tensor of the model, tied ones under one name; raises if it is incomplete."""
         state = self.network.state_dict()
         made: dict[str, Origin] = {}
         unused = set()
@@ -171,13 +173,15 @@ class Checkpoint:
                 names = {**(made[first].names if first in made else {}), **made.pop(second).names}
                 made[first] = Origin((first,), names)
         rest = SimpleNamespace(missing_keys=state.keys() - made.keys() - tied.keys(), unexpected_keys=unused)
-        self.network._adjust_missing_and_unexpected_keys(rest)  # what the architecture is known to lack or to ignore
+        self.network._adjust_missing_and_unexpected_keys(
+            rest
+        )  # removes what the architecture is known to lack or ignore
         require_all_used(self.folder, rest.unexpected_keys)
         require_all_there(self.folder, rest.missing_keys)
         return made
 
     def _matched(self, state: Mapping[str, Any]) -> Iterator[Origin]:
-        """The stored tensors by what the library makes of them."""
+        """The stored tensors, grouped by the tensors that the library makes of them."""
         from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415 - heavy import, late
         from transformers.core_model_loading import (  # noqa: PLC0415
             WeightConverter,
@@ -197,7 +201,7 @@ class Checkpoint:
                 target, pattern = rename_source_key(name, [], [], prefix, state)
             converter = next((rule for rule in converters if pattern in rule.source_patterns), None)
             grouped.setdefault(target, (converter, {}))[1].setdefault(pattern or name, []).append(name)
-        # a rule that was used says how the names are to be turned back
+        # the rules that were used are needed to convert names back
         self.network._weight_conversions = [rule for rule in rules if rule.was_used()]
         for target, (converter, names) in grouped.items():
             targets: tuple[str, ...] = (target,)
@@ -207,19 +211,19 @@ class Checkpoint:
             yield Origin(targets, names, converter)
 
     def _tied(self) -> dict[str, str]:
-        """Second name -> first name of the parameters that the configuration makes one."""
+        """Second name -> first name of the parameters that the configuration ties."""
         firsts = {id(parameter): name for name, parameter in self.network.named_parameters()}
         every = self.network.named_parameters(remove_duplicate=False)
         return {name: firsts[id(parameter)] for name, parameter in every if firsts[id(parameter)] != name}
 
     def _equal(self, one: Origin, other: Origin) -> bool:
-        """Whether two stored tensors are the same: the library ties them only then, whatever the configuration says."""
+        """Whether two stored tensors are equal; else the library does not tie them, whatever the configuration says."""
         return torch.equal(self.stored(one.stored[0]), self.stored(other.stored[0]))
 
     # ---------------------------------------------------------------- reading
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter of the model, as its class names them; tied ones once."""
+        """Name and shape of every parameter of the model; tied ones once."""
         found = {}
         for name, parameter in self.network.named_parameters(remove_duplicate=False):
             if name in self.origins:
@@ -259,9 +263,9 @@ class Checkpoint:
                 converter.add_tensor(origin.targets[0], name, pattern, self.stored(name))
         try:
             made = converter.convert(origin.targets[0], model=self.network, config=self.network.config)
-        except Exception as error:  # parts that do not fit together raise whatever the step meets
+        except Exception as error:  # parts that do not match may raise anything
             raise UserError(
-                f"{self.folder}: {origin.targets[0]} cannot be made of its {len(origin.stored)} stored parts",
+                f"{self.folder}: {origin.targets[0]} cannot be made from its {len(origin.stored)} stored parts",
                 "Copy or download the model again.",
             ) from error
         found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -270,7 +274,7 @@ class Checkpoint:
         return found
 
     def as_stored(self, parameter: str, value: Tensor) -> dict[str, Tensor]:
-        """A new value of a parameter as the tensors that the files hold in its place."""
+        """Convert a new value of a parameter to the tensors that the files hold for it."""
         from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415 - heavy import, late
 
         origin = self.origins[parameter]
@@ -280,7 +284,7 @@ class Checkpoint:
         parts = revert_weight_conversion(self.network, whole)
         if sorted(parts) != sorted(origin.stored):
             raise UnsupportedFeatureError(
-                f"{parameter} cannot be written back in the form in which {self.folder} stores it",
+                f"{parameter} cannot be converted back to the form that {self.folder} stores",
                 "Load the model, save it with save_pretrained, and export from that folder.",
             )
         return dict(parts)
