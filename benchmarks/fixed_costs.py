@@ -52,7 +52,7 @@ def measure(model: str, repeats: int) -> list[Cost]:
             "import ws.commands.cli": ["-c", "import ws.commands.cli"],
             HELP: ["-m", "ws", "--help"],
             SHOW: ["-m", "ws", "show", folder],
-            f"import and load {model}": ["-c", f"from ws import models; models.load({model!r})"],
+            f"import and load {model}": ["-c", f"import ws; ws.load({model!r})"],
         }
         costs = [_cost(what, arguments, repeats) for what, arguments in commands.items()]
         return [*costs, *(Cost(what, spent, (spent, spent)) for what, spent in almost_empty.items())]

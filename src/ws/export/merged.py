@@ -45,7 +45,7 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
     for direction in edits:
         if direction.base != own:
             raise BaseMismatchError(
-                f"the direction belongs to the base model {direction.base}, but {base} is {own}",
+                f"the direction was made on the base model {direction.base}, but {base} is {own}",
                 "Give the folder of the direction's base model.",
             )
     touched = {name for direction in edits for name in direction.deltas}

@@ -332,24 +332,27 @@ def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[P
     data = config["data"]
     fitted = [
         [
-            sign,
-            str(data[sign]["kept"]),
-            str(data[sign]["unique"]),
+            pole,
+            str(data[pole]["kept"]),
+            str(data[pole]["unique"]),
             f"{entry.first_loss:.3f}",
             f"{entry.last_loss:.3f}",
             str(entry.steps),
             f"{entry.trainable_parameters:,}",
         ]
-        for sign, entry in training.items()
+        for pole, entry in training.items()
     ]
+    held_out = all(entry.measure == "eval_loss" for entry in training.values())
+    loss = "validation loss" if held_out else "training loss"
+    measured = "The loss is on held-out topics." if held_out else "No topic was held out."
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
     base, asked = config["model"], config["dilemmas"]
     pinned = f", commit {asked['revision']}" if asked["revision"] else ""
     return [
         Table(
-            ["branch", "kept", "unique", "validation loss before", "after", "steps", "trainable"],
+            ["branch", "kept", "unique", f"{loss} before", "after", "steps", "trainable"],
             fitted,
-            f"{data['pairs']} pairs were sampled. The loss is on held-out topics.",
+            f"{data['pairs']} pairs were sampled. {measured}",
         ),
         Paragraph(
             f"Base {base['name']} ({base['architecture']}, {base['parameters']:,} parameters, fingerprint "

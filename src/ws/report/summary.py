@@ -40,7 +40,6 @@ from ws.report.findings import (
     numbers_of,
 )
 
-as_dict = numbers_of  # by this name `comparing` reads intervals
 BASE = "none"
 LOW_MASS = 0.8
 FACTS_LOST = 0.03
