@@ -1,6 +1,8 @@
 """Every fast path against the same work without it. Delete a path that pays nowhere.
 
-    python benchmarks/fast_paths.py pocket qwen3-0.6b-shape     # CPU seconds of one thread; prints, writes nothing
+    python benchmarks/fast_paths.py pocket qwen3-0.6b-shape --out docs/results/fast-paths.json
+
+It counts CPU seconds of one thread, which other work on the machine hardly changes.
 
 In `run.py` it is one more comparison, in seconds on all threads. `aims.unpaid` says which paths pay nowhere.
 """
@@ -8,6 +10,7 @@ In `run.py` it is one more comparison, in seconds on all threads. `aims.unpaid` 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -205,6 +208,7 @@ PATHS = (
 # -------------------------------------------------------------------- rough figures
 
 
+STORED = "docs/results/fast-paths.json"
 ROUGH = workload.Paths(rows=96, alphas=3, prompts=8, samples=8, new_tokens=32, pairs=32, repeats=3)
 SMALL = workload.Paths(rows=8, alphas=3, prompts=2, samples=8, new_tokens=8, pairs=4, repeats=1)
 """Less work on small models and on shapes. The directions are random: a path saves as much on them."""
@@ -213,6 +217,7 @@ SMALL = workload.Paths(rows=8, alphas=3, prompts=2, samples=8, new_tokens=8, pai
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
+    parser.add_argument("--out", type=Path, help="JSON file that the ratios are added to, such as " + STORED)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with console.quiet(), tempfile.TemporaryDirectory() as scratch:
@@ -226,6 +231,18 @@ def main() -> None:
             for line in comparison.lines():
                 sys.stdout.write(f"{line.ratio:5.2f}  {line.size}, {line.note}  {line.work}\n")
                 sys.stdout.flush()
+                if given.out:
+                    _keep(given.out, line)
+
+
+def _keep(file: Path, line: Row) -> None:
+    """Put a ratio into the file, in the place of an earlier one of the same path, work and size."""
+    path, _, work = line.work.partition(": ")
+    known = json.loads(file.read_text()) if file.is_file() else []
+    record = {"path": path, "work": work, "size": f"{line.size}, {line.note}", "ratio": round(line.ratio, 3)}
+    same = ("path", "work", "size")
+    others = [one for one in known if any(one[key] != record[key] for key in same)]
+    file.write_text(json.dumps([*others, record], indent=1) + "\n")
 
 
 if __name__ == "__main__":

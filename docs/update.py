@@ -25,6 +25,7 @@ from typing import Any
 import polars as pl
 from blocks import checks, comparisons, rebuilds, runs
 from blocks.alignment import alignment
+from blocks.fast_paths import fast_paths
 
 from ws.base.records import plain, restore
 from ws.base.store import content_key
@@ -45,6 +46,7 @@ SWEEP = RESULTS / "pocket-sycophancy-sweep.json"
 COMPARED = RESULTS / "pocket-sycophancy-compare"
 ACROSS = RESULTS / "comparisons.json"
 ALIGNMENT = RESULTS / "alignment.json"
+PATHS = RESULTS / "fast-paths.json"
 LARGEST_KEPT = 1_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 MARKED = re.compile(r"(<!-- begin: (?P<name>\S+) -->\n)(?P<content>.*?)\n?(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -99,6 +101,11 @@ def stored_alignment() -> dict[str, list[dict[str, Any]]]:
     return json.loads(ALIGNMENT.read_text()) if ALIGNMENT.is_file() else {}
 
 
+def stored_paths() -> list[dict[str, Any]]:
+    """What fast paths gain; empty before the first measurement."""
+    return json.loads(PATHS.read_text()) if PATHS.is_file() else []
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "see": lambda: runs.see(stored_runs()[FIRST]),
     "status": lambda: runs.status(stored_runs()[FIRST]),
@@ -115,6 +122,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "across": lambda: comparisons.across(restore(Across, json.loads(ACROSS.read_text()))),
     "compare": lambda: comparisons.compared(stored_comparison()),
     "alignment": lambda: alignment(stored_alignment()),
+    "paths": lambda: fast_paths(stored_paths()),
 }
 
 

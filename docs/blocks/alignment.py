@@ -20,10 +20,14 @@ def alignment(stored: Mapping[str, Rows]) -> str:
     if not stored:
         return "No alignment has been stored."
     lines: list[list[str]] = []
+    ratios: dict[str, list[float]] = {part: [] for part in PARTS}
     for run, rows in stored.items():
         frame = pl.DataFrame(rows, infer_schema_length=None)
         means = [pl.mean(f"{kind}_{part}") for part in PARTS for kind in ("energy", "null")]
         kinds = frame.group_by("kind", maintain_order=True).agg(pl.len().alias("n"), *means)
+        for part, row in ((part, row) for part in PARTS for row in kinds.to_dicts()):
+            if row[f"energy_{part}"] is not None:
+                ratios[part].append(row[f"energy_{part}"] / row[f"null_{part}"])
         lines += [[run, row["kind"], str(row["n"]), *(_cell(row, part) for part in PARTS)] for row in kinds.to_dicts()]
     note = (
         "Share of |dW|^2 in a part of the weights, mean over layers. In brackets: the share that a random direction "
@@ -32,6 +36,8 @@ def alignment(stored: Mapping[str, Rows]) -> str:
         f"along the {100 * WEAK_SHARE:g} % of the residual stream that the unembedding reads least; only modules that "
         "write to the residual stream have one."
     )
+    ranges = ", ".join(f"{PARTS[part]} {min(seen):.1f} to {max(seen):.1f}" for part, seen in ratios.items() if seen)
+    note += f"\n\nShares over those of a random direction, smallest to largest line: {ranges}."
     return f"{table(['direction', 'module', 'matrices', *PARTS.values()], lines)}\n\n{note}"
 
 
