@@ -202,7 +202,7 @@ PATHS = (
     FastPath("rows batched by length", ("choices", "texts"),
              lambda _: patch.object(forward, "plan_batches", as_they_come)),
 )  # fmt: skip
-"""All of them but the one of `training`, several fits in one pass."""
+"""Every fast path of the package."""
 
 
 # -------------------------------------------------------------------- rough figures

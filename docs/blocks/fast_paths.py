@@ -8,7 +8,7 @@ from typing import Any
 from blocks.table import table
 
 WORTH = 1.2
-"""A fast path that is below this ratio for all work and sizes is removed."""
+"""A fast path that stays below this ratio for all work and sizes does not pay."""
 
 
 def fast_paths(stored: Sequence[Mapping[str, Any]]) -> str:
@@ -26,4 +26,6 @@ def fast_paths(stored: Sequence[Mapping[str, Any]]) -> str:
         best = max(row["ratio"] for row in rows)
         lines.append([path, *cells, f"{best:.2f}"])
     lines.sort(key=lambda line: -float(line[-1]))
-    return table(["path", *sizes, "best"], lines)
+    kept = sum(float(line[-1]) >= WORTH for line in lines)
+    note = f"{kept} of {len(lines)} paths reach {WORTH} for some work and size."
+    return f"{table(['path', *sizes, 'best'], lines)}\n\n{note}"
