@@ -172,7 +172,7 @@ def test_truncation_is_the_best_approximation_and_tells_what_it_keeps(kind: str,
 
 def test_truncation_of_nothing_is_nothing() -> None:
     assert spectrum.truncate(Delta.zero((3, 4)), 2).energy == 1.0
-    with pytest.raises(UserError, match="rank 0"):
+    with pytest.raises(UserError, match="the rank is 0"):
         spectrum.truncate(row(1), 0, WEIGHT)
 
 

@@ -450,7 +450,7 @@ def test_p_is_that_of_sign_flips_over_clusters_and_the_table_counts_its_tests() 
     expected = stats.sign_flip_p(change, joined["cluster"].to_list())
     assert entry.sides["+"].dilemmas.p == pytest.approx(expected) and 0.001 < expected < 0.9
     shown = tables.effects_table([entry], ("weights",), found_of([entry]).base, "sycophancy", "")
-    assert shown.rows[1][7] == f"{expected:.4f}" and "4 tests" in shown.caption and "0.0125" in shown.caption
+    assert shown.rows[1][7] == f"{expected:.4f}" and "Of the 4 p values" in shown.caption and "0.0125" in shown.caption
 
 
 def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty(tmp_path: Path) -> None:

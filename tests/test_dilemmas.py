@@ -233,7 +233,7 @@ def test_counted_rows_are_all_but_the_fillers_of_the_dilemmas() -> None:
 def test_a_set_of_nothing_but_fillers_is_refused(tmp_path: Path) -> None:
     rows = [row for row in flagged(False, False) if row["action_type"] == "not_to_do"]
     write_jsonl(tmp_path / "set.jsonl", rows)
-    with pytest.raises(UserError, match=r"set\.jsonl: no row is about the honesty of its own action"):
+    with pytest.raises(UserError, match=r"set\.jsonl: no row can be counted"):
         dilemmas.load(str(tmp_path / "set.jsonl"))
 
 

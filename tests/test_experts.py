@@ -61,7 +61,7 @@ def test_where_peft_would_move_an_adapter_to_the_experts_it_is_refused_with_a_wa
 
 def test_a_failure_after_wrapping_leaves_the_network_as_it_was(qwen: ChatModel) -> None:
     before = everything_about(qwen.network)
-    with pytest.raises(UserError, match="smaller --rank"):
+    with pytest.raises(UserError, match="Give --rank 64 or less"):
         adapters.attach(qwen.network, adapters.AdapterSettings("pissa", rank=4096), "the-base")
     assert everything_about(qwen.network) == before
 

@@ -234,7 +234,7 @@ def test_what_needs_the_base_says_so_unbound(bases: dict[str, ChatModel], tmp_pa
         unbound.norm()
     other = loading.load(model.name)
     other.network.get_parameter("model.norm.weight").data.add_(1.0)
-    with pytest.raises(UserError, match="another base"):
+    with pytest.raises(UserError, match="belongs to the base model"):
         unbound.bind(other)
     with steer(model, unbound, 1.0):  # steering needs no binding
         pass

@@ -12,13 +12,14 @@ import pytest
 from making import assert_one_line
 from test_train import SMALL, pairs
 from ws.base.errors import UserError
+from ws.base.poles import Pole
 from ws.base.store import write_json
 from ws.fitting import learning_rate, train
 from ws.fitting.data import Grid
 from ws.fitting.learning_rate import RateChoice
 from ws.fitting.run_settings import Settings
 from ws.fitting.stages import Fitting
-from ws.fitting.train import DivergedError, Sign
+from ws.fitting.train import DivergedError
 from ws.model.loading import ChatModel
 
 INF, NAN = float("inf"), float("nan")
@@ -27,7 +28,7 @@ INF, NAN = float("inf"), float("nan")
 def fits(table: Mapping[float, tuple[float, float] | None]) -> Any:
     """Stands for the fits of both signs: their losses by rate; None diverges."""
 
-    def losses_at(rate: float) -> dict[Sign, float]:
+    def losses_at(rate: float) -> dict[Pole, float]:
         found = table[rate]
         if found is None:
             raise DivergedError("the training loss is nan at step 3", "Lower --lr.")

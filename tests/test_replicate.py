@@ -250,7 +250,7 @@ def test_a_folder_of_another_model_is_refused(tiny_folders: dict[str, Path], tmp
     elsewhere = tmp_path / "copy" / "tiny-qwen3"
     models_made = ws.pocket.tiny.make("qwen3", elsewhere, seed=1, layers=4)
     assert models_made is None
-    with pytest.raises(BaseMismatchError, match="another fingerprint"):
+    with pytest.raises(BaseMismatchError, match="a different fingerprint"):
         Replication(settings(elsewhere, tmp_path))
 
 
@@ -327,4 +327,4 @@ def test_strengths_beyond_one_have_their_random_directions(tiny_folders: dict[st
         page = (run.folder / "report.md").read_text(encoding="utf-8")
     assert scores["alpha"].unique().sort().to_list() == [-3.0, 3.0] and scores["seed"].n_unique() == 2
     assert list(summary.numbers.bands) == ["-3", "3"]
-    assert "random control band at +3" in summary.headline and "Measured at alpha -3, +3" in page
+    assert "random control band at +3" in summary.headline and "Strengths with a band: -3, +3." in page
