@@ -26,7 +26,7 @@ from making import (
     weights_digest,
 )
 from ws import adapters
-from ws.adapters import AdapterSettings
+from ws.adapters import AdapterSettings, diff
 from ws.algebra import spectrum
 from ws.algebra.direction import as_matrix
 from ws.base.errors import UnsupportedFeatureError, UserError
@@ -514,3 +514,17 @@ def test_a_folder_is_recognised_by_its_configuration(plain_lora: Path, tmp_path:
     assert adapters.is_adapter_folder(plain_lora)
     assert not adapters.is_adapter_folder(tmp_path)
     assert json.loads((plain_lora / CONFIG).read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers_to_transform": [0]}, {"exclude_modules": ["q_proj"]}, {"target_modules": ["o_proj"]}], ids=str
+)
+def test_tensors_that_peft_would_not_load_are_refused(
+    tiny_folders: dict[str, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = save_lora(tiny_folders["qwen3"], tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    model = loading.load(str(tiny_folders["qwen3"]))
+    with pytest.raises(UserError, match="PEFT would not load them"):
+        diff.task_vector(model, folder)

@@ -189,3 +189,14 @@ def test_an_effect_without_a_key_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         edit(object.__new__(Edit), "mine", Nameless("base"))  # type: ignore[arg-type]
     assert_one_line(caught.value, "mine", "Nameless", "content_key")
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_finite_number_is_refused(qwen: ChatModel, alpha: float) -> None:
+    with pytest.raises(UserError, match="finite"):
+        Condition.of(Edit("d", random_direction(qwen)), alpha)
+
+
+def test_no_edit_takes_the_label_of_the_base(qwen: ChatModel) -> None:
+    with pytest.raises(UserError, match="cannot be named 'none'"):
+        Edit("none", random_direction(qwen))

@@ -371,3 +371,28 @@ def test_a_killed_task_of_the_harness_keeps_its_finished_strengths(
         (1, 0.5),
     ]
     assert len(read_json(folder / "lm-eval-mine.json")) == 3
+
+
+# -------------------------------------------------------------------- commands that only read a run
+
+
+def test_looking_at_a_run_never_trains_it_again(finished: tuple[Path, Path, Path]) -> None:
+    model, out, folder = finished
+    before = (folder / "direction.safetensors").read_bytes(), (folder / "pairs.parquet").stat().st_mtime_ns
+    assert run("subspace", "--model", model, "--out", out, "--dtype", "bfloat16") in (0, 2)
+    assert run("subspace", "--model", model, "--out", out) == 0
+    assert ((folder / "direction.safetensors").read_bytes(), (folder / "pairs.parquet").stat().st_mtime_ns) == before
+
+
+def test_the_export_that_is_suggested_works_for_families_that_are_not_low_rank(
+    finished: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("diff", "--model", finished[0], "--out", tmp_path, "--adapter", "dora", *QUICK) == 0
+    export = next(words for _, *words in pasted(capsys.readouterr().out) if words[0] == "export")
+    assert export[-2:] == ["--format", "merged"] and run(*export, "--out", tmp_path / "merged") == 0
+
+
+def test_a_run_whose_record_is_no_object_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    assert run("report", tmp_path) == 2
+    assert "is not a run folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -357,3 +358,33 @@ def test_an_embedded_model_without_weights_says_how_to_build_it(
     monkeypatch.setitem(library.POCKET_MODELS, "pocket-gemma", tmp_path / "gemma3")
     with pytest.raises(UserError, match="ws pocket build --architecture gemma3"):
         loading.load("pocket-gemma")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("weight_steering.json", "[1]", "does not hold settings by name"),
+        ("weight_steering.json", '{"train": [1]}', "does not hold settings by name"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id in generation_config.json is 'x'"),
+        ("generation_config.json", '{"eos_token_id": ["x"]}', "eos_token_id in generation_config.json"),
+    ],
+)
+def test_a_file_beside_the_weights_with_the_wrong_content_is_one_line(
+    tiny_folders: dict[str, Path], tmp_path: Path, file: str, content: str, told: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["qwen3"], folder)
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(told)):
+        loading.load(str(folder))
+
+
+def test_weights_that_are_not_plain_floats_are_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["qwen3"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="unquantized"):
+        loading.load(str(folder))

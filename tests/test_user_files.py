@@ -179,3 +179,11 @@ def test_an_answer_that_begins_the_other_is_refused(qwen: ChatModel, answers: tu
         choice.answers_of(qwen, answers)
     assert_one_line(caught.value, *map(repr, answers))
     assert choice.answers_of(qwen, ("Perhaps so", "Never again"))
+
+
+@pytest.mark.parametrize("line", ["[" * 5000, '{"prompt": ' + "9" * 5000 + "}"], ids=["too deep", "a number too long"])
+def test_json_that_the_parser_gives_up_on_is_one_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        data.read_pairs(file, behaviour.load("sycophancy"))

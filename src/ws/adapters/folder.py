@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -194,6 +195,11 @@ def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collecti
             folder.fail(
                 f"it adapts {name}, which the model does not have", "Give the base model that it was trained on."
             )
+        if not _is_named(folder.config, name):
+            folder.fail(
+                f"it holds tensors of {name}, which {_CONFIG} leaves out, so PEFT would not load them",
+                "Correct its target_modules, exclude_modules and layers_to_transform, or save the adapter again.",
+            )
         if uses[id(module.weight)] > 1:
             other = architecture.tied_to(network, f"{name}.weight")
             folder.unsupported(f"an adapter on {name}, whose weight the model ties to {other},")
@@ -201,6 +207,17 @@ def adapted_modules(folder: AdapterFolder, network: nn.Module, endings: Collecti
     if not found and not saved:
         folder.fail("it holds no adapter tensors")
     return found
+
+
+def _is_named(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would put the adapter on this module; without `target_modules` PEFT has defaults of its own."""
+    from peft.tuners.tuners_utils import check_target_module_exists  # noqa: PLC0415 - heavy import, late
+
+    options = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+    named = SimpleNamespace(**{option: config.get(option) for option in options})
+    if not named.target_modules or named.target_modules == "all-linear":
+        named.target_modules = [module]
+    return bool(check_target_module_exists(named, module))
 
 
 def _is_copy(tensor: Tensor, base: Tensor | None) -> bool:

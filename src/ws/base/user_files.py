@@ -79,7 +79,7 @@ def toml(path: Path, what: str, remedy: str) -> dict[str, Any]:
     content = text(path, what, remedy)
     try:
         return tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML ({error})", "Correct the file.") from error
 
 
@@ -114,8 +114,9 @@ def _bytes(path: Path, what: str, remedy: str) -> bytes:
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg})", "Write one object per line.") from error
+    except (ValueError, RecursionError) as error:  # also numbers that are too long, and nesting that is too deep
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{where}: not valid JSON ({reason})", "Write one object per line.") from error
     if not isinstance(content, dict):
         raise UserError(f"{where}: not a JSON object", 'Write one object per line, such as {"prompt": "..."}.')
     try:

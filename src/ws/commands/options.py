@@ -153,7 +153,8 @@ class EvalOptions:
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths of the direction. 0, the unedited model, is always included."""
     control_seeds: int = 10
-    """How many random directions of equal norm are measured for comparison, at -1 and +1."""
+    """How many random directions of equal norm are measured for comparison: at -1 and +1, or at the outermost alphas if
+    those are not asked for."""
     dilemmas: str = "own"
     """Where the dilemmas come from: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
     rows: int | None = None

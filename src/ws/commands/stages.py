@@ -87,6 +87,10 @@ class Data(StageOptions):
             console.say_next(command(run.settings, "train", "--sign", "pos"))
 
 
+MERGED = ("--format", "merged")
+"""The export that every direction has; the default, a PEFT LoRA, needs low-rank deltas."""
+
+
 @dataclass(frozen=True)
 class Train(StageOptions):
     """Train the adapter of one sign on its responses, with the persona left out of the prompt."""
@@ -157,7 +161,8 @@ class Diff(StageOptions):
             f"cos(tau pos, tau neg) {-geometry.cos_anti:+.3f}   drift ratio {geometry.drift_ratio:.2f}"
         )
         console.say(f"\ndirection   {target}")
-        console.say_next(*next_commands, console.command("export", target))
+        is_low_rank = all(delta.is_thin for delta in direction.deltas.values())
+        console.say_next(*next_commands, console.command("export", target, *(() if is_low_rank else MERGED)))
 
     def _checkpoints(self, target: Path, pos: Path, neg: Path) -> None:
         from ws.adapters import checkpoints  # noqa: PLC0415
@@ -172,7 +177,7 @@ class Diff(StageOptions):
             console.print_json(json.dumps({"changed": changed}))
             return
         console.say(f"{len(changed)} parameters differ\n\ndirection   {target}")
-        console.say_next(console.command("export", target, "--format", "merged"))
+        console.say_next(console.command("export", target, *MERGED, "--model", self.model))
 
     def _numerics(self, rows: list[dict[str, Any]]) -> None:
         import polars as pl  # noqa: PLC0415
@@ -235,10 +240,14 @@ class Subspace(StageOptions):
 
     def run(self) -> None:
         """Print the alignment table."""
+        from ws.algebra.direction import Direction  # noqa: PLC0415
         from ws.report import terminal  # noqa: PLC0415
+        from ws.runs.evaluate import direction_of  # noqa: PLC0415
 
         with self.replication(self.fit) as run:
-            table = run.alignment()
+            direction = direction_of(run).effect
+            assert isinstance(direction, Direction)
+            table = run.alignment(direction.bind(run.model))
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))
             else:

@@ -7,6 +7,7 @@ part of the key, so a persona at alpha 0 is never averaged with the plain model 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,10 @@ BaseMismatch = Literal["refuse", "allow"]
 """What happens if an edit was made on a different base model than the one that it is put on."""
 Undo = Callable[[], None]
 """Removes an effect; restores the network bit for bit."""
+
+
+BASE = "none"
+"""The label, in the column `edit` of a scores table, of a model without edits."""
 
 
 @runtime_checkable
@@ -77,6 +82,8 @@ class Edit:
     base_mismatch: BaseMismatch = "refuse"
 
     def __post_init__(self) -> None:
+        if self.name == BASE:
+            raise UserError(f"an edit cannot be named {BASE!r}", "This is the label of the base model in scores.")
         if not isinstance(self.effect, Direction) and not getattr(self.effect, "content_key", None):
             raise UserError(
                 f"the effect of edit {self.name!r}, a {type(self.effect).__name__}, has no content_key",
@@ -90,6 +97,11 @@ class Condition:
 
     context: Context = PLAIN
     edits: tuple[tuple[Edit, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for edit, alpha in self.edits:
+            if not math.isfinite(alpha):
+                raise UserError(f"the strength of edit {edit.name!r} is {alpha}", "Give a finite number.")
 
     @classmethod
     def of(cls, edit: Edit, alpha: float, context: Context = PLAIN) -> Condition:
@@ -125,7 +137,7 @@ class Condition:
         seed = next(iter(seeds)) if len(seeds) == 1 else None
         data_seed = next(iter(data_seeds)) if len(data_seeds) == 1 else None
         if self.is_base:
-            edit, alpha = "none", 0.0
+            edit, alpha = BASE, 0.0
         elif len(self.active) == 1:
             (only, alpha) = self.active[0]
             edit = only.name

@@ -14,7 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,8 @@ def _bakes(mode: Mode, parts: Parts, network: nn.Module) -> bool:
     scalar = all(not isinstance(strength, Tensor) for terms in parts.values() for _, strength in terms)
     if mode == "baked" and not scalar:
         raise UserError("strengths per row cannot be baked into weights", "Use mode='runtime'.")
+    if mode not in get_args(Mode):
+        raise UserError(f"there is no mode {mode!r}", f"Choose {', '.join(get_args(Mode))}.")
     if mode != "auto":
         return mode == "baked"
     parameters = dict(network.named_parameters())

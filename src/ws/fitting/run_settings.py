@@ -105,7 +105,8 @@ def shared_base(model: ChatModel, out: Path) -> Shards:
 
 
 LOADING = ("dtype", "device", "attention", "revision", "trust_remote_code", "cache_memory")
-"""Settings that load the model. They always come from the current command, never from the stored run."""
+"""Settings that load the model. They come from the current command. `ws report` alone takes those that it does not name
+from the run, except `trust_remote_code`, which is never stored."""
 _NAMING = ("model", "behaviour", "adapter", "seed", "data_seed", "out")
 _NOT_STORED = ("out", "cache_memory", "trust_remote_code")
 """They have no effect on results, or they are a permission that the user must give in every command."""
@@ -114,8 +115,9 @@ _NOT_STORED = ("out", "cache_memory", "trust_remote_code")
 def stored_in(folder: Path) -> Mapping[str, Any]:
     """The settings stored in a run folder."""
     file = folder / "config.json"
-    found = read_json(file).get("settings") if file.is_file() else None
-    if not found:
+    content = read_json(file) if file.is_file() else None
+    found = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
         raise UserError(f"{folder} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
     return dict(found)
 

@@ -161,6 +161,8 @@ def load(
         raise UserError(f"{name} is an adapter, not a model", "Give its base model. To use adapters, see ws diff.")
     for parameter, stored, described in sorted(loading["mismatched_keys"]):
         weight_files.require_shape(name, parameter, stored, described)
+    if Path(place).is_dir():
+        weight_files.require_floats(Path(place), [key for key, _ in network.named_parameters()])
     weight_files.require_all_there(name, loading["missing_keys"])
     weight_files.require_all_used(name, loading["unexpected_keys"])
     slow = not precision.bfloat16_is_fast(target_device.type)
@@ -174,6 +176,10 @@ def load(
     if attention == "auto" and network.config._attn_implementation == EAGER and not use_grouped(network):
         console.warn(f"{name}: grouped attention does not match this model; using the library's eager form")
     settings_file = Path(place) / SETTINGS_FILE
+    recommended = read_json(settings_file) if settings_file.is_file() else {}
+    parts = ("train", "train_for", "judge", "sampling")
+    if not isinstance(recommended, dict) or not all(isinstance(recommended.get(part, {}), dict) for part in parts):
+        raise UserError(f"{settings_file} does not hold settings by name", "Correct the file, or delete it.")
     return ChatModel(
         name=name,
         network=network,
@@ -181,7 +187,7 @@ def load(
             tokenizer, thinking, name, vocabulary=len(network.get_input_embeddings().weight), ends=_ends(network)
         ),
         revision=getattr(config, "_commit_hash", None) or revision,
-        settings=read_json(settings_file) if settings_file.is_file() else {},
+        settings=recommended,
         cache_memory=cache_memory,
     )
 
@@ -225,7 +231,12 @@ def folder_of(name: str) -> Path:
 def _ends(network: Any) -> tuple[int, ...]:
     """Token ids that end a text according to `generation_config.json`: none, one, or several."""
     found = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
-    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
+    ends = found if isinstance(found, list | tuple) else () if found is None else (found,)
+    if not all(isinstance(end, int) for end in ends):
+        raise UserError(
+            f"eos_token_id in generation_config.json is {found!r}", "Write the id of a token, or a list of ids."
+        )
+    return tuple(ends)
 
 
 def _choose_device(device: str) -> torch.device:

@@ -119,6 +119,15 @@ class Origin:
         return [name for names in self.names.values() for name in names]
 
 
+def require_floats(folder: Path, parameters: Iterable[str]) -> None:
+    """Raise for a parameter that the files store as integers: the library would take them for weights."""
+    stored = Checkpoint(folder)
+    for name in parameters:
+        if name in stored.entries and not stored.entries[name].dtype.is_floating_point:
+            place = folder / stored.entries[name].file
+            raise UserError(f"{place}: {name} is stored as integers", "Give unquantized weights.")
+
+
 class Checkpoint:
     """The weights of a model folder by the names of its parameters, read one tensor at a time."""
 

@@ -132,9 +132,12 @@ class Replication(Fitting):
                 self._warn(f"{told} on {self.behaviour.name}, more than {allowed}: --dtype float32 is exact")
         return record
 
-    def alignment(self) -> pl.DataFrame:
-        """How the direction aligns with the singular directions of the weights, by kind of module."""
-        direction = self.fitted.direction
+    def alignment(self, direction: Direction | None = None) -> pl.DataFrame:
+        """How the direction aligns with the singular directions of the weights, by kind of module.
+
+        direction: the run's own, if it is known; else what is missing of the run is built.
+        """
+        direction = direction or self.fitted.direction
         names = ["subspace_per_layer.csv", "subspace_summary.csv"]
 
         def make(_: Shards) -> None:
