@@ -107,28 +107,30 @@ def test_the_random_band_is_shown_at_both_signs() -> None:
     assert "| -0.31 to -0.21 | +0.17 to +0.27 |" in runs.behaviours({"a": run("refusal", 2.0)})
 
 
-def test_bars_that_a_run_misses_are_named() -> None:
+def test_thresholds_that_a_run_misses_are_named() -> None:
     good = {"controls": {"random": {key: {"refusal": {"low": -0.1, "high": 0.1}} for key in ("-1", "1")}}}
-    assert runs.missed_bars(run("refusal", 2.0, **good)) == []
+    assert runs.missed_thresholds(run("refusal", 2.0, **good)) == []
     lost = {"side_effects": {"-1": {"facts": 0.96}, "0": {"facts": 1.0}, "1": {"facts": 0.98}}, "warnings": ["oh"]}
     weak = {"change": {"refusal": {"-1": {"mean": -1.2, "low": 0, "high": 0}, "1": {"mean": 0.9, "low": 0, "high": 0}}}}
-    assert runs.missed_bars(run("refusal", 2.0, **good | lost | weak)) == [
+    assert runs.missed_thresholds(run("refusal", 2.0, **good | lost | weak)) == [
         "loses 4.0 points of facts at -1",
         "moves 0.90 nats at +1",
     ]
     wrong_way = {"change": {"refusal": {key: {"mean": 2.0, "low": 2.0, "high": 2.0} for key in ("-1", "1")}}}
-    assert "moves -2.00 nats at -1" in runs.missed_bars(run("refusal", 2.0, **good | wrong_way))
-    assert runs.missed_bars(run("refusal", 2.0))[0].startswith("has a random band of -0.31")
-    said = runs.bars_told({"a": run("refusal", 2.0, **good), "b": run("refusal", 2.0, **good | lost)})
+    assert "moves -2.00 nats at -1" in runs.missed_thresholds(run("refusal", 2.0, **good | wrong_way))
+    assert runs.missed_thresholds(run("refusal", 2.0))[0].startswith("has a random band of -0.31")
+    said = runs.thresholds_told({"a": run("refusal", 2.0, **good), "b": run("refusal", 2.0, **good | lost)})
     assert "1 of 2 runs reach all of them; short: pocket refusal loses 4.0 points" in said
     assert said.endswith("- pocket refusal: oh")
 
 
-def test_the_stored_runs_reach_their_bars() -> None:
+def test_the_stored_runs_pass_their_thresholds() -> None:
     stored = [json.loads(path.read_text()) for path in update.RESULTS.glob("pocket*-lora-seed0.json")]
     assert len(stored) == len(runs.BEHAVIOURS) * len(library.POCKET_MODELS)
     assert {
-        f"{one['model']} {one['behaviour']}": runs.missed_bars(one) for one in stored if runs.missed_bars(one)
+        f"{one['model']} {one['behaviour']}": runs.missed_thresholds(one)
+        for one in stored
+        if runs.missed_thresholds(one)
     } == {}
 
 
@@ -277,8 +279,10 @@ def test_every_rebuild_has_its_sentence_and_its_table() -> None:
     text = rebuilds.rebuilds(kept)
     told = [line for line in text.splitlines() if line.startswith("- ")]
     assert len(told) == len(library.POCKET_MODELS) and text.count("| metric |") == len(told)
-    assert all("0 of 1 bars reached; missed: yes/no facts, accuracy (0.500, bar >= 0.97)." in line for line in told)
+    assert all(
+        "0 of 1 thresholds passed; missed: yes/no facts, accuracy (0.500, threshold >= 0.97)." in line for line in told
+    )
     (gemma,) = [line for line in told if line.startswith("- pocket-gemma")]
     (qwen,) = [line for line in told if line.startswith("- pocket (")]
-    assert "with other steps than" in gemma and "the recipe of the shipped weights" in qwen
+    assert "with a different steps than" in gemma and "the recipe of the shipped weights" in qwen
     assert text.count("| a new metric | - | 0.250 |") == len(told)

@@ -20,24 +20,26 @@ def rebuilds(kept: Sequence[dict[str, Any]]) -> str:
 
 
 def rebuild_told(kept: dict[str, Any]) -> str:
-    """How many bars a rebuild reached, which it missed, and what differs from the shipped weights except the seed."""
+    """How many thresholds a rebuild passes and misses, and what differs from the shipped weights except the seed."""
     recipe, (name, folder) = kept["recipe"], shipped_of(kept)
     shipped = build.recorded(folder)
     judged = [entry for entry in kept["metrics"] if entry["bar"]]
     missed = [
-        f"{entry['metric']} ({entry['value']:.3f}, bar {entry['bar']})" for entry in judged if not entry["passes"]
+        f"{entry['metric']} ({entry['value']:.3f}, threshold {entry['bar']})" for entry in judged if not entry["passes"]
     ]
     other = other_than_shipped(kept)
     texts = kept.get("texts")
     if texts is not None and texts != shipped["corpus"].get("texts"):
         other.append("texts")
     made = (
-        f"with other {', '.join(other)} than the shipped weights had" if other else "the recipe of the shipped weights"
+        f"with a different {', '.join(other)} than the shipped weights had"
+        if other
+        else "the recipe of the shipped weights"
     ) + (" (whether the texts were the same is not recorded)" if texts is None else "")
     misses = f"; missed: {'; '.join(missed)}" if missed else ""
     return (
         f"{name} ({recipe['architecture']}), seed {recipe['seed']}, {made}, {kept['minutes']:g} minutes: "
-        f"{len(judged) - len(missed)} of {len(judged)} bars reached{misses}."
+        f"{len(judged) - len(missed)} of {len(judged)} thresholds passed{misses}."
     )
 
 
@@ -61,7 +63,7 @@ def rebuild_table(kept: dict[str, Any]) -> str:
         rows.append([metric, *values, entry["bar"], card.verdict(entry["bar"], entry["passes"])])
     other = other_than_shipped(kept)
     again_is = f"seed {kept['recipe']['seed']}" + (f", other {', '.join(other)}" if other else "")
-    return table(["metric", f"{name}, shipped", again_is, "bar", ""], rows)
+    return table(["metric", f"{name}, shipped", again_is, "threshold", ""], rows)
 
 
 def shipped_of(kept: dict[str, Any]) -> tuple[str, Path]:

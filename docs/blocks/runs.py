@@ -102,10 +102,10 @@ def behaviours(runs: dict[str, Summary]) -> str:
         ])  # fmt: skip
     head = ["model", "behaviour", "base", "change at -1", "change at +1", "random band at -1", "random band at +1",
             "facts at -1 / 0 / +1"]  # fmt: skip
-    return f"{table(head, rows)}\n\n{bars_told(runs)}\n\n{prompts_and_weights(runs)}"
+    return f"{table(head, rows)}\n\n{thresholds_told(runs)}\n\n{prompts_and_weights(runs)}"
 
 
-def missed_bars(run: Summary) -> list[str]:
+def missed_thresholds(run: Summary) -> list[str]:
     """The thresholds that a run of an embedded model misses, in words."""
     missed = []
     base = run["side_effects"]["0"]["facts"]
@@ -122,14 +122,14 @@ def missed_bars(run: Summary) -> list[str]:
     return missed
 
 
-def bars_told(runs: dict[str, Summary]) -> str:
+def thresholds_told(runs: dict[str, Summary]) -> str:
     """How many runs reach the thresholds, and the warnings of the runs."""
-    missed = [(f"{run['model']} {run['behaviour']}", missed_bars(run)) for run in runs.values()]
+    missed = [(f"{run['model']} {run['behaviour']}", missed_thresholds(run)) for run in runs.values()]
     short = [f"{name} {' and '.join(what)}" for name, what in missed if what]
     warned = [f"- {run['model']} {run['behaviour']}: {warning}" for run in runs.values() for warning in run["warnings"]]
     return (
-        f"Bars: at least {LEAST_MOVED:g} nat on the own probe at each sign, at most {MOST_FACTS_LOST:g} points of "
-        f"facts lost, random band within +-{WIDEST_BAND:g}. {len(missed) - len(short)} of {len(missed)} runs reach all "
+        f"Thresholds: at least {LEAST_MOVED:g} nat on the own probe at each sign, at most {MOST_FACTS_LOST:g} points "
+        f"of facts lost, random band within +-{WIDEST_BAND:g}. {len(missed) - len(short)} of {len(missed)} runs reach all "
         f"of them{'; short: ' + '; '.join(short) if short else ''}."
         + ("\n\nThe runs warned:\n\n" + "\n".join(warned) if warned else "")
     )
