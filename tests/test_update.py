@@ -120,7 +120,7 @@ def test_thresholds_that_a_run_misses_are_named() -> None:
     assert "moves -2.00 nats at -1" in runs.missed_thresholds(run("refusal", 2.0, **good | wrong_way))
     assert runs.missed_thresholds(run("refusal", 2.0))[0].startswith("has a random band of -0.31")
     said = runs.thresholds_told({"a": run("refusal", 2.0, **good), "b": run("refusal", 2.0, **good | lost)})
-    assert "1 of 2 runs reach all of them; short: pocket refusal loses 4.0 points" in said
+    assert "1 of 2 runs pass all of them; short: pocket refusal loses 4.0 points" in said
     assert said.endswith("- pocket refusal: oh")
 
 
@@ -284,5 +284,5 @@ def test_every_rebuild_has_its_sentence_and_its_table() -> None:
     )
     (gemma,) = [line for line in told if line.startswith("- pocket-gemma")]
     (qwen,) = [line for line in told if line.startswith("- pocket (")]
-    assert "with a different steps than" in gemma and "the recipe of the shipped weights" in qwen
+    assert "a recipe that differs in steps" in gemma and "the recipe of the shipped weights" in qwen
     assert text.count("| a new metric | - | 0.250 |") == len(told)

@@ -31,11 +31,9 @@ def rebuild_told(kept: dict[str, Any]) -> str:
     texts = kept.get("texts")
     if texts is not None and texts != shipped["corpus"].get("texts"):
         other.append("texts")
-    made = (
-        f"with a different {', '.join(other)} than the shipped weights had"
-        if other
-        else "the recipe of the shipped weights"
-    ) + (" (whether the texts were the same is not recorded)" if texts is None else "")
+    made = (f"a recipe that differs in {', '.join(other)}" if other else "the recipe of the shipped weights") + (
+        " (whether the texts were the same is not recorded)" if texts is None else ""
+    )
     misses = f"; missed: {'; '.join(missed)}" if missed else ""
     return (
         f"{name} ({recipe['architecture']}), seed {recipe['seed']}, {made}, {kept['minutes']:g} minutes: "

@@ -129,8 +129,8 @@ def thresholds_told(runs: dict[str, Summary]) -> str:
     warned = [f"- {run['model']} {run['behaviour']}: {warning}" for run in runs.values() for warning in run["warnings"]]
     return (
         f"Thresholds: at least {LEAST_MOVED:g} nat on the own probe at each sign, at most {MOST_FACTS_LOST:g} points "
-        f"of facts lost, random band within +-{WIDEST_BAND:g}. {len(missed) - len(short)} of {len(missed)} runs reach all "
-        f"of them{'; short: ' + '; '.join(short) if short else ''}."
+        f"of facts lost, random band within +-{WIDEST_BAND:g}. {len(missed) - len(short)} of {len(missed)} runs pass "
+        f"all of them{'; short: ' + '; '.join(short) if short else ''}."
         + ("\n\nThe runs warned:\n\n" + "\n".join(warned) if warned else "")
     )
 
