@@ -201,7 +201,7 @@ def test_merging_refuses_another_base_and_the_base_itself(
     qwen: ChatModel, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     direction = random_direction(qwen)
-    with pytest.raises(UserError, match="belongs to the base model"):
+    with pytest.raises(UserError, match="was made on the base model"):
         write_merged({direction: 1.0}, tiny_folders["llama"], tmp_path / "m")
     with pytest.raises(UserError, match="base itself"):
         write_merged({direction: 1.0}, Path(qwen.name), Path(qwen.name))
