@@ -11,7 +11,8 @@ WORTH = 1.2
 """A fast path that stays below this ratio for all work and sizes does not pay."""
 
 REMOVED = frozenset({
-    "thin side path in half precision", "lean norms", "norms in one compiled kernel", "last feed-forward where it is read",
+    "thin side path in half precision", "lean norms", "norms in one compiled kernel",
+    "last feed-forward where it is read",
 })  # fmt: skip
 """Paths that did not pay. The code does not have them any more."""
 
