@@ -18,10 +18,11 @@ from ws.base.errors import UserError
 from ws.base.store import content_key
 from ws.edit.condition import Condition, Context
 from ws.edit.steering import Mode, can_share_a_pass
-from ws.measure import lower_layers
+from ws.measure import lower_layers, shared_prefix
 from ws.measure.choice import Answers, Choices, answers_of
 from ws.measure.lower_layers import Memory, Recordings
-from ws.measure.probe import WRITTEN, Probe
+from ws.measure.probe import TEXTS, WRITTEN, Probe
+from ws.measure.shared_prefix import Tree
 from ws.model import architecture, forward
 from ws.model.chat import Message
 from ws.model.loading import ChatModel
@@ -128,7 +129,10 @@ def _edits_head(model: ChatModel, condition: Condition) -> bool:
 
 @dataclass(frozen=True)
 class PreparedProbe:
-    """A probe rendered under one Context: token rows, and batches of their indices."""
+    """A probe rendered under one Context: token rows, and batches of their indices.
+
+    A contrast has two token rows per row of the probe, one after the other.
+    """
 
     probe: Probe
     tokens: list[list[int]]
@@ -138,6 +142,7 @@ class PreparedProbe:
     answers: Answers
     split: bool  # passes return final hidden states instead of logits, because no edit changes the head
     choices: Choices | None  # for choice probes: how the rows are read
+    tree: Tree | None  # for texts: their shared prefixes, if these save enough
     recordings: Recordings  # states that enter the first edited layer
     base_states: dict[int, Tensor] = field(default_factory=dict)  # for divergence probes: the base's states, per batch
 
@@ -159,20 +164,24 @@ class PreparedProbe:
                 tokens.append(ids)
                 starts.append(len(ids) - 1)
             else:
-                ids, prompt_length = model.chat.supervised(messages, row.continuation)
-                tokens.append(ids)
-                starts.append(prompt_length - 1)
+                for text in row.replies or (row.continuation,):
+                    ids, prompt_length = model.chat.supervised(messages, text)
+                    tokens.append(ids)
+                    starts.append(prompt_length - 1)
         _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)
         answers: Answers = ([], [])
         if probe.kind in ("choice", "guided"):
             answers = answers_of(model, probe.answers)
         batches = forward.plan_batches([len(ids) for ids in tokens], plan.budget)
         choices = Choices.of(model, tokens, answers, plan.budget) if probe.kind == "choice" else None
+        tree = shared_prefix.worthwhile(model, tokens, starts) if probe.kind in TEXTS else None
         padded = sum(len(tokens[batch[0]]) * len(batch) for batch in batches)
+        if tree is not None:
+            padded = shared_prefix.padded_tokens(tree, plan.budget)
         # what a model writes differs between Conditions, so there is nothing to play back
         begins = () if probe.kind in WRITTEN else [planned.first_layer for planned in group]
         recordings = Recordings(model, begins, choices.padded_tokens if choices else padded, plan.memory)
-        return cls(probe, tokens, starts, batches, plan.budget, answers, plan.split, choices, recordings)
+        return cls(probe, tokens, starts, batches, plan.budget, answers, plan.split, choices, tree, recordings)
 
     @property
     def can_be_shared(self) -> bool:

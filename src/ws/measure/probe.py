@@ -2,6 +2,7 @@
 
 choice       one of two answers at an anchor
 likelihood   a given text, read by the model
+contrast     which of two given replies is likelier
 divergence   a given text, read by the edited model and by the base
 guided       a choice after a thought that the edited model writes itself
 reply        a reply that the edited model writes itself
@@ -17,10 +18,13 @@ from ws.base.errors import UserError
 from ws.base.store import content_key
 from ws.model.chat import Message
 
-Kind = Literal["choice", "likelihood", "divergence", "guided", "reply"]
+Kind = Literal["choice", "likelihood", "contrast", "divergence", "guided", "reply"]
 
 JSON = "json"
 """Name of a group of reply rows and of their metric: does the reply hold a JSON object?"""
+
+TEXTS: tuple[Kind, ...] = ("likelihood", "contrast", "divergence")
+"""Kinds for which the model reads given texts."""
 
 WRITTEN: tuple[Kind, ...] = ("guided", "reply")
 """Kinds for which the model writes text under the Condition before anything is measured."""
@@ -33,6 +37,7 @@ class ProbeRow:
     messages: without a system turn, which the Context adds. continuation: the answer anchor of a choice, or the text
     that likelihood and divergence read. label: +1 if the first answer counts as positive, -1 if the second does.
     cluster: rows with the same cluster are resampled together in intervals. group: groups are reported separately.
+    replies: the two replies of a contrast.
     """
 
     row: str
@@ -41,6 +46,7 @@ class ProbeRow:
     cluster: str = ""
     group: str = "all"
     label: int = 1
+    replies: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,12 @@ class Probe:
                 f"probe {self.name!r} needs two different answers, not {self.answers[0]!r} and {self.answers[1]!r}",
                 "Give two different words. Spaces and case are ignored.",
             )
+        for row in self.rows:
+            if (self.kind == "contrast") != (row.replies is not None):
+                raise UserError(
+                    f"row {row.row!r} of probe {self.name!r} (kind {self.kind}) has replies {row.replies!r}",
+                    "Give two replies to every row of a contrast, and none to other rows.",
+                )
         if (self.kind in WRITTEN) != (self.tokens > 0):
             raise UserError(
                 f"probe {self.name!r} of kind {self.kind} has tokens = {self.tokens}",

@@ -2,6 +2,8 @@
 
     choice       logratio = log p(first answer) - log p(second) at an anchor, pmass = p(first) + p(second)
     likelihood   nll = mean negative log-probability of the tokens of a given text
+    contrast     logratio = log p(first reply) - log p(second), of whole replies with their end of turn;
+                 logratio_per_token = the same with each reply's mean log-probability per token
     divergence   kl = sum_v p_edited (log p_edited - log p_base) at every position of a given text
     guided       a choice after a thought that the edited model writes itself (greedy, at most `tokens`), and whether
                  the engine had to close the thought (`forced`)
@@ -33,11 +35,12 @@ from ws.base.errors import UserError
 from ws.base.store import Shards, content_key, write_table
 from ws.edit.condition import Condition
 from ws.edit.steering import Mode, under, under_each
-from ws.measure import choice, divergence
+from ws.measure import choice, divergence, shared_prefix
 from ws.measure.choice import Choices
 from ws.measure.generate import Request, Sample, Sampling, sample
 from ws.measure.plan import Plan, PlannedCondition, PreparedProbe
 from ws.measure.probe import JSON, Probe
+from ws.measure.shared_prefix import Texts
 from ws.model import forward
 from ws.model.loading import ChatModel
 
@@ -228,22 +231,15 @@ def holds_json(text: str) -> bool:
         return False
 
 
-def _scored_states(model: ChatModel, piece: PreparedProbe, batch: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Final hidden states (or logits, if the forward is not split) at all scored positions of a batch.
-
-    Also returns the next token ids and the number of positions per row.
-    """
-    rows = [piece.tokens[index] for index in batch]
-    ids = forward.pad_right(rows, model.device)
-    counts = [len(row) - 1 - piece.starts[index] for row, index in zip(rows, batch, strict=True)]
-    row_numbers = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(model.device)
-    columns = torch.cat([torch.arange(piece.starts[i], len(row) - 1) for row, i in zip(rows, batch, strict=True)])
-    columns = columns.to(model.device)
-    targets = ids[row_numbers, columns + 1]
-    with forward.scoring_from(torch.tensor([piece.starts[index] for index in batch], device=model.device)):
-        if piece.split:
-            return model.split.hidden(ids)[row_numbers, columns], targets, counts
-        return model.split.logits_at(ids, row_numbers, columns), targets, counts
+def _texts(model: ChatModel, piece: PreparedProbe) -> Iterator[Texts]:
+    """All token rows of a probe, read from their start on, with shared prefixes if these save enough."""
+    if piece.tree is not None:
+        yield from shared_prefix.texts(model, piece.tree, piece.starts, piece.budget, split=piece.split)
+        return
+    for batch in piece.batches:
+        ids = forward.pad_right([piece.tokens[index] for index in batch], model.device)
+        firsts, lengths = [piece.starts[index] for index in batch], [len(piece.tokens[index]) for index in batch]
+        yield shared_prefix.read_texts(model, batch, ids, firsts, lengths, split=piece.split, inputs={})
 
 
 def _log_probabilities(model: ChatModel, piece: PreparedProbe, states: Tensor) -> Float[Tensor, "n vocabulary"]:
@@ -255,23 +251,41 @@ def _in_blocks(model: ChatModel, *tensors: Tensor) -> Iterator[tuple[Tensor, ...
     return zip(*(tensor.split(model.split.positions_at_once) for tensor in tensors), strict=True)
 
 
-def _run_likelihood(model: ChatModel, piece: PreparedProbe, _condition: Condition) -> Values:
-    values: Values = {}
-    for batch in piece.batches:
-        states, targets, counts = _scored_states(model, piece, batch)
+def _losses(model: ChatModel, piece: PreparedProbe) -> dict[int, Float[Tensor, " tokens"]]:
+    """Negative log-probability of every scored token, by token row."""
+    found: dict[int, Tensor] = {}
+    for rows, states, targets, counts in _texts(model, piece):
         losses = torch.cat([
             -_log_probabilities(model, piece, some).gather(-1, next_ids[:, None]).flatten()
             for some, next_ids in _in_blocks(model, states, targets)
         ])  # fmt: skip
-        for index, part in zip(batch, losses.split(counts), strict=True):
-            values[piece.probe.rows[index].row] = {"nll": float(part.mean()), "tokens": float(len(part))}
+        found |= dict(zip(rows, losses.split(counts), strict=True))
+    return found
+
+
+def _run_likelihood(model: ChatModel, piece: PreparedProbe, _condition: Condition) -> Values:
+    losses = _losses(model, piece)
+    return {
+        row.row: {"nll": float(losses[index].mean()), "tokens": float(len(losses[index]))}
+        for index, row in enumerate(piece.probe.rows)
+    }
+
+
+def _run_contrast(model: ChatModel, piece: PreparedProbe, _condition: Condition) -> Values:
+    losses = _losses(model, piece)
+    values: Values = {}
+    for index, row in enumerate(piece.probe.rows):
+        first, second = losses[2 * index], losses[2 * index + 1]
+        values[row.row] = {
+            "logratio": float(second.sum() - first.sum()),
+            "logratio_per_token": float(second.mean() - first.mean()),
+        }
     return values
 
 
 def _run_divergence(model: ChatModel, piece: PreparedProbe, condition: Condition) -> Values:
     values: Values = {}
-    for number, batch in enumerate(piece.batches):
-        states, _, counts = _scored_states(model, piece, batch)
+    for number, (rows, states, _, counts) in enumerate(_texts(model, piece)):
         if condition.is_base:
             piece.base_states[number] = states
         parts = []
@@ -279,7 +293,7 @@ def _run_divergence(model: ChatModel, piece: PreparedProbe, condition: Condition
             edited, base = _log_probabilities(model, piece, some), _log_probabilities(model, piece, base_states)
             parts.append(divergence.kl(edited, base))
         divergences = torch.cat(parts)
-        for index, part in zip(batch, divergences.split(counts), strict=True):
+        for index, part in zip(rows, divergences.split(counts), strict=True):
             for position, value in enumerate(part.tolist()):
                 values[f"{piece.probe.rows[index].row}@{position}"] = {"kl": value}
     return values
@@ -288,6 +302,7 @@ def _run_divergence(model: ChatModel, piece: PreparedProbe, condition: Condition
 _RUNNERS = {
     "choice": _run_choice,
     "likelihood": _run_likelihood,
+    "contrast": _run_contrast,
     "divergence": _run_divergence,
     "guided": _run_guided,
     "reply": _run_reply,

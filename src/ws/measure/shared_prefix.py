@@ -13,7 +13,7 @@ whole rows are scored, with a warning.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -66,17 +66,20 @@ class Tree:
         return len(self.trunk) + middle + max(len(leaf) for b in self.branches for leaf in b.leaves)
 
 
-def plan(rows: Sequence[Sequence[int]]) -> Tree:
-    """The tree of token rows; neighbours in lexicographic order share a branch if their common prefix is long."""
+def plan(rows: Sequence[Sequence[int]], shareable: Sequence[int] | None = None) -> Tree:
+    """The tree of token rows; neighbours in lexicographic order share a branch if their common prefix is long.
+
+    shareable: how many of a row's first tokens a prefix may hold. None: all but the last, whose logits are wanted.
+    """
+    most = [len(row) - 1 for row in rows] if shareable is None else shareable
     order = sorted(range(len(rows)), key=lambda index: (list(rows[index]), index))
     first, last = rows[order[0]], rows[order[-1]]
-    trunk = min(_common(first, last), min(map(len, rows)) - 1)
+    trunk = min(_common(first, last), *most)
     groups: list[list[int]] = []
     length = 0
     for index in order:
         if groups:
-            # never a whole row: a leaf needs at least one token
-            shared = min(_common(rows[groups[-1][0]], rows[index]), *(len(rows[i]) - 1 for i in (*groups[-1], index)))
+            shared = min(_common(rows[groups[-1][0]], rows[index]), *(most[i] for i in (*groups[-1], index)))
             if shared - trunk >= SHORTEST_BRANCH and (len(groups[-1]) == 1 or 2 * (shared - trunk) > length - trunk):
                 groups[-1].append(index)
                 length = shared
@@ -85,19 +88,18 @@ def plan(rows: Sequence[Sequence[int]]) -> Tree:
         length = len(rows[index])
     branches = []
     for group in groups:
-        shared = min(_common(rows[group[0]], rows[group[-1]]), *(len(rows[i]) - 1 for i in group)) \
-            if len(group) > 1 else trunk  # fmt: skip
+        shared = min(_common(rows[group[0]], rows[group[-1]]), *(most[i] for i in group)) if len(group) > 1 else trunk
         branches.append(Branch(
             tuple(rows[group[0]][trunk:shared]), tuple(group), tuple(tuple(rows[i][shared:]) for i in group)
         ))  # fmt: skip
     return Tree(tuple(first[:trunk]), tuple(branches), sum(map(len, rows)))
 
 
-def worthwhile(model: ChatModel, rows: Sequence[Sequence[int]]) -> Tree | None:
+def worthwhile(model: ChatModel, rows: Sequence[Sequence[int]], shareable: Sequence[int] | None = None) -> Tree | None:
     """The tree of the rows if it saves enough and is exact on this model; None means: score whole rows."""
     if len(rows) < 2:
         return None
-    tree = plan(rows)
+    tree = plan(rows, shareable)
     window = getattr(_text_config(model), "sliding_window", None)
     if tree.saving < LEAST_SAVING or not tree.trunk or (window is not None and tree.longest > window):
         return None
@@ -111,6 +113,67 @@ def last_logits(
 
     With `copies`, every batch holds its rows that many times, one block after the other, and so do the logits.
     """
+    for leaves in _leaf_batches(model, tree, token_budget, copies):
+        last = torch.tensor([length - 1 for length in leaves.lengths], device=model.device)
+        with forward.scoring_at(last):
+            logits = model.split.logits_at(
+                leaves.ids, torch.arange(len(leaves.ids), device=model.device), last, **leaves.inputs
+            )
+        yield leaves.rows, logits
+
+
+class Texts(NamedTuple):
+    """A batch of rows whose scored positions were read.
+
+    states: final hidden states (or logits, if the forward is not split) at all scored positions, row after row.
+    targets: the token that follows each of them. counts: number of scored positions per row.
+    """
+
+    rows: list[int]
+    states: Float[Tensor, "positions width"]
+    targets: Int[Tensor, " positions"]
+    counts: list[int]
+
+
+def texts(model: ChatModel, tree: Tree, starts: Sequence[int], token_budget: int, *, split: bool) -> Iterator[Texts]:
+    """Read every row from its position in `starts` on; no prefix of the tree may reach beyond it."""
+    for leaves in _leaf_batches(model, tree, token_budget, 1):
+        firsts = [starts[row] - offset for row, offset in zip(leaves.rows, leaves.offsets, strict=True)]
+        yield read_texts(model, leaves.rows, leaves.ids, firsts, leaves.lengths, split=split, inputs=leaves.inputs)
+
+
+def read_texts(
+    model: ChatModel, rows: list[int], ids: Int[Tensor, "rows tokens"], firsts: Sequence[int],
+    lengths: Sequence[int], *, split: bool, inputs: Mapping[str, Any],
+) -> Texts:  # fmt: skip
+    """One pass over a batch: read row i, of `lengths[i]` tokens, from column `firsts[i]` on."""
+    counts = [length - 1 - first for first, length in zip(firsts, lengths, strict=True)]
+    numbers = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(model.device)
+    columns = torch.cat([torch.arange(first, length - 1) for first, length in zip(firsts, lengths, strict=True)])
+    columns = columns.to(model.device)
+    with forward.scoring_from(torch.tensor(firsts, device=model.device)):
+        if split:
+            states = model.split.hidden(ids, **inputs)[numbers, columns]
+        else:
+            states = model.split.logits_at(ids, numbers, columns, **inputs)
+    return Texts(rows, states, ids[numbers, columns + 1], counts)
+
+
+class _Leaves(NamedTuple):
+    """A batch of leaves, padded on the right, that continues a cache.
+
+    offsets: tokens of each row before its leaf. inputs: the keyword arguments of the forward pass. With copies, `rows`
+    and `offsets` name the rows of one copy.
+    """
+
+    rows: list[int]
+    ids: Int[Tensor, "rows tokens"]
+    lengths: list[int]
+    offsets: list[int]
+    inputs: dict[str, Any]
+
+
+def _leaf_batches(model: ChatModel, tree: Tree, token_budget: int, copies: int) -> Iterator[_Leaves]:
     device = model.device
     trunk = _extend(model, None, torch.tensor([tree.trunk] * copies, device=device), None, 0)
     for batch in _batches(tree, token_budget):
@@ -125,19 +188,25 @@ def last_logits(
         lengths = torch.tensor([len(branches[owner].shared) for owner in owners], device=device)
         ids = forward.pad_right(leaves, device)
         hidden = _hide_padding(len(tree.trunk), width, lengths, ids.shape[1])
-        last = torch.tensor([len(leaf) - 1 for leaf in leaves], device=device)
         positions = len(tree.trunk) + lengths[:, None] + torch.arange(ids.shape[1], device=device)
-        with forward.scoring_at(last):
-            logits = model.split.logits_at(
-                ids, torch.arange(len(ids), device=device), last,
-                past_key_values=cache, use_cache=True, attention_mask=hidden, position_ids=positions,
-            )  # fmt: skip
-        yield [row for branch in batch for row in branch.rows], logits
+        inputs = {"past_key_values": cache, "use_cache": True, "attention_mask": hidden, "position_ids": positions}
+        offsets = [len(tree.trunk) + len(branch.shared) for branch in batch for _ in branch.rows]
+        rows = [row for branch in batch for row in branch.rows]
+        yield _Leaves(rows, ids, [len(leaf) for leaf in leaves], offsets, inputs)
 
 
 def _batches(tree: Tree, token_budget: int) -> Iterator[list[Branch]]:
-    for batch in forward.plan_batches([_width(branch) * len(branch.rows) for branch in tree.branches], token_budget):
-        yield [tree.branches[index] for index in batch]
+    """Branches in batches; a branch whose leaves alone exceed the budget is divided."""
+    parts = [part for branch in tree.branches for part in _divided(branch, token_budget)]
+    for batch in forward.plan_batches([_width(branch) * len(branch.rows) for branch in parts], token_budget):
+        yield [parts[index] for index in batch]
+
+
+def _divided(branch: Branch, token_budget: int) -> Iterator[Branch]:
+    at_once = max(1, token_budget // max(map(len, branch.leaves)))
+    for start in range(0, len(branch.rows), at_once):
+        end = start + at_once
+        yield Branch(branch.shared, branch.rows[start:end], branch.leaves[start:end])
 
 
 def padded_tokens(tree: Tree, token_budget: int) -> int:
