@@ -41,9 +41,9 @@ class TrainPrompt:
 
 @dataclass(frozen=True)
 class ProbeItem:
-    """One held-out item: its question, the opposite question, and the open question of the report's samples.
+    """One held-out item: its question, the opposite question, the open question, and pairs of replies to the latter.
 
-    `label` is +1 if the first answer shows the positive behaviour, -1 if the second does.
+    `label` is +1 if the first answer (and the first reply of a pair) shows the positive behaviour, -1 if the second.
     """
 
     row: str
@@ -53,13 +53,15 @@ class ProbeItem:
     question: str
     reversed: str | None
     open_question: str
+    replies: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class ChoiceProbe:
     """The in-distribution probe: each item's question and `anchor`, then the log-ratio of the two `answers`.
 
-    `headline` names the group whose mean summaries show; `noun` is the word for the items in sentences.
+    `headline` names the group whose mean summaries show; `noun` is the word for the items in sentences. `dev` holds
+    items of that group for choosing settings; they are never part of a result.
     """
 
     anchor: str
@@ -67,6 +69,7 @@ class ChoiceProbe:
     headline: str
     noun: str
     items: tuple[ProbeItem, ...]
+    dev: tuple[ProbeItem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ class _Reader:
         raise UserError(f"{self.path}: key {key!r}: {problem}", remedy)
 
     def behaviour(self, content: Mapping[str, Any]) -> Behaviour:
-        self.known(content, "", {"schema", "name", "summary", "positive_means", "personas", "prompts", "probe"})
+        self.known(content, "", {"schema", "name", "summary", "positive_means", "personas", "prompts", "probe",
+                                 "dev"})  # fmt: skip
         if content.get("schema") != SCHEMA:
             self.fail("schema", f"is {content.get('schema')!r}", f"This version reads schema = {SCHEMA}.")
         name = self.text(content, "name")
@@ -130,7 +134,7 @@ class _Reader:
             positive_means=self.text(content, "positive_means"),
             personas=self.personas(self.table(content, "personas")),
             train=self.train(self.table(content, "prompts")),
-            probe=self.probe(self.table(content, "probe")),
+            probe=self.probe(self.table(content, "probe"), self.table(content, "dev") if "dev" in content else None),
         )
 
     def personas(self, table: Mapping[str, Any]) -> Personas:
@@ -158,19 +162,42 @@ class _Reader:
         self.distinct([prompt.topic for prompt in prompts], "prompts.train topic")
         return tuple(prompts)
 
-    def probe(self, table: Mapping[str, Any]) -> ChoiceProbe:
-        self.known(table, "probe.", {"question", "reversed", "open", "anchor", "answers", "headline", "noun", "rows"})
-        question = self.template(table, "probe.question")
-        reverse = self.template(table, "probe.reversed") if "reversed" in table else None
-        opened = self.template(table, "probe.open") if "open" in table else question
+    def probe(self, table: Mapping[str, Any], dev: Mapping[str, Any] | None) -> ChoiceProbe:
+        self.known(table, "probe.", {"question", "reversed", "open", "anchor", "answers", "headline", "noun", "replies",
+                                     "rows"})  # fmt: skip
         answers = self.texts(table, "probe.answers")
         if len(answers) != 2 or len({answer.strip().casefold() for answer in answers}) != 2:
             self.fail("probe.answers", f"is {list(answers)}", 'Give two different answers, such as ["Yes", "No"].')
+        items = self.items(table, table, "probe.rows")
+        groups = sorted({item.group for item in items})
+        headline = str(table.get("headline", groups[0]))
+        if headline not in groups:
+            self.fail("probe.headline", f"no row has the group {headline!r}", f"Choose from: {', '.join(groups)}.")
+        chosen: tuple[ProbeItem, ...] = ()
+        if dev is not None:
+            self.known(dev, "dev.", {"rows"})
+            chosen = self.items(table, dev, "dev.rows")
+            self.distinct([item.question for item in (*items, *chosen)], "dev.rows and probe.rows question")
+        return ChoiceProbe(
+            anchor=self.text(table, "probe.anchor"),
+            answers=(answers[0], answers[1]),
+            headline=headline,
+            noun=self.text(table, "probe.noun") if "noun" in table else "items",
+            items=items,
+            dev=chosen,
+        )
+
+    def items(self, probe: Mapping[str, Any], table: Mapping[str, Any], place: str) -> tuple[ProbeItem, ...]:
+        """The rows of a table, with the questions of the probe."""
+        question = self.template(probe, "probe.question")
+        reverse = self.template(probe, "probe.reversed") if "reversed" in probe else None
+        opened = self.template(probe, "probe.open") if "open" in probe else question
+        replies = self.replies(probe) if "replies" in probe else []
+        texts = (question, reverse or "", opened, *(text for pair in replies for text in pair))
         items = []
-        for position, entry in enumerate(self.entries(table, "probe.rows")):
-            key = f"probe.rows[{position}]"
-            extra = {"row", "cluster", "group", "label"}
-            fields = self.fields(entry, key, question, reverse or "", opened, extra=extra)
+        for position, entry in enumerate(self.entries(table, place)):
+            key = f"{place}[{position}]"
+            fields = self.fields(entry, key, *texts, extra={"row", "cluster", "group", "label"})
             label = fields.get("label", 1)
             if not user_files.is_sign(label):
                 self.fail(f"{key}.label", f"is {label!r}", "Give 1 (the first answer shows the behaviour) or -1.")
@@ -183,19 +210,27 @@ class _Reader:
                 question=question.format(**fields),
                 reversed=reverse.format(**fields) if reverse else None,
                 open_question=opened.format(**fields),
+                replies=tuple((first.format(**fields), second.format(**fields)) for first, second in replies),
             ))  # fmt: skip
-        self.distinct([item.row for item in items], "probe.rows row")
-        groups = sorted({item.group for item in items})
-        headline = str(table.get("headline", groups[0]))
-        if headline not in groups:
-            self.fail("probe.headline", f"no row has the group {headline!r}", f"Choose from: {', '.join(groups)}.")
-        return ChoiceProbe(
-            anchor=self.text(table, "probe.anchor"),
-            answers=(answers[0], answers[1]),
-            headline=headline,
-            noun=self.text(table, "probe.noun") if "noun" in table else "items",
-            items=tuple(items),
-        )
+        self.distinct([item.row for item in items], f"{place} row")
+        return tuple(items)
+
+    def replies(self, probe: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Pairs of reply templates; both of a pair have the same number of words, so that length is no difference."""
+        found = []
+        for position, entry in enumerate(self.entries(probe, "probe.replies")):
+            key = f"probe.replies[{position}]"
+            if not isinstance(entry, dict):
+                self.fail(key, "is not a table", "Give { first = ..., second = ... }.")
+            self.known(entry, f"{key}.", {"first", "second"})
+            first, second = (self.template(entry, f"{key}.{side}") for side in ("first", "second"))
+            words = len(first.split()), len(second.split())
+            if words[0] != words[1]:
+                self.fail(key, f"has replies of {words[0]} and {words[1]} words", "Give both the same number of words.")
+            if first == second:
+                self.fail(key, "has the same reply twice", "Give two opposite replies.")
+            found.append((first, second))
+        return found
 
     # ------------------------------------------------------------ pieces
 
@@ -300,8 +335,19 @@ anchor = "My answer: **"
 answers = ["Yes", "No"]
 headline = "opinions"
 noun = "opinions"                                                      # optional, what the rows are called
+# Optional: opposite replies to the open question, with the same number of words. The first takes the side of the first
+# answer. A model that cannot answer Yes or No consistently is measured by them.
+replies = [
+  {{ first = "I agree with you about this.", second = "I disagree with you about this." }},
+]
 rows = [
   {{ claim = "winter is nicer than summer", group = "opinions" }},
   {{ claim = "cats are better pets than dogs", group = "opinions" }},
+]
+
+# Optional: items for choosing settings. They are never part of a result.
+[dev]
+rows = [
+  {{ claim = "the sea is nicer than the mountains", group = "opinions" }},
 ]
 """
