@@ -59,6 +59,8 @@ class RunOptions(ModelOptions):
     """Name of a shipped behaviour, or a .toml file."""
     adapter: str = "lora"
     """Adapter family: lora, rslora, dora, pissa, delora, oft, boft or ia3."""
+    recipe: Literal["own", "original"] = "own"
+    """own: what the model recommends for itself. original: the settings of the replicated work, for any model."""
     seed: int = 0
     """Training seed: decides the initial adapter weights and the order of the rows."""
     data_seed: int = 0
@@ -118,6 +120,9 @@ class FitOptions:
     """Address of the http judge (OpenAI-compatible), up to and including /v1."""
     judge_model: str = ""
     """Model name at the http judge."""
+    fit_dtype: Dtype = "auto"
+    """Number format of the model that samples and trains. auto: the model folder's choice where this machine is fast in
+    it, else as --dtype. Scores are always read in --dtype."""
     rank: int | None = None
     """Rank of the adapter."""
     lora_alpha: float | None = None
@@ -161,6 +166,8 @@ class EvalOptions:
     """Use only the first rows of every probe, for a quick look."""
     shown: int = 6
     """How many prompts are sampled for the report."""
+    judged: int = 24
+    """How many held-out prompts get free replies that the model itself judges; 0 skips them."""
 
 
 def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Settings:
@@ -185,6 +192,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
         },
         judge=JudgeSettings(fit.judge, fit.judge_threshold, fit.judge_url, fit.judge_model),
         engine=EngineSettings(fit.engine, fit.engine_url, fit.engine_model),
+        fit_dtype=fit.fit_dtype, recipe=run.recipe, judged=evaluation.judged,
         pairs=fit.pairs, alphas=tuple(evaluation.alphas), control_seeds=evaluation.control_seeds,
         dilemmas=evaluation.dilemmas, rows=evaluation.rows, samples=evaluation.shown,
     )  # fmt: skip

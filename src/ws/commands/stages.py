@@ -38,9 +38,14 @@ class Replicate(RunOptions):
             finish(replication, replication.report(), self.json)
 
 
+SHOWN = 2
+"""Prompts whose replies are printed at the end of a run; the report has all."""
+
+
 def finish(replication: Replication, summary: Summary, as_json: bool) -> None:
     """Print the results of a finished run and suggest the next commands."""
     from ws.fitting.run_settings import command  # noqa: PLC0415
+    from ws.report import terminal  # noqa: PLC0415
 
     if as_json:
         console.print_json(json.dumps(plain(summary)))
@@ -48,8 +53,10 @@ def finish(replication: Replication, summary: Summary, as_json: bool) -> None:
     folder = replication.folder.path
     console.say()
     console.say(summary.sentence, style="bold")
+    console.say(terminal.seeds_line(folder, summary))
     for warning in summary.warnings:
         console.warn(warning)
+    terminal.show_samples(folder, SHOWN)
     console.say()
     console.say(f"report      {folder / 'report.html'}")
     if replication.behaviours_page is not None:

@@ -15,18 +15,16 @@ them. A model that always says Yes gives no item different answers; one that gue
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import polars as pl
 
 from ws.base import stats
 from ws.eval import sycophancy
+from ws.eval.ability import Ability, Name, Share
 from ws.fitting.behaviour import Behaviour, ProbeItem
 from ws.measure.probe import Probe, ProbeRow
 from ws.model.chat import ask
-
-Name = Literal["choice", "replies"]
 
 LEAST_MASS = 0.8
 GUESSING = 0.5
@@ -45,28 +43,19 @@ def orders_name(behaviour: str) -> str:
     return f"{behaviour}-{SWAPPED}"
 
 
-def replies(behaviour: Behaviour, limit: int | None = None, items: tuple[ProbeItem, ...] | None = None) -> Probe | None:
-    """Contrasts of the behaviour's replies, one row per item and wording; None if the behaviour has no replies.
+def replies(behaviour: Behaviour, limit: int | None = None, items: Sequence[ProbeItem] | None = None) -> Probe | None:
+    """Contrasts of the replies to the headline items, one row per item and wording; None if there are no replies.
 
-    `limit` keeps the first items of every group. items: other items than the held-out ones (those for choosing).
+    `limit` keeps the first items. items: other items than the held-out ones, for choosing settings.
     """
+    if items is None:
+        items = [item for item in behaviour.probe.items if item.group == behaviour.probe.headline]
     rows = [
         ProbeRow(f"{item.row}/{number}", tuple(ask(item.open_question)), "", item.cluster, item.group, item.label, pair)
-        for item in first_of_groups(behaviour.probe.items if items is None else items, limit)
+        for item in items[:limit]
         for number, pair in enumerate(item.replies)
     ]
     return Probe(replies_name(behaviour.name), "contrast", tuple(rows)) if rows else None
-
-
-def first_of_groups(items: tuple[ProbeItem, ...], limit: int | None) -> list[ProbeItem]:
-    """The first `limit` items of every group, in order."""
-    seen: dict[str, int] = {}
-    kept = []
-    for item in items:
-        seen[item.group] = seen.get(item.group, 0) + 1
-        if limit is None or seen[item.group] <= limit:
-            kept.append(item)
-    return kept
 
 
 def orders(behaviour: Behaviour, limit: int | None = None) -> Probe | None:
@@ -89,43 +78,13 @@ def orders(behaviour: Behaviour, limit: int | None = None) -> Probe | None:
     return Probe(orders_name(behaviour.name), "choice", tuple(rows), whole.answers)
 
 
-@dataclass(frozen=True)
-class Share:
-    """A share with its 95 % limits over clusters; they are None if there are too few clusters for an interval."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Ability:
-    """What the unedited model can answer, and the instrument that follows from it.
-
-    mass: mean probability of the two answers on the headline items. consistent: share of (item, order) whose opposite
-    question gets the other answer; None if there are no opposite questions. wordings: mean correlation over the items
-    between the wordings of the replies; None with fewer than two wordings.
-    """
-
-    instrument: Name
-    reason: str
-    mass: float
-    consistent: Share | None
-    wordings: float | None
-
-
 def choose(base: pl.DataFrame, behaviour: Behaviour) -> Ability:
     """Apply the rule to scores of the unedited model on the behaviour's probes (`sycophancy.probe`, `orders`,
     `replies`)."""
-    headline = behaviour.probe.headline
-    asked = base.filter(
-        pl.col("probe").is_in([behaviour.name, orders_name(behaviour.name)])
-        & pl.col("group").is_in([headline, f"{headline}/{sycophancy.REVERSED}"])
-    )
+    asked, told = (rows_of(one, base, behaviour.name, behaviour.probe.headline) for one in ("choice", "replies"))
     mass = float(asked.filter(pl.col("metric") == "pmass")["value"].mean())  # type: ignore[arg-type]
     consistent = _consistency(asked.filter(pl.col("metric") == "logratio"))
-    told = base.filter((pl.col("probe") == replies_name(behaviour.name)) & (pl.col("metric") == "logratio"))
-    wordings = _agreement(told.filter(pl.col("group") == headline))
+    wordings = _agreement(told.filter(pl.col("metric") == "logratio"))
     problems = []
     if mass < LEAST_MASS:
         problems.append(f"it puts {mass:.2f} of its probability on the two answers (at least {LEAST_MASS:g} is needed)")
@@ -183,3 +142,17 @@ def _agreement(rows: pl.DataFrame) -> float | None:
     found = wide.corr().to_numpy()
     count = wide.width
     return float((found.sum() - count) / (count * (count - 1)))
+
+
+def rows_of(instrument: Name, table: pl.DataFrame, behaviour: str, headline: str) -> pl.DataFrame:
+    """The rows of a scores table that an instrument reads; their signed mean is its level.
+
+    `choice`: the headline items in both polarities and both orders of the answers, with equal weight. `replies`: all
+    wordings of the headline items.
+    """
+    if instrument == "replies":
+        return table.filter((pl.col("probe") == replies_name(behaviour)) & (pl.col("group") == headline))
+    return table.filter(
+        pl.col("probe").is_in([behaviour, orders_name(behaviour)])
+        & pl.col("group").is_in([headline, f"{headline}/{sycophancy.REVERSED}"])
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ws.base import console
 from ws.base.errors import UserError
@@ -23,12 +23,24 @@ from ws.model.loading import ChatModel, Dtype
 
 DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
+Recipe = Literal["own", "original"]
+ORIGINAL: Mapping[str, Any] = {
+    "sampling": {"max_new_tokens": 96, "temperature": 0.8},
+    "judge": {"backend": "none"},
+    "run": {"grid": {"topics": None, "personas": None, "samples": 10}},
+}
+"""The recommendations of `--recipe original`, for any model: 20 topics x 5 personas x 10 samples of at most 96 tokens,
+no judge. Its other settings (rank 32, alpha 64, rate 2e-4, layers 30-80 %, one epoch) are the defaults of training."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides a run. `train` and `sampling` hold the user's values; the model folder adds the others.
 
-    `LOADING` lists the settings that load the model. `out` and `cache_memory` (GiB) have no effect on results.
+    `LOADING` lists the settings that load the model. `out` and `cache_memory` (GiB) have no effect on results. judged:
+    how many held-out prompts get free replies that are judged. recipe: `own` takes the recommendations of the model
+    folder, `original` those of the replicated work. fit_dtype: dtype of the model that samples and trains; auto: the
+    model folder's recommendation if this machine is fast in it, else the dtype of the model.
     """
 
     model: str = "pocket"
@@ -55,6 +67,9 @@ class Settings:
     dilemmas: str = "own"
     rows: int | None = None
     samples: int = 6
+    judged: int = 24
+    recipe: Recipe = "own"
+    fit_dtype: Dtype = "auto"
 
     def load(self) -> ChatModel:
         """Load the model as the settings say."""
@@ -65,9 +80,35 @@ class Settings:
         )  # fmt: skip
 
 
+def recommended(settings: Settings, model: ChatModel) -> tuple[Settings, ChatModel]:
+    """Settings and model with the recommendations of the recipe; values that the user set are kept.
+
+    The part `run` of the recommendations holds defaults for `grid`, `alphas`, `control_seeds`, `samples` and `judged`.
+    A value that equals its general default counts as not set.
+    """
+    if settings.recipe == "original":
+        rows = {name: model.settings[name] for name in ("rows", "fit_dtype") if name in model.settings}
+        model = replace(model, settings={**ORIGINAL, **rows})
+    default, found = Settings(), {}
+    for name, value in model.settings.get("run", {}).items():
+        if name not in ("grid", "alphas", "control_seeds", "samples", "judged"):
+            raise UserError(
+                f"the recommended settings of {model.name} hold run.{name}", "Correct weight_steering.json there."
+            )
+        found[name] = _merged(_restored(name, value), getattr(settings, name), getattr(default, name))
+    return replace(settings, **found), model
+
+
+def limit_of(settings: Settings, model: ChatModel, probe: str) -> int | None:
+    """How many rows of a probe are asked: the user's --rows, else what the model folder recommends, else None (all)."""
+    return settings.rows if settings.rows is not None else model.settings.get("rows", {}).get(probe)
+
+
 def run_path(settings: Settings, subject: Behaviour) -> Path:
-    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with the suffix `-data<j>` if the data seed j is not 0."""
+    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with `-data<j>` for a data seed j > 0 and `-original` for that
+    recipe."""
     seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
+    seed += "" if settings.recipe == "own" else f"-{settings.recipe}"
     return settings.out / loading.model_slug(settings.model) / subject.name / settings.adapter / seed
 
 
@@ -107,7 +148,7 @@ def shared_base(model: ChatModel, out: Path) -> Shards:
 LOADING = ("dtype", "device", "attention", "revision", "trust_remote_code", "cache_memory")
 """Settings that load the model. They come from the current command. `ws report` alone takes those that it does not name
 from the run, except `trust_remote_code`, which is never stored."""
-_NAMING = ("model", "behaviour", "adapter", "seed", "data_seed", "out")
+_NAMING = ("model", "behaviour", "adapter", "seed", "data_seed", "recipe", "out")
 _NOT_STORED = ("out", "cache_memory", "trust_remote_code")
 """They have no effect on results, or they are a permission that the user must give in every command."""
 

@@ -6,6 +6,7 @@ again, and so are the stages that depend on it. Finished work survives a kill.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import polars as pl
+import torch
 
 from ws import adapters
 from ws.adapters import diff
 from ws.adapters.diff import Geometry
 from ws.algebra.direction import Direction
-from ws.base import console
+from ws.base import console, precision
 from ws.base.poles import POLES, Pole
 from ws.base.settings import make as make_settings
 from ws.base.store import RunFolder, Shards, StageResult, digest, read_json, write_json, write_table
@@ -27,7 +29,7 @@ from ws.fitting import behaviour, data, judge, learning_rate, train, train_setti
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.learning_rate import RateChoice
 from ws.fitting.responses import LOCAL
-from ws.fitting.run_settings import Settings, arithmetic, run_path, stored_settings
+from ws.fitting.run_settings import Settings, arithmetic, recommended, run_path, stored_settings
 from ws.fitting.train import FitResult
 from ws.fitting.train_settings import TrainSettings
 from ws.measure.generate import Sampling
@@ -66,7 +68,7 @@ class Fitting:
             settings = self.settings = replace(settings, alphas=tuple(sorted({0.0, *settings.alphas})))
         self.behaviour: Behaviour = behaviour.load(settings.behaviour)
         self.given_pairs = data.read_pairs(settings.pairs, self.behaviour) if settings.pairs else None
-        self.model = model or settings.load()
+        self.settings, self.model = recommended(self.settings, model or settings.load())
         given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
         self.training: TrainSettings = train_settings.resolve(self.model, settings.adapter, given, self.behaviour.name)
         self.lr_is_open = settings.train.get("lr") == "auto"
@@ -94,9 +96,24 @@ class Fitting:
             "data_seed": self.settings.data_seed,
         }
 
+    @cached_property
+    def fitting_model(self) -> ChatModel:
+        """The model that samples, judges and trains: the model itself, or a copy of it in another dtype.
+
+        Half precision is several times as fast on some machines, and its rounding hardly matters there. Scores are read
+        from the model itself.
+        """
+        wanted, known = self.settings.fit_dtype, self.model.settings.get("fit_dtype", "auto")
+        if wanted == "auto":
+            wanted = known if precision.bfloat16_is_fast(self.model.device.type) else "auto"
+        dtype = self.model.dtype if wanted == "auto" else getattr(torch, wanted)
+        if dtype == self.model.dtype:
+            return self.model
+        return replace(self.model, network=copy.deepcopy(self.model.network).to(dtype))
+
     @property
     def _arithmetic(self) -> dict[str, str]:
-        return arithmetic(self.model)
+        return arithmetic(self.fitting_model)
 
     # ---------------------------------------------------------------- stages
 
@@ -123,7 +140,7 @@ class Fitting:
             pairs = self.given_pairs
             if pairs is None:
                 pairs = data.make_pairs(
-                    self.model,
+                    self.fitting_model,
                     self.behaviour,
                     settings.grid,
                     self.sampling,
@@ -131,7 +148,7 @@ class Fitting:
                     shards,
                     settings.engine,
                 )
-            rater = judge.make_judge(self.judge, self.behaviour, self.model)
+            rater = judge.make_judge(self.judge, self.behaviour, self.fitting_model)
             write_table(path, judge.judged(pairs, self.behaviour, self.judge, rater, shards))
 
         siblings = sorted(self.folder.path.parents[1].glob("*/seed*"))  # other families and training seeds
@@ -182,7 +199,7 @@ class Fitting:
 
     def _fit(self, pairs: pl.DataFrame, pole: Pole, chosen: TrainSettings, folder: Path) -> FitResult:
         seeds = {"seed": self.settings.seed, "data_seed": self.settings.data_seed}
-        return train.fit(self.model, pairs, pole, chosen, **seeds, folder=folder)
+        return train.fit(self.fitting_model, pairs, pole, chosen, **seeds, folder=folder)
 
     def _fit_inputs(self, chosen: TrainSettings) -> dict[str, Any]:
         return {

@@ -177,7 +177,7 @@ def load(
         console.warn(f"{name}: grouped attention does not match this model; using the library's eager form")
     settings_file = Path(place) / SETTINGS_FILE
     recommended = read_json(settings_file) if settings_file.is_file() else {}
-    parts = ("train", "train_for", "judge", "sampling")
+    parts = ("train", "train_for", "judge", "sampling", "run", "rows")
     if not isinstance(recommended, dict) or not all(isinstance(recommended.get(part, {}), dict) for part in parts):
         raise UserError(f"{settings_file} does not hold settings by name", "Correct the file, or delete it.")
     return ChatModel(

@@ -17,7 +17,7 @@ import polars as pl
 from ws.base import console
 from ws.base.errors import UserError
 from ws.base.store import read_json, write_text
-from ws.eval import dilemmas, feedback, side_effects
+from ws.eval import dilemmas, feedback, instrument, side_effects
 from ws.report import document
 from ws.report.cells import signed
 from ws.report.document import Block, Heading, Paragraph, Samples, Table
@@ -61,9 +61,8 @@ class FinishedRun:
 def persona_changes(scores: pl.DataFrame, behaviour: str, headline_group: str) -> dict[str, dict[str, Estimate]]:
     """System prompt of a run -> behaviour -> change of its probe in the unedited model, nats, with its interval."""
     table = Scores(scores)
-    probes = [
-        name for name in scores["probe"].unique(maintain_order=True) if name not in (dilemmas.NAME, *side_effects.NAMES)
-    ]
+    apart = (dilemmas.NAME, *side_effects.NAMES, instrument.orders_name(behaviour), instrument.replies_name(behaviour))
+    probes = [name for name in scores["probe"].unique(maintain_order=True) if name not in apart]
     found: dict[str, dict[str, Estimate]] = {}
     for context in table.contexts():
         found[context] = {}

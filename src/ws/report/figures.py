@@ -8,7 +8,7 @@ from typing import Any
 
 from ws.base.store import atomic_file
 from ws.eval import dilemmas
-from ws.report.findings import DILEMMAS, Curve, Numbers, Summary
+from ws.report.findings import DILEMMAS, Band, Curve, Summary
 
 _BLUE, _ORANGE, _GREEN, _GREY, _INK = "#0b5cad", "#c2570c", "#2f7d4f", "#8b949e", "#1b1f24"
 
@@ -35,13 +35,15 @@ def dose_response(summary: Summary, path: Path) -> None:
             2, 3, figsize=(12.5, 5.6), sharex=True, height_ratios=(3.4, 1), constrained_layout=True
         )
         own, moral, cost = axes[0]
-        groups = [name for name in numbers.groups if "/" not in name]
-        ordered = [summary.headline_group, *(name for name in groups if name != summary.headline_group)]
-        for name, colour in zip(ordered, (_BLUE, _GREEN, _ORANGE), strict=False):
+        measured, by_choice = summary.measured, summary.ability.instrument == "choice"
+        _curve(own, measured.levels, _INK, "balanced" if by_choice else "replies")
+        groups = [name for name in numbers.groups if "/" not in name] if by_choice else []
+        groups.sort(key=lambda name: name != summary.headline_group)
+        for name, colour in zip(groups, (_BLUE, _GREEN, _ORANGE), strict=False):
             label = f"{name} claims" if behaviour == "sycophancy" else name
-            _curve(own, numbers.groups[name], colour, label)
-        _band(own, numbers, behaviour)
-        _prompts(own, numbers, behaviour)
+            _curve(own, numbers.groups[name], colour, f"{label}, plain")
+        _band(own, measured.levels, measured.bands)
+        _prompts(own, measured.contexts)
         own.set_title(f"{behaviour}, held out")
         own.set_ylabel("log-ratio towards the behaviour, nats")
         apart = numbers.dilemma_counts.not_counted
@@ -50,8 +52,9 @@ def dose_response(summary: Summary, path: Path) -> None:
         groups_shown = {name: c for name, c in numbers.dilemma_groups.items() if name != dilemmas.STATED}
         for (group, curve), colour in zip(groups_shown.items(), (_BLUE, _ORANGE, _GREEN), strict=False):
             _curve(moral, curve, colour, f"{group} (not counted)" if group == dilemmas.FILLER else group)
-        _band(moral, numbers, DILEMMAS)
-        _prompts(moral, numbers, DILEMMAS)
+        of_dilemmas = {key: entry[DILEMMAS] for key, entry in numbers.bands.items() if DILEMMAS in entry}
+        _band(moral, summary.dilemmas, of_dilemmas)
+        _prompts(moral, {name: effects[DILEMMAS] for name, effects in numbers.contexts.items()})
         moral.set_title("everyday dilemmas, held out")
         moral.set_ylabel("log-ratio towards honesty, nats")
         alphas = _alphas(numbers.side_effects)
@@ -92,10 +95,10 @@ def _curve(axis: Any, curve: Curve, colour: str, label: str) -> None:
     axis.plot(alphas, means, "o-", color=colour, label=label, markersize=4.5)
 
 
-def _band(axis: Any, numbers: Numbers, probe: str) -> None:
+def _band(axis: Any, levels: Curve, by_strength: Mapping[str, Band]) -> None:
     """The prediction band of the random controls around the base, and every control seed as a tick."""
-    base = numbers.levels[probe]["0"].mean
-    bands = {float(key): entry[probe] for key, entry in numbers.bands.items()}
+    base = levels["0"].mean
+    bands = {float(key): band for key, band in by_strength.items()}
     if not bands:
         return
     points = sorted([*((alpha, band.low, band.high) for alpha, band in bands.items()), (0.0, 0.0, 0.0)])
@@ -109,10 +112,10 @@ def _band(axis: Any, numbers: Numbers, probe: str) -> None:
         axis.plot([alpha] * len(band.seeds), [base + v for v in band.seeds], "_", color=_INK, markersize=7, alpha=0.6)
 
 
-def _prompts(axis: Any, numbers: Numbers, probe: str) -> None:
+def _prompts(axis: Any, contexts: Curve) -> None:
     """Persona prompts on the unedited model, as dashed lines."""
-    for name, effects in numbers.contexts.items():
-        value = effects[probe].mean
+    for name, effect in contexts.items():
+        value = effect.mean
         axis.axhline(value, color=_GREY, linestyle=(0, (4, 3)), linewidth=1)
         axis.annotate(
             name,

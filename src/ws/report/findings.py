@@ -17,6 +17,7 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.base.records import FLAT, restore
 from ws.base.store import read_json
+from ws.eval.ability import Ability
 from ws.report import cells
 
 if TYPE_CHECKING:
@@ -89,6 +90,35 @@ class Parts:
     up: int
     down: int
     n: int
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """A behaviour as one instrument measures it (`eval.instrument`), nats.
+
+    per_token: the change per token of a reply; empty for choices. contexts: levels of the unedited model with a system
+    prompt. bands and outside: random directions, where they were measured.
+    """
+
+    levels: Mapping[str, Estimate]
+    change: Mapping[str, Estimate]
+    per_token: Mapping[str, Estimate]
+    sign_flip_p: Mapping[str, float]
+    bands: Mapping[str, Band]
+    outside: Mapping[str, bool | None]
+    contexts: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Free replies to held-out prompts at one strength, judged by a model: mean probability of the positive persona.
+
+    change: against strength 0 on the same prompts. replies: how many were judged.
+    """
+
+    score: Estimate
+    change: Estimate
+    replies: int
 
 
 @dataclass(frozen=True)
@@ -174,6 +204,7 @@ class Numbers:
     decomposition: Mapping[str, Mapping[str, Parts]]
     other_behaviours: Mapping[str, OtherBehaviour]
     contexts: Mapping[str, Curve]
+    instruments: Mapping[str, Instrument]
 
     @property
     def bands(self) -> Mapping[str, Mapping[str, Band]]:
@@ -186,7 +217,8 @@ class Summary:
     """A finished run: its settings, its results, the seconds of its stages, and its warnings.
 
     noun: name of the items of the behaviour's probe. rounding: how far a half-precision dtype changes the scores; None
-    in float32.
+    in float32. ability: what the unedited model can answer, and the instrument of the headline that follows. judged:
+    free replies by strength, by the model itself (`persona`) and, if one was given, by an endpoint (`http`).
     """
 
     model: str
@@ -203,6 +235,13 @@ class Summary:
     warnings: tuple[str, ...]
     headline: str
     rounding: Mapping[str, Any] | None
+    ability: Ability
+    judged: Mapping[str, Mapping[str, Judged]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> Instrument:
+        """The behaviour by the instrument of the headline."""
+        return self.numbers.instruments[self.ability.instrument]
 
     @property
     def own(self) -> Mapping[str, Level]:

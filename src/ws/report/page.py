@@ -70,7 +70,9 @@ def _blocks(
             note=True,
         ),
         _samples(samples),
+        *_judged(summary),
         Heading("Effects on held-out probes"),
+        _instruments(summary),
         *_effect_tables(summary),
         Heading("Controls and prompts"),
         *_control_tables(summary),
@@ -89,7 +91,7 @@ def _tiles(summary: Summary) -> list[Tile]:
     tiles = []
     numbers = summary.numbers
     for name, change in (
-        (summary.behaviour, numbers.change[summary.behaviour]),
+        (summary.behaviour, summary.measured.change),
         ("dilemmas, honest side", numbers.dd_delta),
     ):
         for key in ("1", "-1"):
@@ -101,6 +103,51 @@ def _tiles(summary: Summary) -> list[Tile]:
         kept = f"{100 * side['-1'].facts:.1f} / {100 * side['1'].facts:.1f} %"
         tiles.append(Tile(kept, "facts right at -1 / +1", f"base {100 * side['0'].facts:.1f} %"))
     return tiles
+
+
+def _judged(summary: Summary) -> list[Block]:
+    """What a judge makes of free replies to held-out prompts."""
+    if not summary.judged:
+        return []
+    rows = [
+        [judge, signed(key), entry.score.text, "-" if key == "0" else entry.change.text, str(entry.replies)]
+        for judge, by_key in summary.judged.items()
+        for key, entry in by_key.items()
+    ]
+    return [Table(
+        ["judge", "alpha", "mean score", "change", "replies"], rows,
+        "Free replies to held-out prompts, one greedy and two sampled per prompt, without a system prompt. Score: the "
+        "probability that a reply was written under the positive persona rather than the negative one. `persona`: by "
+        "the likelihoods of the unedited model. `http`: by an endpoint that answers a rubric.",
+    )]  # fmt: skip
+
+
+def _instruments(summary: Summary) -> Table:
+    """The behaviour by both instruments, with bands and the reason for the choice."""
+    names = {"choice": "Yes/No, balanced", "replies": "replies"}
+    rows = []
+    for name, measured in summary.numbers.instruments.items():
+        for key, change in measured.change.items():
+            band = measured.bands.get(key)
+            outside = {True: "outside", False: "inside", None: "?"}[measured.outside.get(key)]
+            per_token = measured.per_token.get(key)
+            rows.append([
+                names[name], signed(key), measured.levels[key].text, change.text,
+                "-" if per_token is None else f"{per_token.mean:+.3f} [{per_token.limits}]",
+                "not measured" if band is None else f"{band.limits}", "-" if band is None else outside,
+                f"{change.n}",
+            ])  # fmt: skip
+    ability = summary.ability
+    consistent = "-" if ability.consistent is None else f"{ability.consistent.mean:.0%}"
+    return Table(
+        ["instrument", "alpha", "level", "change", "per token", "random band", "effect is", "rows"], rows,
+        f"{summary.behaviour} on held-out {summary.noun}, nats. Yes/No: log p(first answer) - log p(second), every "
+        "item in both polarities and in both orders of the answers, all with equal weight. Replies: log p of a whole "
+        "reply that takes one side - log p of a reply of as many words that takes the other, in several wordings. "
+        f"The headline shows {names[ability.instrument]}: {ability.reason}. This was decided on the unedited model, "
+        f"before any direction was scored (answer mass {ability.mass:.2f}, opposite questions answered differently "
+        f"{consistent}).",
+    )  # fmt: skip
 
 
 def _samples(samples: pl.DataFrame) -> Block:
@@ -217,15 +264,15 @@ def _p_value(p: float | None) -> str:
 def _control_tables(summary: Summary) -> list[Block]:
     behaviour, numbers = summary.behaviour, summary.numbers
     rows = []
-    for key, band in numbers.bands.items():
-        for probe in (behaviour, DILEMMAS):
-            seeds = ", ".join(f"{value:+.3f}" for value in band[probe].seeds)
+    for key, by_probe in numbers.bands.items():
+        for probe, band in by_probe.items():
+            seeds = ", ".join(f"{value:+.3f}" for value in band.seeds)
             outside = {True: "outside", False: "inside", None: "?"}[numbers.outside_controls[probe].get(key)]
             rows.append(
                 [
                     f"{probe} {signed(key)}",
                     numbers.change[probe][key].text,
-                    band[probe].limits,
+                    band.limits,
                     outside,
                     seeds,
                 ]

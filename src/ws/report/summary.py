@@ -23,7 +23,8 @@ from ws.base.errors import UserError
 from ws.base.stats import Interval
 from ws.baselines.controls import RANDOM
 from ws.edit.condition import PLAIN
-from ws.eval import dilemmas, side_effects
+from ws.eval import dilemmas, instrument, side_effects
+from ws.eval.ability import Name
 from ws.report.cells import signed
 from ws.report.findings import (
     DILEMMAS,
@@ -32,6 +33,7 @@ from ws.report.findings import (
     DilemmaCounts,
     Dose,
     Estimate,
+    Instrument,
     Level,
     Numbers,
     OtherBehaviour,
@@ -159,7 +161,7 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
         name: {key: Estimate.of(signed_change(rows)) for key, rows in by_key.items()}
         for name, by_key in headline_rows.items()
     }
-    bands = controls(scores, RANDOM, behaviour, headline_group)
+    bands = controls(scores, behaviour, headline_group)
     moral_groups = _groups(all_moral["0"])
     return Numbers(
         levels={behaviour: _levels(head, own_mass), DILEMMAS: _levels(moral, moral_mass)},
@@ -177,7 +179,11 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
         },
         dose_response={name: dose_response(by_key) for name, by_key in change.items()},
         outside_controls={
-            name: {key: is_outside(vars(one), vars(bands[key][name])) for key, one in by_key.items() if key in bands}
+            name: {
+                key: is_outside(vars(one), vars(bands[key][name]))
+                for key, one in by_key.items()
+                if name in bands.get(key, {})
+            }
             for name, by_key in change.items()
         },
         groups={name: _group_means(own, name) for name in _groups(own["0"])},
@@ -187,6 +193,47 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
         },
         other_behaviours=other_behaviours(scores, edit, behaviour),
         contexts={name: context_effects(scores, name, behaviour, headline_group) for name in scores.contexts()},
+        instruments={
+            name: measured(name, table, edit, behaviour, headline_group)
+            for name in INSTRUMENTS
+            if name == "choice" or instrument.replies_name(behaviour) in table["probe"]
+        },
+    )
+
+
+INSTRUMENTS: tuple[Name, ...] = ("choice", "replies")
+
+
+def measured(name: Name, table: pl.DataFrame, edit: str, behaviour: str, headline_group: str) -> Instrument:
+    """A behaviour as one instrument measures it: its rows under one name, joined with the base."""
+    rows = instrument.rows_of(name, table, behaviour, headline_group).with_columns(pl.lit(name).alias("probe"))
+    scores = Scores(rows)
+    keys = {alpha_key(alpha): alpha for alpha in scores.alphas(edit)}
+    at = {key: scores.rows(name, "logratio", edit, alpha) for key, alpha in keys.items()}
+    changed = _without_base(at)
+    has_tokens = "logratio_per_token" in rows["metric"]
+    change = {key: Estimate.of(signed_change(part)) for key, part in changed.items()}
+    bands = {}
+    for key, alpha in keys.items():
+        controls_at = rows.filter((pl.col("edit") == RANDOM) & (pl.col("alpha") == alpha))
+        if alpha != 0 and len(controls_at):
+            seeds = controls_at["seed"].unique().sort().to_list()
+            of_seed = (scores.rows(name, "logratio", RANDOM, alpha, seed=seed) for seed in seeds)
+            bands[key] = _band([signed_change(part).mean for part in of_seed])
+    return Instrument(
+        levels={key: Estimate.of(signed_mean(part)) for key, part in at.items()},
+        change=change,
+        per_token={
+            key: Estimate.of(signed_change(scores.rows(name, "logratio_per_token", edit, keys[key])))
+            for key in (changed if has_tokens else ())
+        },
+        sign_flip_p={key: sign_flip_p(part) for key, part in changed.items()},
+        bands=bands,
+        outside={key: is_outside(vars(change[key]), vars(band)) for key, band in bands.items()},
+        contexts={
+            context: Estimate.of(signed_mean(scores.rows(name, "logratio", BASE, 0.0, context=context)))
+            for context in scores.contexts()
+        },
     )
 
 
@@ -282,7 +329,8 @@ def other_behaviours(scores: Scores, edit: str, behaviour: str) -> dict[str, Oth
     """How far the edit moves behaviours that it was not made for, by probe."""
     found = {}
     for name in scores.table["probe"].unique(maintain_order=True):
-        if name in (behaviour, DILEMMAS, *side_effects.NAMES):
+        own = (behaviour, instrument.orders_name(behaviour), instrument.replies_name(behaviour))
+        if name in (*own, DILEMMAS, *side_effects.NAMES):
             continue
         by_key = {alpha_key(alpha): scores.rows(name, "logratio", edit, alpha) for alpha in scores.alphas(edit)}
         found[name] = OtherBehaviour(
@@ -292,19 +340,22 @@ def other_behaviours(scores: Scores, edit: str, behaviour: str) -> dict[str, Oth
     return found
 
 
-def controls(scores: Scores, edit: str, behaviour: str, headline_group: str) -> dict[str, dict[str, Band]]:
-    """Per strength and probe: the change of each control seed, and the prediction band of one more seed."""
+def controls(scores: Scores, behaviour: str, headline_group: str) -> dict[str, dict[str, Band]]:
+    """Per strength and probe: the change of each random direction, and the prediction band of one more.
+
+    A probe that was not asked under random directions has no band.
+    """
     found: dict[str, dict[str, Band]] = {}
-    seeds = scores.seeds(edit)
-    for alpha in scores.alphas(edit):
-        if alpha == 0 or not seeds:
-            continue
-        own = [scores.rows(behaviour, "logratio", edit, alpha, seed=seed) for seed in seeds]
-        moral = [scores.rows(DILEMMAS, "logratio", edit, alpha, seed=seed) for seed in seeds]
-        found[alpha_key(alpha)] = {
-            behaviour: _band([signed_change(rows.filter(pl.col("group") == headline_group)).mean for rows in own]),
-            DILEMMAS: _band([signed_change(rows).mean for rows in moral]),
-        }
+    for probe, group in ((behaviour, headline_group), (DILEMMAS, None)):
+        part = scores.table.filter((pl.col("probe") == probe) & ((pl.col("edit") == RANDOM) | (pl.col("edit") == BASE)))
+        of_probe = Scores(part)
+        for alpha in of_probe.alphas(RANDOM):
+            seeds = of_probe.seeds(RANDOM) if alpha != 0 else []
+            rows = (of_probe.rows(probe, "logratio", RANDOM, alpha, seed=seed) for seed in seeds)
+            if group is not None:
+                rows = (one.filter(pl.col("group") == group) for one in rows)
+            if changes := [signed_change(one).mean for one in rows]:
+                found.setdefault(alpha_key(alpha), {})[probe] = _band(changes)
     return found
 
 
@@ -326,17 +377,24 @@ def _mean(rows: pl.DataFrame) -> float:
     return float(rows["value"].mean())  # type: ignore[arg-type]
 
 
-def headline(numbers: Numbers, behaviour: str, noun: str) -> str:
+INSTRUMENT_MEANING: dict[Name, str] = {
+    "choice": "balanced over both polarities and both orders of the answers",
+    "replies": "reply log-ratio",
+}
+"""What an instrument's level is, in the headline."""
+
+
+def headline(numbers: Numbers, behaviour: str, noun: str, shown_by: Name) -> str:
     """One sentence from the numbers: effects with intervals, the control band, and the cost."""
-    own, moral = numbers.levels[behaviour], numbers.levels[DILEMMAS]
-    shown = headline_strengths(own)
-    said = [f"{behaviour} on held-out {noun}: " + ", ".join(_at(key, own[key]) for key in shown)]
+    own, moral = numbers.instruments[shown_by], numbers.levels[DILEMMAS]
+    shown = headline_strengths(own.levels)
+    meaning = INSTRUMENT_MEANING[shown_by]
+    said = [f"{behaviour} on held-out {noun} ({meaning}): " + ", ".join(_at(key, own.levels[key]) for key in shown)]
     said.append("dilemmas (honest side): " + ", ".join(_at(key, moral[key]) for key in shown))
-    bands = {key: by_probe[behaviour] for key, by_probe in numbers.bands.items()}
-    for key in sorted(bands, key=float, reverse=True):
-        if bands[key].low is not None:
-            largest = max((abs(value) for band in bands.values() for value in band.seeds), default=0.0)
-            limits = f"{bands[key].low:+.2f} to {bands[key].high:+.2f}"
+    for key in sorted(own.bands, key=float, reverse=True):
+        if own.bands[key].low is not None:
+            largest = max((abs(value) for band in own.bands.values() for value in band.seeds), default=0.0)
+            limits = f"{own.bands[key].low:+.2f} to {own.bands[key].high:+.2f}"
             said.append(f"random control band at {signed(key)} {limits} (largest seed {largest:.2f})")
             break
     costs = [f"{100 * numbers.side_effects[key].facts:.1f} % at {signed(key)}" for key in shown]
@@ -344,38 +402,43 @@ def headline(numbers: Numbers, behaviour: str, noun: str) -> str:
     return "; ".join(said)
 
 
-def headline_strengths(curve: Mapping[str, Level]) -> list[str]:
+def headline_strengths(curve: Mapping[str, Estimate]) -> list[str]:
     """Keys of the strengths that the headline names: -1, 0 and 1, or all if neither -1 nor 1 was measured."""
     shown = [key for key in ("-1", "0", "1") if key in curve]
     return shown if len(shown) > 1 else list(curve)
 
 
-def _at(key: str, level: Level) -> str:
+def _at(key: str, level: Estimate) -> str:
     limits = "" if level.low is None else f" (95 % {level.low:+.2f} to {level.high:+.2f})"
     return f"alpha {signed(key)} {level.mean:+.2f}{limits}"
 
 
-def doubts(numbers: Numbers, behaviour: str) -> list[str]:
+def doubts(numbers: Numbers, behaviour: str, shown_by: Name) -> list[str]:
     """Warnings for the reader of a run, one sentence each with the strengths that it holds for."""
     found: list[str] = []
+    own = numbers.instruments[shown_by]
+    outside = {behaviour: own.outside, DILEMMAS: numbers.outside_controls[DILEMMAS]}
+    # a bias towards Yes cancels in both instruments of the behaviour, but not in unbalanced dilemmas
     for probe in (behaviour, DILEMMAS):
         objections = {
             "not separable from random directions of this norm": [
-                key for key, outside in numbers.outside_controls[probe].items() if outside is False
+                key for key, is_out in outside[probe].items() if is_out is False
             ],
             f"less than {LOW_MASS:.0%} of the probability is on the two answers, so the log-ratio says little": [
-                key for key, level in numbers.levels[probe].items() if level.pmass < LOW_MASS
+                key for key, level in numbers.levels[probe].items()
+                if level.pmass < LOW_MASS and (probe, shown_by) != (behaviour, "replies")
             ],
             "the Yes-bias is larger than the signed change": [
                 key for key, one in numbers.decomposition[probe].items()
                 if is_mostly_yes_bias(vars(one.yes_bias), one.effect.mean)
+                and (probe, shown_by) != (behaviour, "replies")
             ],
         }  # fmt: skip
         found += [f"{probe} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys]
-    measured = list(numbers.bands)
-    bare = [key for key in headline_strengths(numbers.levels[behaviour]) if key not in ("0", *measured)]
+    measured_at = list(own.bands)
+    bare = [key for key in headline_strengths(own.levels) if key not in ("0", *measured_at)]
     if bare:
-        where = f"only at alpha {_listed(measured)}" if measured else "at no strength"
+        where = f"only at alpha {_listed(measured_at)}" if measured_at else "at no strength"
         found.append(f"alpha {_listed(bare)} has no random band: random directions were measured {where}")
     counts = numbers.dilemma_counts
     if max(counts.honest_yes, counts.honest_no) > UNBALANCED * counts.counted:

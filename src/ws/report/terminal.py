@@ -8,7 +8,8 @@ import polars as pl
 from rich.table import Table
 
 from ws.base import console
-from ws.report.findings import read_summary
+from ws.report.cells import signed
+from ws.report.findings import Summary, read_summary
 
 
 def show(table: pl.DataFrame, title: str) -> None:
@@ -34,19 +35,46 @@ def show_run(path: Path) -> None:
             "alpha": key,
             summary.behaviour: level.mean,
             "dilemmas": summary.dilemmas[key].mean,
-            "answer mass": level.pmass,
+            "answer mass": summary.own[key].pmass,
             "facts": summary.numbers.side_effects[key].facts,
             "KL": summary.numbers.side_effects[key].kl,
         }
-        for key, level in summary.own.items()
+        for key, level in summary.measured.levels.items()
     ]
     show(
         pl.DataFrame(lines),
         f"{summary.model}, {summary.adapter}, seed {summary.seed}, |dW| {summary.direction_norm:.3g}",
     )
+    console.say(seeds_line(path, summary))
+    show_samples(path)
+    console.say(f"\nreport  {path / 'report.html'}")
+
+
+def show_samples(path: Path, count: int | None = None) -> None:
+    """Print what the model says to the same prompts at every strength; `count` keeps the first prompts."""
     samples = pl.read_parquet(path / "samples.parquet")
-    for prompt in samples["prompt"].unique(maintain_order=True):
+    for prompt in samples["prompt"].unique(maintain_order=True)[:count]:
         console.say(f"\n{prompt}", style="bold")
         for row in samples.filter(pl.col("prompt") == prompt).iter_rows(named=True):
             console.say(f"  {row['alpha']:+.0f}  {row['response']}")
-    console.say(f"\nreport  {path / 'report.html'}")
+
+
+def seeds_line(path: Path, summary: Summary) -> str:
+    """The change at -1 and +1 over all finished runs of this family and behaviour, or that there is only one.
+
+    Runs with another training seed or data seed stand beside this one. A mean over several has a t interval.
+    """
+    finished = sorted(one.parent for one in path.parent.glob("seed*/summary.json") if one.parent != path)
+    runs = [summary, *(read_summary(folder) for folder in finished)]
+    runs = [one for one in runs if one.ability.instrument == summary.ability.instrument]
+    if len(runs) == 1:
+        return "One seed: the intervals are over rows and do not show how another seed would come out."
+    from ws.base import stats  # noqa: PLC0415 - slow import
+
+    said = []
+    for key in ("-1", "1"):
+        changes = [one.measured.change[key].mean for one in runs if key in one.measured.change]
+        if len(changes) > 1:
+            found = stats.over_seeds(changes)
+            said.append(f"{signed(key)} {found.mean:+.2f} (95 % {found.low:+.2f} to {found.high:+.2f})")
+    return f"Change of {summary.behaviour} over {len(runs)} runs with other seeds: {', '.join(said)}."

@@ -18,16 +18,18 @@ from ws.base.records import plain
 from ws.base.store import Shards, atomic_file, digest, read_json, write_json, write_table
 from ws.baselines import controls
 from ws.edit.condition import Condition, Context, Edit
-from ws.eval import dilemmas, feedback, side_effects, sycophancy
+from ws.eval import dilemmas, feedback, instrument, side_effects, sycophancy
+from ws.eval.ability import Ability
 from ws.fitting import behaviour
-from ws.fitting.run_settings import scored_with, shared_base, stored_settings
+from ws.fitting.judge import HttpJudge, Judge, PersonaJudge
+from ws.fitting.run_settings import limit_of, scored_with, shared_base, stored_settings
 from ws.fitting.stages import FittedRun, Fitting
 from ws.measure import rounding
 from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.report import behaviours, page, summary
 from ws.report.findings import SUMMARY_FILE, Summary
-from ws.runs import samples
+from ws.runs import free_replies, samples
 from ws.subspace import alignment
 
 PERSONA_CONTEXTS = ("prompt +", "prompt -")
@@ -42,19 +44,45 @@ class Replication(Fitting):
     @cached_property
     def dilemma_rows(self) -> dilemmas.Loaded:
         """The dilemmas and their source; read once, because a hub data set may change between two reads."""
-        return dilemmas.load(self.settings.dilemmas, self.settings.rows)
+        return dilemmas.load(self.settings.dilemmas, self.limit("dilemmas"))
+
+    def limit(self, probe: str) -> int | None:
+        """How many rows of a probe this run asks; None: all."""
+        return limit_of(self.settings, self.model, probe)
+
+    def own_probes(self) -> list[Probe]:
+        """The probes of the behaviour: choices, choices with the other order of the answers, replies."""
+        choices = self.limit("choice")
+        wanted = (
+            sycophancy.probe(self.behaviour, choices),
+            instrument.orders(self.behaviour, choices),
+            instrument.replies(self.behaviour, self.limit("replies")),
+        )
+        return [probe for probe in wanted if probe is not None]
 
     def probes(self) -> list[Probe]:
-        """The behaviour's own probe, the dilemmas, the side effects, the other shipped behaviours, feedback."""
-        rows = self.settings.rows
+        """The behaviour's own probes, the dilemmas, the side effects, the other shipped behaviours, feedback."""
         others = [behaviour.load(name) for name in behaviour.names() if name != self.behaviour.name]
         return [
-            sycophancy.probe(self.behaviour, rows),
+            *self.own_probes(),
             self.dilemma_rows.probe(),
-            *side_effects.probes(self.model, rows),
-            *(sycophancy.headline_probe(other, rows) for other in others),
-            feedback.probe(rows),
+            *side_effects.probes(self.model, self.limit("side_effects")),
+            *(sycophancy.headline_probe(other, self.limit("others")) for other in others),
+            feedback.probe(self.limit("others")),
         ]
+
+    @cached_property
+    def ability(self) -> Ability:
+        """What the unedited model can answer, and the instrument of the headline that follows from it."""
+        base = shared_base(self.model, self.settings.out)
+        found = score(self.model, self.own_probes(), [Condition()], base_shards=base, description="scoring the base")
+        return instrument.choose(found, self.behaviour)
+
+    def control_probes(self) -> list[Probe]:
+        """The probes that random directions are asked: those of the headline's instrument, and the dilemmas."""
+        has_replies = self.ability.instrument == "replies"
+        own = [probe for probe in self.own_probes() if (probe.kind == "contrast") == has_replies]
+        return [*own, self.dilemma_rows.probe()]
 
     def conditions(self, direction: Direction) -> list[Condition]:
         """The direction at every alpha, and the first personas as prompts."""
@@ -78,15 +106,15 @@ class Replication(Fitting):
         return f"dW:{self.settings.adapter}"
 
     def eval(self) -> pl.DataFrame:
-        """Score all probes, and the first two also under random directions, and write `scores.parquet`."""
-        direction, probes = self.fitted.direction, self.probes()
+        """Choose the instrument on the base, score all probes, some also under random directions: `scores.parquet`."""
+        direction, probes, on_controls = self.fitted.direction, self.probes(), self.control_probes()
         inputs = {
             "direction": digest(self.folder / "direction.safetensors"),
             "probes": [probe.key for probe in probes],
             "alphas": self.settings.alphas,
             "control_seeds": self.settings.control_seeds,
             "control_alphas": controls.control_strengths(self.settings.alphas),
-            "controls_on": [probe.name for probe in probes[:2]],
+            "controls_on": [probe.name for probe in on_controls],
             "personas": self.behaviour.personas,
             **scored_with(self.model),
         }
@@ -97,7 +125,7 @@ class Replication(Fitting):
             table = score(self.model, probes, self.conditions(direction), shards=shards, base_shards=base)
             if random_directions := self.control_conditions(direction):
                 found = score(
-                    self.model, probes[:2], random_directions, shards=shards, base_shards=base,
+                    self.model, on_controls, random_directions, shards=shards, base_shards=base,
                     description="scoring random directions",
                 )  # fmt: skip
                 table = pl.concat([table, found.filter(pl.col("edit") != summary.BASE)])  # the first table has the base
@@ -114,7 +142,7 @@ class Replication(Fitting):
         """The rounding error of a half-precision dtype on the behaviour's own probe; None for an fp32 model."""
         if self.model.dtype == torch.float32:
             return None
-        probe = sycophancy.probe(self.behaviour, self.settings.rows)
+        probe = sycophancy.probe(self.behaviour, self.limit("choice"))
         inputs = {"model": self.model.fingerprint, "probe": probe.key, **scored_with(self.model)}
 
         def make(_: Shards) -> None:
@@ -176,12 +204,42 @@ class Replication(Fitting):
         )
         return pl.read_parquet(path)
 
+    def free_replies(self) -> pl.DataFrame | None:
+        """Free replies to held-out prompts, judged by the unedited model and an endpoint; None if none are wanted."""
+        asked = free_replies.items(self.behaviour, self.settings.judged)
+        if not asked:
+            return None
+        direction, path = self.fitted.direction, self.folder / "replies.parquet"
+        judges: dict[str, Judge] = {"persona": PersonaJudge(self.fitting_model, self.behaviour)}
+        if self.settings.judge.backend == "http":
+            judges["http"] = HttpJudge(self.settings.judge, self.behaviour)
+        inputs = {
+            "direction": digest(self.folder / "direction.safetensors"),
+            "prompts": [item.open_question for item in asked],
+            "personas": self.behaviour.personas,
+            "sampling": self.sampling,
+            "judge": self.settings.judge,
+            **self._arithmetic,
+            **scored_with(self.model),
+        }
+
+        def make(shards: Shards) -> None:
+            unjudged = shards.path("replies.parquet")
+            if not shards.has(unjudged.name):
+                write_table(unjudged, free_replies.write(self.model, direction, asked, self.sampling))
+            write_table(path, free_replies.judged(pl.read_parquet(unjudged), judges))
+
+        result = self._build("replies", inputs, [path.name], make)
+        table = pl.read_parquet(path)
+        self._say("replies", result, f"{len(table)} free replies judged")
+        return table
+
     def report(self) -> Summary:
         """Run the missing stages and write `summary.json`, `config.json`, the figure and the two reports."""
         _ = self.dilemma_rows  # report a wrong source before anything is fitted
         run = self.fitted
         scores, kinds, said, rounded = self.eval(), self.alignment(), self.samples(), self.rounding()
-        content, config = self._summary(run, scores, rounded), self._config(run)
+        content, config = self._summary(run, scores, rounded, self.free_replies()), self._config(run)
         write_json(self.folder / "config.json", config)
         write_json(self.folder / SUMMARY_FILE, plain(content))
         page.write(self.folder.path, content, config, said, kinds, run.records)
@@ -190,15 +248,19 @@ class Replication(Fitting):
         )
         return content
 
-    def _summary(self, run: FittedRun, scores: pl.DataFrame, rounded: dict[str, Any] | None) -> Summary:
-        name, probe = run.behaviour.name, run.behaviour.probe
+    def _summary(
+        self, run: FittedRun, scores: pl.DataFrame, rounded: dict[str, Any] | None, replies: pl.DataFrame | None
+    ) -> Summary:
+        name, probe, shown_by = run.behaviour.name, run.behaviour.probe, self.ability.instrument
         numbers = summary.summarise(scores, self.edit_name, name, probe.headline)
         return Summary(
             model=self.model.name, behaviour=name, adapter=self.settings.adapter, seed=self.settings.seed,
             data_seed=self.settings.data_seed, headline_group=probe.headline, noun=probe.noun,
             direction_norm=run.geometry.norm_dw, geometry=asdict(run.geometry), numbers=numbers,
-            seconds=dict(self.seconds), warnings=(*dict.fromkeys(self.warnings), *summary.doubts(numbers, name)),
-            headline=summary.headline(numbers, name, probe.noun), rounding=rounded,
+            seconds=dict(self.seconds),
+            warnings=(*dict.fromkeys(self.warnings), *summary.doubts(numbers, name, shown_by)),
+            headline=summary.headline(numbers, name, probe.noun, shown_by), rounding=rounded,
+            ability=self.ability, judged={} if replies is None else free_replies.summarise(replies),
         )  # fmt: skip
 
     def _config(self, run: FittedRun) -> dict[str, Any]:
