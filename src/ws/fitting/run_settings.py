@@ -20,6 +20,7 @@ from ws.measure.score import SCORES_VERSION
 from ws.model import loading
 from ws.model.chat import Thinking
 from ws.model.loading import ChatModel, Dtype
+from ws.model.sources import model_slug
 
 DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
@@ -68,7 +69,7 @@ class Settings:
 def run_path(settings: Settings, subject: Behaviour) -> Path:
     """`out/<model>/<behaviour>/<adapter>/seed<k>`, with the suffix `-data<j>` if the data seed j is not 0."""
     seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
-    return settings.out / loading.model_slug(settings.model) / subject.name / settings.adapter / seed
+    return settings.out / model_slug(settings.model) / subject.name / settings.adapter / seed
 
 
 def command(settings: Settings, *words: object) -> str:
