@@ -6,13 +6,18 @@ comes out is an ordinary one in fp32 (or in the dtype asked for); nothing rememb
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ws.base.errors import UserError
+from ws.model.library import explain
 
 _ORIGINAL = "Give the original model instead (a folder with safetensors, or its hub id)."
 _MAGIC = b"GGUF"
@@ -57,7 +62,7 @@ def require_readable(path: Path) -> None:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise UserError(f"{path} is not a GGUF file", "Give a file that llama.cpp can load.")
     try:
-        reader = gguf.GGUFReader(str(path))
+        reader = _reader(path)
     except Exception as error:  # the parser runs beyond the end of the file, or into types that it does not know
         if "GGMLQuantizationType" in str(error):
             raise UserError(
@@ -68,6 +73,8 @@ def require_readable(path: Path) -> None:
         ) from error
     if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
         raise UserError(f"{path} is one part of a split model", "Join the parts with: llama-gguf-split --merge")
+    if "general.architecture" not in reader.fields:
+        raise UserError(f"{path} does not say which architecture it is", _ORIGINAL)
     if not {"tokenizer.ggml.model", "tokenizer.ggml.tokens"} <= reader.fields.keys():
         raise UserError(f"{path} holds no tokenizer", _ORIGINAL)
     for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
@@ -79,11 +86,57 @@ def require_readable(path: Path) -> None:
             ) from error
 
 
-def unsupported(path: Path, error: Exception) -> UserError:
-    """One line for a file whose architecture transformers does not read."""
+def refusal(path: Path, error: Exception) -> UserError:
+    """One line for what transformers raised about the file: usually an architecture that it does not read."""
     from transformers import __version__  # noqa: PLC0415 - heavy import, late
 
-    return UserError(f"transformers {__version__} cannot read the model in {path} ({error})", _ORIGINAL)
+    if isinstance(error, MemoryError | ImportError | torch.OutOfMemoryError):
+        return explain(str(path), str(path), "weights", error)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"transformers {__version__} cannot read the model in {path} ({reason[:300]})", _ORIGINAL)
+
+
+def complete(config: Any, path: Path) -> None:
+    """Add to the configuration what transformers leaves at its default although the file says it: the head width."""
+    width = _field(path, "attention.key_length")
+    if width is not None and hasattr(config, "head_dim"):
+        config.head_dim = int(width)
+
+
+def require_all_used(path: Path, network: nn.Module) -> None:
+    """Raise if the network lacks tensors or a scaling of positions that the file has: transformers drops them silently.
+
+    Call it inside `read_once`.
+    """
+    reader = _reader(path)
+    held = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    used = sum({tensor.data_ptr(): tensor.numel() for tensor in network.state_dict().values()}.values())
+    if held != used:
+        factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+        example = f", for example {factors[0]}" if factors else ""
+        raise UserError(
+            f"{path} holds {held:,} numbers, but the model that transformers makes of it uses {used:,}{example}",
+            _ORIGINAL,
+        )
+    factor = _field(path, "rope.scaling.factor")
+    rotation = json.dumps(network.config.to_dict().get("rope_parameters"))  # type: ignore[union-attr,operator]
+    if factor not in (None, 1.0) and '"factor"' not in rotation:
+        raise UserError(
+            f"{path} scales its positions by {factor:g}, which transformers does not read from GGUF", _ORIGINAL
+        )
+
+
+def _reader(path: Path) -> Any:
+    import gguf  # noqa: PLC0415 - heavy import, late
+
+    return gguf.GGUFReader(str(path))
+
+
+def _field(path: Path, name: str) -> Any:
+    """A value that the file holds for its architecture; None if there is none."""
+    fields = _reader(path).fields
+    found = fields.get(f"{fields['general.architecture'].contents()}.{name}")
+    return None if found is None else found.contents()
 
 
 def loading_choices() -> dict[str, Any]:

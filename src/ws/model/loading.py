@@ -100,6 +100,8 @@ class ChatModel:
             "attention": self.network.config._attn_implementation,
             "thinking": self.chat.thinking,
             "rendering": self.chat.rendering_key,
+            # no key for most models, so that what is stored under these keys stays valid
+            **({} if self.chat.default_system is None else {"default_system": self.chat.default_system}),
         }
 
 
@@ -146,9 +148,7 @@ def load(
     return ChatModel(
         name=name,
         network=network,
-        chat=Chat(
-            tokenizer, thinking, name, vocabulary=len(network.get_input_embeddings().weight), ends=_ends(network)
-        ),
+        chat=Chat(tokenizer, thinking, name, vocabulary=len(network.get_input_embeddings().weight), ends=ends(network)),
         revision=source.commit or getattr(config, "_commit_hash", None) or revision,
         settings=_recommended(source),
         cache_memory=cache_memory,
@@ -202,19 +202,18 @@ def _from_gguf(name: str, path: Path, choices: dict[str, Any]) -> tuple[Any, Any
         gguf_file.require_readable(path)
         try:
             config = AutoConfig.from_pretrained(place, **file)
-        except Exception as error:  # the library raises many types for what it does not know
-            raise gguf_file.unsupported(path, error) from error
-        with refusals_told(name, place, "tokenizer"):
+            gguf_file.complete(config, path)
+            # not AutoTokenizer, which reads the configuration once more; the tokenizer is the same
             tokenizer = PreTrainedTokenizerFast.from_pretrained(place, **file)
-        try:
             network, loading = AutoModelForCausalLM.from_pretrained(
                 place, config=config, output_loading_info=True, ignore_mismatched_sizes=True,
                 **file, **gguf_file.loading_choices(), **choices,
             )  # fmt: skip
-        except Exception as error:
-            raise gguf_file.unsupported(path, error) from error
+        except Exception as error:  # the library raises many types for what it does not know
+            raise gguf_file.refusal(path, error) from error
+        _require_complete(str(path), loading)
+        gguf_file.require_all_used(path, network)
     gguf_file.forget_quantisation(network)
-    _require_complete(str(path), loading)
     return config, tokenizer, network
 
 
@@ -236,22 +235,7 @@ def _recommended(source: Source) -> dict[str, Any]:
 # -------------------------------------------------------------------- choices
 
 
-def folder_of(name: str) -> Path:
-    """The local folder of a model's files: of an embedded model, a folder, or a downloaded hub model."""
-    place = Path(sources.find(name).place)
-    if place.is_dir():
-        return place
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - heavy import, late
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # the library raises many types for a model that is not there
-        raise UserError(
-            f"the files of {name!r} are not on this machine", "Download it by loading it once, or give a folder."
-        ) from error
-
-
-def _ends(network: Any) -> tuple[int, ...]:
+def ends(network: Any) -> tuple[int, ...]:
     """Token ids that end a text according to `generation_config.json`: none, one, or several."""
     found = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     ends = found if isinstance(found, list | tuple) else () if found is None else (found,)

@@ -69,6 +69,7 @@ def _blocks(
             "and random numbers, without a system prompt.",
             note=True,
         ),
+        *_default_system(config["model"].get("default_system")),
         _samples(samples),
         Heading("Effects on held-out probes"),
         *_effect_tables(summary),
@@ -101,6 +102,19 @@ def _tiles(summary: Summary) -> list[Tile]:
         kept = f"{100 * side['-1'].facts:.1f} / {100 * side['1'].facts:.1f} %"
         tiles.append(Tile(kept, "facts right at -1 / +1", f"base {100 * side['0'].facts:.1f} %"))
     return tiles
+
+
+def _default_system(text: str | None) -> list[Block]:
+    """What "plain" means for a model whose template opens a system turn by itself."""
+    if text is None:
+        return []
+    return [
+        Paragraph(
+            f'If no system prompt is given, the template of this model opens with its own: "{text}" Plain means with '
+            "that text; a persona prompt takes its place.",
+            note=True,
+        )
+    ]
 
 
 def _samples(samples: pl.DataFrame) -> Block:
