@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ws.base.errors import UserError
 from ws.model.library import explain
@@ -103,7 +102,7 @@ def complete(config: Any, path: Path) -> None:
         config.head_dim = int(width)
 
 
-def require_all_used(path: Path, network: nn.Module) -> None:
+def require_all_used(path: Path, network: Any) -> None:
     """Raise if the network lacks tensors or a scaling of positions that the file has: transformers drops them silently.
 
     Call it inside `read_once`.
@@ -119,7 +118,7 @@ def require_all_used(path: Path, network: nn.Module) -> None:
             _ORIGINAL,
         )
     factor = _field(path, "rope.scaling.factor")
-    rotation = json.dumps(network.config.to_dict().get("rope_parameters"))  # type: ignore[union-attr,operator]
+    rotation = json.dumps(network.config.to_dict().get("rope_parameters"))
     if factor not in (None, 1.0) and '"factor"' not in rotation:
         raise UserError(
             f"{path} scales its positions by {factor:g}, which transformers does not read from GGUF", _ORIGINAL
