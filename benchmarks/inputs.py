@@ -26,7 +26,7 @@ from ws.base.poles import POLES
 from ws.base.store import read_json, write_json
 from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings
-from ws.model import architecture, loading
+from ws.model import architecture, loading, sources
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
 
@@ -64,7 +64,7 @@ class Inputs:
         if name in shapes.SHAPES:
             model = str(folder / name)
             shapes.make(shapes.SHAPES[name], Path(model), shapes.fast_dtype())
-        made = cls(loading.model_slug(name), model, workload, folder)
+        made = cls(sources.model_slug(name), model, workload, folder)
         write_json(folder / _FILE, {"size": made.size, "model": model, "workload": workload.name})
         if workload.grid is None:
             made._write_random()

@@ -28,7 +28,8 @@ from ws.base.errors import UserError
 from ws.edit.steering import steer
 from ws.model import library, loading
 from ws.model.fingerprint import fingerprint, forget_fingerprint
-from ws.model.loading import ChatModel, model_slug
+from ws.model.loading import ChatModel
+from ws.model.sources import model_slug
 from ws.pocket import tiny
 
 WEIGHTS = "model.safetensors"
@@ -239,8 +240,8 @@ def test_unknown_names_are_one_line_with_a_remedy(name: str, tmp_path: Path, mon
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert_refused(tmp_path / "model.gguf", "--model")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert_refused(tmp_path / "model.safetensors", "--model")
 
 
 def test_the_embedded_model_without_weights_says_how_to_build_it(

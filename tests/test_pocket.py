@@ -17,7 +17,7 @@ from ws.base.errors import UserError
 from ws.edit.condition import PLAIN
 from ws.eval import dilemmas
 from ws.fitting import behaviour
-from ws.model import library, loading
+from ws.model import library, loading, sources
 from ws.model.chat import Chat
 from ws.pocket import bpe, build, card, corpus, open_answers
 from ws.pocket import check as pocket_check
@@ -134,7 +134,7 @@ def test_the_digest_of_texts_counts_how_they_are_put_together_and_not_how_often(
 def test_shipped_settings_are_the_recommended_ones(name: str) -> None:
     folder = library.POCKET_MODELS[name]
     architecture = build.recorded(folder)["recipe"]["architecture"]
-    stored = json.loads((folder / loading.SETTINGS_FILE).read_text())
+    stored = json.loads((folder / sources.SETTINGS_FILE).read_text())
     assert stored == json.loads(json.dumps(build.recommended(architecture)))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ws.adapters.folder import AdapterFolder
 from ws.base import console
 from ws.base.errors import BaseMismatchError, UserError
-from ws.model import loading
+from ws.model import convert
 from ws.model.loading import ChatModel
 from ws.model.weight_files import Checkpoint
 
@@ -45,7 +45,8 @@ def _has_weights_of(model: ChatModel, folder: AdapterFolder) -> bool:
     if name == model.name or Path(name).expanduser().resolve() == Path(model.name).expanduser().resolve():
         return True
     try:
-        found = Checkpoint(loading.folder_of(name)).fingerprint()
+        with convert.as_folder(name) as base:
+            found = Checkpoint(base).fingerprint()
     except UserError:  # not here, or not readable
         return False
     if found != model.fingerprint:

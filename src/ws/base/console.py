@@ -141,6 +141,7 @@ def library_noise_muted() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - heavy import, late
 
     verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -151,4 +152,5 @@ def library_noise_muted() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

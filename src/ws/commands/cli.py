@@ -21,6 +21,7 @@ from ws.base.errors import UserError
 from ws.base.version import __version__
 from ws.commands.behaviours import BehaviourCommand
 from ws.commands.comparisons import Calibrate, Compare, Sweep
+from ws.commands.converting import Convert
 from ws.commands.embedded import Pocket
 from ws.commands.results import Export, Report, Show
 from ws.commands.stages import Data, Diff, Eval, Replicate, Smoke, Subspace, Train
@@ -37,6 +38,7 @@ Command = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Show, subcommand("show")]
     | Annotated[Pocket, subcommand("pocket")]

@@ -24,7 +24,7 @@ class ModelOptions:
     """Which model to use, and how to load it."""
 
     model: str = "pocket"
-    """Name of an embedded model (pocket, pocket-gemma), a hub id, or a model folder."""
+    """Name of an embedded model (pocket, pocket-gemma), smollm2, a hub id, a model folder, or a GGUF file."""
     dtype: Dtype = "auto"
     """Number format of the weights. auto: float32 up to 200 M parameters or if bfloat16 is slow, else the file's."""
     device: str = "auto"

@@ -173,13 +173,14 @@ class Diff(StageOptions):
 
     def _checkpoints(self, target: Path, pos: Path, neg: Path) -> None:
         from ws.adapters import checkpoints  # noqa: PLC0415
-        from ws.model import loading  # noqa: PLC0415
+        from ws.model import convert  # noqa: PLC0415
 
         if self.numerics:
             raise UserError(
                 "--numerics works with adapters, not with checkpoints", "Give two adapter folders, or omit --numerics."
             )
-        changed = checkpoints.difference(loading.folder_of(self.model), pos, neg, target)
+        with convert.as_folder(self.model) as base:
+            changed = checkpoints.difference(base, pos, neg, target)
         if self.json:
             console.print_json(json.dumps({"changed": changed}))
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ws.algebra.direction import Direction
+from ws.base import console
 from ws.base.store import write_text
 from ws.report.cells import signed
 from ws.report.findings import Summary
@@ -20,7 +21,7 @@ _LOADING = {
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("{place}")\n```'
     ),
-    "gguf-lora": "```\nllama-cli -m base.gguf --lora {place}\n```\nAnother strength: `--lora-scaled {place} 0.5`.",
+    "gguf-lora": "```\nllama-cli -m {file} --lora {place}\n```\nAnother strength: `--lora-scaled {place} 0.5`.",
 }
 
 
@@ -31,10 +32,14 @@ def write_card(
     *,
     base: str,
     place: str,
+    base_file: Path | None = None,
     summary: Summary | None = None,
 ) -> None:
-    """Write a Markdown card; `summary` is the summary of the direction's run, if there is one."""
-    write_text(path, card(direction, record, base=base, place=place, summary=summary))
+    """Write a Markdown card.
+
+    base_file: the GGUF file of the base, if it is one. summary: the summary of the direction's run, if there is one.
+    """
+    write_text(path, card(direction, record, base=base, place=place, base_file=base_file, summary=summary))
 
 
 def card(
@@ -43,12 +48,14 @@ def card(
     *,
     base: str,
     place: str,
+    base_file: Path | None = None,
     summary: Summary | None = None,
 ) -> str:
     """The card as Markdown."""
     source = dict(direction.provenance)
     behaviour = source.get("behaviour", {})
     name = behaviour.get("name", "a direction")
+    folder = base if base_file is None else "BASE_FOLDER"
     lines = [
         "---",
         f"base_model: {base}",
@@ -64,7 +71,8 @@ def card(
         "",
         "## Load it",
         "",
-        _LOADING[record["format"]].format(base=base, place=place),
+        *_of_gguf(record["format"], base, base_file),
+        _LOADING[record["format"]].format(base=folder, place=place, file=base_file.name if base_file else "base.gguf"),
         "",
         *(_evidence(summary) if summary else ["This direction has no evaluation.", ""]),
         "## Origin",
@@ -75,6 +83,14 @@ def card(
         "Method: Fierro and Roger, Steering Language Models with Weight Arithmetic, arXiv 2511.05408.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _of_gguf(kind: str, base: str, base_file: Path | None) -> list[str]:
+    """How a base that is a GGUF file becomes the folder that PEFT needs."""
+    if base_file is None or kind != "peft":
+        return []
+    return [f"The base is a GGUF file. Make a folder of it first: `{console.command('convert', base, 'BASE_FOLDER')}`",
+            ""]  # fmt: skip
 
 
 def _exactness(record: Mapping[str, Any]) -> str:

@@ -9,10 +9,11 @@ from ws.algebra.direction import Direction
 from ws.base.errors import UserError
 from ws.base.store import write_json
 from ws.export.card import write_card
+from ws.export.gguf_lora import write_gguf
 from ws.export.lora import logit_error, write_peft
 from ws.export.merged import write_merged
 from ws.export.target import RECORD_FILE
-from ws.model import loading
+from ws.model import convert, loading, sources
 from ws.report.findings import SUMMARY_FILE, Summary, read_summary
 
 Format = Literal["peft", "merged", "gguf-lora"]
@@ -41,7 +42,8 @@ def export(
     name = f"{source.stem if source.is_file() else source.name}-{kind}-alpha{alpha:g}"
     target = out or source.parent / (f"{name}.gguf" if kind == "gguf-lora" else name)
     if kind == "merged":
-        record = write_merged({direction: alpha}, loading.folder_of(base), target) | {"alpha": alpha, "exact": True}
+        with convert.as_folder(base) as folder:
+            record = write_merged({direction: alpha}, folder, target) | {"alpha": alpha, "exact": True}
     else:
         loaded = loading.load(base)
         direction = direction.bind(loaded)
@@ -49,12 +51,11 @@ def export(
             record = write_peft(direction, loaded.network, target, alpha=alpha, rank=rank, fold=fold, base_name=base)
             record |= {"logit_error": logit_error(loaded, direction, alpha, target)}
         else:
-            from ws.export.gguf_lora import write_gguf  # noqa: PLC0415 - needs an extra
-
             record = write_gguf(direction, loaded.network, target, alpha=alpha, rank=rank, name=name)
     described = target if target.is_dir() else target.with_suffix(".md")
     card = target / "README.md" if target.is_dir() else described
-    write_card(card, direction, record, base=base, place=target.name, summary=summary)
+    base_file = sources.find(base).gguf
+    write_card(card, direction, record, base=base, place=target.name, base_file=base_file, summary=summary)
     if target.is_dir():
         write_json(target / RECORD_FILE, record)
     return record, target

@@ -8,7 +8,7 @@ llama.cpp stores the rows of `q` and `k` of Llama-shaped models in another order
 neighbouring numbers: row `h * d + 2 i + j` there is row `h * d + j * d / 2 + i` here (head h of width d, j in 0, 1).
 The rows of `lora_b` follow. Other architectures keep their order.
 
-Needs the `gguf` package (an extra). Other architectures are an error.
+Other architectures are an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ws.algebra.direction import Direction
 from ws.base.errors import UnsupportedFeatureError, UserError
 from ws.base.store import atomic_file
 from ws.export.lora import energy_kept, low_rank_form
-from ws.model import architecture
+from ws.model import architecture, gguf_file
 
 _NAMES = {
     "qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama", "gemma3_text": "gemma3", "gpt2": "gpt2",
@@ -37,7 +37,7 @@ def write_gguf(
     direction: Direction, network: nn.Module, path: Path, *, alpha: float = 1.0, rank: int | None = None, name: str = ""
 ) -> dict[str, Any]:
     """Write `alpha * dW` as a GGUF LoRA with scale 1, read it back, and return what it keeps."""
-    gguf = _library()
+    gguf = gguf_file.library("writing a GGUF LoRA")
     config = architecture.text_config(network)
     if config.model_type not in _NAMES:
         raise UnsupportedFeatureError(
@@ -92,16 +92,6 @@ def gguf_rows(rows: Tensor, module: str, config: Any) -> Tensor:
         return rows
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, rows.shape[1])
     return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _library() -> Any:
-    try:
-        import gguf  # noqa: PLC0415 - optional extra, late
-    except ImportError as error:
-        raise UserError(
-            "writing GGUF needs the gguf library", "Install it with: pip install weight-steering[gguf]"
-        ) from error
-    return gguf
 
 
 def _require_same(gguf: Any, path: Path, tensors: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from ws.measure.score import SCORES_VERSION
 from ws.model import loading
 from ws.model.chat import Thinking
 from ws.model.loading import ChatModel, Dtype
+from ws.model.sources import model_slug
 
 DEFAULT_ALPHAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
@@ -109,7 +110,7 @@ def run_path(settings: Settings, subject: Behaviour) -> Path:
     recipe."""
     seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
     seed += "" if settings.recipe == "own" else f"-{settings.recipe}"
-    return settings.out / loading.model_slug(settings.model) / subject.name / settings.adapter / seed
+    return settings.out / model_slug(settings.model) / subject.name / settings.adapter / seed
 
 
 def command(settings: Settings, *words: object) -> str:

@@ -219,6 +219,11 @@ class Chat:
         return self.template.supports_system_turn
 
     @property
+    def default_system(self) -> str | None:
+        """The system turn that a conversation without one gets from the template; None if it gets none."""
+        return self.template.default_system
+
+    @property
     def switches(self) -> dict[str, bool]:
         """The template's variables for thinking, with the values of the thinking setting."""
         return dict.fromkeys(self.template.switches, self._thinks)

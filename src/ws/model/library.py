@@ -19,6 +19,8 @@ from ws.base.errors import UserError
 _POCKET_WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
 POCKET_MODELS = {"pocket": _POCKET_WEIGHTS / "qwen3", "pocket-gemma": _POCKET_WEIGHTS / "gemma3"}
 """Models that ship with the package, by name."""
+SMOLLM2, SMOLLM2_ON_HUB = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""A real chat model by a short name, and its hub id."""
 
 _REMEDIES = {
     "configuration": "Correct config.json there, or save the model again with save_pretrained.",
@@ -55,8 +57,8 @@ def explain(name: str, place: str, part: str, error: Exception) -> UserError:
         return UserError(f"the model in {place} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
     if part != "first forward pass" and isinstance(error, OSError):
         return UserError(
-            f"model {name!r} is neither {' nor '.join(map(repr, POCKET_MODELS))}, a folder, nor a hub id that can be "
-            f"downloaded ({cause})",
+            f"model {name!r} is neither {' nor '.join(map(repr, (*POCKET_MODELS, SMOLLM2)))}, a folder, a GGUF file, "
+            f"nor a hub id that can be downloaded ({cause})",
             "Check the spelling and the network, or give a local folder.",
         )
     return UserError(f"the model {name!r} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])

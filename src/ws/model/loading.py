@@ -1,13 +1,15 @@
 """Load a causal language model with its tokenizer from the package, a hub or a folder, and identify it.
 
-`load("pocket")`, `load("Qwen/Qwen3-0.6B")` and `load("./folder")` go through the same `from_pretrained`. A folder may
-carry `weight_steering.json` with recommended settings (per adapter family and behaviour, for sampling); the embedded
-models do.
+`load("pocket")`, `load("Qwen/Qwen3-0.6B")`, `load("./folder")` and `load("file.gguf")` go through the same
+`from_pretrained`; `sources` says which files are meant. A folder may carry `weight_steering.json` with recommended
+settings (per adapter family and behaviour, for sampling); the embedded models do.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +20,16 @@ import torch
 from ws.base import console, precision
 from ws.base.errors import UserError
 from ws.base.store import read_json
-from ws.model import architecture, forward, weight_files
+from ws.model import architecture, forward, gguf_file, sources, weight_files
 from ws.model.attention import EAGER, use_grouped
 from ws.model.chat import Chat, Thinking
 from ws.model.fingerprint import fingerprint
 from ws.model.forward import SplitForward
-from ws.model.library import POCKET_MODELS, explain, refusals_told, without_weights
+from ws.model.library import explain, refusals_told, without_weights
+from ws.model.sources import Source, model_slug
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-SETTINGS_FILE = "weight_steering.json"
 CACHE_MEMORY = 2**30
 """Default limit, in bytes, of the hidden states that are kept for reuse."""
 SMALL_MODEL = 200_000_000
@@ -98,15 +100,9 @@ class ChatModel:
             "attention": self.network.config._attn_implementation,
             "thinking": self.chat.thinking,
             "rendering": self.chat.rendering_key,
+            # no key for most models, so that what is stored under these keys stays valid
+            **({} if self.chat.default_system is None else {"default_system": self.chat.default_system}),
         }
-
-
-def model_slug(name: str) -> str:
-    """`Qwen/Qwen3-0.6B` -> `Qwen_Qwen3-0.6B`; a folder -> its own name."""
-    path = Path(name).expanduser()
-    if name not in POCKET_MODELS and path.is_dir():
-        return path.resolve().name
-    return name.replace("/", "_")
 
 
 def load(
@@ -120,115 +116,126 @@ def load(
     trust_remote_code: bool = False,
     cache_memory: int = CACHE_MEMORY,
 ) -> ChatModel:
-    """Load a model by the name of an embedded model, a folder, or a hub id.
+    """Load a model by the name of an embedded model, `smollm2`, a folder, a GGUF file, or a hub id.
 
     dtype "auto" is fp32 up to 200 M parameters and on a CPU that emulates bfloat16, else the dtype of the checkpoint.
     Device "auto" prefers CUDA, then MPS, then the CPU; attention "auto" is the grouped eager form on the CPU (faster
     there at these lengths) and SDPA elsewhere.
-    Weights are read from safetensors only. Raises `UserError` with a remedy if the model cannot be loaded.
+    Weights are read from safetensors, or dequantised from GGUF (to fp32, unless `dtype` names another). Raises
+    `UserError` with a remedy if the model cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy import, late
-
     if cache_memory < 0:
         raise UserError(f"--cache-memory is {cache_memory / 2**30:g} GiB; it cannot be negative", "Give 0 or more.")
-    place = _locate(name)
     target_device = _choose_device(device)
     chosen_attention = _choose_attention(attention, target_device)
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = sources.find(name, revision)
+    choices = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "attn_implementation": chosen_attention}
+    if source.gguf is None:
+        remote = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config, tokenizer, network = _from_folder(name, source.place, choices, remote)
+    else:
+        config, tokenizer, network = _from_gguf(name, source.gguf, choices)
+    slow = not precision.bfloat16_is_fast(target_device.type)
+    if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):
+        network.to(torch.float32)
+    elif slow and network.dtype == torch.bfloat16:
+        console.warn("this CPU emulates bfloat16, which is slow: --dtype float32 is many times faster")
+    with refusals_told(name, source.place, "first forward pass"):
+        network.to(target_device).eval().requires_grad_(False)
+        forward.check_causal(network, name)
+    if attention == "auto" and network.config._attn_implementation == EAGER and not use_grouped(network):
+        console.warn(f"{name}: grouped attention does not match this model; using the library's eager form")
+    return ChatModel(
+        name=name,
+        network=network,
+        chat=Chat(tokenizer, thinking, name, vocabulary=len(network.get_input_embeddings().weight), ends=ends(network)),
+        revision=source.commit or getattr(config, "_commit_hash", None) or revision,
+        settings=_recommended(source),
+        cache_memory=cache_memory,
+    )
+
+
+# -------------------------------------------------------------------- reading
+
+
+def _from_folder(name: str, place: str, choices: dict[str, Any], remote: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Configuration, tokenizer and network of a folder or hub id, with all weights there and all of them used."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy import, late
+
     with refusals_told(name, place, "configuration"):
-        config = AutoConfig.from_pretrained(place, **common)
+        config = AutoConfig.from_pretrained(place, **remote)
     with refusals_told(name, place, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(place, **common)
+        tokenizer = AutoTokenizer.from_pretrained(place, **remote)
     try:
         with console.library_noise_muted():
             network, loading = AutoModelForCausalLM.from_pretrained(
                 place,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                attn_implementation=chosen_attention,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # raised below as an error that names the tensor
-                **common,
+                **choices,
+                **remote,
             )
     except Exception as error:  # a try without weights finds a bad configuration or choice
-        without_weights(place, name, **common)
-        without_weights(place, name, part="attention", attn_implementation=chosen_attention, **common)
+        without_weights(place, name, **remote)
+        without_weights(place, name, part="attention", attn_implementation=choices["attn_implementation"], **remote)
         if isinstance(error, RuntimeError) and Path(place).is_dir():
             # the library's report is muted; reading the files raises an error that names the tensor
             weight_files.Checkpoint(Path(place)).fingerprint()
         raise explain(name, place, "weights", error) from error
     if getattr(network, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} is an adapter, not a model", "Give its base model. To use adapters, see ws diff.")
-    for parameter, stored, described in sorted(loading["mismatched_keys"]):
-        weight_files.require_shape(name, parameter, stored, described)
+    _require_complete(name, loading)
     if Path(place).is_dir():
         weight_files.require_floats(Path(place), [key for key, _ in network.named_parameters()])
-    weight_files.require_all_there(name, loading["missing_keys"])
-    weight_files.require_all_used(name, loading["unexpected_keys"])
-    slow = not precision.bfloat16_is_fast(target_device.type)
-    if dtype == "auto" and (slow or sum(p.numel() for p in network.parameters()) <= SMALL_MODEL):
-        network.to(torch.float32)
-    elif slow and network.dtype == torch.bfloat16:
-        console.warn("this CPU emulates bfloat16, which is slow: --dtype float32 is many times faster")
-    with refusals_told(name, place, "first forward pass"):
-        network.to(target_device).eval().requires_grad_(False)
-        forward.check_causal(network, name)
-    if attention == "auto" and network.config._attn_implementation == EAGER and not use_grouped(network):
-        console.warn(f"{name}: grouped attention does not match this model; using the library's eager form")
-    settings_file = Path(place) / SETTINGS_FILE
-    recommended = read_json(settings_file) if settings_file.is_file() else {}
+    return config, tokenizer, network
+
+
+def _from_gguf(name: str, path: Path, choices: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Configuration, tokenizer and dequantised network of a GGUF file."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: PLC0415 - late
+
+    # the whole path: the library would take a file of the same name in the current folder
+    place, file = str(path.parent), {"gguf_file": str(path)}
+    gguf_file.library(f"reading {name}")
+    with console.library_noise_muted(), gguf_file.read_once(), redirect_stderr(io.StringIO()):  # has its own bar
+        gguf_file.require_readable(path)
+        try:
+            config = AutoConfig.from_pretrained(place, **file)
+            gguf_file.complete(config, path)
+            # not AutoTokenizer, which reads the configuration once more; the tokenizer is the same
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(place, **file)
+            network, loading = AutoModelForCausalLM.from_pretrained(
+                place, config=config, output_loading_info=True, ignore_mismatched_sizes=True,
+                **file, **gguf_file.loading_choices(), **choices,
+            )  # fmt: skip
+        except Exception as error:  # the library raises many types for what it does not know
+            raise gguf_file.refusal(path, error) from error
+        _require_complete(str(path), loading)
+        gguf_file.require_all_used(path, network)
+    gguf_file.forget_quantisation(network)
+    return config, tokenizer, network
+
+
+def _require_complete(place: str, loading: dict[str, Any]) -> None:
+    for parameter, stored, described in sorted(loading["mismatched_keys"]):
+        weight_files.require_shape(place, parameter, stored, described)
+    weight_files.require_all_there(place, loading["missing_keys"])
+    weight_files.require_all_used(place, loading["unexpected_keys"])
+
+
+def _recommended(source: Source) -> dict[str, Any]:
+    found = {} if source.settings is None else read_json(source.settings)
     parts = ("train", "train_for", "judge", "sampling", "run", "rows")
-    if not isinstance(recommended, dict) or not all(isinstance(recommended.get(part, {}), dict) for part in parts):
-        raise UserError(f"{settings_file} does not hold settings by name", "Correct the file, or delete it.")
-    return ChatModel(
-        name=name,
-        network=network,
-        chat=Chat(
-            tokenizer, thinking, name, vocabulary=len(network.get_input_embeddings().weight), ends=_ends(network)
-        ),
-        revision=getattr(config, "_commit_hash", None) or revision,
-        settings=recommended,
-        cache_memory=cache_memory,
-    )
+    if not isinstance(found, dict) or not all(isinstance(found.get(part, {}), dict) for part in parts):
+        raise UserError(f"{source.settings} does not hold settings by name", "Correct the file, or delete it.")
+    return found
 
 
 # -------------------------------------------------------------------- choices
 
 
-def _locate(name: str) -> str:
-    if name in POCKET_MODELS:
-        folder = POCKET_MODELS[name]
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"the embedded model {name!r} has no weights at {folder}",
-                f"Build it with: ws pocket build --architecture {folder.name}",
-            )
-        return str(folder)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        weight_files.names_in(folder)
-        return str(folder)
-    if name.startswith((".", "/", "~")) or folder.is_file():
-        raise UserError(f"there is no model folder {name}", "Check the path given to --model.")
-    return name
-
-
-def folder_of(name: str) -> Path:
-    """The local folder of a model's files: of an embedded model, a folder, or a downloaded hub model."""
-    place = Path(_locate(name))
-    if place.is_dir():
-        return place
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - heavy import, late
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # the library raises many types for a model that is not there
-        raise UserError(
-            f"the files of {name!r} are not on this machine", "Download it by loading it once, or give a folder."
-        ) from error
-
-
-def _ends(network: Any) -> tuple[int, ...]:
+def ends(network: Any) -> tuple[int, ...]:
     """Token ids that end a text according to `generation_config.json`: none, one, or several."""
     found = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     ends = found if isinstance(found, list | tuple) else () if found is None else (found,)

@@ -124,6 +124,22 @@ class Template:
         return all(turn["content"] in rendered for turn in turns)
 
     @cached_property
+    def default_system(self) -> str | None:
+        """The text of the system turn that the template opens by itself if none is given; None if it opens none.
+
+        Found by comparison: where a given system turn stands, the rendering without one has another text.
+        """
+        if not self.supports_system_turn:
+            return None
+        system, user = _known_turns(("system", "user"))
+        given = self.render([system, user], thinking=False).partition(user["content"])[0]
+        before, _, after = given.rpartition(system["content"])
+        opened = self.render([user], thinking=False).partition(user["content"])[0]
+        if not (opened.startswith(before) and opened.endswith(after)):
+            return None
+        return opened[len(before) : len(opened) - len(after)].strip() or None
+
+    @cached_property
     def thought(self) -> Thought | None:
         """The marks of thoughts; None if the template has no thoughts, or no single token that ends them."""
         prompt, header = self._headers(("user",), thinking=True)

@@ -34,7 +34,7 @@ from ws.base import console, precision
 from ws.base.errors import UserError
 from ws.base.store import atomic_file, atomic_folder, content_key, read_json, write_json
 from ws.base.version import __version__
-from ws.model.loading import SETTINGS_FILE
+from ws.model.sources import SETTINGS_FILE
 from ws.pocket import bpe, corpus
 from ws.pocket.corpus import LATENTS, Corpus, Planted, TurnMix
 from ws.pocket.muon import Muon

@@ -69,6 +69,7 @@ def _blocks(
             "and random numbers, without a system prompt.",
             note=True,
         ),
+        *_default_system(config["model"].get("default_system")),
         _samples(samples),
         *_judged(summary),
         Heading("Effects on held-out probes"),
@@ -148,6 +149,19 @@ def _instruments(summary: Summary) -> Table:
         f"before any direction was scored (answer mass {ability.mass:.2f}, opposite questions answered differently "
         f"{consistent}).",
     )  # fmt: skip
+
+
+def _default_system(text: str | None) -> list[Block]:
+    """What "plain" means for a model whose template opens a system turn by itself."""
+    if text is None:
+        return []
+    return [
+        Paragraph(
+            f'If no system prompt is given, the template of this model opens with its own: "{text}" Plain means with '
+            "that text; a persona prompt takes its place.",
+            note=True,
+        )
+    ]
 
 
 def _samples(samples: pl.DataFrame) -> Block:
