@@ -1,0 +1,86 @@
+"""Choose a model's recipe on dev items alone: fit a Direction per setting and measure it on the behaviour's `[dev]` rows.
+
+    python benchmarks/recipe_search.py smollm2 sycophancy LOG.jsonl SETTING.json...
+
+A setting is a JSON object with any of `train`, `sampling`, `judge`, `grid`, as in `weight_steering.json`, and a `name`.
+Every line of the log has the setting, the pairs that were kept, and per sign the change of the reply log-ratio on the
+dev items (nats per reply, with its 95 % interval over items), the KL to the base on neutral text, and distinct 3-grams
+of greedy replies. No row of a reported probe is read. Settings that are in the log are skipped, so a search can go on
+after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+
+from ws.edit.condition import Condition, Edit
+from ws.eval import instrument, side_effects
+from ws.fitting.data import Grid
+from ws.fitting.judge import JudgeSettings
+from ws.fitting.run_settings import Settings
+from ws.fitting.stages import Fitting
+from ws.measure.score import score
+from ws.model import loading
+from ws.model.loading import ChatModel
+from ws.report.summary import Scores, reply_state, signed_change
+
+
+def tried(model: ChatModel, behaviour: str, setting: dict[str, Any], out: Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    chosen = replace(model, settings={"fit_dtype": setting.get("fit_dtype", "bfloat16")})
+    settings = Settings(
+        model=model.name, behaviour=behaviour, out=out / setting.get("data", setting["name"]),
+        adapter=setting.get("family", "lora"), seed=setting.get("seed", 0), train=setting.get("train", {}),
+        sampling=setting.get("sampling", {}), judge=JudgeSettings(**setting.get("judge", {"backend": "persona"})),
+        grid=Grid(**setting.get("grid", {})),
+    )  # fmt: skip
+    with Fitting(settings, chosen) as run:
+        run.settings = replace(run.settings, alphas=(-1.0, 0.0, 1.0))
+        direction = run.fitted.direction
+        counts = {pole: run.fitted.data[pole]["kept"] for pole in ("pos", "neg")}
+        losses = {pole: [one.first_loss, one.last_loss, one.steps] for pole, one in run.fitted.records.items()}
+        subject = run.behaviour
+    probe = instrument.replies(subject, items=subject.probe.dev)
+    assert probe is not None
+    edit = Edit("dW", direction)
+    probes = [probe, side_effects.neutral(20)[0], side_effects.text(8)]
+    table = score(model, probes, [Condition.of(edit, alpha) for alpha in (-1.0, 1.0)], description="dev")
+    scores = Scores(table)
+    found: dict[str, Any] = {}
+    for alpha in (-1.0, 1.0):
+        change = signed_change(scores.rows(probe.name, "logratio", "dW", alpha))
+        kl = scores.rows(side_effects.NEUTRAL_KL, "kl", "dW", alpha)["value"]
+        found[f"{alpha:+g}"] = {
+            "change": change.mean, "low": change.low, "high": change.high, "kl": kl.mean(),
+            "kl_p95": kl.quantile(0.95), "distinct3": reply_state(table, "dW", alpha)["distinct3"],
+        }  # fmt: skip
+    return {
+        "setting": setting, "behaviour": behaviour, "kept": counts, "losses": losses, "norm": direction.norm(),
+        "dev": found, "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    name, behaviour, log, *files = sys.argv[1:]
+    path, model = Path(log), loading.load(name)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    known = {(one["behaviour"], json.dumps(one["setting"], sort_keys=True)) for one in done}
+    for file in files:
+        for setting in json.loads(Path(file).read_text()):
+            if (behaviour, json.dumps(setting, sort_keys=True)) in known:
+                continue
+            line = tried(model, behaviour, setting, path.parent / "runs")
+            with path.open("a") as handle:
+                handle.write(json.dumps(line) + "\n")
+            dev = {sign: f"{one['change']:+.2f} (KL {one['kl']:.3f})" for sign, one in line["dev"].items()}
+            print(setting["name"], line["kept"], dev, f"{line['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
