@@ -6,8 +6,9 @@ need further training (shuffled personas, biases alone) are stages of the compar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ws.adapters import diff
@@ -16,12 +17,15 @@ from ws.base.poles import POLES
 from ws.base.store import RunFolder, Shards, digest
 from ws.baselines import bias_only, controls, gradient, prompts, repe, synthetic
 from ws.baselines.bias_only import OutputShift
+from ws.baselines.peer_vectors import PeerFile
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.comparing import dev_split
+from ws.comparing.dev_split import Option
 from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.stages import FittedRun
+from ws.model import architecture
 from ws.model.loading import ChatModel
 
 
@@ -114,16 +118,42 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
     found = []
     for name, some in options.items():
         label = some[0].name if name not in repe.ONE_LAYER else f"RepE {_ONE_LAYER[name]}, best single layer"
-        chosen = dev_split.best_strength(model, behaviour, label, {one: fitted[one] for one in some})
-        option, strength = chosen.option, chosen.strength
-        scaled = ActivationDirection(
-            {layer: vector * strength for layer, vector in fitted[option].vectors.items()},
-            model.fingerprint, option.edited, {**fitted[option].provenance, "strength": strength},
-        )  # fmt: skip
-        where = "" if option.layer is None else f"layer {option.layer}"
-        note = ", ".join(part for part in (where, f"strength {strength:g}", chosen.remark) if part)
-        found.append(Method(label, "activations", (Edit(label, scaled),), note=note))
+        found.append(_at_best_strength(sources, label, {one: fitted[one] for one in some}, _layer_of))
     return found
+
+
+def peer_vectors(sources: Sources, read: Mapping[PeerFile, ActivationDirection]) -> list[Method]:
+    """Vectors that other libraries trained, on all their layers or on those that are steered, and at the strength,
+    which the dev split prefers."""
+    model, found = sources.model, []
+    steered = architecture.layer_slice(model.layer_count, *sources.reference.training.adapter.layers)
+    for file, direction in read.items():
+        candidates = [direction, direction.on_layers(steered)]
+        fitted = {tuple(sorted(one.vectors)): one for one in candidates if one.vectors}
+        said = partial(_layers_and_digest, digest=direction.provenance["digest"])
+        found.append(_at_best_strength(sources, file.label, fitted, said))
+    return found
+
+
+def _at_best_strength(
+    sources: Sources,
+    label: str,
+    fitted: Mapping[Option, ActivationDirection],
+    said: Callable[[Option], str],
+) -> Method:
+    """The candidate and strength that the dev split chooses; `said` is what the note says about a candidate."""
+    chosen = dev_split.best_strength(sources.model, sources.behaviour, label, fitted)
+    note = ", ".join(part for part in (said(chosen.option), f"strength {chosen.strength:g}", chosen.remark) if part)
+    return Method(label, "activations", (Edit(label, fitted[chosen.option].times(chosen.strength)),), note=note)
+
+
+def _layer_of(option: RepeSettings) -> str:
+    return "" if option.layer is None else f"layer {option.layer}"
+
+
+def _layers_and_digest(layers: tuple[int, ...], digest: str) -> str:
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+    return f"file {digest}, {where}"
 
 
 _ONE_LAYER = {"single-layer": "mean", "original": "original"}
