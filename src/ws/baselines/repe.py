@@ -136,8 +136,9 @@ class ActivationDirection:
         return content_key("activation direction", self.base, self.edited, vectors)
 
     def times(self, strength: float) -> ActivationDirection:
-        """The same direction with every vector times `strength`."""
+        """The same direction with every vector times `strength`, which provenance keeps."""
         scaled = {layer: vector * strength for layer, vector in self.vectors.items()}
+        strength *= self.provenance.get("strength", 1.0)
         return replace(self, vectors=scaled, provenance={**self.provenance, "strength": strength})
 
     def on_layers(self, layers: Collection[int]) -> ActivationDirection:
@@ -302,6 +303,13 @@ def capture(
         for handle in handles:
             handle.remove()
     return {layer: torch.stack(values) for layer, values in found.items()}
+
+
+def residual_norm(model: ChatModel, behaviour: Behaviour, layers: Collection[int]) -> float:
+    """Mean norm of the residual stream at these layers, at the end of the training prompts under all personas."""
+    states = capture_states(model, behaviour, RepeSettings(slice=(0.0, 1.0)))
+    norms = [side[layer].norm(dim=1) for layer in layers for side in (states.pos, states.neg)]
+    return float(torch.cat(norms).mean())
 
 
 def _layers(model: ChatModel, settings: RepeSettings) -> list[int]:
