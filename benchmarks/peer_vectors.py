@@ -1,13 +1,17 @@
 """Train repeng's and steering-vectors' vectors on the personas of a run, and write the files that `ws compare` reads.
 
     python benchmarks/peer_vectors.py out/pocket/sycophancy/lora/seed0 vectors
-    ws compare --with repeng:vectors/repeng.gguf --with steering-vectors:vectors/steering-vectors.pt
+    ws compare --with repeng:vectors/repeng.gguf --with repeng:vectors/repeng-pca_center.gguf \\
+        --with steering-vectors:vectors/steering-vectors.pt
 
 Both are trained on every training prompt under every persona pair, in the model's chat format up to the reply: the rows
 that our own mean difference reads. All else is their default:
 
     repeng              layers 1 to n-1, method "pca_diff" (first component of the centred differences), norm 1
     steering-vectors    all layers, mean difference at the last token
+
+repeng's other method, "pca_center", is written as well. Centred differences have lost their mean, and the sign is that
+of most pairs: with few persona pairs the default may point against the mean difference.
 
 `peer_vectors.json` tells the versions, the seconds, and the cosine of every vector with our own mean difference.
 Install them without their dependencies, which exclude this project's (repeng: NumPy 2, steering-vectors: transformers
@@ -45,6 +49,8 @@ from ws.model.chat import Chat, ask
 from ws.model.loading import ChatModel
 
 PACKAGES = ("repeng", "steering-vectors")
+REPENG_METHODS: dict[str, dict[str, str]] = {"repeng": {}, "repeng-pca_center": {"method": "pca_center"}}
+"""Name of the file -> options of repeng's `train`."""
 INSTALL = "pip install --no-deps -c constraints.txt repeng steering-vectors"
 
 
@@ -143,28 +149,28 @@ def model_of(run: Path, name: str | None) -> tuple[ChatModel, Behaviour]:
 
 
 def write(run: Path, target: Path, name: str | None = None) -> dict[str, Any]:
-    """Train both and write their files and `peer_vectors.json`; the content of the latter."""
+    """Train all and write their files and `peer_vectors.json`; the content of the latter."""
     model, subject = model_of(run, name)
     pairs = rendered_pairs(model, subject)
     target.mkdir(parents=True, exist_ok=True)
     own = dict(repe.fit(model, subject, RepeSettings(slice=(0.0, 1.0))).vectors)
 
+    seconds, found = {}, {}
+    for label, options in REPENG_METHODS.items():
+        started = time.perf_counter()
+        control = train_repeng(model, pairs, **options)
+        seconds[label] = round(time.perf_counter() - started, 2)
+        found[label] = cosines(control.directions, own)
+        control.export_gguf(str(target / f"{label}.gguf"))
     started = time.perf_counter()
-    control = train_repeng(model, pairs)
-    between = time.perf_counter()
     steering = train_steering_vectors(model, pairs)
-    ended = time.perf_counter()
-
-    (target / "repeng.gguf").unlink(missing_ok=True)
-    control.export_gguf(str(target / "repeng.gguf"))
+    seconds["steering-vectors"] = round(time.perf_counter() - started, 2)
+    found["steering-vectors"] = cosines(steering.layer_activations, own)
     torch.save(steering.to("cpu"), target / "steering-vectors.pt")
     record = {
         "run": str(run), "model": model.slug, "fingerprint": model.fingerprint, "behaviour": subject.name,
         "pairs": len(pairs), "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "seconds": {"repeng": round(between - started, 2), "steering-vectors": round(ended - between, 2)},
-        "cosine_with_our_mean_difference": {
-            "repeng": cosines(control.directions, own), "steering-vectors": cosines(steering.layer_activations, own),
-        },
+        "seconds": seconds, "cosine_with_our_mean_difference": found,
     }  # fmt: skip
     write_json(target / "peer_vectors.json", record)
     return record

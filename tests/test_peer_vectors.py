@@ -13,6 +13,9 @@ import peer_vectors as training
 import polars as pl
 import pytest
 import torch
+import workload
+from activations import Activations
+from inputs import Inputs
 from peers import library_forms
 from torch import Tensor
 
@@ -213,7 +216,10 @@ def test_the_script_writes_what_the_comparison_reads(qwen: ChatModel, tmp_path: 
     write_json(run / "identity.json", {"fingerprint": qwen.fingerprint})
     record = training.write(run, tmp_path / "out")
     assert read_json(tmp_path / "out" / "peer_vectors.json")["pairs"] == record["pairs"] == 100
-    assert min(record["cosine_with_our_mean_difference"]["steering-vectors"].values()) > 0.999
+    found = record["cosine_with_our_mean_difference"]
+    assert list(found) == ["repeng", "repeng-pca_center", "steering-vectors"]
+    assert min(found["steering-vectors"].values()) > 0.999
+    assert parse_all([f"repeng:{tmp_path / 'out' / 'repeng-pca_center.gguf'}"])[0].read(qwen).unit == "one"
     files = parse_all([
         f"repeng:{tmp_path / 'out' / 'repeng.gguf'}", f"steering-vectors:{tmp_path / 'out' / 'steering-vectors.pt'}",
     ])  # fmt: skip
@@ -223,6 +229,20 @@ def test_the_script_writes_what_the_comparison_reads(qwen: ChatModel, tmp_path: 
     write_json(run / "identity.json", {"fingerprint": "other"})
     with pytest.raises(UserError, match="made on another model"):
         training.write(run, tmp_path / "out")
+
+
+def test_the_benchmark_finds_the_same_vectors_in_every_way(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library("repeng"), library("steering-vectors")
+    few = replace(workload.SHAPE, repeats=1, has_aims=False)
+    bench = Activations(Inputs("tiny", str(tiny_folders["qwen3"]), few, tmp_path))
+    rows = bench.rows()
+    assert [row.peer for row in rows] == ["steering-vectors", "repeng, pca_center"]
+    assert {row.note for row in rows} == {"least cosine of the two 1.00000"}
+    monkeypatch.setattr(bench, "repeng", lambda: {layer: -v for layer, v in bench.ours("pca_center").items()})
+    with pytest.raises(AssertionError, match="the vectors of a layer have the cosine -1"):
+        bench.rows()
 
 
 # -------------------------------------------------------------------- in a comparison
