@@ -26,6 +26,7 @@ from torch import Tensor
 from ws.adapters import diff
 from ws.algebra.direction import Direction
 from ws.base import console
+from ws.base.errors import UserError
 from ws.base.store import read_json
 from ws.export import write_merged
 from ws.model import loading
@@ -115,7 +116,7 @@ class Algebra(Comparison):
         with tempfile.TemporaryDirectory() as scratch, console.library_noise_muted():
             configuration = MergeConfiguration.model_validate({
                 "merge_method": "task_arithmetic", "base_model": str(self._base), "dtype": "float32",
-                "out_dtype": read_json(self._base / "config.json")["dtype"],  # as it is stored, like ours
+                "out_dtype": self._stored_dtype,  # like ours
                 "models": [
                     {"model": f"{self._base}+{side}", "parameters": {"weight": weight}} for side, weight in signed
                 ],
@@ -157,7 +158,15 @@ class Algebra(Comparison):
 
     @property
     def _base(self) -> Path:
-        return loading.POCKET_MODELS.get(self.inputs.model, Path(self.inputs.model))
+        folder = loading.folder_of(self.inputs.model)
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"mergekit cannot read {folder}", "Convert the model to a folder of safetensors.")
+        return folder
+
+    @property
+    def _stored_dtype(self) -> str:
+        stored = read_json(self._base / "config.json")
+        return str(stored.get("dtype") or stored["torch_dtype"])
 
     @property
     def _folders(self) -> tuple[Path, Path]:

@@ -4,6 +4,8 @@ inputs.json              model and workload
 pairs.parquet            what the adapters are trained on
 direction.safetensors    what is scored
 pos/, neg/               the two adapters whose difference it is
+
+They are made here, or taken from a run of `ws replicate`.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from workload import WORKLOADS, Workload
 from ws import world
 from ws.adapters import AdapterSettings, diff
 from ws.algebra.direction import Direction
+from ws.base.errors import UserError
 from ws.base.poles import POLES
 from ws.base.store import read_json, write_json
 from ws.fitting import behaviour
-from ws.fitting.run_settings import Settings
+from ws.fitting.run_settings import Settings, stored_in
 from ws.model import architecture, loading, sources
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
@@ -43,6 +46,7 @@ class Inputs:
     model: str
     workload: Workload
     folder: Path
+    behaviour: str = "sycophancy"
 
     def load(self) -> ChatModel:
         """A fresh copy of the model."""
@@ -59,13 +63,15 @@ class Inputs:
 
     @classmethod
     def make(cls, name: str, workload: Workload, folder: Path) -> Inputs:
-        """Write them: trained ones for a model that can talk, random ones for a shape."""
+        """Write them: those of a run folder, trained ones for a model that can talk, or random ones for a shape."""
+        if is_run(name):
+            return cls._of_run(Path(name), workload, folder)
         model = name
         if name in shapes.SHAPES:
             model = str(folder / name)
             shapes.make(shapes.SHAPES[name], Path(model), shapes.fast_dtype())
         made = cls(sources.model_slug(name), model, workload, folder)
-        write_json(folder / _FILE, {"size": made.size, "model": model, "workload": workload.name})
+        made._write_description()
         if workload.grid is None:
             made._write_random()
         else:
@@ -76,7 +82,27 @@ class Inputs:
     def read(cls, folder: Path) -> Inputs:
         """Read the inputs that another process made."""
         stored = read_json(folder / _FILE)
-        return cls(stored["size"], stored["model"], WORKLOADS[stored["workload"]], folder)
+        return cls(stored["size"], stored["model"], WORKLOADS[stored["workload"]], folder, stored["behaviour"])
+
+    @classmethod
+    def _of_run(cls, run: Path, workload: Workload, folder: Path) -> Inputs:
+        """Copy the pairs, adapters and direction of a run. Its base must be a folder of safetensors, for mergekit."""
+        stored = stored_in(run)
+        if stored["adapter"] != "lora":
+            raise UserError(f"{run} has adapters of the family {stored['adapter']}", "Give a run with lora.")
+        size = f"{loading.model_slug(stored['model'])}, run on {stored['behaviour']}"
+        made = cls(size, stored["model"], workload, folder, stored["behaviour"])
+        for name in ("pairs.parquet", "direction.safetensors"):
+            shutil.copy(run / name, folder / name)
+        for pole in POLES:
+            shutil.copytree(run / pole, folder / pole)
+        made._write_description()
+        return made
+
+    def _write_description(self) -> None:
+        write_json(self.folder / _FILE, {
+            "size": self.size, "model": self.model, "workload": self.workload.name, "behaviour": self.behaviour,
+        })  # fmt: skip
 
     def _write_trained(self) -> None:
         assert self.workload.grid is not None
@@ -92,6 +118,11 @@ class Inputs:
         model = self.load()
         folders = [random_adapter(model, self.folder / sign, seed) for seed, sign in enumerate(("pos", "neg"))]
         diff.direction(model, *folders)[0].save(self.folder / "direction.safetensors")
+
+
+def is_run(name: str) -> bool:
+    """Whether a name is the folder of a run, not of a model."""
+    return (Path(name) / "direction.safetensors").is_file()
 
 
 def written_pairs(count: int) -> pl.DataFrame:

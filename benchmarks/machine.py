@@ -19,7 +19,7 @@ from timing import seconds
 
 from ws.base import precision
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "mergekit")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "mergekit", "repeng", "steering-vectors")
 """Libraries whose versions are recorded, if they are installed."""
 
 

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
 from ws.edit.condition import Condition, Edit
 from ws.eval import instrument, side_effects
 from ws.fitting.data import Grid

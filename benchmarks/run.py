@@ -3,6 +3,7 @@
     python benchmarks/run.py            # pocket and the 0.6B shape: benchmarks/results.json and docs/performance.md
     python benchmarks/run.py --quick    # pocket, less work and one repetition; prints the tables, writes nothing else
     python benchmarks/run.py --models pocket qwen3-1.7b-shape --skip sweeping pipeline growth
+    python benchmarks/run.py --models out/pocket/sycophancy/lora/seed0   # a run: algebra and activation steering
 
 Every row names what was compared and what it should reach. No number is a promise: ratios hold for the machine that is
 described above them. What is skipped keeps its earlier numbers where they are of the same machine and versions; numbers
@@ -30,11 +31,12 @@ import plan
 import results
 import spending
 import workload
+from activations import Activations
 from algebra import Algebra
 from comparison import Comparison
 from fast_paths import FastPaths
 from generating import Generating
-from inputs import Inputs
+from inputs import Inputs, is_run
 from pipeline import EndToEnd
 from scoring import Scoring
 from sweeping import Sweeping
@@ -45,7 +47,7 @@ from ws.base.store import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results.json"
 COMPARISONS: dict[str, type[Comparison]] = {
-    kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, EndToEnd, FastPaths)
+    kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, Activations, EndToEnd, FastPaths)
 }
 OTHER_PARTS = ("spending", "growth", "fixed")
 MODELS = (aims.POCKET, aims.SHAPE)
@@ -58,7 +60,7 @@ def default_models(quick: bool) -> Sequence[str]:
 
 def measure(name: str, quick: bool, skipped: list[str], described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The numbers for one model, part by part, each as `results.json` holds it."""
-    chosen = workload.choose(name, quick)
+    chosen = workload.choose(name, quick, is_run(name))
     limits = machine.limits(described)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Inputs.make(name, chosen, Path(scratch))
@@ -108,7 +110,7 @@ def run_one(name: str, inputs: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less work, one repetition, nothing written")
-    parser.add_argument("--models", nargs="+", help="embedded models, shapes, or model folders (default: "
+    parser.add_argument("--models", nargs="+", help="embedded models, shapes, model folders, or runs (default: "
                         f"{' '.join(MODELS)}; with --quick {MODELS[0]})")  # fmt: skip
     parser.add_argument("--skip", nargs="+", default=[], choices=[*COMPARISONS, *OTHER_PARTS], metavar="NAME",
                         help=f"leave out some of: {', '.join([*COMPARISONS, *OTHER_PARTS])}")  # fmt: skip

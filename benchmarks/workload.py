@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import shapes
 
@@ -90,7 +90,7 @@ class Workload:
     has_aims: bool = True
 
 
-COMPARISONS = ("scoring", "training", "sweeping", "generating", "algebra", "pipeline", "paths")
+COMPARISONS = ("scoring", "training", "sweeping", "generating", "algebra", "activations", "pipeline", "paths")
 
 FULL = Workload(
     name="full", comparisons=COMPARISONS, repeats=3, grid=Grid(samples=10), written=0, scoring_rows=10_000,
@@ -115,15 +115,23 @@ QUICK = Workload(
     fixed_repeats=1, has_aims=False,
 )  # fmt: skip
 SHAPE = Workload(
-    name="shape", comparisons=("scoring", "training", "generating", "algebra", "paths"), repeats=3, grid=None,
+    name="shape", comparisons=("scoring", "training", "generating", "algebra", "activations", "paths"), repeats=3,
+    grid=None,
     written=32, scoring_rows=32, checked_rows=8, seeds=(0,), paths=Paths(12, 3, 3, 8, 12, 8, 3),
     generation=Generation(10, 10, (50, 100), searched_tokens=4),
 )  # fmt: skip
-WORKLOADS = {one.name: one for one in (FULL, QUICK, SHAPE)}
+RUN = replace(
+    FULL, name="run", comparisons=("algebra", "activations"), grid=None, pipeline=None, growth=None, fixed_repeats=0,
+    has_aims=False,
+)  # fmt: skip
+"""What can be done with the adapters and the personas of a run."""
+WORKLOADS = {one.name: one for one in (FULL, QUICK, SHAPE, RUN)}
 
 
-def choose(model: str, quick: bool) -> Workload:
-    """The workload of a model, by its name."""
+def choose(model: str, quick: bool, of_run: bool = False) -> Workload:
+    """The workload of a model by its name, or of a run."""
+    if of_run:
+        return RUN
     if model in shapes.SHAPES:
         return SHAPE
     return QUICK if quick else FULL

@@ -36,7 +36,8 @@ from scoring import Scoring
 from sweeping import Sweeping
 from training import Branches, Training
 
-from ws.base.store import read_json
+from ws.base.errors import UserError
+from ws.base.store import read_json, write_json
 from ws.measure import lower_layers
 from ws.model import forward, loading
 from ws.model.loading import ChatModel
@@ -103,7 +104,7 @@ def test_versions_of_the_peers_are_recorded() -> None:
     found = dict(machine._versions())
     assert found["torch"] == torch.__version__
     assert list(found) == [name for name in machine.LIBRARIES if name in found]
-    assert {"trl", "mergekit"} <= set(machine.LIBRARIES)
+    assert {"trl", "mergekit", "repeng", "steering-vectors"} <= set(machine.LIBRARIES)
 
 
 def test_own_peak_is_not_that_of_the_parent() -> None:
@@ -324,6 +325,25 @@ def test_random_adapters_make_a_direction_on_the_default_slice(tiny_folders: dic
     assert direction.layer_numbers == [1, 2]
     assert direction.rank == 64
     assert direction.norm() > 0
+
+
+def test_the_inputs_may_be_those_of_a_run(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    model = str(tiny_folders["qwen3"])
+    source = inputs.Inputs("tiny", model, replace(workload.SHAPE, written=4), tmp_path / "run")
+    source.folder.mkdir()
+    source._write_random()
+    stored = {"model": model, "behaviour": "honesty", "adapter": "lora"}
+    write_json(source.folder / "config.json", {"settings": stored})
+    assert inputs.is_run(str(source.folder)) and not inputs.is_run(model)
+    target = tmp_path / "inputs"
+    target.mkdir()
+    made = inputs.Inputs.make(str(source.folder), workload.choose("", False, of_run=True), target)
+    assert (made.behaviour, made.size) == ("honesty", "tiny-qwen3, run on honesty")
+    assert inputs.Inputs.read(target) == made and made.workload.comparisons == ("algebra", "activations")
+    assert Algebra(made)._peer_error().cosine == pytest.approx(1.0)
+    write_json(source.folder / "config.json", {"settings": {**stored, "adapter": "ia3"}})
+    with pytest.raises(UserError, match="of the family ia3"):
+        inputs.Inputs.make(str(source.folder), made.workload, target)
 
 
 # -------------------------------------------------------------------- comparisons on a random model

@@ -18,7 +18,7 @@ of their norm are comparable between layers and models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -113,12 +113,16 @@ def candidates(name: str, layer_count: int, slice_: tuple[float, float]) -> list
 
 @dataclass(frozen=True, eq=False)
 class ActivationDirection:
-    """An Effect: `vectors`, layer -> (width,), added to the outputs of decoder layers at a strength."""
+    """An Effect: `vectors`, layer -> (width,), added to the outputs of decoder layers at a strength.
+
+    unit: what strength 1 adds; it decides which strengths are tried.
+    """
 
     vectors: Mapping[int, Tensor]
     base: str
     edited: Edited = "all"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    unit: Unit = "difference"
 
     @property
     def first_layer(self) -> int:
@@ -130,6 +134,17 @@ class ActivationDirection:
         """Digest of base, layers, vectors and the positions where they are added."""
         vectors = tensors_key({str(layer): vector for layer, vector in self.vectors.items()})
         return content_key("activation direction", self.base, self.edited, vectors)
+
+    def times(self, strength: float) -> ActivationDirection:
+        """The same direction with every vector times `strength`, which provenance keeps."""
+        scaled = {layer: vector * strength for layer, vector in self.vectors.items()}
+        strength *= self.provenance.get("strength", 1.0)
+        return replace(self, vectors=scaled, provenance={**self.provenance, "strength": strength})
+
+    def on_layers(self, layers: Collection[int]) -> ActivationDirection:
+        """The same direction on those of its layers that are in `layers`."""
+        kept = {layer: vector for layer, vector in self.vectors.items() if layer in layers}
+        return replace(self, vectors=kept, provenance={**self.provenance, "layers": sorted(kept)})
 
     def attach(self, network: nn.Module, alpha: Alpha) -> Undo:
         """Put the vectors on the network; the result takes them off. alpha: a number, or one per row."""
@@ -209,7 +224,7 @@ def fit(
         "method": settings.name, "behaviour": behaviour.name, "layers": sorted(vectors), "unit": settings.unit,
         "cosine_of_mean_and_component": {layer: _agreement(found, layer) for layer in layers},
     }  # fmt: skip
-    return ActivationDirection(vectors, model.fingerprint, settings.edited, provenance)
+    return ActivationDirection(vectors, model.fingerprint, settings.edited, provenance, settings.unit)
 
 
 def fit_all(
@@ -288,6 +303,13 @@ def capture(
         for handle in handles:
             handle.remove()
     return {layer: torch.stack(values) for layer, values in found.items()}
+
+
+def residual_norm(model: ChatModel, behaviour: Behaviour, layers: Collection[int]) -> float:
+    """Mean norm of the residual stream at these layers, at the end of the training prompts under all personas."""
+    states = capture_states(model, behaviour, RepeSettings(slice=(0.0, 1.0)))
+    norms = [side[layer].norm(dim=1) for layer in layers for side in (states.pos, states.neg)]
+    return float(torch.cat(norms).mean())
 
 
 def _layers(model: ChatModel, settings: RepeSettings) -> list[int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from ws.base import console
 from ws.base.errors import UserError
@@ -61,6 +62,9 @@ class Compare(RunOptions):
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
     """Kinds of activation steering. More kinds: pca-center, all-positions, response, residual-norm, and original (as in
     the replicated work)."""
+    peers: Annotated[UseAppendAction[tuple[str, ...]], arg(name="with", metavar="LIBRARY:FILE")] = ()
+    """A vector that another library trained, to compare as activation steering: repeng:FILE.gguf, or
+    steering-vectors:FILE. May be repeated."""
     random_seeds: int = 10
     """How many random directions of equal norm are measured as controls. A verdict needs at least two."""
     shuffles: int = 5
@@ -81,9 +85,11 @@ class Compare(RunOptions):
 
         from ws.comparing import across, compare, page, terminal  # noqa: PLC0415
 
+        if self.peers and (len(self.models) > 1 or len(self.behaviours) > 1):
+            raise UserError("--with takes a vector of one model and one behaviour", "Compare them one at a time.")
         plan = compare.Plan(
-            families=self.families, seeds=self.seeds, activations=self.activations, random_seeds=self.random_seeds,
-            shuffles=self.shuffles, target=self.target,
+            families=self.families, seeds=self.seeds, activations=self.activations, peers=self.peers,
+            random_seeds=self.random_seeds, shuffles=self.shuffles, target=self.target,
         )  # fmt: skip
         settings = run_settings(self, self.fit, EvalOptions(rows=self.rows, dilemmas=self.dilemmas))
         found = [

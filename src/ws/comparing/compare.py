@@ -22,7 +22,7 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.base.records import plain, restore
 from ws.base.store import RunFolder, Shards, content_key, read_json, write_json, write_table
-from ws.baselines import repe
+from ws.baselines import peer_vectors, repe
 from ws.baselines.controls import RANDOM
 from ws.comparing import methods, numbers, page
 from ws.comparing.dev_split import split
@@ -48,7 +48,8 @@ SMALLEST_BAND = 2
 class Plan:
     """The settings of a comparison.
 
-    activations: names of variants of activation steering. shuffles: number of adapters trained on shuffled personas.
+    activations: names of variants of activation steering. peers: vectors of other libraries, as LIBRARY:FILE.
+    shuffles: number of adapters trained on shuffled personas.
     target: KL budget in nats per token (None: the KL of the engineered prompt of the positive side, or without one the
     KL of the first persona).
     """
@@ -56,6 +57,7 @@ class Plan:
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     seeds: tuple[int, ...] = (0,)
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
+    peers: tuple[str, ...] = ()
     random_seeds: int = 10
     permutations: int = 3
     shuffles: int = 5
@@ -79,6 +81,7 @@ class Plan:
             if name not in repe.VARIANTS:
                 known = ", ".join(repe.VARIANTS)
                 raise UserError(f"there is no activation steering {name!r}", f"Choose from: {known}.")
+        peer_vectors.parse_all(self.peers)
 
 
 class ComparisonRun:
@@ -92,6 +95,7 @@ class ComparisonRun:
         self.plan = plan
         self.dilemmas = dilemmas.load(settings.dilemmas, settings.rows)  # a wrong source fails before hours of fits
         self.model = model or settings.load()
+        self.peers = {file: file.read(self.model) for file in peer_vectors.parse_all(plan.peers)}
         runs = {(family, seed): run for family in plan.families for seed, run in self._replicate(family).items()}
         reference = next(iter(runs.values()))
         self.behaviour = reference.behaviour
@@ -123,6 +127,7 @@ class ComparisonRun:
         return [
             *methods.weight_directions(self.sources),
             *methods.activation_directions(self.sources, plan.activations),
+            *methods.peer_vectors(self.sources, self.peers),
             *methods.system_prompts(self.sources),
             *methods.control_directions(
                 self.sources, random_seeds=plan.random_seeds, permutations=plan.permutations, shuffles=plan.shuffles

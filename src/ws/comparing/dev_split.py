@@ -6,15 +6,16 @@ A quarter of a probe's clusters is dev. The split depends only on a digest of th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import polars as pl
 
 from ws.base import console
 from ws.base.errors import UserError
 from ws.baselines.prompts import Prompt
-from ws.baselines.repe import ActivationDirection, RepeSettings, Unit
+from ws.baselines.repe import ActivationDirection, Unit
 from ws.edit.condition import PLAIN, Condition, Edit
 from ws.eval import side_effects, sycophancy
 from ws.fitting.behaviour import Behaviour
@@ -34,11 +35,15 @@ STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
 The replicated work tried 1, 2 and 4 for vectors of norm 1.
 """
 
+Option = TypeVar("Option", bound=Hashable)
+"""What a candidate of activation steering is known by: its settings, or its layers."""
 
-class Chosen(NamedTuple):
+
+@dataclass(frozen=True)
+class Chosen(Generic[Option]):
     """A candidate at a strength; `remark` is a note on the choice for readers, or empty."""
 
-    option: RepeSettings
+    option: Option
     strength: float
     remark: str
 
@@ -57,20 +62,22 @@ def split(probe: Probe, dev: bool) -> Probe:
 
 
 def best_strength(
-    model: ChatModel, behaviour: Behaviour, name: str, fitted: Mapping[RepeSettings, ActivationDirection]
-) -> Chosen:
+    model: ChatModel, behaviour: Behaviour, name: str, fitted: Mapping[Option, ActivationDirection]
+) -> Chosen[Option]:
     """The candidate and strength that move the behaviour furthest, both signs together.
+
+    The strengths tried are those of each candidate's unit.
 
     A strength is admissible if it keeps `LOW_MASS` on the two answers and loses at most `FACTS_LOST` of the dev facts,
     at both signs. If no strength is admissible, the first candidate at its smallest strength is used, with a warning.
     """
     edits = {option: Edit(f"{name} {number}", fitted[option]) for number, option in enumerate(fitted)}
-    tried = [(option, strength) for option in fitted for strength in STRENGTHS[option.unit]]
+    tried = [(option, strength) for option, one in fitted.items() for strength in STRENGTHS[one.unit]]
     conditions = [Condition.of(edits[option], sign * strength) for option, strength in tried for sign in (1, -1)]
     probes = [split(sycophancy.headline_probe(behaviour), dev=True), split(side_effects.facts(), dev=True)]
     scores = Scores(score(model, probes, conditions, description=f"choosing {name}"))
     base_facts = accuracy(scores.rows(side_effects.FACTS, "logratio", "", 0.0))
-    best: tuple[float, RepeSettings, float] | None = None
+    best: tuple[float, Option, float] | None = None
     for option, strength in tried:
         moved, admissible = 0.0, True
         for sign in (1, -1):
@@ -86,13 +93,13 @@ def best_strength(
             best = (moved, option, strength)
     if best is None:
         option = next(iter(fitted))
-        smallest = STRENGTHS[option.unit][0]
+        smallest = STRENGTHS[fitted[option].unit][0]
         console.warn(
             f"{name}: on the dev split every strength loses too much answer mass or too many facts; using {smallest:g}"
         )
         return Chosen(option, smallest, "none admissible")
     _, option, strength = best
-    return Chosen(option, strength, "the largest tried" if strength == STRENGTHS[option.unit][-1] else "")
+    return Chosen(option, strength, "the largest tried" if strength == STRENGTHS[fitted[option].unit][-1] else "")
 
 
 def best_prompts(model: ChatModel, behaviour: Behaviour, pool: Sequence[Prompt]) -> dict[int, Prompt]:

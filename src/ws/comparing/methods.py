@@ -6,8 +6,8 @@ need further training (shuffled personas, biases alone) are stages of the compar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ws.adapters import diff
@@ -16,12 +16,15 @@ from ws.base.poles import POLES
 from ws.base.store import RunFolder, Shards, digest
 from ws.baselines import bias_only, controls, gradient, prompts, repe, synthetic
 from ws.baselines.bias_only import OutputShift
+from ws.baselines.peer_vectors import PeerFile
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.comparing import dev_split
+from ws.comparing.dev_split import Option
 from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.stages import FittedRun
+from ws.model import architecture
 from ws.model.loading import ChatModel
 
 
@@ -114,16 +117,55 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
     found = []
     for name, some in options.items():
         label = some[0].name if name not in repe.ONE_LAYER else f"RepE {_ONE_LAYER[name]}, best single layer"
-        chosen = dev_split.best_strength(model, behaviour, label, {one: fitted[one] for one in some})
-        option, strength = chosen.option, chosen.strength
-        scaled = ActivationDirection(
-            {layer: vector * strength for layer, vector in fitted[option].vectors.items()},
-            model.fingerprint, option.edited, {**fitted[option].provenance, "strength": strength},
-        )  # fmt: skip
-        where = "" if option.layer is None else f"layer {option.layer}"
-        note = ", ".join(part for part in (where, f"strength {strength:g}", chosen.remark) if part)
-        found.append(Method(label, "activations", (Edit(label, scaled),), note=note))
+        found.append(_at_best_strength(sources, label, {one: fitted[one] for one in some}, _said_of_variant))
     return found
+
+
+def peer_vectors(sources: Sources, read: Mapping[PeerFile, ActivationDirection]) -> list[Method]:
+    """Vectors that other libraries trained, on all their layers or on the steered ones, whichever dev rows prefer.
+
+    Vectors of norm 1 are tried in residual norms, with one coefficient for all layers as in their library: how much a
+    vector of norm 1 does depends on the model.
+    """
+    steered = architecture.layer_slice(sources.model.layer_count, *sources.reference.training.adapter.layers)
+    found = []
+    for file, direction in read.items():
+        candidates = [one for one in (direction, direction.on_layers(steered)) if one.vectors]
+        fitted = {tuple(sorted(one.vectors)): _in_useful_unit(sources, one) for one in candidates}
+        found.append(_at_best_strength(sources, file.label, fitted, _said_of_file))
+    return found
+
+
+def _in_useful_unit(sources: Sources, direction: ActivationDirection) -> ActivationDirection:
+    """Vectors of norm 1 times the mean residual norm of their layers; others as they are."""
+    if direction.unit != "one":
+        return direction
+    norm = repe.residual_norm(sources.model, sources.behaviour, direction.vectors)
+    return replace(direction.times(norm), unit="residual")
+
+
+def _at_best_strength(
+    sources: Sources,
+    label: str,
+    fitted: Mapping[Option, ActivationDirection],
+    said: Callable[[Option, ActivationDirection], str],
+) -> Method:
+    """The candidate and strength that the dev split chooses; `said` is what the note says about them."""
+    chosen = dev_split.best_strength(sources.model, sources.behaviour, label, fitted)
+    direction = fitted[chosen.option].times(chosen.strength)
+    note = ", ".join(part for part in (said(chosen.option, direction), chosen.remark) if part)
+    return Method(label, "activations", (Edit(label, direction),), note=note)
+
+
+def _said_of_variant(option: RepeSettings, direction: ActivationDirection) -> str:
+    layer = "" if option.layer is None else f"layer {option.layer}, "
+    return f"{layer}strength {direction.provenance['strength']:g}"
+
+
+def _said_of_file(layers: tuple[int, ...], direction: ActivationDirection) -> str:
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+    made = direction.provenance
+    return f"file {made['digest']}, {where}, coefficient {made['strength']:.3g}"
 
 
 _ONE_LAYER = {"single-layer": "mean", "original": "original"}
