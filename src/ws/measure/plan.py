@@ -159,7 +159,7 @@ class PreparedProbe:
                 tokens.append(ids)
                 starts.append(len(ids) - 1)
             else:
-                ids, prompt_length = model.chat.supervised(messages, row.continuation)
+                ids, prompt_length = model.chat.supervised(messages, row.continuation, closed=probe.closed)
                 tokens.append(ids)
                 starts.append(prompt_length - 1)
         _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)
