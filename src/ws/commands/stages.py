@@ -226,7 +226,7 @@ class Eval(RunOptions):
 
         For dilemmas and public data sets, `measures-<probe>.json` has the source and the counts, too.
         """
-        from ws.report import terminal  # noqa: PLC0415
+        from ws.report import data_sets, terminal  # noqa: PLC0415
         from ws.runs import evaluate  # noqa: PLC0415
 
         ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers, self.data)
@@ -238,7 +238,8 @@ class Eval(RunOptions):
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))
             else:
-                terminal.show(table, f"{self.task or self.probe}, {run.folder.path}")
+                shown = data_sets.brief(table) if ask.data and self.task is None else table
+                terminal.show(shown, f"{self.task or self.probe}, {run.folder.path}")
 
 
 @dataclass(frozen=True)

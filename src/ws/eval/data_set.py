@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ Readings = Mapping[str, Mapping[str, float]]
 """Metric -> row of the probe -> value, under one Condition."""
 
 
+@runtime_checkable
 class Measured(Protocol):
     """One measure under one Condition."""
 

@@ -56,6 +56,10 @@ SITUATIONS, VALUES = "Dilemmas_with_values_aggregated", "Action_to_party_to_valu
 HONEST = frozenset({"honesty", "truthfulness", "truth"})
 DISHONEST = frozenset({"dishonesty", "deception", "deceit", "deceptive"})
 
+PROXY = "proxy dilemmas"
+PROXY_RULE = "proxy: honesty is the first value on at least one side, second person"
+"""Name and rule of rows whose labels only stand for those of the replicated work."""
+
 STATED, FILLER = "stated", "filler"
 """Groups: rows whose own action touches honesty, and rows whose label comes only from the other action."""
 
@@ -84,11 +88,16 @@ class Loaded:
     read: int = 0
     revision: str | None = None
 
+    @property
+    def noun(self) -> str:
+        """What tables and sentences call these rows; labels by the proxy rule are never called by another name."""
+        return PROXY if self.rule == PROXY_RULE else NAME
+
     def record(self) -> dict[str, Any]:
         """Source, revision, rule and counts as plain data, for the record of a run."""
         signs = Counter(row.label for row in self.rows if row.group != FILLER)
         return {
-            "source": self.source, "revision": self.revision, "rule": self.rule, "read": self.read,
+            "source": self.source, "revision": self.revision, "rule": self.rule, "noun": self.noun, "read": self.read,
             "kept": len(self.rows), "counted": signs.total(), "honest_yes": signs[1], "honest_no": signs[-1],
         }  # fmt: skip
 
@@ -128,7 +137,7 @@ def load(source: str = "own", limit: int | None = None) -> Loaded:
         found = Loaded(rows, read=len(rows))
     else:
         found = _load(source)
-        console.say(f"dilemmas: {found.described()}")
+        console.say(f"{found.noun}: {found.described()}")
         if found.record()["counted"] == 0:
             raise UserError(
                 f"{source}: no row can be counted, because no action is itself honest or dishonest",
@@ -205,10 +214,7 @@ def _load(source: str) -> Loaded:
     elif {"situation", "action", "label"} <= columns:
         rows, rule = _labelled(table, "situation", "label", "cluster", "row"), "label"
     elif {"dilemma_situation", "action", "action_type", "values_aggregated", "dilemma_idx"} <= columns:
-        rows, rule = (
-            _aggregated(table),
-            "proxy: honesty is the first value on at least one side, second person",
-        )
+        rows, rule = _aggregated(table), PROXY_RULE
     else:
         raise UserError(
             f"{source} has columns {sorted(columns)[:8]}, which is not a known format of dilemmas",

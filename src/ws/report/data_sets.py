@@ -71,4 +71,25 @@ COLUMNS: dict[str, Any] = {
     "measure": pl.String, "group": pl.String, "alpha": pl.Float64, "value": pl.Float64, "low": pl.Float64,
     "high": pl.Float64, "change": pl.Float64, "change_low": pl.Float64, "change_high": pl.Float64, "n": pl.Int64,
 }  # fmt: skip
-"""Columns of the printed table: the value with its 95 % limits, and the change against the base with its limits."""
+"""Columns of the table: the value with its 95 % limits, and the change against the base with its limits."""
+
+
+def brief(table: pl.DataFrame) -> pl.DataFrame:
+    """The table with limits in brackets, narrow enough for a terminal; the group is left out if there is only one."""
+    lines = [
+        {
+            "measure": line["measure"], "group": line["group"], "alpha": f"{line['alpha']:+g}",
+            "value [95 %]": _in_brackets(line["value"], line["low"], line["high"], ".3f"),
+            "change [95 %]": _in_brackets(line["change"], line["change_low"], line["change_high"], "+.3f"),
+            "n": line["n"],
+        }
+        for line in table.to_dicts()
+    ]  # fmt: skip
+    found = pl.DataFrame(lines)
+    return found if found["group"].n_unique() > 1 else found.drop("group")
+
+
+def _in_brackets(value: float | None, low: float | None, high: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + ("" if low is None else f" [{low:{form}}, {high:{form}}]")

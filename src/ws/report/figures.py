@@ -52,7 +52,7 @@ def dose_response(summary: Summary, path: Path) -> None:
             _curve(moral, curve, colour, f"{group} (not counted)" if group == dilemmas.FILLER else group)
         _band(moral, numbers, DILEMMAS)
         _prompts(moral, numbers, DILEMMAS)
-        moral.set_title("everyday dilemmas, held out")
+        moral.set_title(f"everyday {numbers.title(DILEMMAS)}, held out")
         moral.set_ylabel("log-ratio towards honesty, nats")
         alphas = _alphas(numbers.side_effects)
         kept = [100 * entry.facts for entry in numbers.side_effects.values()]

@@ -128,12 +128,16 @@ class SideEffects:
 
 @dataclass(frozen=True)
 class DilemmaCounts:
-    """How many dilemma rows are counted and not counted, and the counted rows by their honest answer."""
+    """How many dilemma rows are counted and not counted, and the counted rows by their honest answer.
+
+    noun: what the rows are called, `dilemmas` or `proxy dilemmas`.
+    """
 
     counted: int
     not_counted: int
     honest_yes: int
     honest_no: int
+    noun: str = DILEMMAS
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,10 @@ class Numbers:
     decomposition: Mapping[str, Mapping[str, Parts]]
     other_behaviours: Mapping[str, OtherBehaviour]
     contexts: Mapping[str, Curve]
+
+    def title(self, probe: str) -> str:
+        """What a probe is called in tables."""
+        return self.dilemma_counts.noun if probe == DILEMMAS else probe
 
     @property
     def bands(self) -> Mapping[str, Mapping[str, Band]]:

@@ -192,7 +192,7 @@ class Replication(Fitting):
 
     def _summary(self, run: FittedRun, scores: pl.DataFrame, rounded: dict[str, Any] | None) -> Summary:
         name, probe = run.behaviour.name, run.behaviour.probe
-        numbers = summary.summarise(scores, self.edit_name, name, probe.headline)
+        numbers = summary.summarise(scores, self.edit_name, name, probe.headline, self.dilemma_rows.noun)
         return Summary(
             model=self.model.name, behaviour=name, adapter=self.settings.adapter, seed=self.settings.seed,
             data_seed=self.settings.data_seed, headline_group=probe.headline, noun=probe.noun,
