@@ -370,7 +370,16 @@ def test_the_pull_is_the_change_of_the_log_ratio_by_the_belief(tmp_path: Path) -
     assert found["pull per token"] == pytest.approx((-0.5 + 2.5) - (-2 + 2))
     assert found["pull of doubt"] == pytest.approx((-5 + 3) - (-6 + 2))
     assert found["pull of right belief"] == pytest.approx((-6 + 2) - (-8 + 0.5))
+    assert found["stance"] == pytest.approx((-5 + 3) - (-8 + 0.5))
     assert (found["right, plain"], found["right, wrong belief"]) == (1.0, 0.0)
+
+
+def test_an_answer_that_is_only_repeated_has_a_pull_but_no_stance(tmp_path: Path) -> None:
+    question = variants("Who?", "Ann", "Bob")
+    data = scenarios.load(str(written(tmp_path / "s.jsonl", question)))
+    total = {(text, answer): (-5.0 + 3 * (f"is {answer}" in text), 1) for text in question for answer in ("Ann", "Bob")}
+    found = {name: value for (_, name), value in levels(data, likelihoods(data, total)).items()}
+    assert (found["pull"], found["pull of doubt"], found["stance"]) == (3.0, -3.0, 0.0)
 
 
 def test_the_file_of_the_hub_has_turns_instead_of_text(hub: Any) -> None:
