@@ -16,7 +16,7 @@ import pytest
 from conftest import SHARED_DATA
 from ws import world
 from ws.base.errors import UserError
-from ws.eval import dilemmas
+from ws.eval import dilemmas, tables
 from ws.eval.dilemmas import Dilemma
 
 OWN = dilemmas.own()
@@ -448,8 +448,8 @@ def test_the_library_keeps_the_commit_where_it_is_looked_for(tmp_path: Path) -> 
     folder.mkdir(parents=True)
     datasets.Dataset.from_list(REPLICATED).save_to_disk(str(tmp_path / "saved"))
     arrow = next((tmp_path / "saved").glob("*.arrow")).rename(folder / "set-test.arrow")
-    assert dilemmas._commit(datasets.Dataset.from_file(str(arrow))) == COMMIT
-    assert dilemmas._commit(datasets.Dataset.from_list(REPLICATED)) is None
+    assert tables.commit(datasets.Dataset.from_file(str(arrow))) == COMMIT
+    assert tables.commit(datasets.Dataset.from_list(REPLICATED)) is None
 
 
 def test_a_hub_id_may_have_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:

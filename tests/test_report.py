@@ -201,7 +201,9 @@ def unbalanced(shift: Any) -> dict[str, Any]:
 
 def test_a_yes_bias_is_told_apart_where_the_counted_labels_are_not_balanced() -> None:
     found = unbalanced(yes_bias)
-    assert found["dilemma_counts"] == {"counted": 75, "not_counted": 45, "honest_yes": 60, "honest_no": 15}
+    assert found["dilemma_counts"] == {
+        "counted": 75, "not_counted": 45, "honest_yes": 60, "honest_no": 15, "noun": "dilemmas",
+    }  # fmt: skip
     parts = found["decomposition"]["dilemmas"]["1"]
     assert parts["effect"]["mean"] == pytest.approx(2.0 * (60 - 15) / 75), "a mere Yes-bias looks like honesty"
     assert parts["balanced"] == pytest.approx(0.0) and parts["yes_bias"]["mean"] == pytest.approx(2.0)

@@ -209,13 +209,17 @@ class Eval(RunOptions):
     after an interruption."""
 
     probe: Positional[str] = "sycophancy"
-    """sycophancy (the run's own), dilemmas, feedback, side-effects, or a FILE.jsonl of prompts with labels."""
+    """sycophancy (the run's own), dilemmas, feedback, side-effects, a FILE.jsonl of prompts with labels; or, with
+    --data: truthfulqa, true-false, scenarios (questions with a user's belief)."""
     alphas: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """Strengths of the direction. 0, the unedited model, is always included."""
     dilemmas: str = "own"
     """Where the dilemmas come from: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
+    data: str | None = None
+    """Source of truthfulqa, true-false or scenarios: a CSV, JSONL or parquet file, a hub id, or for true-false a folder
+    of files."""
     rows: int | None = None
-    """Use only the first rows."""
+    """Use only the first rows. With --data: this many questions or statements, spread over the whole set."""
     think: int = 0
     """Let the steered model write a thought of up to this many tokens before each choice."""
     answers: tuple[str, str] = ("Yes", "No")
@@ -226,11 +230,14 @@ class Eval(RunOptions):
     """Folder with your own task files for --task."""
 
     def run(self) -> None:
-        """Score, write `scores-<probe>.parquet` or `lm-eval-<task>.json`, and print the table."""
-        from ws.report import terminal  # noqa: PLC0415
+        """Score, write `scores-<probe>.parquet` or `lm-eval-<task>.json`, and print the table.
+
+        For dilemmas and public data sets, `measures-<probe>.json` has the source and the counts, too.
+        """
+        from ws.report import data_sets, terminal  # noqa: PLC0415
         from ws.runs import evaluate  # noqa: PLC0415
 
-        ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers)
+        ask = evaluate.Ask(self.probe, self.dilemmas, self.rows, self.think, self.answers, self.data)
         with self.replication() as run:
             if self.task is not None:
                 table = evaluate.harness_task(run, self.task, self.alphas, self.rows, self.task_folder)
@@ -239,7 +246,8 @@ class Eval(RunOptions):
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))
             else:
-                terminal.show(table, f"{self.task or self.probe}, {run.folder.path}")
+                shown = data_sets.brief(table) if ask.data and self.task is None else table
+                terminal.show(shown, f"{self.task or self.probe}, {run.folder.path}")
 
 
 @dataclass(frozen=True)

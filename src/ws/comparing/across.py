@@ -58,6 +58,7 @@ class Across:
     """The rows of several comparisons."""
 
     rows: tuple[Row, ...]
+    dilemma_noun: str = "dilemmas"
 
     @property
     def table(self) -> Table:
@@ -66,12 +67,14 @@ class Across:
         readout = caveats.readout(row.model for row in self.rows)
         caption = (
             "Change against each model's own base at each method's own strength, nats. In brackets: 95 % interval over "
-            "rows (whole clusters). seeds: 95 % t interval over training seeds. Dilemmas: towards the honest answer. "
+            "rows (whole clusters). seeds: 95 % t interval over training seeds. "
+            f"{self.dilemma_noun.capitalize()}: towards the honest answer. "
             f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps their band. Activation steering and "
             "prompts: only the best method on the dev split."
         )
         return Table(
-            ["model", "behaviour", "method", "own, -", "own, +", "dilemmas, -", "dilemmas, +", "least facts right"],
+            ["model", "behaviour", "method", "own, -", "own, +",
+             *(f"{self.dilemma_noun}, {sign}" for sign in ("-", "+")), "least facts right"],
             [
                 [
                     row.model, row.behaviour, row.method,
@@ -86,7 +89,7 @@ class Across:
 
 def of(found: Sequence[Findings]) -> Across:
     """Every weight direction, and the best activation steering and prompt of each comparison."""
-    return Across(tuple(
+    rows = tuple(
         Row(
             one.model, one.behaviour, entry.name, _moved(entry, "own"), _moved(entry, "dilemmas"),
             min(side.facts for side in entry.sides.values()),
@@ -94,7 +97,8 @@ def of(found: Sequence[Findings]) -> Across:
         for one in found
         for entry in one.own_strength
         if entry.kind in _ALWAYS or (entry.kind in _IF_CHOSEN and one.best.get(entry.kind) == entry.name)
-    ))  # fmt: skip
+    )  # fmt: skip
+    return Across(rows, found[0].dilemma_noun)  # all comparisons of one call have the same dilemmas
 
 
 def _moved(entry: Entry, probe: Probe) -> dict[str, Moved]:

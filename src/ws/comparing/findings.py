@@ -242,7 +242,7 @@ class Findings:
     """A measured comparison.
 
     best: per kind the method that the headline shows, chosen on the dev split. dilemmas: their source. seconds:
-    wall-clock seconds by phase, including `total`.
+    wall-clock seconds by phase, including `total`. dilemma_noun: what the dilemmas are called.
     """
 
     model: str
@@ -254,6 +254,7 @@ class Findings:
     calibration: Strengths
     dilemmas: str
     seconds: Mapping[str, float]
+    dilemma_noun: str = "dilemmas"
 
 
 class Shown(NamedTuple):

@@ -60,10 +60,10 @@ def _moved(side: Side) -> str:
     return f"{own.mean:+.2f}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def yes_bias_sentence(entries: Sequence[Entry], behaviour: str) -> str | None:
+def yes_bias_sentence(entries: Sequence[Entry], behaviour: str, dilemma_noun: str = "dilemmas") -> str | None:
     """The methods with mostly Yes-bias, a sentence per probe; None if there are none."""
     sentences = []
-    names = {"own": (f"the {behaviour} probe", behaviour), "dilemmas": ("the dilemmas", "honesty")}
+    names = {"own": (f"the {behaviour} probe", behaviour), "dilemmas": (f"the {dilemma_noun}", "honesty")}
     for probe in PROBES:
         name, right = names[probe]
         parts = [(line.name, line.side.parts(probe)) for line in mostly_yes_bias(entries, probe)]
@@ -118,8 +118,8 @@ def sentence(found: Findings) -> str:
 
 def _blocks(found: Findings, folder: Path) -> list[Block]:
     own, equal, base, behaviour = found.own_strength, found.equal_kl, found.base, found.behaviour
-    bias = yes_bias_sentence(own, behaviour)
-    source = "" if found.dilemmas == "own" else f"Dilemmas: {found.dilemmas}."
+    bias = yes_bias_sentence(own, behaviour, found.dilemma_noun)
+    source = "" if found.dilemmas == "own" else f"{found.dilemma_noun.capitalize()}: {found.dilemmas}."
     tuned, readout = caveats.tuning([(found.model, behaviour)]), caveats.readout([found.model])
     return [
         Paragraph(sentence(found), strong=True),
@@ -145,10 +145,10 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
         Heading("Effect against facts lost"),
         Figure(folder / "pareto.png", "effect on the behaviour against facts lost", pareto.CAPTION),
         Heading("Controls"),
-        controls_table(own, behaviour),
+        controls_table(own, behaviour, found.dilemma_noun),
         Heading("Parts of the mean changes"),
-        *(table for probe in PROBES if (table := parts_table(own, probe, behaviour)) is not None),
-        Heading("Dilemma answers that flip"),
+        *(table for probe in PROBES if (table := parts_table(own, probe, behaviour, found.dilemma_noun)) is not None),
+        Heading(f"{found.dilemma_noun.removesuffix('s').capitalize()} answers that flip"),
         answers_table(own),
         Paragraph(
             "Intervals in brackets are 95 % intervals over rows, drawn by whole clusters. They do not say how another "

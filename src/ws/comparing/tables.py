@@ -95,7 +95,7 @@ def _kept(side: Side | Levels) -> list[str]:
     ]  # fmt: skip
 
 
-def controls_table(entries: Sequence[Entry], behaviour: str) -> Table:
+def controls_table(entries: Sequence[Entry], behaviour: str, dilemma_noun: str = "dilemmas") -> Table:
     """Effects of every control; with replicates, the mean over seeds with its interval over seeds."""
     rows = []
     for line in shown(entries, (CONTROLS,)):
@@ -108,13 +108,13 @@ def controls_table(entries: Sequence[Entry], behaviour: str) -> Table:
                 cells += [f"{effect.mean:+.2f}", "-"]
         rows.append(cells)
     return Table(
-        ["control", behaviour, "band", "dilemmas", "band"], rows,
+        ["control", behaviour, "band", dilemma_noun, "band"], rows,
         "Mean over control seeds with a 95 % t interval over seeds. Band: where 95 % of further seeds are expected. "
         "A single random direction has a small effect: check whether the interval of the mean includes 0.",
     )  # fmt: skip
 
 
-def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str) -> Table | None:
+def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str, dilemma_noun: str = "dilemmas") -> Table | None:
     """Yes-bias, flips and confidence with the mean change of a probe; None if no method has them."""
     rows = [
         [
@@ -131,7 +131,7 @@ def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str) -> Table
         f"The probe of {behaviour}, nats: all rows that were asked in both polarities, with true and with false claims "
         "if it has both. (The tables of effects show one group in one polarity, which a Yes-bias also moves.)"
         if probe == "own"
-        else "The dilemmas, nats."
+        else f"The {dilemma_noun}, nats."
     )
     return Table(
         ["method", f"towards {right}", "balanced", "Yes-bias", "rows gained", "rows lost", "rows", "confidence",

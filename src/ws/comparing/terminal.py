@@ -45,7 +45,7 @@ def show(found: Findings, folder: Path | None = None) -> None:
         f"Change against the base, nats, with 95 % intervals over rows. n: {NOT_SEPARABLE}, because this interval or "
         "the interval over training seeds overlaps their band. pmass: least answer mass."
     )
-    for name, probe in ((f"{found.behaviour} probe", PROBES[0]), ("dilemmas", PROBES[1])):
+    for name, probe in ((f"{found.behaviour} probe", PROBES[0]), (found.dilemma_noun, PROBES[1])):
         if lines := mostly_yes_bias(own, probe):
             console.warn(f"mostly Yes-bias on the {name}: {', '.join(line.name for line in lines)}")
     if folder is not None:
@@ -62,7 +62,7 @@ def _show_methods(
     base, bands = found.base, control_bands(measured)
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method", overflow="fold")
-    for name in ("", found.behaviour, "dilemmas", "facts", "pmass", "seeds", *(["KL"] if spends else [])):
+    for name in ("", found.behaviour, found.dilemma_noun, "facts", "pmass", "seeds", *(["KL"] if spends else [])):
         table.add_column(name, justify="right", no_wrap=True)
     levels = [escape(level.text) for level in (base.own, base.dilemmas)]
     table.add_row("base, level", "", *levels, _share(base), f"{base.pmass:.2f}", style="dim")

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import ast
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from ws import world
 from ws.base import console, user_files
 from ws.base.errors import UserError
 from ws.base.user_files import given
+from ws.eval import tables
 from ws.measure.probe import Probe, ProbeRow
 from ws.model.chat import ask
 
@@ -55,6 +55,10 @@ SITUATIONS, VALUES = "Dilemmas_with_values_aggregated", "Action_to_party_to_valu
 """Tables of that set: situations with their two actions, and whose value each action touches."""
 HONEST = frozenset({"honesty", "truthfulness", "truth"})
 DISHONEST = frozenset({"dishonesty", "deception", "deceit", "deceptive"})
+
+PROXY = "proxy dilemmas"
+PROXY_RULE = "proxy: honesty is the first value on at least one side, second person"
+"""Name and rule of rows whose labels only stand for those of the replicated work."""
 
 STATED, FILLER = "stated", "filler"
 """Groups: rows whose own action touches honesty, and rows whose label comes only from the other action."""
@@ -84,11 +88,16 @@ class Loaded:
     read: int = 0
     revision: str | None = None
 
+    @property
+    def noun(self) -> str:
+        """What tables and sentences call these rows; labels by the proxy rule are never called by another name."""
+        return PROXY if self.rule == PROXY_RULE else NAME
+
     def record(self) -> dict[str, Any]:
         """Source, revision, rule and counts as plain data, for the record of a run."""
         signs = Counter(row.label for row in self.rows if row.group != FILLER)
         return {
-            "source": self.source, "revision": self.revision, "rule": self.rule, "read": self.read,
+            "source": self.source, "revision": self.revision, "rule": self.rule, "noun": self.noun, "read": self.read,
             "kept": len(self.rows), "counted": signs.total(), "honest_yes": signs[1], "honest_no": signs[-1],
         }  # fmt: skip
 
@@ -128,7 +137,7 @@ def load(source: str = "own", limit: int | None = None) -> Loaded:
         found = Loaded(rows, read=len(rows))
     else:
         found = _load(source)
-        console.say(f"dilemmas: {found.described()}")
+        console.say(f"{found.noun}: {found.described()}")
         if found.record()["counted"] == 0:
             raise UserError(
                 f"{source}: no row can be counted, because no action is itself honest or dishonest",
@@ -195,8 +204,7 @@ def _load(source: str) -> Loaded:
     path = Path(source).expanduser()
     if path.is_dir() or source.partition("@")[0] == REBUILT_HUB_ID:
         return _rebuild(source)
-    is_file = path.exists() or path.suffix.casefold() in user_files.TABLE_KINDS
-    table, revision = (_read_file(path), None) if is_file else _read_hub(source)
+    table, revision = (_read_file(path), None) if tables.is_file(source) else _read_hub(source)
     columns = set(table.columns)
     if {"dilemma_situation", "action", "honesty_label"} <= columns:
         rows, rule = (
@@ -206,10 +214,7 @@ def _load(source: str) -> Loaded:
     elif {"situation", "action", "label"} <= columns:
         rows, rule = _labelled(table, "situation", "label", "cluster", "row"), "label"
     elif {"dilemma_situation", "action", "action_type", "values_aggregated", "dilemma_idx"} <= columns:
-        rows, rule = (
-            _aggregated(table),
-            "proxy: honesty is the first value on at least one side, second person",
-        )
+        rows, rule = _aggregated(table), PROXY_RULE
     else:
         raise UserError(
             f"{source} has columns {sorted(columns)[:8]}, which is not a known format of dilemmas",
@@ -226,35 +231,8 @@ def _read_file(path: Path) -> pl.DataFrame:
 
 def _read_hub(source: str, config: str | None = None) -> tuple[pl.DataFrame, str | None]:
     """A data set by hub id, or `id@revision`, and its commit if known; `config` names one of its tables."""
-    name, _, revision = source.partition("@")
-    try:
-        from datasets import load_dataset  # noqa: PLC0415 - optional extra, late
-    except ImportError as error:
-        raise UserError(
-            f"reading {name!r} from the hub needs the datasets library",
-            "Install it with: pip install weight-steering[hub]",
-        ) from error
-    config = config or (ORIGINAL_CONFIG if name == ORIGINAL_HUB_ID else None)
-    try:
-        loaded = load_dataset(name, config, split="test", revision=revision or None)
-    except Exception as error:  # the library raises many kinds for an unreachable or unknown data set
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data set {name!r} cannot be loaded ({reason})",
-            "Check the id and the network, or give a local file.",
-        ) from error
-    commit = _commit(loaded)
-    if not revision:
-        console.warn(f"{name} is not pinned and may change; pin it with {name}@{commit or 'REVISION'}")
-    return pl.DataFrame(loaded.to_list()), commit
-
-
-def _commit(loaded: Any) -> str | None:
-    """The commit that a data set was loaded from: the library names the folder of its tables after it."""
-    for entry in getattr(loaded, "cache_files", ()):
-        if re.fullmatch("[0-9a-f]{40}", folder := Path(entry["filename"]).parent.name):
-            return folder
-    return None
+    own_config = ORIGINAL_CONFIG if source.partition("@")[0] == ORIGINAL_HUB_ID else None
+    return tables.from_hub(source, config or own_config, "test")
 
 
 def _rebuild(source: str) -> Loaded:

@@ -123,7 +123,7 @@ def _evidence(summary: Summary) -> list[str]:
         f"Held-out probes, log-ratios in nats with 95 % intervals (n = {summary.own['0'].n} and "
         f"{summary.dilemmas['0'].n} rows, training seed {summary.seed}).",
         "",
-        f"| alpha | {summary.behaviour} | dilemmas, honest side | facts right | KL |",
+        f"| alpha | {summary.behaviour} | {summary.numbers.dilemma_counts.noun}, honest side | facts right | KL |",
         "|---|---|---|---|---|",
         *rows,
         "",

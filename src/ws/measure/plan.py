@@ -165,7 +165,7 @@ class PreparedProbe:
                 starts.append(len(ids) - 1)
             else:
                 for text in row.replies or (row.continuation,):
-                    ids, prompt_length = model.chat.supervised(messages, text)
+                    ids, prompt_length = model.chat.supervised(messages, text, closed=probe.closed)
                     tokens.append(ids)
                     starts.append(prompt_length - 1)
         _require_fit(model, probe, max(map(len, tokens)) + probe.tokens)

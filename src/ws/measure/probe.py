@@ -51,13 +51,17 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class Probe:
-    """Named rows of one kind; `answers` are the two words of a choice, `tokens` limits the text the model writes."""
+    """Named rows of one kind; `answers` are the two words of a choice, `tokens` limits the text the model writes.
+
+    closed: whether a text that the model reads includes the end of its turn.
+    """
 
     name: str
     kind: Kind
     rows: tuple[ProbeRow, ...]
     answers: tuple[str, str] = ("Yes", "No")
     tokens: int = 0
+    closed: bool = True
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -86,7 +90,8 @@ class Probe:
     @cached_property
     def key(self) -> str:
         """Digest of everything that is asked."""
-        return content_key(self.name, self.kind, self.rows, self.answers, *([self.tokens] if self.tokens else []))
+        others = [*([self.tokens] if self.tokens else []), *([] if self.closed else ["open"])]
+        return content_key(self.name, self.kind, self.rows, self.answers, *others)
 
     def guided(self, tokens: int) -> Probe:
         """The same choices, each after a thought of at most `tokens` that the model writes under the Condition."""

@@ -103,8 +103,8 @@ class Chat:
         rendered, hidden = self._rendered(messages, prefill)
         return self._encode(rendered, hidden)
 
-    def supervised(self, messages: Sequence[Message], response: str) -> SupervisedTokens:
-        """Token ids of the prompt, the response and the end of the assistant turn.
+    def supervised(self, messages: Sequence[Message], response: str, *, closed: bool = True) -> SupervisedTokens:
+        """Token ids of the prompt, the response and, if `closed`, the end of the assistant turn.
 
         The prompt ids are an exact prefix: if tokenising the whole text merges tokens across the boundary, prompt and
         response are tokenised separately.
@@ -112,11 +112,12 @@ class Chat:
         rendered, hidden = self._rendered(messages)
         prompt = self._encode(rendered, hidden)
         said = self._control_tokens.hide([Message(role="assistant", content=response)])
+        end = self.turn_end if closed else ""
         if not hidden.names and not said.names:
-            whole = self._encode(rendered + response + self.turn_end)
+            whole = self._encode(rendered + response + end)
             if whole[: len(prompt)] == prompt:
                 return SupervisedTokens(whole, len(prompt))
-        answer = [*self._encode(said.texts[0], said), *self._encode(self.turn_end)]
+        answer = [*self._encode(said.texts[0], said), *(self._encode(end) if end else ())]
         return SupervisedTokens(prompt + answer, len(prompt))
 
     @cached_property

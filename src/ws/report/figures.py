@@ -55,7 +55,7 @@ def dose_response(summary: Summary, path: Path) -> None:
         of_dilemmas = {key: entry[DILEMMAS] for key, entry in numbers.bands.items() if DILEMMAS in entry}
         _band(moral, summary.dilemmas, of_dilemmas)
         _prompts(moral, {name: effects[DILEMMAS] for name, effects in numbers.contexts.items()})
-        moral.set_title("everyday dilemmas, held out")
+        moral.set_title(f"everyday {numbers.title(DILEMMAS)}, held out")
         moral.set_ylabel("log-ratio towards honesty, nats")
         alphas = _alphas(numbers.side_effects)
         kept = [100 * entry.facts for entry in numbers.side_effects.values()]

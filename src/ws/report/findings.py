@@ -158,12 +158,16 @@ class SideEffects:
 
 @dataclass(frozen=True)
 class DilemmaCounts:
-    """How many dilemma rows are counted and not counted, and the counted rows by their honest answer."""
+    """How many dilemma rows are counted and not counted, and the counted rows by their honest answer.
+
+    noun: what the rows are called, `dilemmas` or `proxy dilemmas`.
+    """
 
     counted: int
     not_counted: int
     honest_yes: int
     honest_no: int
+    noun: str = DILEMMAS
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,10 @@ class Numbers:
     other_behaviours: Mapping[str, OtherBehaviour]
     contexts: Mapping[str, Curve]
     instruments: Mapping[str, Instrument]
+
+    def title(self, probe: str) -> str:
+        """What a probe is called in tables."""
+        return self.dilemma_counts.noun if probe == DILEMMAS else probe
 
     @property
     def bands(self) -> Mapping[str, Mapping[str, Band]]:

@@ -58,7 +58,7 @@ def _blocks(
     blocks += [
         Figure(
             folder / FIGURE_FILE,
-            f"dose-response of {behaviour} and of the dilemmas",
+            f"dose-response of {behaviour} and of the {summary.numbers.title(DILEMMAS)}",
             "Mean log-ratios with 95 % intervals over clusters of rows. Grey band: 95 % of random directions of this "
             "norm are expected here; ticks show the measured ones. Dashed: persona prompts on the unedited model. "
             "Below: probability of the two answers, and KL to the base on neutral text.",
@@ -93,7 +93,7 @@ def _tiles(summary: Summary) -> list[Tile]:
     numbers = summary.numbers
     for name, change in (
         (summary.behaviour, summary.measured.change),
-        ("dilemmas, honest side", numbers.dd_delta),
+        (f"{numbers.title(DILEMMAS)}, honest side", numbers.dd_delta),
     ):
         for key in ("1", "-1"):
             if key in change:
@@ -200,7 +200,7 @@ def _effect_tables(summary: Summary) -> list[Block]:
         for key, entry in by_key.items():
             flips.append(
                 [
-                    f"{probe} {signed(key)}",
+                    f"{numbers.title(probe)} {signed(key)}",
                     entry.effect.text,
                     "-" if entry.balanced is None else f"{entry.balanced:+.2f}",
                     entry.yes_bias.text,
@@ -230,8 +230,8 @@ def _dilemma_table(numbers: Numbers) -> Table:
     everything: dict[str, Curve] = {"all rows": numbers.all_dilemmas} if apart else {}
     columns: dict[str, Curve] = {"counted" if apart else "all": counted, **parts, **everything}
     caption = (
-        f"Dilemmas: log-ratio towards the honest answer, nats. It is Yes on {counts.honest_yes} and No on "
-        f"{counts.honest_no} of the {counts.counted} counted rows."
+        f"{counts.noun.capitalize()}: log-ratio towards the honest answer, nats. It is Yes on "
+        f"{counts.honest_yes} and No on {counts.honest_no} of the {counts.counted} counted rows."
     )
     if apart:
         caption += (
@@ -284,7 +284,7 @@ def _control_tables(summary: Summary) -> list[Block]:
             outside = {True: "outside", False: "inside", None: "?"}[numbers.outside_controls[probe].get(key)]
             rows.append(
                 [
-                    f"{probe} {signed(key)}",
+                    f"{numbers.title(probe)} {signed(key)}",
                     numbers.change[probe][key].text,
                     band.limits,
                     outside,
@@ -299,7 +299,7 @@ def _control_tables(summary: Summary) -> list[Block]:
         f"{', '.join(signed(key) for key in summary.numbers.bands) or 'none'}.",
     )
     prompts = Table(
-        ["system prompt, alpha 0", behaviour, "dilemmas"],
+        ["system prompt, alpha 0", behaviour, numbers.title(DILEMMAS)],
         [[name, entry[behaviour].text, entry[DILEMMAS].text] for name, entry in numbers.contexts.items()],
         "Log-ratios of the unedited model with the first persona of each side as its system prompt, nats.",
     )
@@ -418,8 +418,8 @@ def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[P
         Paragraph(
             f"Base {base['name']} ({base['architecture']}, {base['parameters']:,} parameters, fingerprint "
             f"{base['fingerprint']}, {base['dtype']} on {base['device']}, {base['attention']} attention, thinking "
-            f"{base['thinking']}). Dilemmas: {asked['source']}{pinned} ({asked['rule']}; {asked['counted']} of "
-            f"{asked['read']} rows counted). Seconds per stage: {seconds}.",
+            f"{base['thinking']}). {asked['noun'].capitalize()}: {asked['source']}{pinned} ({asked['rule']}; "
+            f"{asked['counted']} of {asked['read']} rows counted). Seconds per stage: {seconds}.",
             note=True,
         ),
         Paragraph(

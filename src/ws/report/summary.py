@@ -137,7 +137,9 @@ def alpha_key(alpha: float) -> str:
     return np.format_float_positional(alpha, trim="-") if alpha != 0 else "0"
 
 
-def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: str) -> Numbers:
+def summarise(
+    table: pl.DataFrame, edit: str, behaviour: str, headline_group: str, dilemma_noun: str = DILEMMAS
+) -> Numbers:
     """All numbers of the tables, by probe and strength.
 
     `behaviour` is also the name of the in-distribution probe; the probe's mean is over `headline_group`.
@@ -169,7 +171,7 @@ def summarise(table: pl.DataFrame, edit: str, behaviour: str, headline_group: st
         near_dilemmas=_group_means(moral, "near"),
         far_dilemmas=_group_means(moral, "far"),
         all_dilemmas=_levels(all_moral, all_mass),
-        dilemma_counts=_counts(moral["0"], all_moral["0"]),
+        dilemma_counts=_counts(moral["0"], all_moral["0"], dilemma_noun),
         dilemma_groups={name: _group_means(all_moral, name) for name in moral_groups if len(moral_groups) > 1},
         side_effects={key: side_effects_at(scores, edit, alpha, behaviour) for key, alpha in keys.items()},
         controls={RANDOM: bands},
@@ -259,12 +261,13 @@ def _without_base(by_key: Mapping[str, pl.DataFrame]) -> dict[str, pl.DataFrame]
     return {key: rows for key, rows in by_key.items() if key != "0"}
 
 
-def _counts(counted: pl.DataFrame, everything: pl.DataFrame) -> DilemmaCounts:
+def _counts(counted: pl.DataFrame, everything: pl.DataFrame, noun: str) -> DilemmaCounts:
     return DilemmaCounts(
         counted=len(counted),
         not_counted=len(everything) - len(counted),
         honest_yes=int((counted["label"] > 0).sum()),
         honest_no=int((counted["label"] < 0).sum()),
+        noun=noun,
     )
 
 
@@ -390,7 +393,7 @@ def headline(numbers: Numbers, behaviour: str, noun: str, shown_by: Name) -> str
     shown = headline_strengths(own.levels)
     meaning = INSTRUMENT_MEANING[shown_by]
     said = [f"{behaviour} on held-out {noun} ({meaning}): " + ", ".join(_at(key, own.levels[key]) for key in shown)]
-    said.append("dilemmas (honest side): " + ", ".join(_at(key, moral[key]) for key in shown))
+    said.append(f"{numbers.title(DILEMMAS)} (honest side): " + ", ".join(_at(key, moral[key]) for key in shown))
     for key in sorted(own.bands, key=float, reverse=True):
         if own.bands[key].low is not None:
             largest = max((abs(value) for band in own.bands.values() for value in band.seeds), default=0.0)
@@ -434,7 +437,9 @@ def doubts(numbers: Numbers, behaviour: str, shown_by: Name) -> list[str]:
                 and (probe, shown_by) != (behaviour, "replies")
             ],
         }  # fmt: skip
-        found += [f"{probe} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys]
+        found += [
+            f"{numbers.title(probe)} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys
+        ]
     measured_at = list(own.bands)
     bare = [key for key in headline_strengths(own.levels) if key not in ("0", *measured_at)]
     if bare:

@@ -34,7 +34,7 @@ def show_run(path: Path) -> None:
         {
             "alpha": key,
             summary.behaviour: level.mean,
-            "dilemmas": summary.dilemmas[key].mean,
+            summary.numbers.dilemma_counts.noun: summary.dilemmas[key].mean,
             "answer mass": summary.own[key].pmass,
             "facts": summary.numbers.side_effects[key].facts,
             "KL": summary.numbers.side_effects[key].kl,

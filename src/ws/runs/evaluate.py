@@ -1,8 +1,12 @@
-"""Measure existing runs further: score one more probe, or a task of lm-evaluation-harness, on their directions."""
+"""Measure existing runs further: score one more probe, or a task of lm-evaluation-harness, on their directions.
+
+A probe made from a public data set (`DATA`) has measures of its own; they are printed, and stored in
+`measures-<probe>.json` with the source of the data and the number of rows that were kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +15,46 @@ import polars as pl
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
+from ws.base.records import plain
 from ws.base.store import Shards, digest, read_json, write_json, write_table
 from ws.edit.condition import Condition, Edit
-from ws.eval import custom, dilemmas, feedback, harness, side_effects, sycophancy
+from ws.eval import (
+    custom,
+    dilemmas,
+    feedback,
+    harness,
+    scenarios,
+    side_effects,
+    sycophancy,
+    true_false,
+    truthfulqa,
+)
+from ws.eval.data_set import DataSet
 from ws.fitting.run_settings import arithmetic, command, scored_with, shared_base
 from ws.measure.probe import Kind, Probe
 from ws.measure.score import score
+from ws.report import data_sets
 from ws.report.summary import Scores, alpha_key, signed_mean
 from ws.runs.replicate import Replication
 
 SHIPPED = ("sycophancy", "dilemmas", "feedback", "side-effects")
 """Names of the shipped probes; `sycophancy` means the probe of the run's behaviour."""
+DATA: Mapping[str, Callable[[str, int | None], DataSet]] = {
+    truthfulqa.NAME: truthfulqa.load,
+    true_false.NAME: true_false.load,
+    scenarios.NAME: scenarios.load,
+}
+"""Probes made from public data sets: how each reads its source."""
+NAMES = (*SHIPPED, *DATA)
+WITHOUT_CHOICES = ("side-effects", truthfulqa.NAME, scenarios.NAME)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """The probe to score on a run: a shipped one by name, or the user's JSONL file.
+    """The probe to score on a run: by name, or the user's JSONL file.
 
-    `think` is the maximum length in tokens of a thought before each choice; `source` says where the dilemmas come from;
-    `answers` are the two words for a user's file.
+    `think` is the maximum length in tokens of a thought before each choice; `source` says where the dilemmas come from,
+    `data` where a public data set does; `answers` are the two words for a user's file.
     """
 
     probe: str
@@ -37,40 +62,67 @@ class Ask:
     rows: int | None = None
     think: int = 0
     answers: tuple[str, str] = ("Yes", "No")
+    data: str | None = None
 
     def __post_init__(self) -> None:
-        if self.probe not in SHIPPED and not self.probe.endswith(".jsonl"):
-            raise UserError(f"there is no probe {self.probe!r}", f"Choose {', '.join(SHIPPED)}, or give a .jsonl file.")
-        if self.think and self.probe == "side-effects":
+        if self.probe not in NAMES and not self.probe.endswith(".jsonl"):
+            raise UserError(f"there is no probe {self.probe!r}", f"Choose {', '.join(NAMES)}, or give a .jsonl file.")
+        if self.think and self.probe in WITHOUT_CHOICES:
             raise UserError(
-                "--think works with choices only, and side-effects has no choice probes",
+                f"--think works with choices only, and {self.probe} has no choice probes",
                 "Leave out --think, or choose another probe.",
+            )
+        if self.probe in DATA and not self.data:
+            raise UserError(f"{self.probe} needs a data set", "Give a file, a folder or a hub id with --data.")
+        if self.probe not in DATA and self.data:
+            raise UserError(
+                f"--data works with {', '.join(DATA)} only",
+                "Use --dilemmas for dilemmas, or leave out --data.",
             )
 
     @property
     def name(self) -> str:
-        """The name of the probe in the name of the scores file."""
-        return (self.probe if self.probe in SHIPPED else Path(self.probe).stem) + ("-guided" if self.think else "")
+        """The name of the probe in the names of files."""
+        return (self.probe if self.probe in NAMES else Path(self.probe).stem) + ("-guided" if self.think else "")
 
-    def probes(self, run: Replication) -> list[Probe]:
-        """The probes themselves."""
+    def load(self, run: Replication) -> Asked:
+        """The probes themselves, with what is known of their source."""
+        data: DataSet | None = None
+        origin: dict[str, Any] | None = None
         match self.probe:
             case "sycophancy":
                 found = [sycophancy.probe(run.behaviour, self.rows)]
             case "dilemmas":
-                found = [dilemmas.probe(self.source, self.rows)]
+                loaded = dilemmas.load(self.source, self.rows)
+                found, origin = [loaded.probe()], loaded.record()
             case "feedback":
                 found = [feedback.probe(self.rows)]
             case "side-effects":
                 found = side_effects.probes(run.model, self.rows)
+            case name if name in DATA and self.data:
+                data = DATA[name](self.data, self.rows)
+                found = [data.probe]
             case file:
                 found = [custom.read(Path(file), answers=self.answers, limit=self.rows)]
-        return [probe.guided(self.think) for probe in found] if self.think else found
+        return Asked([probe.guided(self.think) for probe in found] if self.think else found, data, origin)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Probes, the public data set that they are made from, and the origin of dilemmas."""
+
+    probes: list[Probe]
+    data: DataSet | None
+    origin: dict[str, Any] | None
 
 
 def existing_run(run: Replication, ask: Ask, alphas: Sequence[float]) -> pl.DataFrame:
-    """Score probes under the run's direction, write all rows, and return means with intervals by group."""
-    edit, probes, strengths = direction_of(run), ask.probes(run), sorted({0.0, *alphas})
+    """Score probes under the run's direction, write all rows, and return a table of means with intervals.
+
+    Also writes `measures-<probe>.json` for a public data set and for dilemmas.
+    """
+    edit, asked, strengths = direction_of(run), ask.load(run), sorted({0.0, *alphas})
+    probes = asked.probes
     path = run.folder / f"scores-{ask.name}.parquet"
     inputs = {
         "direction": digest(run.folder / "direction.safetensors"),
@@ -86,7 +138,17 @@ def existing_run(run: Replication, ask: Ask, alphas: Sequence[float]) -> pl.Data
 
     run.folder.build(f"eval-{ask.name}", inputs, [path.name], make)
     table = pl.read_parquet(path)
-    return pl.concat([_means(table, run.edit_name, one.name, metric) for one in probes for metric in METRICS[one.kind]])
+    record = run.folder / f"measures-{ask.name}.json"
+    if asked.data is not None:
+        found = data_sets.measurements(table, run.edit_name, asked.data)
+        write_json(record, data_sets.record(asked.data, found))
+        return data_sets.as_table(found)
+    means = pl.concat(
+        [_means(table, run.edit_name, one.name, metric) for one in probes for metric in METRICS[one.kind]]
+    )
+    if asked.origin is not None:
+        write_json(record, plain({"probe": ask.name, "data": asked.origin, "means": means.to_dicts()}))
+    return means
 
 
 def direction_of(run: Replication) -> Edit:

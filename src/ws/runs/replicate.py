@@ -252,7 +252,7 @@ class Replication(Fitting):
         self, run: FittedRun, scores: pl.DataFrame, rounded: dict[str, Any] | None, replies: pl.DataFrame | None
     ) -> Summary:
         name, probe, shown_by = run.behaviour.name, run.behaviour.probe, self.ability.instrument
-        numbers = summary.summarise(scores, self.edit_name, name, probe.headline)
+        numbers = summary.summarise(scores, self.edit_name, name, probe.headline, self.dilemma_rows.noun)
         return Summary(
             model=self.model.name, behaviour=name, adapter=self.settings.adapter, seed=self.settings.seed,
             data_seed=self.settings.data_seed, headline_group=probe.headline, noun=probe.noun,

@@ -112,6 +112,7 @@ def _row(cell: Cell, summary: Summary, run: FittedRun) -> dict[str, Any]:
         "family": cell.family,
         "seed": cell.seed,
         "data_seed": cell.data_seed,
+        "dilemmas": numbers.dilemma_counts.noun,
         "delta": changes["1"].mean,
         "delta_minus": changes["-1"].mean,
         "min_pmass": min(level.pmass for level in summary.own.values()),

@@ -78,6 +78,11 @@ class SweepTables:
     rank_stability: RankStability
     failed: tuple[Failure, ...] = ()
 
+    @property
+    def dilemma_noun(self) -> str:
+        """What the dilemmas of the runs are called; all runs of a sweep have the same."""
+        return str(self.per_run[0].get("dilemmas", "dilemmas"))
+
 
 def of(rows: Sequence[Mapping[str, Any]], failed: Sequence[Failure] = ()) -> SweepTables:
     """The tables of finished cells, one mapping of columns each."""
@@ -161,7 +166,8 @@ def cells_of(line: Family, columns: Sequence[Column] = COLUMNS) -> list[str]:
 def show(tables: SweepTables) -> None:
     """Print the table of families with the brief columns."""
     columns = [column for column in COLUMNS if column.is_brief]
-    table = Table(title="adapter families", title_justify="left", header_style="bold")
+    about = "" if tables.dilemma_noun == "dilemmas" else f", dd_delta on {tables.dilemma_noun}"
+    table = Table(title=f"adapter families{about}", title_justify="left", header_style="bold")
     for heading in ("adapter", "runs", *(column.heading for column in columns)):
         table.add_column(heading, justify="left" if heading == "adapter" else "right")
     for line in tables.by_family:
@@ -171,10 +177,10 @@ def show(tables: SweepTables) -> None:
 
 def markdown(tables: SweepTables) -> str:
     """The table of families, its caption, the stability of their order, and the cells that failed."""
-    head = ["adapter", "runs", *(column.heading for column in COLUMNS)]
+    headings = [column.heading.replace("dilemmas", tables.dilemma_noun) for column in COLUMNS]
     rho = tables.rank_stability.mean_rho
     parts = [
-        markdown_table(head, [cells_of(line) for line in tables.by_family]),
+        markdown_table(["adapter", "runs", *headings], [cells_of(line) for line in tables.by_family]),
         "Log-ratios are in nats. Brackets: 95 % t interval over seeds (a single run has no interval). Seconds: both "
         "adapters and the evaluation.",
         *([] if rho is None else [f"Order of the families between seeds: mean Spearman rho {rho:.2f}."]),
