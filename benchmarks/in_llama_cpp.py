@@ -3,7 +3,8 @@
     python benchmarks/in_llama_cpp.py --out docs/results/llama-cpp.json
 
 llama.cpp answers a few prompts greedily, at several strengths of one GGUF LoRA. transformers reads the same tokens with
-the same edit. So both give a distribution for each position: over the likeliest tokens, and the rest as one.
+the same edit. So both give a distribution for each position. Compared are the 2048 tokens that llama.cpp finds
+likeliest (all of them on pocket), each distribution normalised over these.
 
     gap      largest difference of a log-probability, over the tokens whose probability is at least 0.1 %
     kl       mean KL(transformers || llama.cpp), nats
@@ -38,14 +39,13 @@ from ws.base import keyed_random
 from ws.edit.steering import steer
 from ws.export.gguf_lora import write_gguf
 from ws.export.gguf_model import NumberFormat, write_gguf_model
-from ws.measure.divergence import kl
 from ws.model import architecture, loading
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
 SCALES = (0.0, 0.5, 1.0, -1.0)
 KEPT = 2048
-"""Likeliest tokens that llama.cpp is asked for; the rest of the vocabulary counts as one token."""
+"""Likeliest tokens that llama.cpp is asked for."""
 LIKELY = math.log(1e-3)
 """Log-probability of the least likely token that counts for `gap`."""
 
@@ -66,14 +66,12 @@ class Agreement:
 class Server:
     """A model in llama.cpp on one thread, with at most one LoRA, whose strength is a part of each request."""
 
-    def __init__(
-        self, base: Path, lora: Path | None = None, *, context: int = 512, without_apply: bool = False
-    ) -> None:
+    def __init__(self, base: Path, lora: Path | None = None, *, without_apply: bool = False) -> None:
         import xllamacpp  # noqa: PLC0415 - optional extra, late
 
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(base)
-        parameters.n_ctx = context
+        parameters.n_ctx = 512
         parameters.n_parallel = 1
         parameters.warmup = False
         parameters.verbosity = -1
@@ -89,8 +87,8 @@ class Server:
     def greedy(self, prompt: Sequence[int], tokens: int, scale: float | None, rows: int) -> tuple[list[int], Tensor]:
         """Greedy tokens, and the log-probabilities before each of them (tokens x rows), -inf beyond the likeliest.
 
-        rows: size of the vocabulary. scale: of the LoRA; None leaves the server's own. llama.cpp reports nothing for a token that ends inside a
-        character, so an answer is cut before such a token, and may be empty.
+        rows: size of the vocabulary. scale: of the LoRA; None leaves the server's own. llama.cpp reports nothing for a
+        token that ends inside a character, so an answer is cut before such a token, and may be empty.
         """
         asked: dict[str, Any] = {
             "prompt": list(prompt),
@@ -140,37 +138,41 @@ def agreement(
     answers = [(prompt, answer, told) for prompt, answer, told in answers if answer]
 
     def by_transformers() -> Tensor:
-        return torch.cat([_log_probabilities(model, prompt, answer) for prompt, answer, _ in answers])
+        return torch.cat([_logits(model, prompt, answer) for prompt, answer, _ in answers])
 
-    found, base = torch.cat([told for _, _, told in answers]), by_transformers()
+    found = torch.cat([told for _, _, told in answers])
+    left_out = found == -torch.inf
+
+    def normalised(values: Tensor) -> Tensor:
+        return values.double().masked_fill(left_out, -torch.inf).log_softmax(-1)
+
+    base = normalised(by_transformers())
     with steer(model, direction, scale):
-        exact = by_transformers()
+        exact = normalised(by_transformers())
+    found = normalised(found)
     chosen = exact.gather(1, found.argmax(-1, keepdim=True))[:, 0]
     return Agreement(
         scale=scale,
         positions=len(exact),
         gap=float((found - exact).abs()[exact > LIKELY].max()),
-        kl=float(_divergence(exact, found).mean()),
-        effect=float(kl(base, exact).mean()),
+        kl=_divergence(exact, found),
+        effect=_divergence(base, exact),
         same=float((found.argmax(-1) == exact.argmax(-1)).float().mean()),
         lead=float((exact.amax(-1) - chosen).max()),
     )
 
 
-def _divergence(exact: Tensor, found: Tensor) -> Tensor:
-    """KL(exact || found) per row, nats; tokens with -inf in `found` count as one."""
-    kept = found > -torch.inf
-    p, q = exact.double().exp(), found.double().exp()
-    rest, their_rest = ((1 - (values * kept).sum(-1)).clamp(min=1e-7) for values in (p, q))
-    inside = torch.where(kept, p * (exact.double() - found.double()), 0.0).sum(-1)
-    return inside + rest * (rest / their_rest).log()
+def _divergence(one: Tensor, other: Tensor) -> float:
+    """Mean KL(one || other) over rows, nats; tokens with -inf are left out of both."""
+    terms = torch.where(one > -torch.inf, one.exp() * (one - other), 0.0)
+    return float(terms.sum(-1).mean())
 
 
 @torch.no_grad()
-def _log_probabilities(model: ChatModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+def _logits(model: ChatModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     ids = torch.tensor([[*prompt, *answer[:-1]]])
     logits: Tensor = model.network(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
-    return logits.float().log_softmax(-1)
+    return logits
 
 
 def random_direction(model: ChatModel, *, size: float, rank: int = 4) -> Direction:

@@ -114,7 +114,8 @@ RULES = {
     "llama-bpe": [{"type": "Split", "digits": r"\p{N}{1,3}"}, {"type": "ByteLevel", "use_regex": False}],
 }
 TRICKY = (
-    "It's 2024, and I'M 12345 years OLD.", "x  \n\n y\t\tz \r\n  end  ", "naïve café: 日本語 🙂!", " <|im_end|> we'll (see) ",
+    "It's 2024, and I'M 12345 years OLD.", "x  \n\n y\t\tz \r\n  end  ", "naïve café: 日本語 🙂!",
+    " <|im_end|> we'll (see) ",
     "a1b22c333d4444", "...???  !!", "Don't  DON'T\n\n\n",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ would compute differently is an error. One parameter is in memory at a time, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,8 +136,7 @@ def _describe_llama(writer: Any, config: Any) -> None:
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    ropes = _ropes(config)
-    writer.add_rope_freq_base(ropes[-1]["rope_theta"])
+    writer.add_rope_freq_base(_ropes(config)[-1]["rope_theta"])
 
 
 def _describe_gemma3(writer: Any, config: Any) -> None:
@@ -169,30 +168,39 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 def _require_same_arithmetic(config: Any, place: Path) -> None:
     """Raise for a setting under which llama.cpp would compute something else."""
+    if difference := next(_differences(config), None):
+        raise UnsupportedFeatureError(f"{place} has {difference}, which is not written as GGUF", _REMEDY)
+
+
+def _differences(config: Any) -> Iterator[str]:
     kind = config.model_type
+    key, usual = _ACTIVATIONS[kind]
+    if getattr(config, key) not in usual:
+        yield f"the activation {getattr(config, key)}"
+    for rope in _ropes(config):
+        if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            yield "scaled or partial rotary embeddings"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        yield "biases"
     layers = getattr(config, "layer_types", None) or []
-    windows = ["full_attention" if (n + 1) % _GEMMA_PERIOD == 0 else "sliding_attention" for n in range(len(layers))]
-    act = {"gpt2": ("gelu_new", "gelu_pytorch_tanh"), "gemma3_text": ("gelu_pytorch_tanh",)}.get(kind, ("silu",))
-    chosen = next(filter(None, (getattr(config, key, None) for key in _ACTIVATIONS)), None)
-    reasons = {
-        f"activation {chosen}": chosen not in act,
-        "scaled rotary embeddings": any(
-            rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0
-            for rope in _ropes(config)
-        ),
-        "biases": kind != "gpt2" and (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
-        "another scale of attention": kind == "gemma3_text" and config.query_pre_attn_scalar != config.head_dim
-        or kind == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights),
-        "capped logits": bool(
-            getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None)
-        ),
-        "attention in both directions": bool(getattr(config, "use_bidirectional_attention", False)),
-        "windows of attention in other layers": (kind == "gemma3_text" and layers != windows)
-        or (kind != "gemma3_text" and "sliding_attention" in layers),
-    }  # fmt: skip
-    for reason, holds in reasons.items():
-        if holds:
-            raise UnsupportedFeatureError(f"{place} has {reason}, which is not written as GGUF", _REMEDY)
+    if kind == "gemma3_text":
+        windows = ["sliding_attention" if (n + 1) % _GEMMA_PERIOD else "full_attention" for n in range(len(layers))]
+        if layers != windows or config.use_bidirectional_attention:
+            yield "other windows of attention than Gemma 3"
+        if config.query_pre_attn_scalar != config.head_dim:
+            yield "another scale of attention than 1 / sqrt(head_dim)"
+        if config.final_logit_softcapping or config.attn_logit_softcapping:
+            yield "capped logits"
+    elif any(layer != "full_attention" for layer in layers):
+        yield "windows of attention"
+    if kind == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
+        yield "another scale of attention than 1 / sqrt(head_dim)"
 
 
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+_ACTIVATIONS = {
+    "llama": ("hidden_act", ("silu",)),
+    "qwen3": ("hidden_act", ("silu",)),
+    "gemma3_text": ("hidden_activation", ("gelu_pytorch_tanh",)),
+    "gpt2": ("activation_function", ("gelu_new", "gelu_pytorch_tanh")),
+}
+"""Model type -> the key of its activation, and the names of the one that llama.cpp computes."""

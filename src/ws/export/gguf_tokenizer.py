@@ -53,7 +53,10 @@ def add_tokenizer(gguf: Any, writer: Any, folder: Path, rows: int) -> None:
 
 
 def splitting_rule(specification: Any, place: str) -> str:
-    """The name in llama.cpp of the rule by which a tokenizer (as in `tokenizer.json`) splits text; raises if unknown."""
+    """The name in llama.cpp of the rule by which a tokenizer (content of `tokenizer.json`) splits text.
+
+    Raises if it is none of the known ones.
+    """
     model, normalizer = specification["model"], specification.get("normalizer")
     if model["type"] != "BPE" or model.get("byte_fallback") or (normalizer or {"type": "NFC"})["type"] != "NFC":
         raise UnsupportedFeatureError(f"the tokenizer of {place} is not byte-level BPE, so it is not written", _REMEDY)
