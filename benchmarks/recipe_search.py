@@ -1,4 +1,4 @@
-"""Choose a model's recipe on dev items alone: fit a Direction per setting and measure it on the behaviour's `[dev]` rows.
+"""Choose a recipe on dev items alone: fit a Direction per setting and measure it on the behaviour's `[dev]` rows.
 
     python benchmarks/recipe_search.py smollm2 sycophancy LOG.jsonl SETTING.json...
 

@@ -26,6 +26,7 @@ import polars as pl
 from blocks import checks, comparisons, rebuilds, runs
 from blocks.alignment import alignment
 from blocks.fast_paths import fast_paths
+from blocks.llama_cpp import llama_cpp
 
 from ws.base.records import plain, restore
 from ws.base.store import content_key
@@ -47,6 +48,7 @@ COMPARED = RESULTS / "pocket-sycophancy-compare"
 ACROSS = RESULTS / "comparisons.json"
 ALIGNMENT = RESULTS / "alignment.json"
 PATHS = RESULTS / "fast-paths.json"
+LLAMA_CPP = RESULTS / "llama-cpp.json"
 LARGEST_KEPT = 1_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 MARKED = re.compile(r"(<!-- begin: (?P<name>\S+) -->\n)(?P<content>.*?)\n?(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -106,6 +108,11 @@ def stored_paths() -> list[dict[str, Any]]:
     return json.loads(PATHS.read_text()) if PATHS.is_file() else []
 
 
+def stored_agreements() -> list[dict[str, Any]]:
+    """How well llama.cpp agrees with transformers on exported files; empty before the first measurement."""
+    return json.loads(LLAMA_CPP.read_text()) if LLAMA_CPP.is_file() else []
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "see": lambda: runs.see(stored_runs()[FIRST]),
     "status": lambda: runs.status(stored_runs()[FIRST]),
@@ -123,6 +130,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "compare": lambda: comparisons.compared(stored_comparison()),
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),
+    "llama-cpp": lambda: llama_cpp(stored_agreements()),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import update
 from blocks import comparisons, rebuilds, runs
 from blocks.alignment import alignment
+from blocks.llama_cpp import llama_cpp
 
 from ws.base.records import plain, restore
 from ws.comparing import page
@@ -255,6 +256,19 @@ def test_alignments_are_stored_by_run_and_shown_beside_what_random_directions_ha
             "o | 1 | 20.00 % (1.00 %) | 60.00 % (81.00 %) | 3.00 % (1.00 %)",
         )
     ]
+
+
+def test_agreement_with_llama_cpp_is_shown_beside_that_of_the_base_alone() -> None:
+    assert llama_cpp([]) == "Not measured yet."
+    row = {"model": "m", "base": "F16", "same_tokens": 1.0, "positions": 12, "lead": 0.0}
+    text = llama_cpp([
+        {**row, "scale": 0.0, "gap": 0.25, "kl": 0.004, "effect": 0.0, "same": 1.0},
+        {**row, "scale": -1.0, "gap": 0.5, "kl": 0.005, "effect": 0.125, "same": 0.75, "lead": 0.31},
+        {**row, "scale": 1.0, "gap": 0.125, "kl": 0.003, "effect": 0.25, "same": 1.0, "same_tokens": 0.5},
+    ])  # fmt: skip
+    assert "| m | F16 | -1 | 12 | 0.125 | 0.005 | 0.5 | 75 % | 0.31 |" in text
+    assert "- m, F16: largest gap 0.5 with the LoRA and 0.2 without; KL at most 0.005 and 0.004." in text
+    assert "split 50 % of" in text
 
 
 def test_a_run_without_persona_changes_is_said_to_have_none() -> None:

@@ -23,15 +23,18 @@ class Export:
     """Write a direction in a format that other programs can load, with a model card."""
 
     source: Positional[Path]
-    """A run folder, or a direction file."""
-    format: Literal["peft", "merged", "gguf-lora"] = "peft"
-    """peft: an adapter folder for PEFT. merged: a whole checkpoint. gguf-lora: a GGUF LoRA for llama.cpp."""
+    """A run folder, or a direction file. With --format gguf also a model folder or an embedded model."""
+    format: Literal["peft", "merged", "gguf-lora", "gguf"] = "peft"
+    """peft: an adapter folder for PEFT. merged: a whole checkpoint. For llama.cpp: gguf-lora is a GGUF LoRA, gguf a
+    whole model."""
     alpha: float = 1.0
     """Strength to export."""
     rank: int | None = None
     """Truncate every update to this rank. Needed for updates that are not low-rank. The kept energy is reported."""
     fold: bool = True
     """Multiply the strength into the weights of the adapter. With --no-fold it is stored as the adapter's scale."""
+    gguf_type: Literal["f16", "f32"] = "f16"
+    """Numbers of the matrices in a whole GGUF model."""
     model: str | None = None
     """Base model; the run's own if left out."""
     out: Path | None = None
@@ -44,14 +47,15 @@ class Export:
         from ws.export import command  # noqa: PLC0415
 
         record, target = command.export(
-            self.source, self.format, alpha=self.alpha, rank=self.rank, fold=self.fold, model=self.model, out=self.out
-        )
+            self.source, self.format, alpha=self.alpha, rank=self.rank, fold=self.fold, gguf_type=self.gguf_type,
+            model=self.model, out=self.out,
+        )  # fmt: skip
         if self.json:
             console.print_json(json.dumps(record))
             return
         exact = "exact" if record.get("exact", True) else f"keeps {100 * record['energy_kept']:.2f} % of |dW|^2"
         error = f", largest logit error {record['logit_error']['max']:.2g}" if "logit_error" in record else ""
-        console.say(f"{self.format} at alpha {self.alpha:+g}: {exact}{error}\nwritten     {target}")
+        console.say(f"{self.format} at alpha {record['alpha']:+g}: {exact}{error}\nwritten     {target}")
 
 
 @dataclass(frozen=True)

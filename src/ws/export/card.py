@@ -21,7 +21,8 @@ _LOADING = {
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("{place}")\n```'
     ),
-    "gguf-lora": "```\nllama-cli -m {file} --lora {place}\n```\nAnother strength: `--lora-scaled {place} 0.5`.",
+    "gguf-lora": "```\nllama-cli -m {file} --lora {place}\n```\nAnother strength: `--lora-scaled {place}:0.5`.",
+    "gguf": "```\nllama-cli -m {place}\n```",
 }
 
 

@@ -41,24 +41,9 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
         raise UserError(f"{folder} is the base itself", "Give another folder; the base is never overwritten.")
     require_free(folder)
     source = Checkpoint(base)
-    own = source.fingerprint()
-    for direction in edits:
-        if direction.base != own:
-            raise BaseMismatchError(
-                f"the direction was made on the base model {direction.base}, but {base} is {own}",
-                "Give the folder of the direction's base model.",
-            )
-    touched = {name for direction in edits for name in direction.deltas}
+    record = {"format": "merged", **checked_edits(source, edits)}
     parameters = source.parameters()
-    if absent := sorted(touched - parameters.keys()):
-        raise architecture.no_own_parameter(source.network, absent[0])
     merged = _Merged(source, edits)
-    record = {
-        "format": "merged",
-        "base": own,
-        "edits": [{"alpha": alpha, "provenance": dict(direction.provenance)} for direction, alpha in edits.items()],
-        "changed": sorted(touched),
-    }
     with atomic_folder(folder) as temporary:
         _copy_beside_weights(base, temporary)
         for file in merged.files:
@@ -76,6 +61,35 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
     return record
 
 
+def checked_edits(source: Checkpoint, edits: Mapping[Direction, float]) -> dict[str, Any]:
+    """The record of the base and of all edits; raises if an edit was made on another base or has no parameter here."""
+    own = source.fingerprint()
+    for direction in edits:
+        if direction.base != own:
+            raise BaseMismatchError(
+                f"the direction was made on the base model {direction.base}, but {source.folder} is {own}",
+                "Give the folder of the direction's base model.",
+            )
+    touched = {name for direction in edits for name in direction.deltas}
+    if absent := sorted(touched - source.parameters().keys()):
+        raise architecture.no_own_parameter(source.network, absent[0])
+    return {
+        "base": own,
+        "edits": [{"alpha": alpha, "provenance": dict(direction.provenance)} for direction, alpha in edits.items()],
+        "changed": sorted(touched),
+    }
+
+
+def merged_parameter(source: Checkpoint, edits: Mapping[Direction, float], parameter: str) -> Tensor:
+    """A parameter with all edits added, fp32."""
+    base = source.tensor(parameter)
+    return edited(base, _terms(edits, parameter), base)
+
+
+def _terms(edits: Mapping[Direction, float], parameter: str) -> list[tuple[Any, float]]:
+    return [(d.deltas[parameter], alpha) for d, alpha in edits.items() if parameter in d.deltas]
+
+
 class _Merged:
     """The tensors of the copy, by stored name; the tensors of one parameter are adjacent, so it is made once."""
 
@@ -91,7 +105,7 @@ class _Merged:
     def stored(self, name: str) -> Tensor:
         """A tensor of the copy; without a change by any direction, it equals the base bit for bit."""
         parameter = self.parameter_of[name]
-        if not self._terms(parameter):
+        if not self._changes(parameter):
             return self._source.stored(name)
         if self._at_hand[0] != parameter:
             self._at_hand = ("", {})
@@ -101,17 +115,16 @@ class _Merged:
     def checked(self, parameter: str, copy: Checkpoint) -> Tensor:
         """A parameter of the copy as read back; raises if it differs from the intended value."""
         found = copy.tensor(parameter)
-        wanted = self._value(parameter) if self._terms(parameter) else self._source.tensor(parameter)
+        wanted = self._value(parameter) if self._changes(parameter) else self._source.tensor(parameter)
         if not torch.equal(found, wanted.to(found.dtype)):
             raise UserError(f"{copy.folder}: {parameter} is not what was written", "Check the disk and export again.")
         return found
 
-    def _terms(self, parameter: str) -> list[tuple[Any, float]]:
-        return [(d.deltas[parameter], alpha) for d, alpha in self._edits.items() if parameter in d.deltas]
+    def _changes(self, parameter: str) -> bool:
+        return any(parameter in direction.deltas for direction in self._edits)
 
     def _value(self, parameter: str) -> Tensor:
-        base = self._source.tensor(parameter)
-        return edited(base, self._terms(parameter), base)
+        return merged_parameter(self._source, self._edits, parameter)
 
 
 def _copy_beside_weights(base: Path, folder: Path) -> None:
