@@ -30,8 +30,9 @@ from ws.comparing.findings import CONTROLS, KINDS, SIDES, Findings, Reached, Sea
 from ws.comparing.methods import Method, Sources
 from ws.comparing.numbers import Line, LineScores, Place
 from ws.edit.condition import PLAIN, Condition
-from ws.eval import dilemmas, side_effects, sycophancy
-from ws.fitting.run_settings import Settings, scored_with, shared_base
+from ws.eval import dilemmas, instrument, side_effects, sycophancy
+from ws.eval.ability import Ability
+from ws.fitting.run_settings import Settings, limit_of, recommended, scored_with, shared_base
 from ws.fitting.stages import FittedRun
 from ws.measure import calibrate
 from ws.measure.divergence import Divergence, prompt_divergence
@@ -93,8 +94,11 @@ class ComparisonRun:
     def __init__(self, settings: Settings, plan: Plan, model: ChatModel | None = None) -> None:
         self.settings = replace(settings, alphas=(-1.0, 0.0, 1.0), control_seeds=0)
         self.plan = plan
-        self.dilemmas = dilemmas.load(settings.dilemmas, settings.rows)  # a wrong source fails before hours of fits
-        self.model = model or settings.load()
+        everything = dilemmas.load(settings.dilemmas)  # a wrong source fails before hours of fits
+        self.settings, self.model = recommended(self.settings, model or settings.load())
+        self.settings = replace(self.settings, alphas=(-1.0, 0.0, 1.0), control_seeds=0)
+        self.dilemmas = everything.first(limit_of(self.settings, self.model, "dilemmas"))
+        self.ability: Ability | None = None
         self.peers = {file: file.read(self.model) for file in peer_vectors.parse_all(plan.peers)}
         runs = {(family, seed): run for family in plan.families for seed, run in self._replicate(family).items()}
         reference = next(iter(runs.values()))
@@ -103,8 +107,12 @@ class ComparisonRun:
         self.folder = RunFolder(place / _folder_name(settings.dilemmas), {
             "model": self.model.slug, "fingerprint": self.model.fingerprint, "behaviour": self.behaviour.name,
         })  # fmt: skip
-        self.sources = Sources(self.model, runs, settings.data_seed, self.folder, sorted(place.glob("compare*")))
-        self.has_measured = False
+        assert self.ability is not None  # every run knows it
+        own = instrument.headline_probe(self.ability.instrument, self.behaviour, self._limit(self.ability.instrument))
+        self.sources: Sources = Sources(
+            self.model, runs, own, settings.data_seed, self.folder, sorted(place.glob("compare*"))
+        )
+        self.has_measured: bool = False
 
     def __enter__(self) -> ComparisonRun:
         return self
@@ -119,7 +127,11 @@ class ComparisonRun:
         for seed in self.plan.seeds:
             with Replication(replace(self.settings, adapter=family, seed=seed), self.model) as run:
                 found[seed] = run.fitted
+                self.ability = self.ability or run.ability
         return found
+
+    def _limit(self, probe: str) -> int | None:
+        return limit_of(self.settings, self.model, probe)
 
     def methods(self) -> list[Method]:
         """All methods, in the order of the tables."""
@@ -138,20 +150,21 @@ class ComparisonRun:
 
     def probes(self) -> list[Probe]:
         """The test rows of the behaviour's probe and the dilemmas, and the side effects."""
-        rows = self.settings.rows
+        by_choice = self.sources.own.kind == "choice"
+        own = sycophancy.probe(self.behaviour, self._limit("choice")) if by_choice else self.sources.own
         return [
-            split(sycophancy.probe(self.behaviour, rows), dev=False),
+            split(own, dev=False),
             split(self.dilemmas.probe(), dev=False),
             # the strengths of activation steering were chosen on the other facts
             *(split(probe, dev=False) if probe.name == side_effects.FACTS else probe
-              for probe in side_effects.probes(self.model, rows)),
+              for probe in side_effects.probes(self.model, self._limit("side_effects"))),
         ]  # fmt: skip
 
     def dev_scores(self, compared: Sequence[Method]) -> pl.DataFrame:
         """Scores on the dev rows of the behaviour's probe, for the methods that a headline may show."""
         wanted = [method for method in compared if method.kind in KINDS]
         conditions = [Condition(), *(condition for method in wanted for condition in method.conditions())]
-        return self._scored("scores_dev", [split(sycophancy.headline_probe(self.behaviour), dev=True)], conditions)
+        return self._scored("scores_dev", [split(self.sources.own, dev=True)], conditions)
 
     def scores(self, compared: Sequence[Method], calibration: Strengths) -> pl.DataFrame:
         """All methods at their own +-1 and at their calibrated strengths, all replicates, one table."""
@@ -244,7 +257,9 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
         with _timed(seconds, "scores"):
             dev, test = comparison.dev_scores(compared), comparison.scores(compared, strengths)
         with _timed(seconds, "tables"):
-            dev_scores, scores = (LineScores(one, behaviour.name, behaviour.probe.headline) for one in (dev, test))
+            dev_scores, scores = (
+                LineScores(one, comparison.sources.own.name, behaviour.probe.headline) for one in (dev, test)
+            )
             lines = [line_at_own_strength(method, strengths) for method in compared]
             at_equal_kl = [line for method in compared if (line := line_at_equal_kl(method, strengths)) is not None]
             found = Findings(

@@ -17,14 +17,15 @@ from ws.base.errors import UserError
 from ws.baselines.prompts import Prompt
 from ws.baselines.repe import ActivationDirection, Unit
 from ws.edit.condition import PLAIN, Condition, Edit
-from ws.eval import side_effects, sycophancy
-from ws.fitting.behaviour import Behaviour
+from ws.eval import side_effects
 from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.model.loading import ChatModel
 from ws.report.summary import FACTS_LOST, LOW_MASS, Scores, accuracy
 
 DEV_SHARE = 0.25
+MASS_LOST = 0.1
+"""Answer mass that a strength may cost on the facts, if the behaviour is measured by replies."""
 STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
     "difference": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
     "residual": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
@@ -62,33 +63,39 @@ def split(probe: Probe, dev: bool) -> Probe:
 
 
 def best_strength(
-    model: ChatModel, behaviour: Behaviour, name: str, fitted: Mapping[Option, ActivationDirection]
+    model: ChatModel, own: Probe, name: str, fitted: Mapping[Option, ActivationDirection]
 ) -> Chosen[Option]:
     """The candidate and strength that move the behaviour furthest, both signs together.
 
     The strengths tried are those of each candidate's unit.
 
-    A strength is admissible if it keeps `LOW_MASS` on the two answers and loses at most `FACTS_LOST` of the dev facts,
-    at both signs. If no strength is admissible, the first candidate at its smallest strength is used, with a warning.
+    own: the probe that measures the behaviour. A strength is admissible if it keeps the answer mass and loses at most
+    `FACTS_LOST` of the dev facts, at both signs. The mass is that of the own probe, at least `LOW_MASS`; replies have
+    none, and then the facts must keep theirs up to `MASS_LOST`. If no strength is admissible, the first candidate at
+    its smallest strength is used, with a warning.
     """
     edits = {option: Edit(f"{name} {number}", fitted[option]) for number, option in enumerate(fitted)}
     tried = [(option, strength) for option, one in fitted.items() for strength in STRENGTHS[one.unit]]
     conditions = [Condition.of(edits[option], sign * strength) for option, strength in tried for sign in (1, -1)]
-    probes = [split(sycophancy.headline_probe(behaviour), dev=True), split(side_effects.facts(), dev=True)]
+    probes = [split(own, dev=True), split(side_effects.facts(), dev=True)]
     scores = Scores(score(model, probes, conditions, description=f"choosing {name}"))
     base_facts = accuracy(scores.rows(side_effects.FACTS, "logratio", "", 0.0))
+    massed, floor = own.name, LOW_MASS
+    if own.kind == "contrast":
+        massed = side_effects.FACTS
+        floor = _mean(scores.rows(massed, "pmass", "", 0.0)["value"]) - MASS_LOST
     best: tuple[float, Option, float] | None = None
     for option, strength in tried:
         moved, admissible = 0.0, True
         for sign in (1, -1):
-            own, mass, facts = (
+            moves, mass, facts = (
                 scores.rows(probe, metric, edits[option].name, sign * strength)
                 for probe, metric in (
-                    (behaviour.name, "logratio"), (behaviour.name, "pmass"), (side_effects.FACTS, "logratio"),
+                    (own.name, "logratio"), (massed, "pmass"), (side_effects.FACTS, "logratio"),
                 )
             )  # fmt: skip
-            moved += sign * _mean((own["value"] - own["base"]) * own["label"]) / 2
-            admissible &= _mean(mass["value"]) >= LOW_MASS and accuracy(facts) >= base_facts - FACTS_LOST
+            moved += sign * _mean((moves["value"] - moves["base"]) * moves["label"]) / 2
+            admissible &= _mean(mass["value"]) >= floor and accuracy(facts) >= base_facts - FACTS_LOST
         if admissible and (best is None or moved > best[0]):
             best = (moved, option, strength)
     if best is None:
@@ -102,9 +109,9 @@ def best_strength(
     return Chosen(option, strength, "the largest tried" if strength == STRENGTHS[fitted[option].unit][-1] else "")
 
 
-def best_prompts(model: ChatModel, behaviour: Behaviour, pool: Sequence[Prompt]) -> dict[int, Prompt]:
+def best_prompts(model: ChatModel, own: Probe, pool: Sequence[Prompt]) -> dict[int, Prompt]:
     """Per side, the prompt that moves the behaviour furthest in the direction of the side."""
-    probe = split(sycophancy.headline_probe(behaviour), dev=True)
+    probe = split(own, dev=True)
     table = score(model, [probe], [Condition(prompt.context) for prompt in pool], description="choosing prompts")
     rows = table.filter((pl.col("metric") == "logratio") & (pl.col("context") != PLAIN.name))
     means = {name: _mean(part["value"] * part["label"]) for (name,), part in rows.group_by("context")}

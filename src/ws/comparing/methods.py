@@ -24,6 +24,7 @@ from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.stages import FittedRun
+from ws.measure.probe import Probe
 from ws.model import architecture
 from ws.model.loading import ChatModel
 
@@ -49,11 +50,13 @@ class Method:
 class Sources:
     """The inputs of the methods: the runs by (family, training seed), the reference first.
 
-    folder: keeps what is trained only for the comparison. siblings: folders that may already have it.
+    own: the probe that measures the behaviour (`eval.instrument`), for choices on dev rows. folder: keeps what is
+    trained only for the comparison. siblings: folders that may already have it.
     """
 
     model: ChatModel
     runs: Mapping[tuple[str, int], FittedRun]
+    own: Probe
     data_seed: int
     folder: RunFolder
     siblings: Sequence[Path] = ()
@@ -151,7 +154,7 @@ def _at_best_strength(
     said: Callable[[Option, ActivationDirection], str],
 ) -> Method:
     """The candidate and strength that the dev split chooses; `said` is what the note says about them."""
-    chosen = dev_split.best_strength(sources.model, sources.behaviour, label, fitted)
+    chosen = dev_split.best_strength(sources.model, sources.own, label, fitted)
     direction = fitted[chosen.option].times(chosen.strength)
     note = ", ".join(part for part in (said(chosen.option, direction), chosen.remark) if part)
     return Method(label, "activations", (Edit(label, direction),), note=note)
@@ -179,7 +182,7 @@ _STEP_ROWS = 200
 def system_prompts(sources: Sources) -> list[Method]:
     """The first personas, the best of all personas on the dev split, and the engineered prompts by kind."""
     pool = prompts.all_personas(sources.behaviour)
-    best = dev_split.best_prompts(sources.model, sources.behaviour, pool)
+    best = dev_split.best_prompts(sources.model, sources.own, pool)
     simple = {p.side: p for p in prompts.simple(sources.behaviour)}
     found = [
         _prompt_method("prompt: simple", simple),

@@ -185,7 +185,11 @@ class LineScores:
         KL and NLL are measured on given answers to neutral requests. A prompt has no KL there, because the engine
         compares within one Context; its KL is measured on its own replies.
         """
-        masses = [self._mean(line, sign, probe, "pmass") for probe in (self.behaviour, dilemmas.NAME)]
+        masses = [  # replies have no answer mass
+            float(values.mean())  # type: ignore[arg-type]
+            for probe in (self.behaviour, dilemmas.NAME)
+            if len(values := self.rows(line, sign, probe, "pmass")["value"])
+        ]
         facts = self.rows(line, sign, side_effects.FACTS, "logratio")
         kl = self.rows(line, sign, side_effects.NEUTRAL_KL, "kl")["value"]
         nll = self.rows(line, sign, side_effects.NEUTRAL_NLL, "nll")
@@ -216,9 +220,6 @@ class LineScores:
             dilemmas=Estimate.of(signed_mean(self.rows(line, "0", dilemmas.NAME, "logratio"))),
             nll=_mean(nll) if len(nll) else None,
         )
-
-    def _mean(self, line: Line, sign: str, probe: str, metric: str) -> float:
-        return _mean(self.rows(line, sign, probe, metric)["value"])
 
 
 class _Replicate(NamedTuple):
@@ -317,7 +318,8 @@ def best_of_kinds(scores: LineScores, lines: Sequence[Line]) -> dict[str, str]:
     for line in lines:
         if line.kind not in KINDS or set(line.at) != set(SIGNS):
             continue
-        if min(_mean(scores.rows(line, sign, scores.behaviour, "pmass")["value"]) for sign in SIGNS) < LOW_MASS:
+        masses = [scores.rows(line, sign, scores.behaviour, "pmass")["value"] for sign in SIGNS]
+        if any(len(values) and _mean(values) < LOW_MASS for values in masses):  # replies have no answer mass
             continue
         moved = {}
         for sign in SIGNS:

@@ -110,6 +110,10 @@ class Loaded:
             text += f"; {apart} are not counted, because only the other action of their dilemma touches honesty"
         return f"{text}; the honest answer is Yes on {found['honest_yes']} and No on {found['honest_no']} counted rows"
 
+    def first(self, limit: int | None) -> Loaded:
+        """This many whole situations of each group; None: all."""
+        return self if limit is None else replace(self, rows=_first_clusters(self.rows, limit))
+
     def probe(self) -> Probe:
         """The probe with these rows."""
         return Probe(NAME, "choice", tuple(
@@ -143,7 +147,7 @@ def load(source: str = "own", limit: int | None = None) -> Loaded:
                 f"{source}: no row can be counted, because no action is itself honest or dishonest",
                 "Give a set in which actions themselves are honest or dishonest.",
             )
-    return found if limit is None else replace(found, rows=_first_clusters(found.rows, limit))
+    return found.first(limit)
 
 
 def counted(table: pl.DataFrame) -> pl.DataFrame:

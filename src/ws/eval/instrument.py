@@ -78,6 +78,13 @@ def orders(behaviour: Behaviour, limit: int | None = None) -> Probe | None:
     return Probe(orders_name(behaviour.name), "choice", tuple(rows), whole.answers)
 
 
+def headline_probe(name: Name, behaviour: Behaviour, limit: int | None = None) -> Probe:
+    """The probe of an instrument with the headline items alone, in one polarity: to compare methods, or to choose."""
+    found = replies(behaviour, limit) if name == "replies" else sycophancy.headline_probe(behaviour, limit)
+    assert found is not None  # `choose` never takes replies that a behaviour does not have
+    return found
+
+
 def choose(base: pl.DataFrame, behaviour: Behaviour) -> Ability:
     """Apply the rule to scores of the unedited model on the behaviour's probes (`sycophancy.probe`, `orders`,
     `replies`)."""
