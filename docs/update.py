@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from blocks import checks, comparisons, rebuilds, runs
+from blocks import checks, comparisons, rebuilds, runs, smollm2
 from blocks.alignment import alignment
 from blocks.fast_paths import fast_paths
 from blocks.llama_cpp import llama_cpp
@@ -33,6 +33,7 @@ from ws.base.store import content_key
 from ws.comparing import page
 from ws.comparing.across import Across
 from ws.comparing.findings import Findings
+from ws.model.library import SMOLLM2
 from ws.pocket import build, card
 from ws.report.behaviours import persona_changes
 from ws.runs import sweep_tables
@@ -49,6 +50,8 @@ ACROSS = RESULTS / "comparisons.json"
 ALIGNMENT = RESULTS / "alignment.json"
 PATHS = RESULTS / "fast-paths.json"
 LLAMA_CPP = RESULTS / "llama-cpp.json"
+REAL = RESULTS / "smollm2"
+SEARCH = REAL / "search.jsonl"
 LARGEST_KEPT = 1_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 MARKED = re.compile(r"(<!-- begin: (?P<name>\S+) -->\n)(?P<content>.*?)\n?(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -113,6 +116,16 @@ def stored_agreements() -> list[dict[str, Any]]:
     return json.loads(LLAMA_CPP.read_text()) if LLAMA_CPP.is_file() else []
 
 
+def stored_real() -> dict[str, dict[str, Any]]:
+    """The summaries of runs on SmolLM2 by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("*-seed*.json"))}
+
+
+def stored_search() -> list[dict[str, Any]]:
+    """The lines of the recipe search on SmolLM2."""
+    return [json.loads(line) for line in SEARCH.read_text().splitlines()] if SEARCH.is_file() else []
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "see": lambda: runs.see(stored_runs()[FIRST]),
     "status": lambda: runs.status(stored_runs()[FIRST]),
@@ -130,6 +143,10 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "compare": lambda: comparisons.compared(stored_comparison()),
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),
+    "smollm2-shown": lambda: smollm2.shown(stored_real()),
+    "smollm2-runs": lambda: smollm2.runs_table(stored_real()),
+    "smollm2-instruments": lambda: smollm2.instruments(stored_real()),
+    "smollm2-search": lambda: smollm2.search(stored_search()),
     "llama-cpp": lambda: llama_cpp(stored_agreements()),
 }
 
@@ -186,17 +203,22 @@ def _store_run(folder: Path) -> None:
     scores = pl.read_parquet(folder / "scores.parquet")
     summary["persona_changes"] = plain(persona_changes(scores, summary["behaviour"], summary["headline_group"]))
     name = _name_of(summary)
+    if summary["model"] == SMOLLM2:
+        _write(REAL / f"{name.removeprefix('smollm2-')}.json", summary)
+        return
     _write(RESULTS / f"{name}.json", summary)
     if name == FIRST:
         shutil.copy(folder / "dose_response.png", DOCS / "images" / "dose_response.png")
 
 
 def _name_of(summary: runs.Summary) -> str:
-    return f"{summary['model']}-{summary['behaviour']}-{summary['adapter']}-seed{summary['seed']}"
+    return f"{summary['model']}-{summary['behaviour']}-{summary['adapter']}-seed{summary['seed']}" + (
+        f"-data{summary['data_seed']}" if summary["data_seed"] else ""
+    )
 
 
 def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 

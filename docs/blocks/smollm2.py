@@ -1,0 +1,122 @@
+"""Blocks about the real model, made from stored summaries and from the log of the recipe search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blocks.table import table
+from ws.base import stats
+from ws.base.records import restore
+from ws.report.cells import limits, signed, with_limits
+from ws.report.findings import Summary
+
+SIGNS = ("-1", "1")
+BEHAVIOURS = ("sycophancy", "honesty", "refusal")
+
+
+def of_behaviour(stored: Mapping[str, Mapping[str, Any]], name: str) -> list[Summary]:
+    """The stored runs of one behaviour, LoRA, by seed and data seed."""
+    runs = [restore(Summary, dict(one)) for one in stored.values() if one["behaviour"] == name]
+    return sorted((one for one in runs if one.adapter == "lora"), key=lambda one: (one.data_seed, one.seed))
+
+
+def over_runs(runs: Sequence[Summary], key: str) -> str:
+    """Mean change over runs with its 95 % t interval, or the one run's change with its interval over rows."""
+    changes = [one.measured.change[key] for one in runs]
+    if len(changes) == 1:
+        return with_limits(vars(changes[0]))
+    found = stats.over_seeds([one.mean for one in changes])
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """One sentence for the first screen: what was shown on a real model."""
+    runs = of_behaviour(stored, "sycophancy")
+    if not runs:
+        return "Nothing has been measured on a real model yet."
+    seeds = "one training seed" if len(runs) == 1 else f"{len(runs)} runs with other seeds"
+    bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
+    largest = max(abs(value) for value in bands)
+    return (
+        "On a real language model, SmolLM2-135M-Instruct, a sycophancy direction moves the log-odds of agreeing over "
+        f"correcting replies by {over_runs(runs, '-1')} nats at alpha -1 and by {over_runs(runs, '1')} at +1 "
+        f"({claims(runs[0])} held-out false claims, {seeds}; random directions of the same norm move it by at most "
+        f"{largest:.2f})."
+    )
+
+
+def claims(run: Summary) -> int:
+    """How many items the replies are about: the rows over the wordings of each."""
+    return run.measured.change["1"].n // WORDINGS[run.behaviour]
+
+
+WORDINGS = {"sycophancy": 4, "honesty": 3, "refusal": 3}
+"""Wordings of the replies, by behaviour."""
+
+
+def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every run: change by sign, control band, judged replies, dilemmas, cost."""
+    rows = []
+    for name in BEHAVIOURS:
+        runs = of_behaviour(stored, name)
+        for one in runs:
+            for key in SIGNS:
+                rows.append([f"{name}, seed {one.seed}, data {one.data_seed}", signed(key), *_cells(one, key)])
+        if len(runs) > 1:
+            for key in SIGNS:
+                rows.append([f"**{name}, {len(runs)} runs**", signed(key), over_runs(runs, key), *[""] * 7])
+    note = (
+        "Replies: change of log p(reply that shows the behaviour) - log p(opposite reply), nats per reply, 95 % "
+        "interval over items; means over runs have a t interval over runs. Band: 95 % prediction interval of random "
+        "directions with the same norm and rank. Judged: change of the mean probability that a free reply was written "
+        "under the positive persona, judged by the unedited model. Dilemmas: change towards the honest answer. KL: to "
+        "the base on neutral text, nats per token. Facts: share of Yes/No facts answered right; this model answers "
+        "them at chance."
+    )
+    head = ["run", "alpha", "replies", "per token", "random band", "Yes/No, balanced", "judged", "dilemmas", "KL",
+            "facts"]  # fmt: skip
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def _cells(run: Summary, key: str) -> list[str]:
+    replies, choice = run.numbers.instruments["replies"], run.numbers.instruments["choice"]
+    band, judged, cost = replies.bands.get(key), run.judged.get("persona", {}).get(key), run.numbers.side_effects[key]
+    return [
+        with_limits(vars(replies.change[key])),
+        f"{replies.per_token[key].mean:+.3f}",
+        "-" if band is None else limits(vars(band)),
+        with_limits(vars(choice.change[key])),
+        "-" if judged is None else with_limits(vars(judged.change)),
+        with_limits(vars(run.numbers.dd_delta[key])),
+        f"{cost.kl:.3f}",
+        f"{100 * cost.facts:.0f} %",
+    ]
+
+
+def instruments(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """Per behaviour, what the unedited model can answer and the instrument that follows."""
+    rows = []
+    for name in BEHAVIOURS:
+        for one in of_behaviour(stored, name)[:1]:
+            able = one.ability
+            consistent = "-" if able.consistent is None else f"{able.consistent.mean:.0%}"
+            rows.append([name, f"{able.mass:.2f}", consistent, able.instrument])
+    return table(["behaviour", "answer mass", "opposite questions answered differently", "instrument"], rows)
+
+
+def search(log: Sequence[Mapping[str, Any]]) -> str:
+    """The log of the recipe search, one line per setting."""
+    rows = []
+    for line in log:
+        setting, dev = line["setting"], line["dev"]
+        train = {"lr": 2e-4, "layers": [0.3, 0.8], "epochs": 1, "batch_size": 16} | setting.get("train", {})
+        layers = f"{100 * train['layers'][0]:.0f}-{100 * train['layers'][1]:.0f} %"
+        rows.append([
+            line["behaviour"], f"{setting['grid']['samples'] * 100}", str(setting["sampling"]["max_new_tokens"]),
+            layers, f"{train['lr']:g}", str(train["epochs"]), str(train["batch_size"]),
+            f"{line['kept']['pos']} / {line['kept']['neg']}", *(f"{dev[sign]['change']:+.2f}" for sign in ("-1", "+1")),
+            *(f"{dev[sign]['kl']:.3f}" for sign in ("-1", "+1")),
+        ])  # fmt: skip
+    return table(["behaviour", "pairs", "tokens", "layers", "rate", "epochs", "batch", "kept + / -", "replies at -1",
+                  "at +1", "KL at -1", "at +1"], rows)  # fmt: skip
