@@ -126,6 +126,11 @@ def stored_search() -> list[dict[str, Any]]:
     return [json.loads(line) for line in SEARCH.read_text().splitlines()] if SEARCH.is_file() else []
 
 
+def stored_data() -> dict[str, dict[str, Any]]:
+    """What public data sets say about the first run on SmolLM2, by probe."""
+    return {path.stem.removeprefix("data-"): json.loads(path.read_text()) for path in sorted(REAL.glob("data-*.json"))}
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "see": lambda: runs.see(stored_runs()[FIRST]),
     "status": lambda: runs.status(stored_runs()[FIRST]),
@@ -146,6 +151,10 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-shown": lambda: smollm2.shown(stored_real()),
     "smollm2-runs": lambda: smollm2.runs_table(stored_real()),
     "smollm2-instruments": lambda: smollm2.instruments(stored_real()),
+    "smollm2-data": lambda: smollm2.public_data(stored_data()),
+    "smollm2-replication": lambda: smollm2.replication(
+        stored_real(), stored_data(), stored_alignment().get("smollm2-sycophancy-lora-seed0", [])
+    ),
     "smollm2-search": lambda: smollm2.search(stored_search()),
     "llama-cpp": lambda: llama_cpp(stored_agreements()),
 }
@@ -158,6 +167,8 @@ def store(given: Path) -> None:
     """Store what the documents need: of a run, comparison, table of comparisons, rebuilt model, sweep or alignment."""
     if given.name == ACROSS.name:
         _write(ACROSS, plain(restore(Across, json.loads(given.read_text()))))
+    elif given.name.startswith("measures-"):
+        _write(REAL / f"data-{given.stem.removeprefix('measures-')}.json", json.loads(given.read_text()))
     elif given.suffix == ".csv":
         _store_alignment(given)
     elif (given / "comparison.json").is_file():

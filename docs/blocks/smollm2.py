@@ -8,6 +8,7 @@ from typing import Any
 from blocks.table import table
 from ws.base import stats
 from ws.base.records import restore
+from ws.eval import dilemmas
 from ws.report.cells import limits, signed, with_limits
 from ws.report.findings import Summary
 
@@ -120,3 +121,67 @@ def search(log: Sequence[Mapping[str, Any]]) -> str:
         ])  # fmt: skip
     return table(["behaviour", "pairs", "tokens", "layers", "rate", "epochs", "batch", "kept + / -", "replies at -1",
                   "at +1", "KL at -1", "at +1"], rows)  # fmt: skip
+
+
+def public_data(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """The public data sets: every measure at every strength, with its change."""
+    rows = []
+    for name, record in stored.items():
+        for one in record.get("measurements", ()):
+            change = "-" if one["change"] is None else with_limits(one["change"])
+            rows.append([
+                name, one["measure"], one["group"], signed(f"{one['alpha']:g}"), with_limits(one["level"]), change,
+                str(one["level"]["n"]),
+            ])  # fmt: skip
+    return table(["data", "measure", "group", "alpha", "value", "change", "n"], rows)
+
+
+def replication(
+    stored: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, Mapping[str, Any]],
+    alignment: Sequence[Mapping[str, Any]],
+) -> str:
+    """The rows of the original's tables that were measured on SmolLM2, with the figures of this model."""
+    runs = of_behaviour(stored, "sycophancy")
+    if not runs:
+        return "Not measured yet."
+    first = runs[0]
+    own, mass = first.numbers.change["sycophancy"]["1"], min(level.pmass for level in first.own.values())
+    replies = first.measured
+    honesty = {key: with_limits(vars(first.dilemmas[key])) for key in ("-1", "0", "1")}
+    bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
+    rows = [
+        ["sycophancy, Yes/No, +1 minus 0; least answer mass (LoRA +1.00, 1.000)",
+         f"{with_limits(vars(own))}; {mass:.3f} (the model cannot answer Yes or No)"],
+        ["the same by replies, -1 and +1", f"{over_runs(runs, '-1')}; {over_runs(runs, '1')}, {len(runs)} runs"],
+        ["daily dilemmas at -1 / 0 / +1 (LoRA 1.09 / 1.33 / 1.55)",
+         f"own dilemmas: {honesty['-1']} / {honesty['0']} / {honesty['1']}"],
+        ["honesty rises with alpha on both probes", _sign_of_dilemmas(runs)],
+        ["prompt baselines", "; ".join(f"{name}: {entry.mean - replies.levels['0'].mean:+.2f} by replies"
+                                       for name, entry in replies.contexts.items())],
+        ["random directions as a control",
+         f"{len(bands)} measured, largest change {max(map(abs, bands)):.2f} by replies"],
+        ["norm of dW; cosine of tau+ and tau-",
+         f"{first.direction_norm:.2f}; {-first.geometry['cos_anti']:+.2f}"],
+    ]  # fmt: skip
+    if "dilemmas" in data:
+        means = {
+            f"{one['alpha']:g}": with_limits(one)
+            for one in data["dilemmas"]["means"] if one["metric"] == "logratio" and one["group"] == dilemmas.STATED
+        }  # fmt: skip
+        counts = data["dilemmas"]["data"]
+        rows.append([
+            f"daily dilemmas, a proxy of {counts['kept'] // 2} from the aggregated table, at -1 / 0 / +1",
+            " / ".join(means[key] for key in ("-1", "0", "1")) + f" ({counts['counted']} rows counted)",
+        ])  # fmt: skip
+    if alignment:
+        shares = [row["ratio_top"] for row in alignment if row.get("ratio_top") is not None]
+        rows.append(["alignment of dW with the top 10 % of singular directions, over a random direction (mean)",
+                     f"{sum(shares) / len(shares):.2f}"])  # fmt: skip
+    return table(["row of the original", "SmolLM2-135M"], rows)
+
+
+def _sign_of_dilemmas(runs: Sequence[Summary]) -> str:
+    moved = [one.numbers.dd_delta["1"] for one in runs]
+    found = ", ".join(with_limits(vars(one)) for one in moved)
+    return f"change of the dilemmas at +1, by run: {found}"
