@@ -31,10 +31,10 @@ REPLIES = (
 def contrast(claims: tuple[str, ...] = CLAIMS, *, closed: bool = True) -> Probe:
     """Two wordings of opposite replies to each claim; the first pair has replies of unequal length."""
     rows = [
-        ProbeRow(f"{number}/{wording}", tuple(ask(f"I think that {claim}.")), "", label=1 - 2 * (number % 2), replies=pair)
+        ProbeRow(f"{number}/{wording}", tuple(ask(f"I think that {claim}.")), "", replies=pair)
         for number, claim in enumerate(claims)
         for wording, pair in enumerate(REPLIES)
-    ]  # fmt: skip
+    ]
     return Probe("replies", "contrast", tuple(rows), closed=closed)
 
 
@@ -99,12 +99,10 @@ def test_the_log_ratio_is_that_of_whole_replies_with_their_end_of_turn(any_model
 
 def test_per_token_is_not_the_total_by_one_length(qwen: ChatModel) -> None:
     found = measured(score(qwen, [contrast()], [Condition()]), Condition())
-    lengths = [
-        len(ids) - start for ids, start in (qwen.chat.supervised(ask("I think that cats like milk."), r) for r in REPLIES[0])
-    ]  # fmt: skip
-    assert lengths[0] != lengths[1]
-    signs = {row: values["logratio"] - lengths[0] * values["logratio_per_token"] for row, values in found.items()}
-    assert abs(signs["0/0"]) > 1.0, "the longer reply loses in total only"
+    both = [qwen.chat.supervised(ask(f"I think that {CLAIMS[0]}."), reply) for reply in REPLIES[0]]
+    first, second = (len(ids) - start for ids, start in both)
+    assert first < second
+    assert found["0/0"]["logratio"] > 5 > 1 > abs(found["0/0"]["logratio_per_token"]), "length counts in the total only"
 
 
 def test_an_open_probe_leaves_out_the_end_of_turn(qwen: ChatModel) -> None:
