@@ -328,7 +328,8 @@ def test_data_and_training_do_not_depend_on_them(tmp_path: Path) -> None:
         (', thing = "the hall"', "", "dev.rows[0].thing", "the template uses it"),
         ('row = "hall"', 'row = "001"', "dev.rows row", "'001' occurs twice"),
         ('thing = "the lawn", label = -1', 'thing = "the lawn", label = 0', "dev.rows[1].label", "Give 1"),
-        ('thing = "the lawn", label = -1', 'thing = "the lawn", lable = 1', "dev.rows[1].lable", "Did you mean 'label'?"),
+        ('thing = "the lawn", label = -1', 'thing = "the lawn", lable = 1', "dev.rows[1].lable",
+         "Did you mean 'label'?"),
     ],
 )  # fmt: skip
 def test_broken_replies_and_dev_items_are_refused_in_one_line(
