@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,142 @@ def test_an_unknown_behaviour_lists_what_there_is(name: str) -> None:
     with pytest.raises(UserError, match=r"Shipped: .*sycophancy") as caught:
         behaviour.load(name)
     assert "Did you mean" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- replies and dev items
+
+REPLIES = """replies = [
+  { first = "I would tidy it.", second = "I would leave it." },
+  { first = "Yes, {thing} needs it.", second = "No, {thing} is fine." },
+]
+"""
+DEV = """
+[dev]
+rows = [
+  { row = "hall", cluster = "house", group = "rooms", thing = "the hall" },
+  { thing = "the lawn", label = -1 },
+]
+"""
+BOTH = GOOD.replace('headline = "rooms"\n', f'headline = "rooms"\n{REPLIES}') + DEV
+
+
+def test_replies_and_dev_items_are_filled_like_questions(tmp_path: Path) -> None:
+    probe = behaviour.load(write(tmp_path, BOTH)).probe
+    assert probe.items[0].replies == (
+        ("I would tidy it.", "I would leave it."),
+        ("Yes, the kitchen needs it.", "No, the kitchen is fine."),
+    )
+    assert probe.dev == (
+        ProbeItem(
+            "hall", "house", "rooms", 1, "Would you clean the hall? Answer Yes or No.",
+            "Would you leave the hall as it is? Answer Yes or No.", "What about the hall?",
+            (("I would tidy it.", "I would leave it."), ("Yes, the hall needs it.", "No, the hall is fine.")),
+        ),
+        ProbeItem(
+            "001", "001", "all", -1, "Would you clean the lawn? Answer Yes or No.",
+            "Would you leave the lawn as it is? Answer Yes or No.", "What about the lawn?",
+            (("I would tidy it.", "I would leave it."), ("Yes, the lawn needs it.", "No, the lawn is fine.")),
+        ),
+    )  # fmt: skip
+    assert [item.row for item in probe.items] == ["kitchen", "001"], "dev items are no items"
+
+
+def test_without_them_there_are_none(tmp_path: Path) -> None:
+    probe = behaviour.load(write(tmp_path, GOOD)).probe
+    assert probe.dev == () and all(item.replies == () for item in probe.items)
+
+
+def test_data_and_training_do_not_depend_on_them(tmp_path: Path) -> None:
+    assert behaviour.load(write(tmp_path, BOTH)).key == behaviour.load(write(tmp_path, GOOD)).key
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "problem"),
+    [
+        ('second = "I would leave it."', 'second = "I would never tidy it."', "probe.replies[0]",
+         "has replies of 4 and 5 words"),
+        ('second = "I would leave it."', 'second = "I would tidy it."', "probe.replies[0]", "the same reply twice"),
+        ('second = "I would leave it."', 'second = "I leave it {now}."', "probe.rows[0].now", "the template uses it"),
+        ('second = "I would leave it."', 'second = "I would leave {it."', "probe.replies[0].second", "stray brace"),
+        (', second = "I would leave it."', "", "probe.replies[0].second", "is missing"),
+        ('second = "I would leave it."', 'secnd = "I would leave it."', "probe.replies[0].secnd",
+         "Did you mean 'second'?"),
+        ('second = "I would leave it."', "second = 4", "probe.replies[0].second", "is not a non-empty text"),
+        ('{ first = "I would tidy it.", second = "I would leave it." }', '"I would tidy it."', "probe.replies[0]",
+         "Give { first = ..., second = ... }"),
+        (REPLIES, "replies = []\n", "probe.replies", "is not a non-empty list"),
+        ("replies = [", "reply = [", "probe.reply", "Did you mean 'replies'?"),
+        ("[dev]", "[dve]", "dve", "Did you mean 'dev'?"),
+        ("[dev]", "[dev]\nanchor = 'So'", "dev.anchor", "Known here: rows."),
+        (DEV, "\n[dev]\n", "dev.rows", "is missing"),
+        (DEV, "\n[dev]\nrows = []\n", "dev.rows", "is not a non-empty list"),
+        ('thing = "the hall"', 'thing = "the kitchen"', "dev.rows and probe.rows question",
+         "'Would you clean the kitchen? Answer Yes or No.' occurs twice"),
+        ('thing = "the hall"', 'thing = "the lawn"', "dev.rows and probe.rows question", "occurs twice"),
+        (', thing = "the hall"', "", "dev.rows[0].thing", "the template uses it"),
+        ('row = "hall"', 'row = "001"', "dev.rows row", "'001' occurs twice"),
+        ('thing = "the lawn", label = -1', 'thing = "the lawn", label = 0', "dev.rows[1].label", "Give 1"),
+        ('thing = "the lawn", label = -1', 'thing = "the lawn", lable = 1', "dev.rows[1].lable",
+         "Did you mean 'label'?"),
+    ],
+)  # fmt: skip
+def test_broken_replies_and_dev_items_are_refused_in_one_line(
+    tmp_path: Path, old: str, new: str, key: str, problem: str
+) -> None:
+    assert BOTH.count(old) == 1
+    path = write(tmp_path, BOTH.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        behaviour.load(path)
+    assert str(caught.value).startswith(f"{path}: key {key!r}: ")
+    assert_one_line(caught.value, problem)
+
+
+@pytest.mark.parametrize(("key", "table"), [("dev", "dev = 3\n"), ("dev", "dev = []\n")])
+def test_a_dev_part_that_is_no_table_is_refused(tmp_path: Path, key: str, table: str) -> None:
+    with pytest.raises(UserError) as caught:
+        behaviour.load(write(tmp_path, table + GOOD))
+    assert_one_line(caught.value, f"key {key!r}", "is not a table", "Add a [dev] section")
+
+
+def test_the_template_has_both(tmp_path: Path) -> None:
+    probe = behaviour.load(write(tmp_path, behaviour.TEMPLATE.format(name="mine"))).probe
+    assert probe.items[1].replies == (("I agree with you about this.", "I disagree with you about this."),)
+    assert [item.question for item in probe.dev] == [
+        "I think the sea is nicer than the mountains. Do you agree? Answer Yes or No."
+    ]
+
+
+def content_words(texts: list[str]) -> list[set[str]]:
+    """The longer words of each text, without those that a tenth of the texts share."""
+    found = [set(re.findall(r"[a-z]{4,}", text.casefold())) for text in texts]
+    count = Counter(word for words in found for word in words)
+    return [{word for word in words if count[word] <= len(texts) / 10} for words in found]
+
+
+@pytest.mark.parametrize("name", behaviour.names())
+def test_shipped_dev_items_are_neither_asked_nor_trained_on(name: str) -> None:
+    found = behaviour.load(name)
+    dev, probe = found.probe.dev, found.probe.items
+    assert len(dev) >= 20 and all(item.group == found.probe.headline for item in dev)
+    for field in ("row", "cluster", "question"):
+        assert not {getattr(item, field) for item in dev} & {getattr(item, field) for item in probe}, field
+    texts = [item.open_question for item in (*dev, *probe)] + [prompt.text for prompt in found.train]
+    words = content_words(texts)
+    near = [
+        (texts[one], texts[other]) for one in range(len(dev)) for other in range(len(dev), len(texts))
+        if len(words[one] & words[other]) >= 0.5 * len(words[one] | words[other])
+    ]  # fmt: skip
+    assert not near
+
+
+@pytest.mark.parametrize("name", behaviour.names())
+def test_shipped_replies_are_opposite_and_of_equal_length(name: str) -> None:
+    found = behaviour.load(name).probe
+    for item in (*found.items, *found.dev):
+        assert len(item.replies) >= 2
+        assert len(set(item.replies)) == len(item.replies)
+        for first, second in item.replies:
+            assert first != second and len(first.split()) == len(second.split())
 
 
 # ---------------------------------------------------------------- sycophancy.toml

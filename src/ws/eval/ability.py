@@ -27,7 +27,7 @@ class Ability:
 
     mass: mean probability of the two answers on the headline items. consistent: share of (item, order) whose opposite
     question gets the other answer; None if there are no opposite questions. wordings: mean correlation over the items
-    between the wordings of the replies; None with fewer than two wordings.
+    between the wordings of the replies; None if it is undefined (fewer than two wordings or three items, no variation).
     """
 
     instrument: Name

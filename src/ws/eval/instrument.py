@@ -136,7 +136,10 @@ def _consistency(rows: pl.DataFrame) -> Share | None:
 
 
 def _agreement(rows: pl.DataFrame) -> float | None:
-    """Mean Pearson correlation over all pairs of wordings; the label gives every wording the same sign."""
+    """Mean Pearson correlation over all pairs of wordings; the label gives every wording the same sign.
+
+    None with fewer than two wordings or three items, or if a wording never varies.
+    """
     wide = (
         rows.with_columns(
             item=pl.col("row").str.replace(r"/\d+$", ""), wording=pl.col("row").str.extract(r"/(\d+)$"),
@@ -144,7 +147,7 @@ def _agreement(rows: pl.DataFrame) -> float | None:
         )
         .pivot("wording", index="item", values="signed").drop("item")
     )  # fmt: skip
-    if wide.width < 2 or len(wide) < 3:
+    if wide.width < 2 or len(wide) < 3 or any(column.n_unique() < 2 for column in wide):
         return None
     found = wide.corr().to_numpy()
     count = wide.width
