@@ -149,6 +149,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),
     "smollm2-shown": lambda: smollm2.shown(stored_real()),
+    "real-and-planted": lambda: smollm2.columns(stored_real(), stored_runs()),
     "smollm2-runs": lambda: smollm2.runs_table(stored_real()),
     "smollm2-instruments": lambda: smollm2.instruments(stored_real()),
     "smollm2-data": lambda: smollm2.public_data(stored_data()),

@@ -185,3 +185,33 @@ def _sign_of_dilemmas(runs: Sequence[Summary]) -> str:
     moved = [one.numbers.dd_delta["1"] for one in runs]
     found = ", ".join(with_limits(vars(one)) for one in moved)
     return f"change of the dilemmas at +1, by run: {found}"
+
+
+def columns(real: Mapping[str, Mapping[str, Any]], planted: Mapping[str, Mapping[str, Any]]) -> str:
+    """The real and the planted model side by side, seed 0, every behaviour that was run on both."""
+    rows = []
+    for name in BEHAVIOURS:
+        found = of_behaviour(real, name)[:1], of_behaviour(_of_model(planted, "pocket"), name)[:1]
+        if not all(found):
+            continue
+        first, second = (one[0] for one in found)
+        for key in SIGNS:
+            rows.append([f"{name}, change at {signed(key)}", *(with_limits(vars(one.measured.change[key]))
+                                                              for one in (first, second))])  # fmt: skip
+        rows.append([f"{name}, largest random direction", *(f"{_largest(one):.2f}" for one in (first, second))])
+        rows.append([f"dilemmas at +1, {name} direction", *(with_limits(vars(one.numbers.dd_delta["1"]))
+                                                            for one in (first, second))])  # fmt: skip
+    note = (
+        "Nats. SmolLM2: log-ratio of opposite replies, per reply. pocket: log p(Yes) - log p(No), balanced over both "
+        "polarities and both orders. The sizes of the two columns cannot be compared. 95 % intervals over items, "
+        "training seed 0."
+    )
+    return f"{table(['', 'SmolLM2-135M (real)', 'pocket (planted)'], rows)}\n\n{note}"
+
+
+def _of_model(stored: Mapping[str, Mapping[str, Any]], model: str) -> dict[str, Mapping[str, Any]]:
+    return {name: one for name, one in stored.items() if one["model"] == model}
+
+
+def _largest(run: Summary) -> float:
+    return max(abs(value) for band in run.measured.bands.values() for value in band.seeds)
