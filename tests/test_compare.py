@@ -29,7 +29,8 @@ from ws.comparing.dev_split import is_dev, split
 from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Spent, Strengths
 from ws.comparing.numbers import Line, LineScores, Place
 from ws.edit.condition import Condition, Edit
-from ws.eval import dilemmas, side_effects, sycophancy
+from ws.eval import dilemmas, instrument, side_effects, sycophancy
+from ws.eval.ability import Ability, Share
 from ws.fitting import train
 from ws.fitting.behaviour import load
 from ws.fitting.data import Grid
@@ -68,6 +69,29 @@ def test_a_finished_comparison_is_what_its_json_says(result: compare.Result) -> 
     stored = json.loads((result.folder / "comparison.json").read_text())
     assert restore(Findings, stored) == result.found and page.as_json(restore(Findings, stored)) == stored
     assert page.markdown(restore(Findings, stored)) == (result.folder / "comparison.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_answer_is_compared_by_replies(result: compare.Result) -> None:
+    ability = result.found.ability
+    assert ability is not None and ability.instrument == "replies" and ability.mass < instrument.LEAST_MASS
+    text = (result.folder / "comparison.md").read_text()
+    assert text.count(f"measured by the log-ratio of two opposite replies: {ability.reason}") == 1
+    scores = pl.read_parquet(result.folder / "scores.parquet")
+    own = scores.filter(pl.col("probe") == "sycophancy-replies")
+    assert set(own["metric"]) == {"logratio", "logratio_per_token"} and "sycophancy" not in scores["probe"]
+    assert not [name for name in own["cluster"].unique().to_list() if is_dev(name)], "test rows only"
+    base = own.filter(pl.col("edit") == "none", pl.col("context") == "plain", pl.col("metric") == "logratio")
+    mine = own.filter(pl.col("edit") == "dW:lora", pl.col("alpha") == 1.0, pl.col("metric") == "logratio")
+    joined = mine.join(base.select("row", base="value"), on="row")
+    change = ((joined["value"] - joined["base"]) * joined["label"]).mean()
+    side = entry_of(result, "dW:lora").sides["+"]
+    assert len(mine) == 2 * len(base) and side.own.mean == pytest.approx(change) and side.own.outside is not None
+    assert side.own_decomposition is None
+    moral = scores.filter(pl.col("probe") == "dilemmas", pl.col("metric") == "pmass", pl.col("edit") == "dW:lora",
+                          pl.col("alpha") == 1.0, pl.col("group") != dilemmas.FILLER)  # fmt: skip
+    assert side.pmass == pytest.approx(moral["value"].mean()), "replies have no answer mass"
+    assert set(result.found.best) == {"weights", "activations", "prompts"}
 
 
 @pytest.mark.slow
@@ -174,7 +198,7 @@ def test_own_strength_and_equal_divergence_are_in_one_scores_file(result: compar
 @pytest.mark.slow
 def test_the_headline_is_chosen_on_dev_rows_among_directions_with_every_seed(result: compare.Result) -> None:
     dev = pl.read_parquet(result.folder / "scores_dev.parquet")
-    assert dev["probe"].unique().to_list() == ["sycophancy"]
+    assert dev["probe"].unique().to_list() == ["sycophancy-replies"], "a random model cannot answer Yes or No"
     assert all(is_dev(name) for name in dev["cluster"].unique().to_list())
     assert {"dW:lora", "dW:ia3"} <= set(dev["edit"]) and not {"tau_pos (lora)", "bisector (lora)"} & set(dev["edit"])
     headline = page.headline(result.found)
@@ -237,6 +261,94 @@ def test_a_second_comparison_measures_nothing_anew(
     settings = Settings(model=str(tiny_folders["qwen3"]), out=result.folder.parents[2], **SMALL)
     assert compare.run(settings, PLAN).found == result.found
     assert {p: p.stat().st_mtime_ns for p in result.folder.glob("*.parquet")} == stamps
+
+
+# -------------------------------------------------------------------- measured by replies
+
+
+def by_replies(table: pl.DataFrame) -> pl.DataFrame:
+    """Known scores whose own probe is one of replies: headline items in one polarity, without answer mass."""
+    is_own = pl.col("probe") == "sycophancy"
+    kept = table.filter(~is_own | ((pl.col("group") == "false") & (pl.col("metric") == "logratio")))
+    return kept.with_columns(pl.when(is_own).then(pl.lit("sycophancy-replies")).otherwise("probe").alias("probe"))
+
+
+def reply_reader(shift: Any) -> LineScores:
+    return LineScores(by_replies(known(shift)), "sycophancy-replies", "false")
+
+
+REPLIES = Ability("replies", "the unedited model cannot answer Yes or No", 0.3, Share(0.1, 0.0, 0.2), 0.5)
+
+
+def test_rows_without_answer_mass_have_an_effect_and_the_mass_of_the_dilemmas(tmp_path: Path) -> None:
+    scores = reply_reader(lambda label, alpha: 2.0 * alpha * label)
+    entries = numbers.measure(scores, LINES)
+    side = entries[0].sides["+"]
+    assert side.own.mean == pytest.approx(2.0) and side.own.outside is True
+    assert side.pmass == pytest.approx(0.95) == scores.base().pmass and side.own_decomposition is None
+    assert scores.base().own.mean == pytest.approx(0.4, abs=0.01) and side.true_claims is None
+    found = found_of(entries, entries, base=scores.base(), ability=REPLIES)
+    page.write(tmp_path, found)
+    text = (tmp_path / "comparison.md").read_text()
+    assert page.headline(found).startswith("sycophancy (reply log-ratio), change against the base in nats")
+    assert "measured by the log-ratio of two opposite replies: the unedited model cannot answer Yes or No." in text
+    assert "Yes-bias on the sycophancy probe" not in text
+    assert restore(Findings, json.loads((tmp_path / "comparison.json").read_text())) == found
+
+
+def test_a_page_of_choices_says_so_and_an_earlier_one_says_nothing() -> None:
+    entries = measured(lambda label, alpha: alpha * label).values()
+    choices = page.markdown(found_of(entries, ability=replace(REPLIES, instrument="choice", reason="it can")))
+    assert "measured by the log-ratio of the two answers: it can." in choices and "reply log-ratio" not in choices
+    earlier = page.markdown(found_of(entries))
+    assert "is measured by the log-ratio" not in earlier
+
+
+def test_a_method_measured_by_replies_is_a_candidate_without_any_mass() -> None:
+    assert numbers.best_of_kinds(reply_reader(lambda label, alpha: alpha * label), LINES) == {"weights": "edit"}
+    little = known(lambda label, alpha: alpha * label).with_columns(
+        pl.when(pl.col("metric") == "pmass").then(0.3).otherwise("value").alias("value")
+    )
+    assert numbers.best_of_kinds(reader(little), LINES) == {}, "choices need theirs"
+    replies = LineScores(by_replies(little), "sycophancy-replies", "false")
+    assert numbers.best_of_kinds(replies, LINES) == {"weights": "edit"}
+
+
+@pytest.mark.parametrize(("mass", "chosen"), [(0.25, 4.0), (0.15, 2.0)])
+def test_the_strength_for_replies_keeps_the_mass_of_the_facts(
+    qwen: ChatModel, monkeypatch: pytest.MonkeyPatch, mass: float, chosen: float
+) -> None:
+    """The base puts .3 on the answers of the facts; strengths above 2 leave `mass`, and above 4 nothing."""
+
+    def scoring(_: ChatModel, probes: Any, conditions: list[Condition], **__: Any) -> pl.DataFrame:
+        records = []
+        for probe, condition in itertools.product(probes, [Condition(), *conditions]):
+            strength = abs(condition.key()["alpha"])
+            left = 0.3 if strength <= 2 else mass if strength <= 4 else 0.0
+            for row in probe.rows:
+                names = {"probe": probe.name, "group": row.group, "row": row.row, "cluster": row.cluster,
+                         "label": row.label, **condition.key()}  # fmt: skip
+                moved = condition.key()["alpha"] * row.label if probe.kind == "contrast" else float(row.label)
+                records.append({**names, "metric": "logratio", "value": moved})
+                if probe.kind == "choice":
+                    records.append({**names, "metric": "pmass", "value": left})
+        return pl.DataFrame(records, schema=SCHEMA)
+
+    monkeypatch.setattr(dev_split, "score", scoring)
+    own = instrument.replies(load("sycophancy"))
+    assert own is not None
+    vector = ActivationDirection({1: torch.ones(qwen.network.config.hidden_size)}, qwen.fingerprint)
+    found = dev_split.best_strength(qwen, own, "pushed", {RepeSettings(): vector})
+    assert (found.strength, found.remark) == (chosen, "")
+
+
+def test_a_split_of_replies_keeps_them() -> None:
+    own = instrument.replies(load("honesty"))
+    assert own is not None
+    dev, test = split(own, dev=True), split(own, dev=False)
+    assert dev.kind == test.kind == "contrast" and all(is_dev(row.cluster) for row in dev.rows)
+    assert sorted(row.row for row in (*dev.rows, *test.rows)) == sorted(row.row for row in own.rows)
+    assert all(row.replies for row in (*dev.rows, *test.rows))
 
 
 # -------------------------------------------------------------------- splits and methods
@@ -582,7 +694,7 @@ def test_strengths_of_one_candidate_are_conditions_of_one_edit(
     monkeypatch.setattr(dev_split, "score", scoring)
     option = RepeSettings()
     tiny = ActivationDirection({1: torch.full((qwen.network.config.hidden_size,), 1e-6)}, qwen.fingerprint)
-    chosen = dev_split.best_strength(qwen, load("sycophancy"), "tiny", {option: tiny})
+    chosen = dev_split.best_strength(qwen, sycophancy.headline_probe(load("sycophancy")), "tiny", {option: tiny})
     assert {edit.seed for condition in asked for edit, _ in condition.edits} == {None}
     tried = {alpha for condition in asked for _, alpha in condition.edits}
     assert tried == {sign * one for one in dev_split.STRENGTHS["difference"] for sign in (1, -1)}

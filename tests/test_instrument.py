@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import polars as pl
 import pytest
@@ -234,7 +235,8 @@ def test_orders_exchanges_the_named_answers_in_both_polarities() -> None:
 @pytest.mark.parametrize("where", ["question", "reversed"])
 def test_there_are_no_orders_where_a_question_does_not_name_its_answers(where: str) -> None:
     one = subject()
-    items = (replace(one.probe.items[0], **{where: "Is it so?"}), *one.probe.items[1:])
+    changed: dict[str, Any] = {where: "Is it so?"}
+    items = (replace(one.probe.items[0], **changed), *one.probe.items[1:])
     assert instrument.orders(replace(one, probe=replace(one.probe, items=items))) is None
 
 

@@ -265,7 +265,7 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
             found = Findings(
                 comparison.model.slug, behaviour.name, numbers.best_of_kinds(dev_scores, lines), scores.base(),
                 numbers.measure(scores, lines), numbers.measure(scores, at_equal_kl), strengths, settings.dilemmas, {},
-                comparison.dilemmas.noun,
+                comparison.dilemmas.noun, comparison.ability,
             )  # fmt: skip
         seconds["total"] = time.perf_counter() - started
         if not comparison.has_measured and file.is_file():  # keep the seconds of the call that measured

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from ws.base import stats
 from ws.base.records import FLAT
 from ws.baselines.controls import RANDOM
+from ws.eval.ability import Ability
 from ws.report.findings import Estimate
 from ws.report.summary import is_mostly_yes_bias
 
@@ -242,7 +243,9 @@ class Findings:
     """A measured comparison.
 
     best: per kind the method that the headline shows, chosen on the dev split. dilemmas: their source. seconds:
-    wall-clock seconds by phase, including `total`. dilemma_noun: what the dilemmas are called.
+    wall-clock seconds by phase, including `total`. dilemma_noun: what the dilemmas are called. ability: what the
+    unedited model can answer, and the instrument of the behaviour that follows; None in files of earlier versions,
+    which measured choices.
     """
 
     model: str
@@ -255,6 +258,7 @@ class Findings:
     dilemmas: str
     seconds: Mapping[str, float]
     dilemma_noun: str = "dilemmas"
+    ability: Ability | None = None
 
 
 class Shown(NamedTuple):

@@ -29,8 +29,10 @@ from ws.comparing.findings import (
     shown,
 )
 from ws.comparing.tables import answers_table, controls_table, costs_table, effects_table, parts_table
+from ws.eval.ability import Ability
 from ws.report import document
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph
+from ws.report.summary import INSTRUMENT_MEANING
 
 
 def headline(found: Findings) -> str:
@@ -47,7 +49,9 @@ def headline(found: Findings) -> str:
         elif any(entry.kind == kind for entry in found.own_strength):
             parts.append(f"{label}: no method keeps its answer mass at both signs")
     chosen = "the best of each kind was chosen on the dev split and is measured on the test split"
-    return f"{found.behaviour}, change against the base in nats: {'; '.join(parts)}; {chosen}"
+    by_replies = found.ability is not None and found.ability.instrument == "replies"
+    measured = f"{found.behaviour} ({INSTRUMENT_MEANING['replies']})" if by_replies else found.behaviour
+    return f"{measured}, change against the base in nats: {'; '.join(parts)}; {chosen}"
 
 
 def _moved(side: Side) -> str:
@@ -123,6 +127,7 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
     tuned, readout = caveats.tuning([(found.model, behaviour)]), caveats.readout([found.model])
     return [
         Paragraph(sentence(found), strong=True),
+        *([Paragraph(_instrument(found.ability), note=True)] if found.ability else []),
         *([Bullets([bias], warning=True)] if bias else []),
         Heading("Adapters"),
         effects_table(own, ("weights", "variants"), base, behaviour, _joined("At alpha +1 and -1.", source, tuned)),
@@ -160,6 +165,14 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
         ),
         Paragraph(_time(found.seconds), note=True),
     ]  # fmt: skip
+
+
+def _instrument(ability: Ability) -> str:
+    measured = {"choice": "the log-ratio of the two answers", "replies": "the log-ratio of two opposite replies"}
+    return (
+        f"The behaviour is measured by {measured[ability.instrument]}: {ability.reason}. This was decided on the "
+        "unedited model, before any method was scored."
+    )
 
 
 def _joined(*sentences: str) -> str:
