@@ -22,7 +22,7 @@ from ws.eval import dilemmas, feedback, instrument, side_effects, sycophancy
 from ws.eval.ability import Ability
 from ws.fitting import behaviour
 from ws.fitting.judge import HttpJudge, Judge, PersonaJudge
-from ws.fitting.run_settings import limit_of, scored_with, shared_base, stored_settings
+from ws.fitting.run_settings import arithmetic, limit_of, scored_with, shared_base, stored_settings
 from ws.fitting.stages import FittedRun, Fitting
 from ws.measure import rounding
 from ws.measure.probe import Probe
@@ -188,7 +188,7 @@ class Replication(Fitting):
             "direction": digest(self.folder / "direction.safetensors"),
             "prompts": prompts,
             "sampling": self.sampling,
-            **self._arithmetic,
+            **arithmetic(self.model),
             "rendering": self.model.chat.rendering_key,
         }
         path = self.folder / "samples.parquet"
@@ -213,15 +213,16 @@ class Replication(Fitting):
         judges: dict[str, Judge] = {"persona": PersonaJudge(self.fitting_model, self.behaviour)}
         if self.settings.judge.backend == "http":
             judges["http"] = HttpJudge(self.settings.judge, self.behaviour)
-        inputs = {
+        inputs: dict[str, Any] = {
             "direction": digest(self.folder / "direction.safetensors"),
             "prompts": [item.open_question for item in asked],
             "personas": self.behaviour.personas,
             "sampling": self.sampling,
             "judge": self.settings.judge,
-            **self._arithmetic,
             **scored_with(self.model),
         }
+        if self.fitting_model is not self.model:  # no key otherwise, so that earlier runs stay valid
+            inputs["judged_in"] = self._arithmetic
 
         def make(shards: Shards) -> None:
             unjudged = shards.path("replies.parquet")
