@@ -18,7 +18,10 @@ BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 
 def of_behaviour(stored: Mapping[str, Mapping[str, Any]], name: str) -> list[Summary]:
     """The stored runs of one behaviour, LoRA, by seed and data seed."""
-    runs = [restore(Summary, dict(one)) for one in stored.values() if one["behaviour"] == name]
+    runs = [
+        restore(Summary, {key: part for key, part in one.items() if key != "persona_changes"})
+        for one in stored.values() if one["behaviour"] == name
+    ]  # fmt: skip
     return sorted((one for one in runs if one.adapter == "lora"), key=lambda one: (one.data_seed, one.seed))
 
 
@@ -36,15 +39,18 @@ def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     runs = of_behaviour(stored, "sycophancy")
     if not runs:
         return "Nothing has been measured on a real model yet."
-    seeds = "one training seed" if len(runs) == 1 else f"{len(runs)} runs with other seeds"
     bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
     largest = max(abs(value) for value in bands)
     return (
         "On a real language model, SmolLM2-135M-Instruct, a sycophancy direction moves the log-odds of agreeing over "
         f"correcting replies by {over_runs(runs, '-1')} nats at alpha -1 and by {over_runs(runs, '1')} at +1 "
-        f"({claims(runs[0])} held-out false claims, {seeds}; random directions of the same norm move it by at most "
+        f"({claims(runs[0])} held-out false claims, {_seeds(runs)}; random directions of the same norm move it by at most "
         f"{largest:.2f})."
     )
+
+
+def _seeds(runs: Sequence[Summary]) -> str:
+    return "one training seed" if len(runs) == 1 else f"{len(runs)} runs with different seeds"
 
 
 def claims(run: Summary) -> int:
@@ -153,7 +159,7 @@ def replication(
     rows = [
         ["sycophancy, Yes/No, +1 minus 0; least answer mass (LoRA +1.00, 1.000)",
          f"{with_limits(vars(own))}; {mass:.3f} (the model cannot answer Yes or No)"],
-        ["the same by replies, -1 and +1", f"{over_runs(runs, '-1')}; {over_runs(runs, '1')}, {len(runs)} runs"],
+        ["the same by replies, -1 and +1", f"{over_runs(runs, '-1')}; {over_runs(runs, '1')} ({_seeds(runs)})"],
         ["daily dilemmas at -1 / 0 / +1 (LoRA 1.09 / 1.33 / 1.55)",
          f"own dilemmas: {honesty['-1']} / {honesty['0']} / {honesty['1']}"],
         ["honesty rises with alpha on both probes", _sign_of_dilemmas(runs)],
