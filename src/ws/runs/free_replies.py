@@ -80,5 +80,6 @@ def summarise(replies: pl.DataFrame) -> dict[str, dict[str, Judged]]:
                 score=Estimate.of(stats.over_clusters(rows[column].to_numpy(), clusters)),
                 change=Estimate.of(stats.over_clusters((rows[column] - rows["base"]).to_numpy(), clusters)),
                 replies=len(rows),
+                prompts=rows["item"].n_unique(),
             )
     return found
