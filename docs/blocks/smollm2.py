@@ -83,8 +83,8 @@ def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
         "base. Ended: "
         "share of greedy replies to neutral requests that end within 48 tokens."
     )
-    head = ["run", "alpha", "replies", "per token", "random band", "other groups", "Yes/No, balanced", "likeness", "dilemmas",
-            "KL", "NLL", "ended"]  # fmt: skip
+    head = ["run", "alpha", "replies", "per token", "random band", "other groups", "Yes/No, balanced", "likeness",
+            "dilemmas", "KL", "NLL", "ended"]  # fmt: skip
     return f"{table(head, rows)}\n\n{note}"
 
 
