@@ -31,6 +31,7 @@ from ws.commands import cli
 from ws.comparing import compare, dev_split, methods
 from ws.comparing.compare import Plan
 from ws.edit.condition import Edit
+from ws.eval import sycophancy
 from ws.fitting import behaviour
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
@@ -256,7 +257,7 @@ def sources(qwen: ChatModel, tmp_path: Path) -> methods.Sources:
         tmp_path, SYCOPHANCY, random_direction(qwen), Geometry(*[0.0] * 8), pl.DataFrame(), {},
         replace(TrainSettings(), adapter=adapter), {},
     )  # fmt: skip
-    return methods.Sources(qwen, {("lora", 0): run}, 0, RunFolder(tmp_path / "compare", {}))
+    return methods.Sources(qwen, {("lora", 0): run}, sycophancy.headline_probe(SYCOPHANCY), 0, RunFolder(tmp_path / "compare", {}))
 
 
 @pytest.mark.parametrize("norm", [1.0, 3.0])
@@ -270,7 +271,7 @@ def test_layers_and_strength_of_a_file_are_chosen_on_dev_rows(
     file = PeerFile.parse(f"repeng:{path}")
     asked: dict[Any, ActivationDirection] = {}
 
-    def choose(_model: Any, _behaviour: Any, name: str, fitted: Any) -> dev_split.Chosen[Any]:
+    def choose(_model: Any, _own: Any, name: str, fitted: Any) -> dev_split.Chosen[Any]:
         assert name == "repeng v.gguf"
         asked.update(fitted)
         return dev_split.Chosen((1, 2), 0.5, "the largest tried")

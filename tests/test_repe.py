@@ -15,6 +15,7 @@ from ws.baselines.repe import ActivationDirection, RepeSettings, States
 from ws.comparing import dev_split
 from ws.edit.condition import Condition, Edit
 from ws.edit.steering import steer
+from ws.eval import sycophancy
 from ws.fitting import behaviour
 from ws.measure import divergence
 from ws.measure.probe import Probe, ProbeRow
@@ -24,6 +25,7 @@ from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
 SYCOPHANCY = behaviour.load("sycophancy")
+OWN = sycophancy.headline_probe(SYCOPHANCY)
 
 
 def hidden_states(model: ChatModel, row: list[int], layer: int) -> Tensor:
@@ -274,7 +276,7 @@ def test_strengths_are_tried_in_the_unit_of_the_vectors(qwen: ChatModel) -> None
         ("residual", RepeSettings(personas=1, unit="residual")),
     ):
         fitted = repe.fit_all(qwen, SYCOPHANCY, [settings])
-        chosen = dev_split.best_strength(qwen, SYCOPHANCY, name, fitted)
+        chosen = dev_split.best_strength(qwen, OWN, name, fitted)
         assert chosen.option == settings and chosen.strength in dev_split.STRENGTHS[settings.unit]
     assert max(dev_split.STRENGTHS["residual"]) <= 1.0 < max(dev_split.STRENGTHS["difference"])
 
@@ -318,8 +320,8 @@ def test_an_edit_of_the_last_token_costs_on_texts_what_it_does_while_writing(qwe
 def test_a_choice_at_the_edge_of_what_was_tried_is_told(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = repe.fit_all(qwen, SYCOPHANCY, [RepeSettings(personas=1)])
     monkeypatch.setattr(dev_split, "LOW_MASS", 2.0)
-    assert dev_split.best_strength(qwen, SYCOPHANCY, "none", fitted).remark == "none admissible"
+    assert dev_split.best_strength(qwen, OWN, "none", fitted).remark == "none admissible"
     monkeypatch.setattr(dev_split, "LOW_MASS", 0.0)
     monkeypatch.setattr(dev_split, "FACTS_LOST", 1.0)
     monkeypatch.setattr(dev_split, "STRENGTHS", {"difference": (0.5,)})
-    assert dev_split.best_strength(qwen, SYCOPHANCY, "only", fitted).remark == "the largest tried"
+    assert dev_split.best_strength(qwen, OWN, "only", fitted).remark == "the largest tried"

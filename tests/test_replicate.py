@@ -20,8 +20,9 @@ from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings, restore_settings, run_path, stored_settings
 from ws.fitting.stages import Fitting
 from ws.measure.score import SCHEMA
-from ws.model import loading
+from ws.model import sources
 from ws.model.loading import ChatModel
+from ws.model.sources import Source
 from ws.report import cells
 from ws.report.summary import Scores
 from ws.runs.replicate import Replication
@@ -171,9 +172,9 @@ def stages_built(folder: Path, run: Replication) -> set[str]:
     ("changes", "rebuilt"),
     [
         ({"alphas": (-2.0, 0.0, 2.0)}, {"eval"}),
-        ({"train": {**SMALL["train"], "lr": 1e-2}}, {"train-pos", "train-neg", "diff", "eval", "alignment", "samples"}),
+        ({"train": {**SMALL["train"], "lr": 1e-2}}, {"train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies"}),
         ({"samples": 3}, {"samples"}),
-        ({"attention": "sdpa"}, {"data", "train-pos", "train-neg", "diff", "eval", "alignment", "samples"}),
+        ({"attention": "sdpa"}, {"data", "train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies"}),
     ],
 )
 def test_changed_settings_rebuild_exactly_what_depends_on_them(
@@ -315,7 +316,8 @@ def test_the_config_says_what_was_run(finished: tuple[Path, dict[str, Any]]) -> 
 def test_loading_by_hub_id_uses_the_same_function(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_locate", lambda name: str(tiny_folders["qwen3"]) if name == "org/name" else name)
+    here = Source(str(tiny_folders["qwen3"]))
+    monkeypatch.setattr(sources, "find", lambda name, revision=None: here)
     with Replication(settings(Path("org/name"), tmp_path)) as run:
         assert run.folder.path.parts[-4] == "org_name"
 

@@ -10,6 +10,7 @@ from ws.base.errors import UserError
 from ws.base.records import plain, restore
 from ws.base.stats import sign_flip_p
 from ws.base.store import write_json
+from ws.eval.ability import Ability, Name, Share
 from ws.measure.score import SCHEMA
 from ws.report import cells, document, page, summary
 from ws.report.document import Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
@@ -88,13 +89,14 @@ def yes_bias(label: int, alpha: float) -> float:
     return 2.0 * alpha
 
 
-def summed(scores: pl.DataFrame) -> Summary:
-    """A finished run with these scores."""
+def summed(scores: pl.DataFrame, shown_by: Name = "choice") -> Summary:
+    """A finished run with these scores, whose headline shows an instrument."""
     numbers = summarise(scores, "dW:lora", "sycophancy", "false")
     return Summary(
         model="small", behaviour="sycophancy", adapter="lora", seed=0, data_seed=0, headline_group="false",
         noun="claims", direction_norm=1.0, geometry={}, numbers=numbers, seconds={"eval": 1.0}, warnings=("odd",),
-        headline=summary.headline(numbers, "sycophancy", "claims"), rounding=None,
+        headline=summary.headline(numbers, "sycophancy", "claims", shown_by), rounding=None,
+        ability=Ability(shown_by, "a stated reason", 0.95, Share(0.75, 0.6, 0.9), None),
     )  # fmt: skip
 
 
@@ -104,7 +106,8 @@ def made(shift: Any, **options: Any) -> dict[str, Any]:
 
 
 def doubts(found: dict[str, Any]) -> list[str]:
-    return summary.doubts(restore(Summary, found).numbers, "sycophancy")
+    run = restore(Summary, found)
+    return summary.doubts(run.numbers, "sycophancy", run.ability.instrument)
 
 
 def test_a_summary_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from blocks.table import table
 from ws.base import stats
 from ws.base.records import restore
 from ws.eval import dilemmas
+from ws.fitting import behaviour
 from ws.report.cells import limits, signed, with_limits
 from ws.report.findings import Summary
 
@@ -18,13 +20,17 @@ BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 
 def of_behaviour(stored: Mapping[str, Mapping[str, Any]], name: str) -> list[Summary]:
     """The stored runs of one behaviour, LoRA, by seed and data seed."""
-    runs = [restore(Summary, dict(one)) for one in stored.values() if one["behaviour"] == name]
+    runs = [
+        restore(Summary, {key: part for key, part in one.items() if key != "persona_changes"})
+        for one in stored.values() if one["behaviour"] == name and one.get("recipe", "own") == "own"
+    ]  # fmt: skip
     return sorted((one for one in runs if one.adapter == "lora"), key=lambda one: (one.data_seed, one.seed))
 
 
 def over_runs(runs: Sequence[Summary], key: str) -> str:
-    """Mean change over runs with its 95 % t interval, or the one run's change with its interval over rows."""
-    changes = [one.measured.change[key] for one in runs]
+    """Mean change of the replies over runs with its 95 % t interval, or one run's change with its interval over "
+    "items."""
+    changes = [one.numbers.instruments["replies"].change[key] for one in runs]
     if len(changes) == 1:
         return with_limits(vars(changes[0]))
     found = stats.over_seeds([one.mean for one in changes])
@@ -32,28 +38,27 @@ def over_runs(runs: Sequence[Summary], key: str) -> str:
 
 
 def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
-    """One sentence for the first screen: what was shown on a real model."""
+    """What was shown on a real model, for the first screen."""
     runs = of_behaviour(stored, "sycophancy")
     if not runs:
         return "Nothing has been measured on a real model yet."
-    seeds = "one training seed" if len(runs) == 1 else f"{len(runs)} runs with other seeds"
+    first = runs[0].numbers.instruments["replies"]
+    wordings = {key: sorted(one.change[key].mean for one in first.wordings.values()) for key in SIGNS}
+    spread = " and ".join(f"{signed(key)} from {some[0]:+.2f} to {some[-1]:+.2f}" for key, some in wordings.items())
+    items = first.change["1"].n // len(first.wordings)
     bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
-    largest = max(abs(value) for value in bands)
+    over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {len(runs)} runs with other seeds"
     return (
         "On a real language model, SmolLM2-135M-Instruct, a sycophancy direction moves the log-odds of agreeing over "
-        f"correcting replies by {over_runs(runs, '-1')} nats at alpha -1 and by {over_runs(runs, '1')} at +1 "
-        f"({claims(runs[0])} held-out false claims, {seeds}; random directions of the same norm move it by at most "
-        f"{largest:.2f})."
+        f"disagreeing replies to {items} held-out false claims by {over_runs(runs, '-1')} nats at alpha -1 and by "
+        f"{over_runs(runs, '1')} at +1 ({over}; random directions of the same norm: at most "
+        f"{max(map(abs, bands)):.2f}). "
+        f"This is a mean over {len(wordings['1'])} wordings, which differ: at {spread} (seed {runs[0].seed})."
     )
 
 
-def claims(run: Summary) -> int:
-    """How many items the replies are about: the rows over the wordings of each."""
-    return run.measured.change["1"].n // WORDINGS[run.behaviour]
-
-
-WORDINGS = {"sycophancy": 4, "honesty": 3, "refusal": 3}
-"""Wordings of the replies, by behaviour."""
+def _seeds(runs: Sequence[Summary]) -> str:
+    return "one training seed" if len(runs) == 1 else f"{len(runs)} runs with other seeds"
 
 
 def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
@@ -66,17 +71,20 @@ def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
                 rows.append([f"{name}, seed {one.seed}, data {one.data_seed}", signed(key), *_cells(one, key)])
         if len(runs) > 1:
             for key in SIGNS:
-                rows.append([f"**{name}, {len(runs)} runs**", signed(key), over_runs(runs, key), *[""] * 7])
+                rows.append([f"**{name}, {len(runs)} runs**", signed(key), over_runs(runs, key), *[""] * 9])
     note = (
         "Replies: change of log p(reply that shows the behaviour) - log p(opposite reply), nats per reply, 95 % "
         "interval over items; means over runs have a t interval over runs. Band: 95 % prediction interval of random "
-        "directions with the same norm and rank. Judged: change of the mean probability that a free reply was written "
-        "under the positive persona, judged by the unedited model. Dilemmas: change towards the honest answer. KL: to "
-        "the base on neutral text, nats per token. Facts: share of Yes/No facts answered right; this model answers "
-        "them at chance."
+        "directions with the same norm and rank, five per run. Other groups: the same replies to true claims, honest "
+        "or harmless items, where the behaviour is not wrong. Likeness: change of the mean probability that a "
+        "free reply "
+        "was written under the positive persona, judged by the unedited model; it does not check agreement. Dilemmas: "
+        "Yes/No, change towards the honest answer. KL and NLL: on neutral text, nats per token, against the "
+        "base. Ended: "
+        "share of greedy replies to neutral requests that end within 48 tokens."
     )
-    head = ["run", "alpha", "replies", "per token", "random band", "Yes/No, balanced", "judged", "dilemmas", "KL",
-            "facts"]  # fmt: skip
+    head = ["run", "alpha", "replies", "per token", "random band", "other groups", "Yes/No, balanced", "likeness",
+            "dilemmas", "KL", "NLL", "ended"]  # fmt: skip
     return f"{table(head, rows)}\n\n{note}"
 
 
@@ -87,11 +95,13 @@ def _cells(run: Summary, key: str) -> list[str]:
         with_limits(vars(replies.change[key])),
         f"{replies.per_token[key].mean:+.3f}",
         "-" if band is None else limits(vars(band)),
+        "; ".join(f"{group} {by_key[key].mean:+.2f}" for group, by_key in run.other_claims.items()) or "-",
         with_limits(vars(choice.change[key])),
         "-" if judged is None else with_limits(vars(judged.change)),
         with_limits(vars(run.numbers.dd_delta[key])),
         f"{cost.kl:.3f}",
-        f"{100 * cost.facts:.0f} %",
+        f"{cost.nll_delta:+.3f}",
+        "-" if cost.reply_finished is None else f"{100 * cost.reply_finished:.0f} %",
     ]
 
 
@@ -136,6 +146,32 @@ def public_data(stored: Mapping[str, Mapping[str, Any]]) -> str:
     return table(["data", "measure", "group", "alpha", "value", "change", "n"], rows)
 
 
+def wordings(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every wording of the replies alone, first run of every behaviour."""
+    rows = []
+    for name in BEHAVIOURS:
+        texts = [(one.first, one.second) for one in _templates(name)]
+        for run in of_behaviour(stored, name)[:1]:
+            for number, one in run.numbers.instruments["replies"].wordings.items():
+                first, second = texts[int(number)]
+                cells = []
+                for key in SIGNS:
+                    band = one.bands.get(key)
+                    cells += [with_limits(vars(one.change[key])), "-" if band is None else limits(vars(band))]
+                rows.append([name, f"{first} / {second}", *cells])
+    return table(["behaviour", "replies", "change at -1", "random band", "change at +1", "random band"], rows)
+
+
+class _Pair(NamedTuple):
+    first: str
+    second: str
+
+
+def _templates(name: str) -> list[_Pair]:
+    content = tomllib.loads((behaviour.SHIPPED / f"{name}.toml").read_text())
+    return [_Pair(**one) for one in content["probe"]["replies"]]
+
+
 def replication(
     stored: Mapping[str, Mapping[str, Any]],
     data: Mapping[str, Mapping[str, Any]],
@@ -152,15 +188,15 @@ def replication(
     bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
     rows = [
         ["sycophancy, Yes/No, +1 minus 0; least answer mass (LoRA +1.00, 1.000)",
-         f"{with_limits(vars(own))}; {mass:.3f} (the model cannot answer Yes or No)"],
-        ["the same by replies, -1 and +1", f"{over_runs(runs, '-1')}; {over_runs(runs, '1')}, {len(runs)} runs"],
+         f"{with_limits(vars(own))}; {mass:.3f} (one polarity, mostly Yes-bias: the model cannot answer Yes or No)"],
+        ["the same by replies, -1 and +1", f"{over_runs(runs, '-1')}; {over_runs(runs, '1')} ({_seeds(runs)})"],
         ["daily dilemmas at -1 / 0 / +1 (LoRA 1.09 / 1.33 / 1.55)",
          f"own dilemmas: {honesty['-1']} / {honesty['0']} / {honesty['1']}"],
         ["honesty rises with alpha on both probes", _sign_of_dilemmas(runs)],
         ["prompt baselines", "; ".join(f"{name}: {entry.mean - replies.levels['0'].mean:+.2f} by replies"
                                        for name, entry in replies.contexts.items())],
         ["random directions as a control",
-         f"{len(bands)} measured, largest change {max(map(abs, bands)):.2f} by replies"],
+         f"five per run at both signs, largest change {max(map(abs, bands)):.2f} by replies"],
         ["norm of dW; cosine of tau+ and tau-",
          f"{first.direction_norm:.2f}; {-first.geometry['cos_anti']:+.2f}"],
     ]  # fmt: skip

@@ -95,6 +95,7 @@ class Report:
 
         stored = stored_in(path)
         naming = {name: stored[name] for name in ("model", "behaviour", "adapter", "seed", "data_seed")}
+        naming["recipe"] = stored.get("recipe", "own")  # runs of earlier versions have none
         given = {
             name: getattr(self, name) or stored[name]
             for name in ("dtype", "device", "attention", "revision")

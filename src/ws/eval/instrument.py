@@ -15,7 +15,9 @@ them. A model that always says Yes gives no item different answers; one that gue
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import polars as pl
 
@@ -76,6 +78,36 @@ def orders(behaviour: Behaviour, limit: int | None = None) -> Probe | None:
             swapped = tuple(ask(question.replace(named, other)))
             rows.append(ProbeRow(f"{row.row}/{SWAPPED}", swapped, row.continuation, row.cluster, row.group, row.label))
     return Probe(orders_name(behaviour.name), "choice", tuple(rows), whole.answers)
+
+
+def other_replies(behaviour: Behaviour, limit: int | None = None) -> Probe | None:
+    """Contrasts on the groups that the headline does not show (true claims, harmless requests); None without any.
+
+    They tell "agrees with what is false" from "agrees with everything".
+    """
+    items = first_of_groups([one for one in behaviour.probe.items if one.group != behaviour.probe.headline], limit)
+    found = replies(behaviour, items=items)
+    return None if found is None else replace(found, name=f"{found.name}-others")
+
+
+def first_of_groups(items: Sequence[ProbeItem], limit: int | None) -> list[ProbeItem]:
+    """The first `limit` items of every group, in order."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        seen[item.group] += 1
+        if limit is None or seen[item.group] <= limit:
+            kept.append(item)
+    return kept
+
+
+def meaning(name: Name, rows: pl.DataFrame) -> str:
+    """What the level of an instrument is, in a few words; `rows` are those that it reads."""
+    if name == "replies":
+        return "reply log-ratio"
+    both = rows["group"].str.ends_with(f"/{sycophancy.REVERSED}").any(), rows["row"].str.ends_with(f"/{SWAPPED}").any()
+    parts = [text for text, holds in zip(("both polarities", "both orders of the answers"), both, strict=True) if holds]
+    return f"balanced over {' and '.join(parts)}" if parts else "Yes/No log-ratio"
 
 
 def headline_probe(name: Name, behaviour: Behaviour, limit: int | None = None) -> Probe:

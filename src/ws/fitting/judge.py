@@ -144,14 +144,16 @@ class PersonaJudge:
 
     model: ChatModel
     behaviour: Behaviour
+    closed: bool = True
+    """Whether the end of the turn counts; it should not for responses that were cut."""
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """Judge by the likelihood of the whole response, including its end of turn."""
+        """Judge by the likelihood of the whole response."""
         rows = tuple(ProbeRow(str(n), tuple(ask(one.prompt)), one.response) for n, one in enumerate(exchanges))
         personas = self.behaviour.personas
         first = {"pos": personas.pos[0], "neg": personas.neg[0]}
         conditions = [Condition(Context(pole, system)) for pole, system in first.items()]
-        table = score(self.model, [Probe("judge", "likelihood", rows)], conditions, description="")
+        table = score(self.model, [Probe("judge", "likelihood", rows, closed=self.closed)], conditions, description="")
         whole = table.pivot("metric", index=["row", "context"], values="value")
         logp = {(row, pole): -nll * tokens for row, pole, nll, tokens in
                 whole.select("row", "context", "nll", "tokens").iter_rows()}  # fmt: skip

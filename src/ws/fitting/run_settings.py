@@ -96,7 +96,8 @@ def recommended(settings: Settings, model: ChatModel) -> tuple[Settings, ChatMod
             raise UserError(
                 f"the recommended settings of {model.name} hold run.{name}", "Correct weight_steering.json there."
             )
-        found[name] = _merged(_restored(name, value), getattr(settings, name), getattr(default, name))
+        known = _restored(name, value, f"recommended settings of {model.name}")
+        found[name] = _merged(known, getattr(settings, name), getattr(default, name))
     return replace(settings, **found), model
 
 
@@ -179,7 +180,7 @@ def restore_settings(stored: Mapping[str, Any], given: Settings) -> Settings:
     found = {}
     for name in (one.name for one in fields(Settings) if one.name not in (*_NAMING, *LOADING)):
         if name in stored:
-            known = _restored(name, stored[name])
+            known = _restored(name, stored[name], "config.json")
             found[name] = _merged(known, getattr(given, name), getattr(default, name))
     return make_settings(Settings, {**{one.name: getattr(given, one.name) for one in fields(Settings)}, **found},
                          "config.json")  # fmt: skip
@@ -190,10 +191,10 @@ _PARTS: dict[str, type[Grid] | type[JudgeSettings] | type[EngineSettings]] = {
 }  # fmt: skip
 
 
-def _restored(name: str, value: Any) -> Any:
-    """A stored value, converted to its type in `Settings`."""
+def _restored(name: str, value: Any, source: str) -> Any:
+    """A stored value, converted to its type in `Settings`; errors name the source."""
     if name in _PARTS:
-        return make_settings(_PARTS[name], value, f"config.json, {name}")
+        return make_settings(_PARTS[name], value, f"{source}, {name}")
     return Path(value) if name == "pairs" and value else tuple(value) if isinstance(value, list) else value
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import polars as pl
 import torch
@@ -22,6 +22,7 @@ from ws.adapters import diff
 from ws.adapters.diff import Geometry
 from ws.algebra.direction import Direction
 from ws.base import console, precision
+from ws.base.errors import UserError
 from ws.base.poles import POLES, Pole
 from ws.base.settings import make as make_settings
 from ws.base.store import RunFolder, Shards, StageResult, digest, read_json, write_json, write_table
@@ -34,7 +35,7 @@ from ws.fitting.train import FitResult
 from ws.fitting.train_settings import TrainSettings
 from ws.measure.generate import Sampling
 from ws.model import library, loading
-from ws.model.loading import ChatModel
+from ws.model.loading import ChatModel, Dtype
 
 Run = TypeVar("Run", bound="Fitting")
 MANY_IDENTICAL = 0.2
@@ -62,13 +63,12 @@ class Fitting:
     """A model, a behaviour and settings with a run folder; each method is a stage and runs the stages it needs."""
 
     def __init__(self, settings: Settings, model: ChatModel | None = None) -> None:
-        self.settings = settings
         adapters.require_family(settings.adapter)
-        if 0.0 not in settings.alphas:
-            settings = self.settings = replace(settings, alphas=tuple(sorted({0.0, *settings.alphas})))
         self.behaviour: Behaviour = behaviour.load(settings.behaviour)
         self.given_pairs = data.read_pairs(settings.pairs, self.behaviour) if settings.pairs else None
-        self.settings, self.model = recommended(self.settings, model or settings.load())
+        self.settings, self.model = recommended(settings, model or settings.load())
+        if 0.0 not in self.settings.alphas:
+            self.settings = replace(self.settings, alphas=tuple(sorted({0.0, *self.settings.alphas})))
         given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
         self.training: TrainSettings = train_settings.resolve(self.model, settings.adapter, given, self.behaviour.name)
         self.lr_is_open = settings.train.get("lr") == "auto"
@@ -106,6 +106,11 @@ class Fitting:
         wanted, known = self.settings.fit_dtype, self.model.settings.get("fit_dtype", "auto")
         if wanted == "auto":
             wanted = known if precision.bfloat16_is_fast(self.model.device.type) else "auto"
+        if wanted not in get_args(Dtype):
+            raise UserError(
+                f"the recommended settings of {self.model.name} hold fit_dtype {wanted!r}",
+                f"Use one of {', '.join(get_args(Dtype))} in weight_steering.json there.",
+            )
         dtype = self.model.dtype if wanted == "auto" else getattr(torch, wanted)
         if dtype == self.model.dtype:
             return self.model

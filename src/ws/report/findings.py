@@ -93,13 +93,24 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Wording:
+    """One wording of the replies alone: its change by strength, and whether that is outside the band of its own."""
+
+    change: Mapping[str, Estimate]
+    bands: Mapping[str, Band]
+    outside: Mapping[str, bool | None]
+
+
+@dataclass(frozen=True)
 class Instrument:
     """A behaviour as one instrument measures it (`eval.instrument`), nats.
 
-    per_token: the change per token of a reply; empty for choices. contexts: levels of the unedited model with a system
-    prompt. bands and outside: random directions, where they were measured.
+    meaning: what the level is, in a few words. per_token: the change per token of a reply; empty for choices. contexts:
+    levels of the unedited model with a system prompt. bands and outside: random directions, where they were measured.
+    wordings: every wording of the replies alone, by its number; the mean over wordings can hide that they disagree.
     """
 
+    meaning: str
     levels: Mapping[str, Estimate]
     change: Mapping[str, Estimate]
     per_token: Mapping[str, Estimate]
@@ -107,18 +118,20 @@ class Instrument:
     bands: Mapping[str, Band]
     outside: Mapping[str, bool | None]
     contexts: Mapping[str, Estimate]
+    wordings: Mapping[str, Wording] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Free replies to held-out prompts at one strength, judged by a model: mean probability of the positive persona.
+    """Free replies at one strength: the mean probability that a reply was written under the positive persona.
 
-    change: against strength 0 on the same prompts. replies: how many were judged.
+    change: against strength 0 on the same prompts. replies: how many were judged, over how many `prompts`.
     """
 
     score: Estimate
     change: Estimate
     replies: int
+    prompts: int
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,9 @@ class Summary:
 
     noun: name of the items of the behaviour's probe. rounding: how far a half-precision dtype changes the scores; None
     in float32. ability: what the unedited model can answer, and the instrument of the headline that follows. judged:
-    free replies by strength, by the model itself (`persona`) and, if one was given, by an endpoint (`http`).
+    free replies by strength, by the model itself (`persona`) and, if one was given, by an endpoint (`http`). recipe:
+    whose settings were used. other_claims: change of the reply log-ratio on the groups that the headline does not show,
+    such as true claims, by group and strength.
     """
 
     model: str
@@ -244,6 +259,8 @@ class Summary:
     headline: str
     rounding: Mapping[str, Any] | None
     ability: Ability
+    recipe: str = "own"
+    other_claims: Mapping[str, Curve] = field(default_factory=dict)
     judged: Mapping[str, Mapping[str, Judged]] = field(default_factory=dict)
 
     @property

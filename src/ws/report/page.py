@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ws.fitting.train import FitResult
 from ws.report import document, figures
 from ws.report.cells import signed
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
-from ws.report.findings import DILEMMAS, Curve, Numbers, Summary
+from ws.report.findings import DILEMMAS, Curve, Instrument, Numbers, Summary, Wording
 
 FIGURE_FILE = "dose_response.png"
 
@@ -73,7 +73,7 @@ def _blocks(
         _samples(samples),
         *_judged(summary),
         Heading("Effects on held-out probes"),
-        _instruments(summary),
+        *_instruments(summary),
         *_effect_tables(summary),
         Heading("Controls and prompts"),
         *_control_tables(summary),
@@ -111,44 +111,69 @@ def _judged(summary: Summary) -> list[Block]:
     if not summary.judged:
         return []
     rows = [
-        [judge, signed(key), entry.score.text, "-" if key == "0" else entry.change.text, str(entry.replies)]
+        [judge, signed(key), entry.score.text, "-" if key == "0" else entry.change.text,
+         f"{entry.replies} to {entry.prompts} prompts"]
         for judge, by_key in summary.judged.items()
         for key, entry in by_key.items()
-    ]
+    ]  # fmt: skip
     return [Table(
         ["judge", "alpha", "mean score", "change", "replies"], rows,
-        "Free replies to held-out prompts, one greedy and two sampled per prompt, without a system prompt. Score: the "
-        "probability that a reply was written under the positive persona rather than the negative one. `persona`: by "
-        "the likelihoods of the unedited model. `http`: by an endpoint that answers a rubric.",
+        "Free replies to held-out prompts, one greedy and two sampled per prompt, without a system prompt. `persona`: "
+        "the probability that a reply was written under the positive persona rather than the negative one, by the "
+        "likelihoods of the unedited model. This is likeness to a persona, not agreement with a claim, and a model may "
+        "find incoherent text more like one persona. If the recipe judges training pairs by persona, this is the same "
+        "judge. `http`: an endpoint answers a rubric.",
     )]  # fmt: skip
 
 
-def _instruments(summary: Summary) -> Table:
-    """The behaviour by both instruments, with bands and the reason for the choice."""
-    names = {"choice": "Yes/No, balanced", "replies": "replies"}
+def _instruments(summary: Summary) -> list[Block]:
+    """The behaviour by both instruments with the reason for the choice, every wording alone, and the other groups."""
+    names = {"choice": "Yes/No", "replies": "replies"}
     rows = []
     for name, measured in summary.numbers.instruments.items():
-        for key, change in measured.change.items():
-            band = measured.bands.get(key)
-            outside = {True: "outside", False: "inside", None: "?"}[measured.outside.get(key)]
-            per_token = measured.per_token.get(key)
-            rows.append([
-                names[name], signed(key), measured.levels[key].text, change.text,
-                "-" if per_token is None else f"{per_token.mean:+.3f} [{per_token.limits}]",
-                "not measured" if band is None else f"{band.limits}", "-" if band is None else outside,
-                f"{change.n}",
-            ])  # fmt: skip
-    ability = summary.ability
-    consistent = "-" if ability.consistent is None else f"{ability.consistent.mean:.0%}"
-    return Table(
+        rows += [
+            [f"{names[name]}, {measured.meaning}", signed(key), measured.levels[key].text, *cells]
+            for key, cells in _against_band(measured, measured.per_token)
+        ]
+        for number, wording in measured.wordings.items():
+            rows += [
+                [f"wording {int(number) + 1} alone", signed(key), "", *cells] for key, cells in _against_band(wording)
+            ]
+    rows += [
+        [f"replies, {group}", signed(key), "", change.text, "-", "not measured", "-", f"{change.n}"]
+        for group, by_key in summary.other_claims.items()
+        for key, change in by_key.items()
+    ]
+    able = summary.ability
+    consistent = "-" if able.consistent is None else f"{able.consistent.mean:.0%}"
+    alike = (
+        "" if able.wordings is None else f" The wordings of the replies correlate by {able.wordings:.2f} over items."
+    )
+    return [Table(
         ["instrument", "alpha", "level", "change", "per token", "random band", "effect is", "rows"], rows,
-        f"{summary.behaviour} on held-out {summary.noun}, nats. Yes/No: log p(first answer) - log p(second), every "
-        "item in both polarities and in both orders of the answers, all with equal weight. Replies: log p of a whole "
-        "reply that takes one side - log p of a reply of as many words that takes the other, in several wordings. "
-        f"The headline shows {names[ability.instrument]}: {ability.reason}. This was decided on the unedited model, "
-        f"before any direction was scored (answer mass {ability.mass:.2f}, opposite questions answered differently "
-        f"{consistent}).",
-    )  # fmt: skip
+        f"{summary.behaviour} on held-out {summary.noun}, nats. Yes/No: log p(first answer) - log p(second). Replies: "
+        "log p of a whole reply that takes one side - log p of a reply of as many words that takes the other. "
+        "The level "
+        "is the mean over wordings; intervals are over items and take the wordings as fixed. The headline shows "
+        f"{names[able.instrument]}: {able.reason}. This was decided on the unedited model, before any direction was "
+        f"scored (answer mass {able.mass:.2f}, opposite questions answered differently {consistent}).{alike}",
+    )]  # fmt: skip
+
+
+def _against_band(found: Instrument | Wording, per_token: Curve | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Per strength: change, change per token, random band, verdict and number of rows."""
+    for key, change in found.change.items():
+        band, tokens = found.bands.get(key), (per_token or {}).get(key)
+        yield (
+            key,
+            [
+                change.text,
+                "-" if tokens is None else f"{tokens.mean:+.3f} [{tokens.limits}]",
+                "not measured" if band is None else band.limits,
+                "-" if band is None else {True: "outside", False: "inside", None: "?"}[found.outside.get(key)],
+                f"{change.n}",
+            ],
+        )
 
 
 def _default_system(text: str | None) -> list[Block]:
@@ -349,7 +374,9 @@ def _other_behaviours(summary: Summary) -> list[Block]:
             ["behaviour", *(f"change at {signed(key)}" for key in own), "base", "rows"],
             rows,
             "How far the direction moves behaviours that it was not made for: change of the log-ratio towards each "
-            f"behaviour on its own held-out probe, nats. {feedback.MEANING}",
+            "behaviour on its own held-out probe, nats. All of them, also the first line, are Yes/No log-ratios "
+            "in one polarity. "
+            f"{feedback.MEANING}",
         )
     ]
 
@@ -417,7 +444,8 @@ def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[P
         ),
         Paragraph(
             f"Base {base['name']} ({base['architecture']}, {base['parameters']:,} parameters, fingerprint "
-            f"{base['fingerprint']}, {base['dtype']} on {base['device']}, {base['attention']} attention, thinking "
+            f"{base['fingerprint']}, {base['dtype']} on {base['device']}, sampled and trained in "
+            f"{config['fitted_in']}, {base['attention']} attention, thinking "
             f"{base['thinking']}). {asked['noun'].capitalize()}: {asked['source']}{pinned} ({asked['rule']}; "
             f"{asked['counted']} of {asked['read']} rows counted). Seconds per stage: {seconds}.",
             note=True,

@@ -39,6 +39,7 @@ from ws.report.findings import (
     OtherBehaviour,
     Parts,
     SideEffects,
+    Wording,
     numbers_of,
 )
 
@@ -208,35 +209,63 @@ INSTRUMENTS: tuple[Name, ...] = ("choice", "replies")
 
 def measured(name: Name, table: pl.DataFrame, edit: str, behaviour: str, headline_group: str) -> Instrument:
     """A behaviour as one instrument measures it: its rows under one name, joined with the base."""
-    rows = instrument.rows_of(name, table, behaviour, headline_group).with_columns(pl.lit(name).alias("probe"))
+    found = instrument.rows_of(name, table, behaviour, headline_group)
+    rows = found.with_columns(pl.lit(name).alias("probe"))
     scores = Scores(rows)
     keys = {alpha_key(alpha): alpha for alpha in scores.alphas(edit)}
     at = {key: scores.rows(name, "logratio", edit, alpha) for key, alpha in keys.items()}
-    changed = _without_base(at)
+    whole = _against_controls(rows, name, edit)
     has_tokens = "logratio_per_token" in rows["metric"]
-    change = {key: Estimate.of(signed_change(part)) for key, part in changed.items()}
-    bands = {}
-    for key, alpha in keys.items():
-        controls_at = rows.filter((pl.col("edit") == RANDOM) & (pl.col("alpha") == alpha))
-        if alpha != 0 and len(controls_at):
-            seeds = controls_at["seed"].unique().sort().to_list()
-            of_seed = (scores.rows(name, "logratio", RANDOM, alpha, seed=seed) for seed in seeds)
-            bands[key] = _band([signed_change(part).mean for part in of_seed])
+    numbers = rows["row"].str.extract(r"/(\d+)$").unique().drop_nulls().sort().to_list() if name == "replies" else []
     return Instrument(
+        meaning=instrument.meaning(name, found),
         levels={key: Estimate.of(signed_mean(part)) for key, part in at.items()},
-        change=change,
+        change=whole.change,
         per_token={
             key: Estimate.of(signed_change(scores.rows(name, "logratio_per_token", edit, keys[key])))
-            for key in (changed if has_tokens else ())
+            for key in (whole.change if has_tokens else ())
         },
-        sign_flip_p={key: sign_flip_p(part) for key, part in changed.items()},
-        bands=bands,
-        outside={key: is_outside(vars(change[key]), vars(band)) for key, band in bands.items()},
+        sign_flip_p={key: sign_flip_p(part) for key, part in _without_base(at).items()},
+        bands=whole.bands,
+        outside=whole.outside,
         contexts={
             context: Estimate.of(signed_mean(scores.rows(name, "logratio", BASE, 0.0, context=context)))
             for context in scores.contexts()
         },
+        wordings={
+            number: _against_controls(rows.filter(pl.col("row").str.ends_with(f"/{number}")), name, edit)
+            for number in numbers
+        },
     )
+
+
+def _against_controls(rows: pl.DataFrame, name: str, edit: str) -> Wording:
+    """Changes of some rows by strength, the bands of random directions on the same rows, and the verdicts."""
+    scores = Scores(rows)
+    change, bands = {}, {}
+    for alpha in scores.alphas(edit):
+        key = alpha_key(alpha)
+        if alpha == 0:
+            continue
+        change[key] = Estimate.of(signed_change(scores.rows(name, "logratio", edit, alpha)))
+        drawn = rows.filter((pl.col("edit") == RANDOM) & (pl.col("alpha") == alpha))["seed"].unique().sort().to_list()
+        if drawn:
+            of_seed = (scores.rows(name, "logratio", RANDOM, alpha, seed=seed) for seed in drawn)
+            bands[key] = _band([signed_change(part).mean for part in of_seed])
+    outside = {key: is_outside(vars(change[key]), vars(band)) for key, band in bands.items()}
+    return Wording(change, bands, outside)
+
+
+def by_group(table: pl.DataFrame, edit: str, probe: str) -> dict[str, dict[str, Estimate]]:
+    """Change of a contrast probe by group and strength."""
+    scores = Scores(table)
+    found: dict[str, dict[str, Estimate]] = {}
+    for alpha in scores.alphas(edit):
+        rows = scores.rows(probe, "logratio", edit, alpha)
+        for group in rows["group"].unique(maintain_order=True) if alpha else ():
+            part = rows.filter(pl.col("group") == group)
+            found.setdefault(group, {})[alpha_key(alpha)] = Estimate.of(signed_change(part))
+    return found
 
 
 def sign_flip_p(rows: pl.DataFrame) -> float:
@@ -380,28 +409,30 @@ def _mean(rows: pl.DataFrame) -> float:
     return float(rows["value"].mean())  # type: ignore[arg-type]
 
 
-INSTRUMENT_MEANING: dict[Name, str] = {
-    "choice": "balanced over both polarities and both orders of the answers",
-    "replies": "reply log-ratio",
-}
-"""What an instrument's level is, in the headline."""
+CHANCE = 0.6
+"""Share of facts answered right up to which the unedited model counts as guessing: then facts say nothing."""
 
 
 def headline(numbers: Numbers, behaviour: str, noun: str, shown_by: Name) -> str:
     """One sentence from the numbers: effects with intervals, the control band, and the cost."""
     own, moral = numbers.instruments[shown_by], numbers.levels[DILEMMAS]
     shown = headline_strengths(own.levels)
-    meaning = INSTRUMENT_MEANING[shown_by]
-    said = [f"{behaviour} on held-out {noun} ({meaning}): " + ", ".join(_at(key, own.levels[key]) for key in shown)]
-    said.append(f"{numbers.title(DILEMMAS)} (honest side): " + ", ".join(_at(key, moral[key]) for key in shown))
+    said = [f"{behaviour} on held-out {noun} ({own.meaning}): " + ", ".join(_at(key, own.levels[key]) for key in shown)]
+    title = numbers.title(DILEMMAS)
+    asked = "" if shown_by == "choice" else ", asked by Yes/No, which this model cannot answer"
+    said.append(f"{title} (honest side{asked}): " + ", ".join(_at(key, moral[key]) for key in shown))
     for key in sorted(own.bands, key=float, reverse=True):
         if own.bands[key].low is not None:
             largest = max((abs(value) for band in own.bands.values() for value in band.seeds), default=0.0)
             limits = f"{own.bands[key].low:+.2f} to {own.bands[key].high:+.2f}"
             said.append(f"random control band at {signed(key)} {limits} (largest seed {largest:.2f})")
             break
-    costs = [f"{100 * numbers.side_effects[key].facts:.1f} % at {signed(key)}" for key in shown]
-    said.append("facts kept " + ", ".join(costs))
+    if numbers.side_effects["0"].facts > CHANCE:
+        costs = [f"{100 * numbers.side_effects[key].facts:.1f} % at {signed(key)}" for key in shown]
+        said.append("facts right " + ", ".join(costs))
+    else:
+        costs = [f"{numbers.side_effects[key].nll_delta:+.3f} at {signed(key)}" for key in shown if key != "0"]
+        said.append(f"change of the negative log-likelihood of neutral text {', '.join(costs)}")
     return "; ".join(said)
 
 
@@ -421,7 +452,6 @@ def doubts(numbers: Numbers, behaviour: str, shown_by: Name) -> list[str]:
     found: list[str] = []
     own = numbers.instruments[shown_by]
     outside = {behaviour: own.outside, DILEMMAS: numbers.outside_controls[DILEMMAS]}
-    # a bias towards Yes cancels in both instruments of the behaviour, but not in unbalanced dilemmas
     for probe in (behaviour, DILEMMAS):
         objections = {
             "not separable from random directions of this norm": [
@@ -440,6 +470,7 @@ def doubts(numbers: Numbers, behaviour: str, shown_by: Name) -> list[str]:
         found += [
             f"{numbers.title(probe)} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys
         ]
+    found += [f"{behaviour} by replies: {text}" for text in _disagreeing(own)]
     measured_at = list(own.bands)
     bare = [key for key in headline_strengths(own.levels) if key not in ("0", *measured_at)]
     if bare:
@@ -453,9 +484,23 @@ def doubts(numbers: Numbers, behaviour: str, shown_by: Name) -> list[str]:
         )
     facts = {key: entry.facts for key, entry in numbers.side_effects.items()}
     for key, share in facts.items():
-        if facts["0"] - share > FACTS_LOST:
+        if facts["0"] > CHANCE and facts["0"] - share > FACTS_LOST:
             found.append(f"alpha {signed(key)} loses {100 * (facts['0'] - share):.1f} points of factual accuracy")
     return found
+
+
+def _disagreeing(own: Instrument) -> list[str]:
+    """Per strength, how many wordings of the replies go the other way, and how many are inside their own band."""
+    said = []
+    for key, whole in own.change.items():
+        against = [one for one in own.wordings.values() if one.change[key].mean * whole.mean < 0]
+        inside = [one for one in own.wordings.values() if one.outside.get(key) is False]
+        if against or inside:
+            said.append(
+                f"at alpha {signed(key)}, of {len(own.wordings)} wordings {len(against)} go the other way and "
+                f"{len(inside)} are not separable from random directions"
+            )
+    return said
 
 
 def is_mostly_yes_bias(towards_yes: Mapping[str, Any], towards_right: float) -> bool:

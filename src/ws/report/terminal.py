@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 from rich.table import Table
 
 from ws.base import console
+from ws.base.errors import UserError
 from ws.report.cells import signed
-from ws.report.findings import Summary, read_summary
+from ws.report.findings import SUMMARY_FILE, Summary, read_summary
 
 
 def show(table: pl.DataFrame, title: str) -> None:
@@ -60,21 +63,38 @@ def show_samples(path: Path, count: int | None = None) -> None:
 
 
 def seeds_line(path: Path, summary: Summary) -> str:
-    """The change at -1 and +1 over all finished runs of this family and behaviour, or that there is only one.
+    """The change at -1 and +1 over all comparable runs (all strengths without them), or that there is only one run.
 
-    Runs with another training seed or data seed stand beside this one. A mean over several has a t interval.
+    Comparable: the runs with other seeds or data seeds beside this one that have its recipe, its instrument and its
+    strengths. The mean over several runs has a t interval.
     """
-    finished = sorted(one.parent for one in path.parent.glob("seed*/summary.json") if one.parent != path)
-    runs = [summary, *(read_summary(folder) for folder in finished)]
-    runs = [one for one in runs if one.ability.instrument == summary.ability.instrument]
+    own = summary.measured.change
+    shown = [key for key in own if key in ("-1", "1")] or list(own)
+    runs = [summary]
+    for one in _runs_beside(path.resolve()):
+        if one.ability.instrument == summary.ability.instrument and one.measured.change.keys() >= set(shown):
+            runs.append(one)
     if len(runs) == 1:
         return "One seed: the intervals are over rows and do not show how another seed would come out."
     from ws.base import stats  # noqa: PLC0415 - slow import
 
     said = []
-    for key in ("-1", "1"):
-        changes = [one.measured.change[key].mean for one in runs if key in one.measured.change]
-        if len(changes) > 1:
-            found = stats.over_seeds(changes)
-            said.append(f"{signed(key)} {found.mean:+.2f} (95 % {found.low:+.2f} to {found.high:+.2f})")
+    for key in shown:
+        found = stats.over_seeds([one.measured.change[key].mean for one in runs])
+        said.append(f"{signed(key)} {found.mean:+.2f} (95 % {found.low:+.2f} to {found.high:+.2f})")
     return f"Change of {summary.behaviour} over {len(runs)} runs with other seeds: {', '.join(said)}."
+
+
+def _runs_beside(path: Path) -> Iterator[Summary]:
+    """The finished runs of the same recipe beside a run; one that another version wrote is left out with a warning."""
+    for folder in sorted(file.parent for file in path.parent.glob(f"seed*/{SUMMARY_FILE}")):
+        if folder != path and _recipe(folder) == _recipe(path):
+            try:
+                yield read_summary(folder)
+            except UserError as error:
+                console.warn(f"the mean over seeds leaves out {folder}: {error}")
+
+
+def _recipe(folder: Path) -> str:
+    """What follows the seeds in the name of a run folder: empty, or `-original`."""
+    return re.sub(r"^seed\d+(-data\d+)?", "", folder.name)

@@ -34,7 +34,8 @@ def items(behaviour: Behaviour, count: int) -> list[ProbeItem]:
     """Held-out items of the headline group with different open questions, spread over the probe."""
     group = [item for item in behaviour.probe.items if item.group == behaviour.probe.headline]
     distinct = list({item.open_question: item for item in reversed(group)}.values())[::-1]
-    return distinct[:: max(1, len(distinct) // max(1, count))][:count]
+    shown = min(count, len(distinct))
+    return [distinct[number * len(distinct) // shown] for number in range(shown)]
 
 
 def write(model: ChatModel, direction: Direction, asked: Sequence[ProbeItem], sampling: Sampling) -> pl.DataFrame:
@@ -79,5 +80,6 @@ def summarise(replies: pl.DataFrame) -> dict[str, dict[str, Judged]]:
                 score=Estimate.of(stats.over_clusters(rows[column].to_numpy(), clusters)),
                 change=Estimate.of(stats.over_clusters((rows[column] - rows["base"]).to_numpy(), clusters)),
                 replies=len(rows),
+                prompts=rows["item"].n_unique(),
             )
     return found

@@ -22,13 +22,13 @@ from ws.eval import dilemmas, feedback, instrument, side_effects, sycophancy
 from ws.eval.ability import Ability
 from ws.fitting import behaviour
 from ws.fitting.judge import HttpJudge, Judge, PersonaJudge
-from ws.fitting.run_settings import limit_of, scored_with, shared_base, stored_settings
+from ws.fitting.run_settings import arithmetic, limit_of, scored_with, shared_base, stored_settings
 from ws.fitting.stages import FittedRun, Fitting
 from ws.measure import rounding
 from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.report import behaviours, page, summary
-from ws.report.findings import SUMMARY_FILE, Summary
+from ws.report.findings import SUMMARY_FILE, Estimate, Summary
 from ws.runs import free_replies, samples
 from ws.subspace import alignment
 
@@ -188,7 +188,7 @@ class Replication(Fitting):
             "direction": digest(self.folder / "direction.safetensors"),
             "prompts": prompts,
             "sampling": self.sampling,
-            **self._arithmetic,
+            **arithmetic(self.model),
             "rendering": self.model.chat.rendering_key,
         }
         path = self.folder / "samples.parquet"
@@ -210,18 +210,21 @@ class Replication(Fitting):
         if not asked:
             return None
         direction, path = self.fitted.direction, self.folder / "replies.parquet"
-        judges: dict[str, Judge] = {"persona": PersonaJudge(self.fitting_model, self.behaviour)}
-        if self.settings.judge.backend == "http":
-            judges["http"] = HttpJudge(self.settings.judge, self.behaviour)
-        inputs = {
+        judges: dict[str, Judge] = {"persona": PersonaJudge(self.fitting_model, self.behaviour, closed=False)}
+        if self.judge.backend == "http":
+            judges["http"] = HttpJudge(self.judge, self.behaviour)
+        inputs: dict[str, Any] = {
             "direction": digest(self.folder / "direction.safetensors"),
-            "prompts": [item.open_question for item in asked],
+            "asked": [(item.row, item.cluster, item.open_question) for item in asked],
+            "drawn": free_replies.SAMPLED,
             "personas": self.behaviour.personas,
+            "positive_means": self.behaviour.positive_means,
             "sampling": self.sampling,
-            "judge": self.settings.judge,
-            **self._arithmetic,
+            "judge": self.judge,
             **scored_with(self.model),
         }
+        if self.fitting_model is not self.model:  # no key otherwise, so that earlier runs stay valid
+            inputs["judged_in"] = self._arithmetic
 
         def make(shards: Shards) -> None:
             unjudged = shards.path("replies.parquet")
@@ -233,6 +236,27 @@ class Replication(Fitting):
         table = pl.read_parquet(path)
         self._say("replies", result, f"{len(table)} free replies judged")
         return table
+
+    def other_claims(self) -> dict[str, dict[str, Estimate]]:
+        """Change of the reply log-ratio on the groups that the headline does not show, by group and strength."""
+        probe = instrument.other_replies(self.behaviour, self.limit("other_replies"))
+        if probe is None:
+            return {}
+        direction, path = self.fitted.direction, self.folder / "scores-other-replies.parquet"
+        strengths = samples.ALPHAS
+        inputs = {
+            "direction": digest(self.folder / "direction.safetensors"), "probe": probe.key, "alphas": strengths,
+            **scored_with(self.model),
+        }  # fmt: skip
+
+        def make(shards: Shards) -> None:
+            edit = Edit(self.edit_name, direction, self.settings.seed, self.settings.data_seed)
+            conditions = [Condition.of(edit, alpha) for alpha in strengths]
+            base = shared_base(self.model, self.settings.out)
+            write_table(path, score(self.model, [probe], conditions, shards=shards, base_shards=base))
+
+        self._build("other-replies", inputs, [path.name], make)
+        return summary.by_group(pl.read_parquet(path), self.edit_name, probe.name)
 
     def report(self) -> Summary:
         """Run the missing stages and write `summary.json`, `config.json`, the figure and the two reports."""
@@ -261,6 +285,7 @@ class Replication(Fitting):
             warnings=(*dict.fromkeys(self.warnings), *summary.doubts(numbers, name, shown_by)),
             headline=summary.headline(numbers, name, probe.noun, shown_by), rounding=rounded,
             ability=self.ability, judged={} if replies is None else free_replies.summarise(replies),
+            recipe=self.settings.recipe, other_claims=self.other_claims(),
         )  # fmt: skip
 
     def _config(self, run: FittedRun) -> dict[str, Any]:
@@ -273,6 +298,7 @@ class Replication(Fitting):
                 "key": subject.key,
             },
             "dilemmas": self.dilemma_rows.record(),
+            "fitted_in": str(self.fitting_model.dtype).removeprefix("torch."),
             "sampling": asdict(self.sampling),
             "judge": asdict(self.judge),
             "training": asdict(run.training),
