@@ -430,7 +430,7 @@ def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, n
 
 def drawn_by(found: Summary, path: Path) -> dict[str, Any]:
     """What the panel of the behaviour shows: lines, legend, notes, and the values of the first line."""
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - slow import
 
     kept: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
