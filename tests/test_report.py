@@ -498,14 +498,14 @@ def test_show_prints_the_headline_by_its_instrument_and_replies(
 ) -> None:
     found = moving(1.25)
     folder = stored_run(tmp_path / "seed0", found)
-    assert cli.run(["show", str(folder)]) == 0
+    assert cli._main(["show", str(folder)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("Sycophancy on held-out claims (reply log-ratio): alpha -1 -7.25 (95 %")
     assert "small, lora, seed 0, |dW| 1" in said and "-4.750" in said, "the levels are those of the headline"
     assert "One seed: the intervals are over rows" in said
     for prompt in ("first question 1 -1 No. 1 +0 Perhaps. 1 +1 Yes. 1", "second question 2 -1 No. 2"):
         assert prompt in said
-    assert cli.run(["show", str(folder), "--json"]) == 0
+    assert cli._main(["show", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plain(found)))
 
 
