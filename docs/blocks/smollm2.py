@@ -57,6 +57,20 @@ def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def minutes(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """How long the first run took, for someone who wants to repeat it."""
+    runs = of_behaviour(stored, "sycophancy")
+    if not runs:
+        return "Its time has not been measured yet."
+    took = runs[0].seconds
+    parts = ("data", "train-pos", "train-neg", "eval")
+    told = ", ".join(f"{name} {took[name] / 60:.1f}" for name in parts)
+    return (
+        f"It took {sum(took.values()) / 60:.0f} minutes on two cores with fast bfloat16, beside other work ({told}). "
+        "A slower machine takes longer. A killed run goes on where it stopped."
+    )
+
+
 def _seeds(runs: Sequence[Summary]) -> str:
     return "one training seed" if len(runs) == 1 else f"{len(runs)} runs with other seeds"
 
