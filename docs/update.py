@@ -228,7 +228,7 @@ def _store_run(folder: Path) -> None:
 def _name_of(summary: runs.Summary) -> str:
     return (
         f"{summary['model']}-{summary['behaviour']}-{summary['adapter']}-seed{summary['seed']}"
-        + (f"-data{summary['data_seed']}" if summary["data_seed"] else "")
+        + (f"-data{summary['data_seed']}" if summary.get("data_seed") else "")
         + ("" if summary.get("recipe", "own") == "own" else f"-{summary['recipe']}")
     )
 

@@ -319,12 +319,9 @@ def test_side_effects_are_measured_against_the_base() -> None:
 
 def test_the_headline_says_values_band_and_facts() -> None:
     text = summed(table(behaviour_shift)).headline
-    assert text.startswith(
-        "sycophancy on held-out claims (balanced over both polarities and both orders of the answers): alpha -1 -2.00 "
-        "(95 % -2."
-    )
+    assert text.startswith("sycophancy on held-out claims (balanced over both polarities): alpha -1 -2.00 (95 % -2.")
     assert "alpha +1 +2.00 (95 % +" in text
-    assert "random control band at +1 -0.05 to +0.05 (largest seed 0.01)" in text and "facts kept 90.0 %" in text
+    assert "random control band at +1 -0.05 to +0.05 (largest seed 0.01)" in text and "facts right 90.0 %" in text
 
 
 # -------------------------------------------------------------------- two instruments
@@ -400,22 +397,23 @@ def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, n
     found = replace(
         summed(with_instruments(yes=2.0, replies=1.5), shown_by),
         judged={"persona": {
-            key: Judged(Estimate(0.5 + change, 0.4, 0.8, 6), Estimate(change, change - 0.1, change + 0.1, 6), 6)
+            key: Judged(Estimate(0.5 + change, 0.4, 0.8, 6), Estimate(change, change - 0.1, change + 0.1, 6), 6, 2)
             for key, change in (("-1", -0.25), ("0", 0.0), ("1", 0.125))
         }},
     )  # fmt: skip
-    shown = page._instruments(found)
+    (shown,) = page._instruments(found)
+    assert isinstance(shown, Table)
     cells = {(row[0], row[1]): row for row in shown.rows}
-    assert set(cells) == {(one, alpha) for one in ("Yes/No, balanced", "replies") for alpha in ("-1", "+1")}
-    assert cells["replies", "+1"][3:] == [
+    assert set(cells) == {(one, alpha) for one in (YES_NO, REPLIES, "wording 1 alone") for alpha in ("-1", "+1")}
+    assert cells[REPLIES, "+1"][3:] == [
         "+1.50 [+1.50, +1.50]", "+0.015 [+0.01, +0.02]", "-0.30, +0.70", "outside", "180",
     ]  # fmt: skip
-    assert cells["Yes/No, balanced", "+1"][4] == "-" and cells["Yes/No, balanced", "+1"][-1] == "240"
+    assert cells[YES_NO, "+1"][4] == "-" and cells[YES_NO, "+1"][-1] == "240"
     assert f"The headline shows {name}: a stated reason." in shown.caption
     assert "(answer mass 0.95, opposite questions answered differently 75%)" in shown.caption
     (judged,) = page._judged(found)
     assert isinstance(judged, Table)
-    assert judged.rows[0] == ["persona", "-1", "+0.25 [+0.40, +0.80]", "-0.25 [-0.35, -0.15]", "6"]
+    assert judged.rows[0] == ["persona", "-1", "+0.25 [+0.40, +0.80]", "-0.25 [-0.35, -0.15]", "6 to 2 prompts"]
     assert judged.rows[1][3] == "-" and page._judged(replace(found, judged={})) == []
     change = found.measured.change["1"].mean
     assert page._tiles(found)[0] == Tile(f"{change:+.2f} nats", "sycophancy at +1",
@@ -426,6 +424,10 @@ def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, n
     assert drawn["lines"] == lines, "groups of claims belong to the Yes/No questions"
     assert drawn["first"] == pytest.approx([level.mean for level in found.measured.levels.values()])
     assert "random directions, 95 %" in drawn["labels"] and "persona" in drawn["notes"]
+
+
+YES_NO, REPLIES = "Yes/No, balanced over both polarities", "replies, reply log-ratio"
+"""The instruments as the page names them."""
 
 
 def drawn_by(found: Summary, path: Path) -> dict[str, Any]:
