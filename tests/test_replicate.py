@@ -15,6 +15,7 @@ from ws.base.errors import BaseMismatchError, UserError
 from ws.base.poles import Pole
 from ws.base.records import plain
 from ws.base.store import read_json
+from ws.commands.stages import finish
 from ws.fitting import train
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings, restore_settings, run_path, stored_settings
@@ -35,6 +36,7 @@ SMALL: dict[str, Any] = {
     "control_seeds": 2,
     "rows": 8,
     "samples": 2,
+    "judged": 2,
 }
 
 
@@ -77,7 +79,57 @@ def test_the_summary_has_the_contracted_keys(finished: tuple[Path, dict[str, Any
     assert list(summary["dd_delta"]) == ["-1", "1"] and {"mean", "low", "high"} <= summary["dd_delta"]["1"].keys()
     assert {"kl", "nll_delta", "facts", "true_claims"} <= summary["side_effects"]["1"].keys()
     assert summary["side_effects"]["0"]["kl"] == pytest.approx(0, abs=1e-6)
-    assert len(summary["controls"]["random"]["1"]["sycophancy"]["seeds"]) == 2
+    assert len(summary["controls"]["random"]["1"]["dilemmas"]["seeds"]) == 2
+
+
+def test_a_random_model_is_measured_by_replies(finished: tuple[Path, dict[str, Any]]) -> None:
+    """It cannot answer Yes or No; random directions are asked only what the headline shows."""
+    folder, summary = finished
+    ability, instruments = summary["ability"], summary["instruments"]
+    assert ability["instrument"] == "replies" and ability["mass"] < 0.8
+    assert "cannot answer Yes or No: it puts" in ability["reason"]
+    assert list(instruments) == ["choice", "replies"] and "(reply log-ratio): alpha -1 " in summary["headline"]
+    assert instruments["choice"]["bands"] == {} and len(instruments["replies"]["bands"]["1"]["seeds"]) == 2
+    scores = pl.read_parquet(folder / "scores.parquet")
+    assert set(scores.filter(edit="random")["probe"]) == {"sycophancy-replies", "dilemmas"}
+    rows = scores.filter(
+        pl.col("probe") == "sycophancy-replies", pl.col("metric") == "logratio", pl.col("alpha") == 1.0,
+        pl.col("edit") == "dW:lora",
+    )  # fmt: skip
+    level = float((rows["value"] * rows["label"]).mean())  # type: ignore[arg-type]
+    assert instruments["replies"]["levels"]["1"]["mean"] == pytest.approx(level)
+    assert instruments["replies"]["levels"]["1"]["n"] == len(rows) == 8 * 4, "items and wordings"
+    assert instruments["choice"]["change"]["1"]["n"] == 8 * 2 * 2, "polarities and orders"
+
+
+def test_free_replies_are_judged_by_the_model(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    replies = pl.read_parquet(folder / "replies.parquet")
+    assert len(replies) == 2 * 3 * 3 and list(summary["judged"]) == ["persona"]
+    for key, alpha in (("-1", -1.0), ("0", 0.0), ("1", 1.0)):
+        entry, scores = summary["judged"]["persona"][key], replies.filter(alpha=alpha)["score_persona"]
+        assert entry["score"]["mean"] == pytest.approx(float(scores.mean())) and entry["replies"] == 6  # type: ignore[arg-type]
+    assert "judged_in" not in read_json(folder / "stages" / "replies.json")["inputs"], "the model judges as it is"
+    assert "probability that a reply was written under the positive persona" in (folder / "report.md").read_text()
+
+
+def test_the_command_ends_with_seeds_and_with_replies_before_and_after(
+    finished: tuple[Path, dict[str, Any]], tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    with Replication(settings(tiny_folders["qwen3"], folder.parents[3])) as run:
+        summary = run.report()
+        capsys.readouterr()
+        finish(run, summary, False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(" ".join(summary.sentence.split()))
+    assert "One seed: the intervals are over rows" in said and "ws show" in said
+    samples = pl.read_parquet(folder / "samples.parquet")
+    prompts = samples["prompt"].unique(maintain_order=True).to_list()
+    assert [prompt in said for prompt in prompts] == [True, True, *[False] * (len(prompts) - 2)]
+    base, steered = (samples.filter(prompt=prompts[0], alpha=alpha)["response"].item() for alpha in (0.0, 1.0))
+    assert " ".join(f"{prompts[0]} -1".split()) in said
+    assert " ".join(f"+0 {base}".split()) in said and " ".join(f"+1 {steered}".split()) in said
 
 
 def test_every_figure_of_the_summary_is_in_the_scores(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -177,6 +229,8 @@ def stages_built(folder: Path, run: Replication) -> set[str]:
             {"train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies", "other-replies"},
         ),
         ({"samples": 3}, {"samples"}),
+        ({"judged": 3}, {"replies"}),
+        ({"judged": 0}, set()),
         (
             {"attention": "sdpa"},
             {"data", "train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies", "other-replies"},
@@ -191,6 +245,8 @@ def test_changed_settings_rebuild_exactly_what_depends_on_them(
         folder = run.folder.path
     with Replication(settings(tiny_folders["qwen3"], tmp_path, **changes)) as run:
         assert stages_built(folder, run) == rebuilt
+    judged = read_json(folder / "summary.json")["judged"]
+    assert bool(judged) == (changes.get("judged") != 0), "without wanted replies there is nothing to judge"
 
 
 def test_a_run_killed_in_training_continues_there(

@@ -404,7 +404,7 @@ def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, n
     (shown,) = page._instruments(found)
     assert isinstance(shown, Table)
     cells = {(row[0], row[1]): row for row in shown.rows}
-    assert set(cells) == {(one, alpha) for one in (YES_NO, REPLIES, "wording 1 alone") for alpha in ("-1", "+1")}
+    assert set(cells) == {(one, alpha) for one in (YES_NO, REPLIES, *WORDING_LINES) for alpha in ("-1", "+1")}
     assert cells[REPLIES, "+1"][3:] == [
         "+1.50 [+1.50, +1.50]", "+0.015 [+0.01, +0.02]", "-0.30, +0.70", "outside", "180",
     ]  # fmt: skip
@@ -426,8 +426,10 @@ def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, n
     assert "random directions, 95 %" in drawn["labels"] and "persona" in drawn["notes"]
 
 
-YES_NO, REPLIES = "Yes/No, balanced over both polarities", "replies, reply log-ratio"
-"""The instruments as the page names them."""
+YES_NO = "Yes/No, balanced over both polarities and both orders of the answers"
+REPLIES = "replies, reply log-ratio"
+WORDING_LINES = tuple(f"wording {number} alone" for number in (1, 2, 3))
+"""The lines of the table of instruments."""
 
 
 def drawn_by(found: Summary, path: Path) -> dict[str, Any]:

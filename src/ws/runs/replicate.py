@@ -255,7 +255,8 @@ class Replication(Fitting):
             base = shared_base(self.model, self.settings.out)
             write_table(path, score(self.model, [probe], conditions, shards=shards, base_shards=base))
 
-        self._build("other-replies", inputs, [path.name], make)
+        result = self._build("other-replies", inputs, [path.name], make)
+        self._say("other groups", result, f"{len(probe.rows)} contrasts of other groups")
         return summary.by_group(pl.read_parquet(path), self.edit_name, probe.name)
 
     def report(self) -> Summary:
