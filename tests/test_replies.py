@@ -49,7 +49,7 @@ def test_items_with_one_open_question_are_asked_once(shipped: Behaviour) -> None
     probe = shipped.probe
     twice = tuple(replace(item, row=f"{item.row}-{n}") for item in probe.items[:3] for n in range(2))
     doubled = replace(shipped, probe=replace(probe, items=twice))
-    assert [item.row for item in free_replies.items(doubled, 6)][0] == f"{probe.items[0].row}-0"
+    assert next(item.row for item in free_replies.items(doubled, 6)) == f"{probe.items[0].row}-0"
     assert len(free_replies.items(doubled, 6)) == len({item.open_question for item in probe.items[:3]})
 
 

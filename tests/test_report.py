@@ -392,7 +392,7 @@ def test_headline_and_doubts_follow_the_instrument() -> None:
     assert "sycophancy at alpha -1, +1: the Yes-bias is larger than the signed change" in own["choice"]
 
 
-@pytest.mark.parametrize(("shown_by", "name"), [("choice", "Yes/No, balanced"), ("replies", "replies")])
+@pytest.mark.parametrize(("shown_by", "name"), [("choice", "Yes/No"), ("replies", "replies")])
 def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, name: str) -> None:
     found = replace(
         summed(with_instruments(yes=2.0, replies=1.5), shown_by),
