@@ -492,7 +492,7 @@ def test_several_runs_have_a_t_interval(tmp_path: Path) -> None:
     said = f"{mean:+.2f} (95 % {mean - margin:+.2f} to {mean + margin:+.2f})"
     lost = f"{-mean:+.2f} (95 % {-mean - margin:+.2f} to {-mean + margin:+.2f})"
     line = terminal.seeds_line(tmp_path / "seed1", moving(2.0))
-    assert line == f"Change of sycophancy over 3 runs with other seeds: -1 {lost}, +1 {said}."
+    assert line == f"Change of sycophancy over 3 runs with different seeds: -1 {lost}, +1 {said}."
     write_json(tmp_path / "seed1" / "summary.json", {"model": "small"})
     assert "over 2 runs" in terminal.seeds_line(tmp_path / "seed0", moving(1.0)), "one of another version is left out"
 

@@ -47,7 +47,7 @@ def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     spread = " and ".join(f"{signed(key)} from {some[0]:+.2f} to {some[-1]:+.2f}" for key, some in wordings.items())
     items = first.change["1"].n // len(first.wordings)
     bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
-    over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {len(runs)} runs with other seeds"
+    over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {len(runs)} runs with different seeds"
     return (
         "On a real language model, SmolLM2-135M-Instruct, a sycophancy direction moves the log-odds of agreeing over "
         f"disagreeing replies to {items} held-out false claims by {over_runs(runs, '-1')} nats at alpha -1 and by "
@@ -72,7 +72,7 @@ def minutes(stored: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _seeds(runs: Sequence[Summary]) -> str:
-    return "one training seed" if len(runs) == 1 else f"{len(runs)} runs with other seeds"
+    return "one training seed" if len(runs) == 1 else f"{len(runs)} runs with different seeds"
 
 
 def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
@@ -157,6 +157,8 @@ def public_data(stored: Mapping[str, Mapping[str, Any]]) -> str:
                 name, one["measure"], one["group"], signed(f"{one['alpha']:g}"), with_limits(one["level"]), change,
                 str(one["level"]["n"]),
             ])  # fmt: skip
+    if not rows:
+        return "Not measured yet."
     return table(["data", "measure", "group", "alpha", "value", "change", "n"], rows)
 
 

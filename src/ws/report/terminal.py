@@ -82,7 +82,7 @@ def seeds_line(path: Path, summary: Summary) -> str:
     for key in shown:
         found = stats.over_seeds([one.measured.change[key].mean for one in runs])
         said.append(f"{signed(key)} {found.mean:+.2f} (95 % {found.low:+.2f} to {found.high:+.2f})")
-    return f"Change of {summary.behaviour} over {len(runs)} runs with other seeds: {', '.join(said)}."
+    return f"Change of {summary.behaviour} over {len(runs)} runs with different seeds: {', '.join(said)}."
 
 
 def _runs_beside(path: Path) -> Iterator[Summary]:
