@@ -47,7 +47,7 @@ def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     spread = " and ".join(f"{signed(key)} from {some[0]:+.2f} to {some[-1]:+.2f}" for key, some in wordings.items())
     items = first.change["1"].n // len(first.wordings)
     bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
-    over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {len(runs)} runs with different seeds"
+    over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {_seeds(runs)}"
     return (
         "On a real language model, SmolLM2-135M-Instruct, a sycophancy direction moves the log-odds of agreeing over "
         f"disagreeing replies to {items} held-out false claims by {over_runs(runs, '-1')} nats at alpha -1 and by "
