@@ -321,7 +321,7 @@ def test_the_headline_says_values_band_and_facts() -> None:
         and "alpha +1" in text
         and "(95 %" in text
     )
-    assert "random control band at +1" in text and "facts kept 90.0 %" in text
+    assert "random control band at +1" in text and "facts right 90.0 %" in text
 
 
 @pytest.mark.parametrize(("alpha", "key"), [
