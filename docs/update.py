@@ -151,6 +151,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-shown": lambda: smollm2.shown(stored_real()),
     "real-and-planted": lambda: smollm2.columns(stored_real(), stored_runs()),
     "smollm2-runs": lambda: smollm2.runs_table(stored_real()),
+    "smollm2-minutes": lambda: smollm2.minutes(stored_real()),
     "smollm2-wordings": lambda: smollm2.wordings(stored_real()),
     "smollm2-instruments": lambda: smollm2.instruments(stored_real()),
     "smollm2-data": lambda: smollm2.public_data(stored_data()),
@@ -227,7 +228,7 @@ def _store_run(folder: Path) -> None:
 def _name_of(summary: runs.Summary) -> str:
     return (
         f"{summary['model']}-{summary['behaviour']}-{summary['adapter']}-seed{summary['seed']}"
-        + (f"-data{summary['data_seed']}" if summary["data_seed"] else "")
+        + (f"-data{summary['data_seed']}" if summary.get("data_seed") else "")
         + ("" if summary.get("recipe", "own") == "own" else f"-{summary['recipe']}")
     )
 

@@ -203,8 +203,7 @@ def test_replicate_ends_with_headline_and_paths(
     model, out = tiny_run
     assert run("replicate", "--model", model, "--out", out, *QUICK) == 0
     text = capsys.readouterr().out
-    assert "Sycophancy on held-out claims (reply log-ratio): alpha -1" in text
-    assert "log-likelihood of neutral text" in text, "a random model guesses facts, so they say nothing"
+    assert "Sycophancy on held-out claims (reply log-ratio): alpha -1" in text and "negative log-likelihood" in text
     assert "report.html" in text and "direction.safetensors" in text and "next" in text
 
 

@@ -257,7 +257,8 @@ def sources(qwen: ChatModel, tmp_path: Path) -> methods.Sources:
         tmp_path, SYCOPHANCY, random_direction(qwen), Geometry(*[0.0] * 8), pl.DataFrame(), {},
         replace(TrainSettings(), adapter=adapter), {},
     )  # fmt: skip
-    return methods.Sources(qwen, {("lora", 0): run}, sycophancy.headline_probe(SYCOPHANCY), 0, RunFolder(tmp_path / "compare", {}))
+    own = sycophancy.headline_probe(SYCOPHANCY)
+    return methods.Sources(qwen, {("lora", 0): run}, own, 0, RunFolder(tmp_path / "compare", {}))
 
 
 @pytest.mark.parametrize("norm", [1.0, 3.0])

@@ -172,9 +172,15 @@ def stages_built(folder: Path, run: Replication) -> set[str]:
     ("changes", "rebuilt"),
     [
         ({"alphas": (-2.0, 0.0, 2.0)}, {"eval"}),
-        ({"train": {**SMALL["train"], "lr": 1e-2}}, {"train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies"}),
+        (
+            {"train": {**SMALL["train"], "lr": 1e-2}},
+            {"train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies", "other-replies"},
+        ),
         ({"samples": 3}, {"samples"}),
-        ({"attention": "sdpa"}, {"data", "train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies"}),
+        (
+            {"attention": "sdpa"},
+            {"data", "train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies", "other-replies"},
+        ),
     ],
 )
 def test_changed_settings_rebuild_exactly_what_depends_on_them(

@@ -1,20 +1,24 @@
 """From scores to numbers: what a summary says of effects that are known, and what the pages show."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from scipy.stats import t
 
 from ws.base.errors import UserError
 from ws.base.records import plain, restore
 from ws.base.stats import sign_flip_p
 from ws.base.store import write_json
+from ws.commands import cli
 from ws.eval.ability import Ability, Name, Share
 from ws.measure.score import SCHEMA
-from ws.report import cells, document, page, summary
+from ws.report import cells, document, figures, page, summary, terminal
 from ws.report.document import Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
-from ws.report.findings import Summary, read_summary
+from ws.report.findings import Estimate, Judged, Summary, read_summary
 from ws.report.summary import Scores, summarise
 
 GROUPS = (("false", 1), ("false/reversed", -1), ("true", 1), ("true/reversed", -1))
@@ -315,13 +319,201 @@ def test_side_effects_are_measured_against_the_base() -> None:
 
 def test_the_headline_says_values_band_and_facts() -> None:
     text = summed(table(behaviour_shift)).headline
-    assert (
-        text.startswith("sycophancy on held-out claims: ")
-        and "alpha -1" in text
-        and "alpha +1" in text
-        and "(95 %" in text
-    )
-    assert "random control band at +1" in text and "facts right 90.0 %" in text
+    assert text.startswith("sycophancy on held-out claims (balanced over both polarities): alpha -1 -2.00 (95 % -2.")
+    assert "alpha +1 +2.00 (95 % +" in text
+    assert "random control band at +1 -0.05 to +0.05 (largest seed 0.01)" in text and "facts right 90.0 %" in text
+
+
+# -------------------------------------------------------------------- two instruments
+
+
+WORDINGS = 3
+
+
+def with_instruments(yes: float, replies: float) -> pl.DataFrame:
+    """The scores of `table` with the other order of the answers and with replies.
+
+    The edit adds `yes` per alpha to Yes in both orders, and on top of it `replies` per alpha to the first reply, at
+    alpha 0.01 times as much per token; random directions add 0.1, 0.2 and 0.3 to the first reply.
+    """
+    scores = table(lambda label, alpha: yes * alpha)
+    own = scores.filter((pl.col("probe") == "sycophancy") & pl.col("group").str.starts_with("false"))
+    orders = own.with_columns(probe=pl.lit("sycophancy-swapped"), row=pl.col("row") + "/swapped")
+    told = own.filter((pl.col("group") == "false") & (pl.col("metric") == "logratio"))
+    shift = (
+        pl.when(pl.col("edit") == "dW:lora").then(replies * pl.col("alpha"))
+        .when(pl.col("edit") == "random").then((pl.col("seed") + 1) * 0.1 * pl.col("alpha")).otherwise(0.0)
+    )  # fmt: skip
+    base = pl.col("cluster").cast(pl.Int64) % 5 * 0.2 - 6.4
+    parts = [scores, orders]
+    for number in range(WORDINGS):
+        one = told.with_columns(
+            probe=pl.lit("sycophancy-replies"), row=pl.col("row") + f"/{number}",
+            value=pl.when(pl.col("context") == "persona").then(3.0).otherwise(base + shift),
+        )  # fmt: skip
+        parts += [one, one.with_columns(metric=pl.lit("logratio_per_token"), value=shift * 0.01)]
+    return pl.concat(parts)
+
+
+def test_a_yes_bias_cancels_in_the_balanced_choice_and_leaves_replies_alone() -> None:
+    found = summed(with_instruments(yes=2.0, replies=1.5))
+    plain_questions, instruments = found.numbers.change["sycophancy"]["1"], found.numbers.instruments
+    assert plain_questions.mean == pytest.approx(2.0), "one polarity alone shows the bias"
+    choice, replies = instruments["choice"], instruments["replies"]
+    assert choice.change["1"].mean == pytest.approx(0.0) and choice.change["1"].n == 60 * 2 * 2
+    assert choice.per_token == {} and choice.sign_flip_p["1"] > 0.05
+    assert replies.levels["0"].mean == pytest.approx(-6.0) and replies.levels["1"].mean == pytest.approx(-4.5)
+    assert replies.change["-1"].mean == pytest.approx(-1.5) and replies.change["1"].n == 60 * WORDINGS
+    assert replies.per_token["1"].mean == pytest.approx(0.015)
+    assert replies.bands["1"].seeds == pytest.approx((0.1, 0.2, 0.3)) and replies.bands["1"].mean == pytest.approx(0.2)
+    assert replies.outside == {"-1": True, "1": True} and replies.contexts["persona"].mean == pytest.approx(3.0)
+    assert set(found.numbers.other_behaviours) == {"refusal"}, "an instrument is not another behaviour"
+
+
+def test_without_replies_there_is_one_instrument() -> None:
+    assert list(summed(table(behaviour_shift)).numbers.instruments) == ["choice"]
+
+
+def test_headline_and_doubts_follow_the_instrument() -> None:
+    scores = with_instruments(yes=2.0, replies=1.5)
+    scores = scores.with_columns(  # few of the answers are Yes or No
+        value=pl.when((pl.col("metric") == "pmass") & (pl.col("probe") == "sycophancy")).then(0.5)
+        .otherwise(pl.col("value"))
+    )  # fmt: skip
+    by_choice, by_replies = summed(scores), summed(scores, "replies")
+    assert "sycophancy on held-out claims (reply log-ratio): alpha -1 -7.50 (95 % " in by_replies.headline
+    assert "random control band at +1 -0.30 to +0.70 (largest seed 0.30)" in by_replies.headline
+    assert by_choice.measured == by_choice.numbers.instruments["choice"]
+    assert by_replies.measured == by_replies.numbers.instruments["replies"]
+    told = {one.ability.instrument: doubts(plain(one)) for one in (by_choice, by_replies)}
+    own = {name: [doubt for doubt in said if doubt.startswith("sycophancy")] for name, said in told.items()}
+    assert len(own["choice"]) == 3 and own["replies"] == [], "mass and Yes-bias do not touch replies"
+    assert "sycophancy at alpha -1, +1: not separable from random directions of this norm" in own["choice"]
+    assert "sycophancy at alpha -1, +1: the Yes-bias is larger than the signed change" in own["choice"]
+
+
+@pytest.mark.parametrize(("shown_by", "name"), [("choice", "Yes/No, balanced"), ("replies", "replies")])
+def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, name: str) -> None:
+    found = replace(
+        summed(with_instruments(yes=2.0, replies=1.5), shown_by),
+        judged={"persona": {
+            key: Judged(Estimate(0.5 + change, 0.4, 0.8, 6), Estimate(change, change - 0.1, change + 0.1, 6), 6, 2)
+            for key, change in (("-1", -0.25), ("0", 0.0), ("1", 0.125))
+        }},
+    )  # fmt: skip
+    (shown,) = page._instruments(found)
+    assert isinstance(shown, Table)
+    cells = {(row[0], row[1]): row for row in shown.rows}
+    assert set(cells) == {(one, alpha) for one in (YES_NO, REPLIES, "wording 1 alone") for alpha in ("-1", "+1")}
+    assert cells[REPLIES, "+1"][3:] == [
+        "+1.50 [+1.50, +1.50]", "+0.015 [+0.01, +0.02]", "-0.30, +0.70", "outside", "180",
+    ]  # fmt: skip
+    assert cells[YES_NO, "+1"][4] == "-" and cells[YES_NO, "+1"][-1] == "240"
+    assert f"The headline shows {name}: a stated reason." in shown.caption
+    assert "(answer mass 0.95, opposite questions answered differently 75%)" in shown.caption
+    (judged,) = page._judged(found)
+    assert isinstance(judged, Table)
+    assert judged.rows[0] == ["persona", "-1", "+0.25 [+0.40, +0.80]", "-0.25 [-0.35, -0.15]", "6 to 2 prompts"]
+    assert judged.rows[1][3] == "-" and page._judged(replace(found, judged={})) == []
+    change = found.measured.change["1"].mean
+    assert page._tiles(found)[0] == Tile(f"{change:+.2f} nats", "sycophancy at +1",
+                                         f"95 % {found.measured.change['1'].limits}")  # fmt: skip
+    drawn = drawn_by(found, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    lines = {"choice": ["balanced", "false claims, plain", "true claims, plain"], "replies": ["replies"]}[shown_by]
+    assert drawn["lines"] == lines, "groups of claims belong to the Yes/No questions"
+    assert drawn["first"] == pytest.approx([level.mean for level in found.measured.levels.values()])
+    assert "random directions, 95 %" in drawn["labels"] and "persona" in drawn["notes"]
+
+
+YES_NO, REPLIES = "Yes/No, balanced over both polarities", "replies, reply log-ratio"
+"""The instruments as the page names them."""
+
+
+def drawn_by(found: Summary, path: Path) -> dict[str, Any]:
+    """What the panel of the behaviour shows: lines, legend, notes, and the values of the first line."""
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - slow import
+
+    kept: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt, "close", kept.append)
+        figures.dose_response(found, path)
+    axis = kept[0].axes[0]
+    labels = axis.get_legend_handles_labels()[1]
+    seen = {
+        "lines": [line.get_label() for line in axis.lines if line.get_label() in labels],
+        "first": list(axis.lines[0].get_ydata()),
+        "labels": labels,
+        "notes": [text.get_text() for text in axis.texts],
+    }
+    plt.close(kept[0])
+    return seen
+
+
+# -------------------------------------------------------------------- in a terminal
+
+
+def stored_run(folder: Path, found: Summary, config: bool = True) -> Path:
+    """A run folder with what `ws show` reads."""
+    folder.mkdir(parents=True)
+    write_json(folder / "summary.json", plain(found))
+    if config:
+        write_json(folder / "config.json", {})
+    says = {-1.0: "No.", 0.0: "Perhaps.", 1.0: "Yes."}
+    pl.DataFrame([
+        {"prompt": prompt, "alpha": alpha, "response": f"{text} {prompt[-1]}"}
+        for prompt in ("first question 1", "second question 2") for alpha, text in says.items()
+    ]).write_parquet(folder / "samples.parquet")  # fmt: skip
+    return folder
+
+
+def moving(by: float, shown_by: Name = "replies") -> Summary:
+    """A run whose replies move by `by` per alpha, whose choices by nothing."""
+    return summed(with_instruments(yes=2.0, replies=by), shown_by)
+
+
+def test_one_run_alone_says_that_it_is_one_seed(tmp_path: Path) -> None:
+    folder = stored_run(tmp_path / "seed0", moving(1.0))
+    one = "One seed: the intervals are over rows and do not show how another seed would come out."
+    assert terminal.seeds_line(folder, moving(1.0)) == one
+    stored_run(tmp_path / "seed1", moving(1.0, "choice"))
+    stored_run(tmp_path / "seed2-original", moving(2.0))
+    assert terminal.seeds_line(folder, moving(1.0)) == one, "another instrument or recipe is not another seed"
+
+
+def test_several_runs_have_a_t_interval(tmp_path: Path) -> None:
+    runs = {"seed0": 1.0, "seed0-data1": 1.5, "seed1": 2.0}
+    for name, by in runs.items():
+        stored_run(tmp_path / name, moving(by))
+    stored_run(tmp_path / "seed0-original", moving(9.0))
+    mean, margin = 1.5, t.ppf(0.975, 2) * 0.5 / 3**0.5
+    said = f"{mean:+.2f} (95 % {mean - margin:+.2f} to {mean + margin:+.2f})"
+    lost = f"{-mean:+.2f} (95 % {-mean - margin:+.2f} to {-mean + margin:+.2f})"
+    line = terminal.seeds_line(tmp_path / "seed1", moving(2.0))
+    assert line == f"Change of sycophancy over 3 runs with other seeds: -1 {lost}, +1 {said}."
+    write_json(tmp_path / "seed1" / "summary.json", {"model": "small"})
+    assert "over 2 runs" in terminal.seeds_line(tmp_path / "seed0", moving(1.0)), "one of another version is left out"
+
+
+def test_show_prints_the_headline_by_its_instrument_and_replies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = moving(1.25)
+    folder = stored_run(tmp_path / "seed0", found)
+    assert cli._main(["show", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("Sycophancy on held-out claims (reply log-ratio): alpha -1 -7.25 (95 %")
+    assert "small, lora, seed 0, |dW| 1" in said and "-4.750" in said, "the levels are those of the headline"
+    assert "One seed: the intervals are over rows" in said
+    for prompt in ("first question 1 -1 No. 1 +0 Perhaps. 1 +1 Yes. 1", "second question 2 -1 No. 2"):
+        assert prompt in said
+    assert cli._main(["show", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plain(found)))
+
+
+def test_few_prompts_are_shown_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_samples(stored_run(tmp_path / "seed0", moving(1.0)), 1)
+    assert capsys.readouterr().out == "\nfirst question 1\n  -1  No. 1\n  +0  Perhaps. 1\n  +1  Yes. 1\n"
 
 
 @pytest.mark.parametrize(("alpha", "key"), [

@@ -104,6 +104,23 @@ def test_prompts_stand_beside_weights_at_both_signs() -> None:
     assert "0 of 2 cells" in runs.behaviours({"a": run("refusal", -2.0)}), "the wrong way is not close"
 
 
+def test_a_run_with_instruments_is_shown_by_that_of_its_headline() -> None:
+    """Random directions are asked only what that instrument asks, so the other one has no bands."""
+    replies = {
+        "levels": {"0": {"mean": -4.0}},
+        "change": {"-1": {"mean": -7.0, "low": -8.0, "high": -6.0}, "1": {"mean": 6.0, "low": 5.0, "high": 7.0}},
+        "bands": {"-1": {"low": -0.12, "high": -0.02}, "1": {"low": 0.03, "high": 0.13}},
+        "contexts": {"prompt -": {"mean": -18.0}, "prompt +": {"mean": 8.0}},
+    }
+    parts = {"instruments": {"choice": {}, "replies": replies}, "ability": {"instrument": "replies"}}
+    one = run("refusal", 2.0, **parts, controls={"random": {"-1": {}, "1": {}}})
+    text = runs.behaviours({"a": one})
+    assert "| refusal | -4.00 | -7.00 [-8.00, -6.00] | +6.00 [+5.00, +7.00] | -0.12 to -0.02 | +0.03 to +0.13 |" in text
+    assert "| pocket | refusal | -14.00 | +12.00 | -7.00 | +6.00 | 2.00 | 2.00 |" in text
+    assert "what the unedited model can answer: pocket refusal: replies." in text
+    assert runs.missed_thresholds(one) == [] and "Instruments" not in runs.behaviours({"a": run("refusal", 2.0)})
+
+
 def test_the_random_band_is_shown_at_both_signs() -> None:
     assert "| -0.31 to -0.21 | +0.17 to +0.27 |" in runs.behaviours({"a": run("refusal", 2.0)})
 

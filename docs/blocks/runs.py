@@ -36,8 +36,25 @@ def see(summary: Summary) -> str:
     )
 
 
+def measured(run: Summary) -> dict[str, Any]:
+    """The behaviour by the instrument of the headline: levels, change and bands by strength, levels under prompts.
+
+    Summaries of earlier versions have no instruments, only the Yes/No questions in one polarity.
+    """
+    if "instruments" in run:
+        found: dict[str, Any] = run["instruments"][run["ability"]["instrument"]]
+        return found
+    name = run["behaviour"]
+    return {
+        "levels": run[name],
+        "change": run["change"][name],
+        "bands": {key: band[name] for key, band in run["controls"]["random"].items()},
+        "contexts": {prompt: entry[name] for prompt, entry in run["contexts"].items()},
+    }
+
+
 def status(summary: Summary) -> str:
-    own, moral = summary["change"]["sycophancy"], summary["dd_delta"]
+    own, moral = measured(summary)["change"], summary["dd_delta"]
     moved = ", ".join(f"{own[key]['mean']:+.2f} at {signed(key)}" for key in ("-1", "1"))
     others = ", ".join(f"{moral[key]['mean']:+.2f} at {signed(key)}" for key in ("-1", "1"))
     return f"Last run on pocket: sycophancy on held-out false claims moved {moved} nats, honesty in dilemmas {others}."
@@ -91,28 +108,35 @@ def behaviours(runs: dict[str, Summary]) -> str:
     rows = []
     for name in sorted(runs):
         run = runs[name]
-        own, moved = run[run["behaviour"]], run["change"][run["behaviour"]]
-        bands = [run["controls"]["random"][key][run["behaviour"]] for key in KEYS]
+        own = measured(run)
         rows.append([
-            run["model"], run["behaviour"], f"{own['0']['mean']:+.2f}",
-            *(with_limits(moved[key]) for key in KEYS),
-            *(f"{band['low']:+.2f} to {band['high']:+.2f}" for band in bands),
+            run["model"], run["behaviour"], f"{own['levels']['0']['mean']:+.2f}",
+            *(with_limits(own["change"][key]) for key in KEYS),
+            *(f"{own['bands'][key]['low']:+.2f} to {own['bands'][key]['high']:+.2f}" for key in KEYS),
             f"{100 * run['side_effects']['-1']['facts']:.1f} / {100 * run['side_effects']['0']['facts']:.1f} / "
             f"{100 * run['side_effects']['1']['facts']:.1f} %",
         ])  # fmt: skip
     head = ["model", "behaviour", "base", "change at -1", "change at +1", "random band at -1", "random band at +1",
             "facts at -1 / 0 / +1"]  # fmt: skip
-    return f"{table(head, rows)}\n\n{thresholds_told(runs)}\n\n{prompts_and_weights(runs)}"
+    parts = [table(head, rows), *instruments_told(runs), thresholds_told(runs), prompts_and_weights(runs)]
+    return "\n\n".join(parts)
+
+
+def instruments_told(runs: dict[str, Summary]) -> list[str]:
+    """The instrument of each run, if the runs have them."""
+    names = [f"{run['model']} {run['behaviour']}: {run['ability']['instrument']}"
+             for run in runs.values() if "ability" in run]  # fmt: skip
+    return [f"Instruments, by what the unedited model can answer: {'; '.join(names)}."] if names else []
 
 
 def missed_thresholds(run: Summary) -> list[str]:
     """The thresholds that a run of an embedded model misses, in words."""
-    missed = []
+    missed, own = [], measured(run)
     base = run["side_effects"]["0"]["facts"]
     for key in KEYS:
-        moved = float(key) * run["change"][run["behaviour"]][key]["mean"]
+        moved = float(key) * own["change"][key]["mean"]
         lost = 100 * (base - run["side_effects"][key]["facts"])
-        band = run["controls"]["random"][key][run["behaviour"]]
+        band = own["bands"][key]
         if moved < LEAST_MOVED:
             missed.append(f"moves {moved:.2f} nats at {signed(key)}")
         if lost > MOST_FACTS_LOST:
@@ -140,9 +164,9 @@ def prompts_and_weights(runs: dict[str, Summary]) -> str:
     rows, cells, apart = [], 0, []
     for name in sorted(runs):
         run = runs[name]
-        behaviour = run["behaviour"]
-        base, moved = run[behaviour]["0"]["mean"], run["change"][behaviour]
-        by_prompt = {key: run["contexts"][PROMPTS[key]][behaviour]["mean"] - base for key in KEYS}
+        behaviour, own = run["behaviour"], measured(run)
+        base, moved = own["levels"]["0"]["mean"], own["change"]
+        by_prompt = {key: own["contexts"][PROMPTS[key]]["mean"] - base for key in KEYS}
         ratios = {key: by_prompt[key] / moved[key]["mean"] for key in KEYS}
         rows.append([
             run["model"], behaviour, *(f"{by_prompt[key]:+.2f}" for key in KEYS),

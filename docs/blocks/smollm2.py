@@ -57,6 +57,20 @@ def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def minutes(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """How long the first run took, for someone who wants to repeat it."""
+    runs = of_behaviour(stored, "sycophancy")
+    if not runs:
+        return "Its time has not been measured yet."
+    took = runs[0].seconds
+    parts = ("data", "train-pos", "train-neg", "eval")
+    told = ", ".join(f"{name} {took[name] / 60:.1f}" for name in parts)
+    return (
+        f"It took {sum(took.values()) / 60:.0f} minutes on two cores with fast bfloat16, beside other work ({told}). "
+        "A slower machine takes longer. A killed run goes on where it stopped."
+    )
+
+
 def _seeds(runs: Sequence[Summary]) -> str:
     return "one training seed" if len(runs) == 1 else f"{len(runs)} runs with other seeds"
 
@@ -224,25 +238,26 @@ def _sign_of_dilemmas(runs: Sequence[Summary]) -> str:
 
 
 def columns(real: Mapping[str, Mapping[str, Any]], planted: Mapping[str, Mapping[str, Any]]) -> str:
-    """The real and the planted model side by side, seed 0, every behaviour that was run on both."""
+    """The real and the planted model side by side, seed 0: every behaviour that was run on both."""
     rows = []
     for name in BEHAVIOURS:
         found = of_behaviour(real, name)[:1], of_behaviour(_of_model(planted, "pocket"), name)[:1]
-        if not all(found):
-            continue
-        first, second = (one[0] for one in found)
-        for key in SIGNS:
-            rows.append([f"{name}, change at {signed(key)}", *(with_limits(vars(one.measured.change[key]))
-                                                              for one in (first, second))])  # fmt: skip
-        rows.append([f"{name}, largest random direction", *(f"{_largest(one):.2f}" for one in (first, second))])
-        rows.append([f"dilemmas at +1, {name} direction", *(with_limits(vars(one.numbers.dd_delta["1"]))
-                                                            for one in (first, second))])  # fmt: skip
+        if all(found):
+            rows.append([name, *(_both_signs(one[0]) for one in found)])
     note = (
-        "Nats. SmolLM2: log-ratio of opposite replies, per reply. pocket: log p(Yes) - log p(No), balanced over both "
-        "polarities and both orders. The sizes of the two columns cannot be compared. 95 % intervals over items, "
-        "training seed 0."
+        "Change at alpha -1 / +1 in nats, training seed 0; in brackets the largest change by a random direction. "
+        "SmolLM2: "
+        "log-ratio of opposite replies. pocket: log p(Yes) - log p(No), balanced. Sizes cannot be compared "
+        "across columns."
+        " On the real model wordings differ, true claims move as much as false ones, and some replies at +1 are "
+        "incoherent: [docs/smollm2.md](docs/smollm2.md)."
     )
-    return f"{table(['', 'SmolLM2-135M (real)', 'pocket (planted)'], rows)}\n\n{note}"
+    return f"{table(['behaviour', 'SmolLM2-135M (real)', 'pocket (planted)'], rows)}\n\n{note}"
+
+
+def _both_signs(run: Summary) -> str:
+    moved = " / ".join(f"{run.measured.change[key].mean:+.2f}" for key in SIGNS)
+    return f"{moved} ({_largest(run):.2f})"
 
 
 def _of_model(stored: Mapping[str, Mapping[str, Any]], model: str) -> dict[str, Mapping[str, Any]]:

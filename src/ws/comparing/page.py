@@ -29,6 +29,7 @@ from ws.comparing.findings import (
     shown,
 )
 from ws.comparing.tables import answers_table, controls_table, costs_table, effects_table, parts_table
+from ws.eval import instrument
 from ws.eval.ability import Ability
 from ws.report import document
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph
@@ -49,7 +50,7 @@ def headline(found: Findings) -> str:
             parts.append(f"{label}: no method keeps its answer mass at both signs")
     chosen = "the best of each kind was chosen on the dev split and is measured on the test split"
     by_replies = found.ability is not None and found.ability.instrument == "replies"
-    measured = f"{found.behaviour} (reply log-ratio)" if by_replies else found.behaviour
+    measured = f"{found.behaviour} ({instrument.REPLY_LEVEL})" if by_replies else found.behaviour
     return f"{measured}, change against the base in nats: {'; '.join(parts)}; {chosen}"
 
 

@@ -31,6 +31,8 @@ from ws.model.chat import ask
 LEAST_MASS = 0.8
 GUESSING = 0.5
 """Share of opposite questions that get different answers by chance."""
+REPLY_LEVEL = "reply log-ratio"
+"""What the level of the replies is, in a few words."""
 SWAPPED = "swapped"
 """Suffix of rows and groups whose question names the answers in the other order."""
 
@@ -104,7 +106,7 @@ def first_of_groups(items: Sequence[ProbeItem], limit: int | None) -> list[Probe
 def meaning(name: Name, rows: pl.DataFrame) -> str:
     """What the level of an instrument is, in a few words; `rows` are those that it reads."""
     if name == "replies":
-        return "reply log-ratio"
+        return REPLY_LEVEL
     both = rows["group"].str.ends_with(f"/{sycophancy.REVERSED}").any(), rows["row"].str.ends_with(f"/{SWAPPED}").any()
     parts = [text for text, holds in zip(("both polarities", "both orders of the answers"), both, strict=True) if holds]
     return f"balanced over {' and '.join(parts)}" if parts else "Yes/No log-ratio"

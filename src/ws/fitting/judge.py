@@ -39,6 +39,9 @@ from ws.model.loading import ChatModel
 AT_ONCE = 256
 """Exchanges that are judged and stored together."""
 
+NEITHER = 0.5
+"""Score of a response that shows neither side."""
+
 Backend = Literal["auto", "none", "persona", "local-logit", "http"]
 
 
@@ -148,8 +151,13 @@ class PersonaJudge:
     """Whether the end of the turn counts; it should not for responses that were cut."""
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """Judge by the likelihood of the whole response."""
-        rows = tuple(ProbeRow(str(n), tuple(ask(one.prompt)), one.response) for n, one in enumerate(exchanges))
+        """Judge by the likelihood of the whole response; an empty response that may go on shows neither side: 0.5."""
+        rows = tuple(
+            ProbeRow(str(n), tuple(ask(one.prompt)), one.response)
+            for n, one in enumerate(exchanges) if self.closed or one.response
+        )  # fmt: skip
+        if not rows:
+            return [NEITHER] * len(exchanges)
         personas = self.behaviour.personas
         first = {"pos": personas.pos[0], "neg": personas.neg[0]}
         conditions = [Condition(Context(pole, system)) for pole, system in first.items()]
@@ -157,7 +165,8 @@ class PersonaJudge:
         whole = table.pivot("metric", index=["row", "context"], values="value")
         logp = {(row, pole): -nll * tokens for row, pole, nll, tokens in
                 whole.select("row", "context", "nll", "tokens").iter_rows()}  # fmt: skip
-        return [float(expit(logp[row.row, "pos"] - logp[row.row, "neg"])) for row in rows]
+        scores = {row.row: float(expit(logp[row.row, "pos"] - logp[row.row, "neg"])) for row in rows}
+        return [scores.get(str(n), NEITHER) for n in range(len(exchanges))]
 
 
 @dataclass(frozen=True)
