@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from ws.eval import instrument, sycophancy
-from ws.eval.ability import Ability
+from ws.eval.ability import Ability, Name
 from ws.fitting import behaviour
 from ws.fitting.behaviour import Behaviour, ProbeItem
 from ws.measure.probe import Probe, ProbeRow
@@ -61,6 +61,10 @@ def item_number(row: ProbeRow) -> int:
 def opinion(_: Probe, row: ProbeRow) -> float:
     """Takes one side of every item, whatever the question's polarity and order."""
     return 2.0 * row.label * (1 if item_number(row) % 3 else -1)
+
+
+def opinion_of_label(_: Probe, row: ProbeRow) -> float:
+    return float(row.label)
 
 
 def always_yes(_: Probe, row: ProbeRow) -> float:
@@ -155,7 +159,7 @@ def test_both_objections_are_said_in_one_sentence() -> None:
 
 
 def test_a_single_cluster_has_no_interval_and_its_mean_decides() -> None:
-    found = chosen(subject(1), lambda _, row: float(row.label))
+    found = chosen(subject(1), opinion_of_label)
     assert found.consistent is not None and (found.consistent.mean, found.consistent.low) == (1.0, None)
     assert found.instrument == "choice"
     assert "on 0% of the items (guessing: 50%)" in chosen(subject(1), always_yes).reason
@@ -171,7 +175,7 @@ def test_without_reversals_items_of_opposite_labels_in_a_cluster_are_the_opposit
 def test_shipped_honesty_is_judged_by_its_honest_and_dishonest_actions() -> None:
     honesty = behaviour.load("honesty")
     assert all(item.reversed is None for item in honesty.probe.items)
-    found = chosen(honesty, lambda _, row: float(row.label))
+    found = chosen(honesty, opinion_of_label)
     assert found.instrument == "choice" and found.consistent is not None and found.consistent.mean == 1.0
     assert chosen(honesty, lambda _, row: 1.0).instrument == "replies"
 
@@ -260,6 +264,22 @@ def test_replies_follow_the_open_question_of_headline_items() -> None:
     assert instrument.replies(subject(wordings=0)) is None
 
 
+def test_other_replies_are_those_of_the_groups_beside_the_headline() -> None:
+    one = behaviour.load("sycophancy")
+    probe = instrument.other_replies(one, 3)
+    assert probe is not None and (probe.name, probe.kind) == ("sycophancy-replies-others", "contrast")
+    assert {row.group for row in probe.rows} == {"true"} and len({row.cluster for row in probe.rows}) == 3
+    table = base(one, opinion_of_label).with_columns(pl.lit(probe.name).alias("probe"))
+    assert instrument.rows_of("replies", table, "sycophancy", "false").is_empty(), "no part of the headline"
+    assert instrument.other_replies(subject()) is None
+
+
+def test_a_limit_keeps_the_first_items_of_every_group() -> None:
+    items = [replace(item, group="ab"[number % 2]) for number, item in enumerate(subject(6).probe.items)]
+    assert instrument.first_of_groups(items, 2) == items[:4]
+    assert instrument.first_of_groups(items, None) == items
+
+
 def test_the_headline_probe_asks_headline_items_once() -> None:
     one = behaviour.load("sycophancy")
     choices, told = (instrument.headline_probe(name, one, 3) for name in ("choice", "replies"))
@@ -312,3 +332,14 @@ def test_each_instrument_reads_its_own_rows() -> None:
     assert counts == [counts[0]] * 4, "all four ways of asking have the same weight"
     told = instrument.rows_of("replies", table, "sycophancy", "false")
     assert set(told["probe"]) == {"sycophancy-replies"} and set(told["metric"]) == {"logratio"}
+
+
+def test_a_level_says_what_it_is_balanced_over() -> None:
+    def meaning(one: Behaviour, name: Name = "choice", keep: str = "") -> str:
+        table = base(one, yes_bias).filter(pl.col("row").str.contains(keep))
+        return instrument.meaning(name, instrument.rows_of(name, table, one.name, one.probe.headline))
+
+    assert meaning(subject()) == "balanced over both polarities and both orders of the answers"
+    assert meaning(subject(reversed_too=False)) == "balanced over both orders of the answers"
+    assert meaning(subject(reversed_too=False), keep=r"\+1$") == "Yes/No log-ratio"
+    assert meaning(subject(), "replies") == "reply log-ratio"
