@@ -29,7 +29,7 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.base.store import read_json
 from ws.export import write_merged
-from ws.model import loading
+from ws.model import sources
 
 TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 1.0}
 """Share of the norm by which merging and subtracting may miss the exact difference: bf16 rounds it like the weights."""
@@ -158,7 +158,7 @@ class Algebra(Comparison):
 
     @property
     def _base(self) -> Path:
-        folder = loading.folder_of(self.inputs.model)
+        folder = Path(sources.find(self.inputs.model).place)
         if not any(folder.glob("*.safetensors")):
             raise UserError(f"mergekit cannot read {folder}", "Convert the model to a folder of safetensors.")
         return folder

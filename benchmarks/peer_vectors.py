@@ -114,11 +114,12 @@ def rendered_pairs(model: ChatModel, subject: Behaviour) -> list[tuple[str, str]
 
 
 def train_repeng(model: ChatModel, pairs: Sequence[tuple[str, str]], **options: Any) -> Any:
-    """repeng's `ControlVector`; options are those of its `train`."""
+    """repeng's `ControlVector`; options are those of its `train`. The hooks that it leaves stay on a copy."""
     repeng = import_repeng()
     entries = [repeng.DatasetEntry(positive=pos, negative=neg) for pos, neg in pairs]
-    with library_forms(model.network), contextlib.redirect_stderr(io.StringIO()):  # it shows three progress bars
-        return repeng.ControlVector.train(model.network, RenderedTokenizer(model.chat), entries, **options)
+    network = copy.deepcopy(model.network)
+    with library_forms(network), contextlib.redirect_stderr(io.StringIO()):  # it shows three progress bars
+        return repeng.ControlVector.train(network, RenderedTokenizer(model.chat), entries, **options)
 
 
 def train_steering_vectors(model: ChatModel, pairs: Sequence[tuple[str, str]], **options: Any) -> Any:

@@ -283,7 +283,7 @@ def test_what_a_run_has_scored_is_scored_anew_by_another_engine(
     assert rebuilt(folder, before) == set()
     newer_engine(monkeypatch)
     measured()
-    assert rebuilt(folder, before) == {"eval", "rounding", "eval-feedback"}
+    assert rebuilt(folder, before) == {"eval", "rounding", "eval-feedback", "replies", "other-replies"}
 
 
 def test_what_a_comparison_has_scored_is_scored_anew_by_another_engine(

@@ -18,7 +18,7 @@ from ws.edit.steering import steer
 from ws.export.gguf_layout import gguf_rows
 from ws.export.gguf_model import write_gguf_model
 from ws.export.gguf_tokenizer import splitting_rule
-from ws.model import loading
+from ws.model import loading, sources
 from ws.model.loading import ChatModel
 from ws.pocket import tiny
 
@@ -87,7 +87,7 @@ def test_the_stored_values_are_the_merged_weights_in_the_order_of_llama_cpp(
 
 def test_the_file_says_how_the_model_works_and_how_it_speaks(tmp_path: Path) -> None:
     model = loading.load("pocket-gemma")
-    write_gguf_model({}, loading.folder_of("pocket-gemma"), tmp_path / "m.gguf")
+    write_gguf_model({}, Path(sources.find("pocket-gemma").place), tmp_path / "m.gguf")
     _, fields = read(tmp_path / "m.gguf")
     wanted = {
         "block_count": 6, "embedding_length": 128, "feed_forward_length": 384, "attention.head_count": 4,

@@ -24,7 +24,7 @@ from in_llama_cpp import SCALES, Server, agreement, dequantised, prompts_of, sam
 from ws.base.store import write_json
 from ws.export.gguf_lora import write_gguf
 from ws.export.gguf_model import write_gguf_model
-from ws.model import loading
+from ws.model import loading, sources
 from ws.model.chat import ask
 from ws.model.loading import ChatModel
 from ws.pocket import bpe, tiny
@@ -36,7 +36,7 @@ SMOLLM2 = in_llama_cpp.smollm2()
 
 def served(model: ChatModel, folder: Path, direction: Any = None, **options: Any) -> Server:
     """The model in llama.cpp, with a direction as LoRA."""
-    write_gguf_model({}, Path(loading.folder_of(model.name)), folder / "base.gguf", number_format="f32")
+    write_gguf_model({}, Path(sources.find(model.name).place), folder / "base.gguf", number_format="f32")
     if direction is not None:
         write_gguf(direction, model.network, folder / "lora.gguf")
     return Server(folder / "base.gguf", folder / "lora.gguf" if direction is not None else None, **options)
@@ -74,7 +74,7 @@ def test_pocket_gives_the_same_answers_with_fp32_and_fp16_weights(
 ) -> None:
     model = loading.load("pocket")
     direction = random_direction(model, relative_norm=0.1, layers=range(model.layer_count))
-    write_gguf_model({}, loading.folder_of("pocket"), tmp_path / "base.gguf", number_format=number_format)
+    write_gguf_model({}, Path(sources.find("pocket").place), tmp_path / "base.gguf", number_format=number_format)
     write_gguf(direction, model.network, tmp_path / "lora.gguf")
     server = Server(tmp_path / "base.gguf", tmp_path / "lora.gguf")
     for scale in SCALES:
@@ -89,7 +89,7 @@ def test_a_merged_model_is_the_base_with_the_lora_at_that_strength(tmp_path: Pat
     model = loading.load("pocket-gemma")
     direction = random_direction(model, relative_norm=0.1, layers=range(model.layer_count))
     merged = tmp_path / "merged.gguf"
-    write_gguf_model({direction: -1.5}, loading.folder_of("pocket-gemma"), merged, number_format="f32")
+    write_gguf_model({direction: -1.5}, Path(sources.find("pocket-gemma").place), merged, number_format="f32")
     found = agreement(Server(merged), model, direction, -1.5, prompts_of(model, 3), 8)
     assert found.gap < 0.03 and found.same == 1.0 and found.effect > 1e-2 > 100 * found.kl
 
