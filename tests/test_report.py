@@ -16,7 +16,7 @@ from ws.base.store import write_json
 from ws.commands import cli
 from ws.eval.ability import Ability, Name, Share
 from ws.measure.score import SCHEMA
-from ws.report import cells, document, figures, page, summary, terminal
+from ws.report import cells, document, effects, figures, page, sentences, summary, terminal
 from ws.report.document import Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
 from ws.report.findings import Estimate, Judged, Summary, read_summary
 from ws.report.summary import Scores, summarise
@@ -99,7 +99,7 @@ def summed(scores: pl.DataFrame, shown_by: Name = "choice") -> Summary:
     return Summary(
         model="small", behaviour="sycophancy", adapter="lora", seed=0, data_seed=0, headline_group="false",
         noun="claims", direction_norm=1.0, geometry={}, numbers=numbers, seconds={"eval": 1.0}, warnings=("odd",),
-        headline=summary.headline(numbers, "sycophancy", "claims", shown_by), rounding=None,
+        headline=sentences.headline(numbers, "sycophancy", "claims", shown_by), rounding=None,
         ability=Ability(shown_by, "a stated reason", 0.95, Share(0.75, 0.6, 0.9), None),
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def made(shift: Any, **options: Any) -> dict[str, Any]:
 
 def doubts(found: dict[str, Any]) -> list[str]:
     run = restore(Summary, found)
-    return summary.doubts(run.numbers, "sycophancy", run.ability.instrument)
+    return sentences.doubts(run.numbers, "sycophancy", run.ability.instrument)
 
 
 def test_a_summary_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -229,10 +229,10 @@ def test_dilemmas_of_which_none_can_be_counted_are_an_error() -> None:
 
 
 def test_the_page_says_which_rows_are_not_counted() -> None:
-    shown = page._dilemma_table(restore(Summary, unbalanced(behaviour_shift)).numbers)
+    shown = effects.dilemma_table(restore(Summary, unbalanced(behaviour_shift)).numbers)
     assert shown.header[1] == "counted (n=75)" and shown.header[-2] == "all rows (n=120)"
     assert "Yes on 60 and No on 15 of the 75 counted rows" in shown.caption and "45 more rows (filler)" in shown.caption
-    plain = page._dilemma_table(summed(table(behaviour_shift)).numbers)
+    plain = effects.dilemma_table(summed(table(behaviour_shift)).numbers)
     assert plain.header[1] == "all (n=120)" and "more rows" not in plain.caption
     assert "Yes on 60 and No on 60 of the 120 counted rows" in plain.caption
 
@@ -251,7 +251,7 @@ def test_the_dose_response_says_slope_linearity_and_order(shift: Any, slope: flo
         entry = found["dose_response"][probe]
         assert entry["slope"] == pytest.approx(slope, abs=1e-9) and entry["r2"] == pytest.approx(r2, abs=1e-9)
         assert (entry["monotone"], entry["strengths"]) == (monotone, 2)
-    text = page._dose_response(restore(Summary, found).numbers)
+    text = effects.dose_response(restore(Summary, found).numbers)
     assert text.rows[1][:4] == ["dilemmas", f"{entry['slope']:+.2f}", f"{r2:.3f}", "yes" if monotone else "no"]
 
 
@@ -272,7 +272,7 @@ def test_p_values_are_sign_flips_of_whole_clusters_and_said_to_be_many() -> None
     p = found["sign_flip_p"]["dilemmas"]["1"]
     assert p == sign_flip_p(change.to_numpy(), rows["cluster"].to_list())
     assert p > 5 * sign_flip_p(change.to_numpy(), list(range(len(rows)))), "rows of a cluster are not independent"
-    shown = page._dose_response(restore(Summary, found).numbers)
+    shown = effects.dose_response(restore(Summary, found).numbers)
     assert shown.header[-2:] == ["p at -1", "p at +1"]
     assert "the Bonferroni limit for all 4 is 0.013" in shown.caption
 
@@ -401,7 +401,7 @@ def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, n
             for key, change in (("-1", -0.25), ("0", 0.0), ("1", 0.125))
         }},
     )  # fmt: skip
-    (shown,) = page._instruments(found)
+    (shown,) = effects.instruments(found)
     assert isinstance(shown, Table)
     cells = {(row[0], row[1]): row for row in shown.rows}
     assert set(cells) == {(one, alpha) for one in (YES_NO, REPLIES, *WORDING_LINES) for alpha in ("-1", "+1")}
@@ -411,10 +411,10 @@ def test_page_and_figure_show_both_instruments(tmp_path: Path, shown_by: Name, n
     assert cells[YES_NO, "+1"][4] == "-" and cells[YES_NO, "+1"][-1] == "240"
     assert f"The headline shows {name}: a stated reason." in shown.caption
     assert "(answer mass 0.95, opposite questions answered differently 75%)" in shown.caption
-    (judged,) = page._judged(found)
+    (judged,) = effects.judged(found)
     assert isinstance(judged, Table)
     assert judged.rows[0] == ["persona", "-1", "+0.25 [+0.40, +0.80]", "-0.25 [-0.35, -0.15]", "6 to 2 prompts"]
-    assert judged.rows[1][3] == "-" and page._judged(replace(found, judged={})) == []
+    assert judged.rows[1][3] == "-" and effects.judged(replace(found, judged={})) == []
     change = found.measured.change["1"].mean
     assert page._tiles(found)[0] == Tile(f"{change:+.2f} nats", "sycophancy at +1",
                                          f"95 % {found.measured.change['1'].limits}")  # fmt: skip

@@ -45,7 +45,7 @@ from ws.measure.score import score
 from ws.model import architecture, loading
 from ws.model.loading import ChatModel
 from ws.pocket import tiny
-from ws.report import summary
+from ws.report import sentences, summary
 from ws.runs.replicate import Replication
 from ws.subspace import alignment
 
@@ -106,7 +106,9 @@ def test_a_probe_that_misses_the_answers_is_doubted() -> None:
         )
         found = summary.summarise(scores, "dW:lora", "sycophancy", "false")
         assert found.levels["dilemmas"]["1"].pmass == pytest.approx(mass)
-        assert any("on the two answers" in doubt for doubt in summary.doubts(found, "sycophancy", "choice")) == doubted
+        assert (
+            any("on the two answers" in doubt for doubt in sentences.doubts(found, "sycophancy", "choice")) == doubted
+        )
 
 
 def test_informedness_joins_rows_by_id_and_not_by_order() -> None:

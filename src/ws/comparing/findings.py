@@ -18,7 +18,7 @@ from ws.base.records import FLAT
 from ws.baselines.controls import RANDOM
 from ws.eval.ability import Ability
 from ws.report.findings import Estimate
-from ws.report.summary import is_mostly_yes_bias
+from ws.report.sentences import is_mostly_yes_bias
 
 Probe = Literal["own", "dilemmas"]
 

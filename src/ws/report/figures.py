@@ -8,7 +8,8 @@ from typing import Any
 
 from ws.base.store import atomic_file
 from ws.eval import dilemmas
-from ws.report.findings import DILEMMAS, Band, Curve, Summary
+from ws.report.findings import DILEMMAS, Band, Curve, Numbers, Summary
+from ws.report.sentences import facts_say_something
 
 _BLUE, _ORANGE, _GREEN, _GREY, _INK = "#0b5cad", "#c2570c", "#2f7d4f", "#8b949e", "#1b1f24"
 
@@ -58,11 +59,7 @@ def dose_response(summary: Summary, path: Path) -> None:
         moral.set_title(f"everyday {numbers.title(DILEMMAS)}, held out")
         moral.set_ylabel("log-ratio towards honesty, nats")
         alphas = _alphas(numbers.side_effects)
-        kept = [100 * entry.facts for entry in numbers.side_effects.values()]
-        cost.plot(alphas, kept, "o-", color=_GREEN, label="facts answered right, %")
-        cost.set_title("what it costs")
-        cost.set_ylabel("facts answered right, %")
-        cost.set_ylim(min(45, min(kept) - 3), 101)
+        _cost(cost, numbers)
         for axis, name in ((axes[1][0], behaviour), (axes[1][1], DILEMMAS)):
             curve = numbers.levels[name]
             axis.fill_between(_alphas(curve), [entry.pmass for entry in curve.values()], color=_GREY, alpha=0.35)
@@ -84,6 +81,20 @@ def dose_response(summary: Summary, path: Path) -> None:
 
 def _alphas(curve: Mapping[str, Any]) -> list[float]:
     return [float(key) for key in curve]
+
+
+def _cost(axis: Any, numbers: Numbers) -> None:
+    """Facts answered right; for a model that guesses them, the likelihood of neutral text."""
+    costs = numbers.side_effects
+    if facts_say_something(numbers):
+        kept = [100 * entry.facts for entry in costs.values()]
+        axis.plot(_alphas(costs), kept, "o-", color=_GREEN)
+        axis.set_ylabel("facts answered right, %")
+        axis.set_ylim(min(45, min(kept) - 3), 101)
+    else:
+        axis.plot(_alphas(costs), [entry.nll_delta for entry in costs.values()], "o-", color=_GREEN)
+        axis.set_ylabel("change of NLL on neutral text, nats per token")
+    axis.set_title("what it costs")
 
 
 def _curve(axis: Any, curve: Curve, colour: str, label: str) -> None:

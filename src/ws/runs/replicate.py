@@ -27,7 +27,7 @@ from ws.fitting.stages import FittedRun, Fitting
 from ws.measure import rounding
 from ws.measure.probe import Probe
 from ws.measure.score import score
-from ws.report import behaviours, page, summary
+from ws.report import behaviours, page, sentences, summary
 from ws.report.findings import SUMMARY_FILE, Estimate, Summary
 from ws.runs import free_replies, samples
 from ws.subspace import alignment
@@ -283,8 +283,8 @@ class Replication(Fitting):
             data_seed=self.settings.data_seed, headline_group=probe.headline, noun=probe.noun,
             direction_norm=run.geometry.norm_dw, geometry=asdict(run.geometry), numbers=numbers,
             seconds=dict(self.seconds),
-            warnings=(*dict.fromkeys(self.warnings), *summary.doubts(numbers, name, shown_by)),
-            headline=summary.headline(numbers, name, probe.noun, shown_by), rounding=rounded,
+            warnings=(*dict.fromkeys(self.warnings), *sentences.doubts(numbers, name, shown_by)),
+            headline=sentences.headline(numbers, name, probe.noun, shown_by), rounding=rounded,
             ability=self.ability, judged={} if replies is None else free_replies.summarise(replies),
             recipe=self.settings.recipe, other_claims=self.other_claims(),
         )  # fmt: skip
