@@ -4,9 +4,9 @@
 
 A setting is a JSON object with any of `train`, `sampling`, `judge`, `grid`, as in `weight_steering.json`, and a `name`.
 Every line of the log has the setting, the pairs that were kept, and per sign the change of the reply log-ratio on the
-dev items (nats per reply, with its 95 % interval over items), the KL to the base on neutral text, and distinct 3-grams
-of greedy replies. No row of a reported probe is read. Settings that are in the log are skipped, so a search can go on
-after an interruption.
+dev items (nats per reply, with its 95 % interval over items; also by wording), the KL to the base on neutral text that
+no report shows, and distinct 3-grams of greedy replies. No row of a reported probe is read. Settings that are in the
+log are skipped, so a search can go on after an interruption.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from ws.edit.condition import Condition, Edit
 from ws.eval import instrument, side_effects
 from ws.fitting.data import Grid
 from ws.fitting.judge import JudgeSettings
 from ws.fitting.run_settings import Settings
 from ws.fitting.stages import Fitting
+from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.model import loading
 from ws.model.loading import ChatModel
@@ -48,7 +51,7 @@ def tried(model: ChatModel, behaviour: str, setting: dict[str, Any], out: Path) 
     probe = instrument.replies(subject, items=subject.probe.dev)
     assert probe is not None
     edit = Edit("dW", direction)
-    probes = [probe, side_effects.neutral(20)[0], side_effects.text(8)]
+    probes = [probe, side_effects.neutral(20, held_out=False)[0], side_effects.text(8, held_out=False)]
     table = score(model, probes, [Condition.of(edit, alpha) for alpha in (-1.0, 1.0)], description="dev")
     scores = Scores(table)
     found: dict[str, Any] = {}
@@ -56,13 +59,23 @@ def tried(model: ChatModel, behaviour: str, setting: dict[str, Any], out: Path) 
         change = signed_change(scores.rows(probe.name, "logratio", "dW", alpha))
         kl = scores.rows(side_effects.NEUTRAL_KL, "kl", "dW", alpha)["value"]
         found[f"{alpha:+g}"] = {
-            "change": change.mean, "low": change.low, "high": change.high, "kl": kl.mean(),
+            "change": change.mean, "low": change.low, "high": change.high, "wordings": by_wording(scores, probe, alpha),
+            "kl": kl.mean(),
             "kl_p95": kl.quantile(0.95), "distinct3": reply_state(table, "dW", alpha)["distinct3"],
         }  # fmt: skip
     return {
         "setting": setting, "behaviour": behaviour, "kept": counts, "losses": losses, "norm": direction.norm(),
         "dev": found, "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
+
+
+def by_wording(scores: Scores, probe: Probe, alpha: float) -> dict[str, float]:
+    """The change of every wording alone, nats per reply."""
+    rows = scores.rows(probe.name, "logratio", "dW", alpha)
+    rows = rows.with_columns(wording=pl.col("row").str.extract(r"/(\d+)$"))
+    return {
+        str(key[0]): signed_change(part).mean for key, part in sorted(rows.group_by("wording"), key=lambda one: one[0])
+    }
 
 
 def main() -> None:

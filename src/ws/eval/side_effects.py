@@ -36,11 +36,11 @@ def facts(count: int = 200) -> Probe:
     return Probe(FACTS, "choice", tuple(rows))
 
 
-def neutral(limit: int | None = None) -> tuple[Probe, Probe]:
-    """KL to the base and NLL on held-out neutral requests with their answers."""
+def neutral(limit: int | None = None, *, held_out: bool = True) -> tuple[Probe, Probe]:
+    """KL to the base and NLL on neutral requests with their answers; those not held out are for choosing settings."""
     rows = tuple(
         ProbeRow(f"{number}/{position}", tuple(ask(entry.user)), answer, str(number))
-        for number, entry in enumerate([entry for entry in world.talk() if entry.held_out][:limit])
+        for number, entry in enumerate(_entries(limit, held_out))
         for position, answer in enumerate(entry.answers)
     )
     return Probe(NEUTRAL_KL, "divergence", rows), Probe(NEUTRAL_NLL, "likelihood", rows)
@@ -58,9 +58,9 @@ JSON_REQUESTS = (
 )
 
 
-def text(limit: int | None = None, *, with_json: bool = False) -> Probe:
-    """Greedy replies to held-out neutral requests, and to requests for JSON."""
-    entries = [entry for entry in world.talk() if entry.held_out][: min(TEXT_ROWS, limit or TEXT_ROWS)]
+def text(limit: int | None = None, *, with_json: bool = False, held_out: bool = True) -> Probe:
+    """Greedy replies to neutral requests, and to requests for JSON; those not held out are for choosing settings."""
+    entries = _entries(min(TEXT_ROWS, limit or TEXT_ROWS), held_out)
     rows = [ProbeRow(str(number), tuple(ask(entry.user)), "", group="text") for number, entry in enumerate(entries)]
     if with_json:
         rows += [
@@ -68,6 +68,10 @@ def text(limit: int | None = None, *, with_json: bool = False) -> Probe:
             for number, request in enumerate(JSON_REQUESTS[:limit])
         ]
     return Probe(TEXT, "reply", tuple(rows), tokens=TEXT_TOKENS)
+
+
+def _entries(limit: int | None, held_out: bool) -> list[world.Talk]:
+    return [entry for entry in world.talk() if entry.held_out == held_out][:limit]
 
 
 def probes(model: ChatModel, limit: int | None = None) -> list[Probe]:
