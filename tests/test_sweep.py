@@ -19,6 +19,7 @@ from ws.commands.cli import _main
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
 from ws.fitting.train import FitResult
+from ws.report.findings import read_summary
 from ws.runs import sweep, sweep_tables
 from ws.runs.replicate import Replication
 from ws.runs.sweep import Cell
@@ -89,6 +90,29 @@ def test_a_sweep_keeps_what_an_earlier_run_was_measured_at(tiny_folders: dict[st
     assert sweep._settings_of(asked, Cell("lora", 1, 0)).control_seeds == SMALL["control_seeds"]
 
 
+def test_the_first_cell_of_a_family_chooses_its_learning_rate_and_the_others_use_it(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    train = SMALL["train"] | {"lr": "auto", "lr_candidates": (1e-3, 2e-2), "validation": 0.2}
+    settings = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path, **SMALL | {"train": train})
+    outcomes, _ = sweep.run(settings, ("lora",), (0, 1), (0,))
+    first, second = (outcome.folder for outcome in outcomes)
+    assert first is not None and (first / "lr_sweep.json").is_file()
+    assert second is not None and not (second / "lr_sweep.json").exists()
+    chosen = json.loads((first / "lr_sweep.json").read_text())["chosen"]
+    assert [outcome.row["lr"] for outcome in outcomes if outcome.row] == [chosen, chosen]
+    assert FitResult.read(second / "pos").steps == FitResult.read(first / "pos").steps
+
+
+def test_the_changes_of_a_sweep_are_those_of_the_headline(done: tuple[Path, list[sweep.Outcome]]) -> None:
+    for outcome in done[1]:
+        assert outcome.folder is not None and outcome.row is not None
+        found = read_summary(outcome.folder)
+        shown = found.numbers.instruments[found.ability.instrument].change
+        assert (outcome.row["delta_minus"], outcome.row["delta"]) == (shown["-1"].mean, shown["1"].mean)
+        assert outcome.row["yes_no"] == found.numbers.change["sycophancy"]["1"].mean
+
+
 @pytest.mark.parametrize("command", ["replicate", "sweep", "compare"])
 def test_a_missing_file_of_dilemmas_is_told_before_anything_is_fitted(
     tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
@@ -131,7 +155,7 @@ def test_an_unknown_family_is_refused_before_anything_runs(tmp_path: Path) -> No
 
 
 def line(family: str, seed: int, delta: float) -> dict[str, Any]:
-    return {"family": family, "seed": seed, "data_seed": 0, **dict.fromkeys(sweep_tables.MEASURES, 1.0), "delta": delta}
+    return {"family": family, "seed": seed, "data_seed": 0, "instrument": "replies", **dict.fromkeys(sweep_tables.MEASURES, 1.0), "delta": delta}
 
 
 def test_means_have_intervals_over_seeds_and_a_single_run_has_none() -> None:
@@ -151,7 +175,8 @@ def test_a_sweep_is_shown_from_its_json(tmp_path: Path) -> None:
     text = (tmp_path / "sweep.md").read_text()
     assert sweep_tables.markdown(stored) in text and "mean Spearman rho 1.00" in text
     spread = stats.over_seeds([1.0, 2.0])
-    assert f"| a | 2 | +1.50 [{spread.low:+.2f}, {spread.high:+.2f}] | 1.000 |" in text
+    assert f"| a | 2 | +1.00 [+1.00, +1.00] | +1.50 [{spread.low:+.2f}, {spread.high:+.2f}] | +1.00" in text
+    assert "Changes: log p(reply) - log p(opposite reply)" in text
     assert text.endswith("- failed: d, seed 0, data seed 0: it diverged\n")
     assert list(csv.DictReader((tmp_path / "sweep_summary.csv").open()))[2]["delta_low"] == str(
         stored.by_family[2].measures["delta"].low

@@ -61,10 +61,16 @@ def run(
     dilemmas.load(settings.dilemmas, settings.rows)  # report a wrong source before anything is fitted
     cells = [Cell(family, seed, data) for data in data_seeds for family in families for seed in seeds]
     model = settings.load()
-    outcomes = []
+    outcomes: list[Outcome] = []
+    chosen: dict[str, float] = {}
     for number, cell in enumerate(cells):
         console.say(f"\n[{number + 1}/{len(cells)}] {cell.name}", style="bold")
-        outcomes.append(_run_cell(_settings_of(settings, cell), cell, model))
+        wanted = _settings_of(settings, cell)
+        if wanted.train.get("lr") == "auto" and cell.family in chosen:
+            wanted = replace(wanted, train={**wanted.train, "lr": chosen[cell.family]})
+        outcomes.append(_run_cell(wanted, cell, model))
+        if (row := outcomes[-1].row) is not None:
+            chosen.setdefault(cell.family, row["lr"])
     finished = [outcome for outcome in outcomes if outcome.row is not None]
     if not finished:
         raise UserError(f"all cells of the sweep failed; the first with: {outcomes[0].error}")
@@ -107,20 +113,23 @@ def _run_cell(settings: Settings, cell: Cell, model: ChatModel) -> Outcome:
 def _row(cell: Cell, summary: Summary, run: FittedRun) -> dict[str, Any]:
     """The columns of the replicated work's tables, with side effects and geometry."""
     numbers, moral = summary.numbers, summary.dilemmas
-    changes, costs = numbers.change[summary.behaviour], numbers.side_effects["1"]
+    changes, costs = summary.measured.change, numbers.side_effects["1"]
     return {
         "family": cell.family,
         "seed": cell.seed,
         "data_seed": cell.data_seed,
         "dilemmas": numbers.dilemma_counts.noun,
+        "instrument": summary.ability.instrument,
         "delta": changes["1"].mean,
         "delta_minus": changes["-1"].mean,
+        "yes_no": numbers.change[summary.behaviour]["1"].mean,
         "min_pmass": min(level.pmass for level in summary.own.values()),
         **{f"dilemmas_{key}": moral[key].mean for key in ("-1", "0", "1")},
         "dd_delta": numbers.dd_delta["1"].mean,
         "pmass_1": moral["1"].pmass,
         "facts_1": costs.facts,
         "kl_1": costs.kl,
+        "nll_1": costs.nll_delta,
         "norm": summary.direction_norm,
         **{name: summary.geometry[name] for name in ("cos_anti", "asymmetry", "drift_ratio", "cos_dw_m")},
         "lr": run.training.lr,

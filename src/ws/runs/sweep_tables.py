@@ -19,10 +19,20 @@ from ws.base.store import atomic_file, write_json, write_text
 from ws.report.document import markdown_table
 
 MEASURES = (
-    "delta", "delta_minus", "min_pmass", "dilemmas_-1", "dilemmas_0", "dilemmas_1", "dd_delta", "pmass_1", "facts_1",
-    "kl_1", "norm", "cos_anti", "asymmetry", "drift_ratio", "cos_dw_m", "trainable", "seconds",
+    "delta", "delta_minus", "yes_no", "min_pmass", "dilemmas_-1", "dilemmas_0", "dilemmas_1", "dd_delta", "pmass_1",
+    "facts_1", "kl_1", "nll_1", "norm", "cos_anti", "asymmetry", "drift_ratio", "cos_dw_m", "lr", "trainable",
+    "seconds",
 )  # fmt: skip
-"""Columns of a run that have a mean over seeds."""
+"""Columns of a run that have a mean over seeds.
+
+`delta` and `delta_minus`: change at +1 and -1 by the instrument of the headline. `yes_no`: change at +1 of the plain
+Yes/No question, the column of the replicated work; `min_pmass` is the least probability on its two answers.
+"""
+INSTRUMENTS = {
+    "choice": "log p(Yes) - log p(No), balanced over both polarities and both orders of the answers",
+    "replies": "log p(reply) - log p(opposite reply), nats per reply",
+}
+"""What `delta` measures, by the instrument of the runs."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ class SweepTables:
     by_family: tuple[Family, ...]
     rank_stability: RankStability
     failed: tuple[Failure, ...] = ()
+
+    @property
+    def instrument(self) -> str:
+        """What the columns of changes measure; the unedited model decides it, so all runs of a sweep agree."""
+        return INSTRUMENTS[self.per_run[0]["instrument"]]
 
     @property
     def dilemma_noun(self) -> str:
@@ -146,14 +161,17 @@ class Column:
 
 
 COLUMNS = (
+    Column("delta_minus", "-1 minus 0", "+.2f", has_interval=True, is_brief=True),
     Column("delta", "+1 minus 0", "+.2f", has_interval=True, is_brief=True),
+    Column("yes_no", "Yes/No, +1 minus 0", "+.2f", has_interval=True),
     Column("min_pmass", "min pmass", ".3f", is_brief=True),
     Column("dilemmas_-1", "dilemmas -1", "+.2f"), Column("dilemmas_0", "0", "+.2f"), Column("dilemmas_1", "+1", "+.2f"),
     Column("dd_delta", "dd_delta", "+.2f", has_interval=True, is_brief=True),
     Column("pmass_1", "pmass @ +1", ".3f"), Column("facts_1", "facts @ +1", ".3f", is_brief=True),
-    Column("kl_1", "KL @ +1", ".3f"), Column("norm", "norm of dW", ".3g", is_brief=True),
+    Column("kl_1", "KL @ +1", ".3f"), Column("nll_1", "NLL @ +1", "+.3f"),
+    Column("norm", "norm of dW", ".3g", is_brief=True),
     Column("cos_anti", "cos_anti", "+.2f"), Column("drift_ratio", "drift", ".2f"),
-    Column("trainable", "trainable", ",.0f"), Column("seconds", "seconds", ".0f", is_brief=True),
+    Column("lr", "rate", "g"), Column("trainable", "trainable", ",.0f"), Column("seconds", "seconds", ".0f", is_brief=True),
 )  # fmt: skip
 """The columns of the Markdown table."""
 
@@ -166,8 +184,8 @@ def cells_of(line: Family, columns: Sequence[Column] = COLUMNS) -> list[str]:
 def show(tables: SweepTables) -> None:
     """Print the table of families with the brief columns."""
     columns = [column for column in COLUMNS if column.is_brief]
-    about = "" if tables.dilemma_noun == "dilemmas" else f", dd_delta on {tables.dilemma_noun}"
-    table = Table(title=f"adapter families{about}", title_justify="left", header_style="bold")
+    about = "" if tables.dilemma_noun == "dilemmas" else f"; dd_delta on {tables.dilemma_noun}"
+    table = Table(title=f"adapter families: {tables.instrument}{about}", title_justify="left", header_style="bold")
     for heading in ("adapter", "runs", *(column.heading for column in columns)):
         table.add_column(heading, justify="left" if heading == "adapter" else "right")
     for line in tables.by_family:
@@ -181,8 +199,9 @@ def markdown(tables: SweepTables) -> str:
     rho = tables.rank_stability.mean_rho
     parts = [
         markdown_table(["adapter", "runs", *headings], [cells_of(line) for line in tables.by_family]),
-        "Log-ratios are in nats. Brackets: 95 % t interval over seeds (a single run has no interval). Seconds: both "
-        "adapters and the evaluation.",
+        f"Changes: {tables.instrument}. Yes/No: the plain question, as in the replicated work; min pmass: its least "
+        "probability on the two answers. Log-ratios are in nats. Brackets: 95 % t interval over seeds (a single run has "
+        "no interval). NLL: change on neutral text. Seconds: both adapters and the evaluation.",
         *([] if rho is None else [f"Order of the families between seeds: mean Spearman rho {rho:.2f}."]),
         *(["\n".join(f"- failed: {one.cell}: {one.error}" for one in tables.failed)] if tables.failed else []),
     ]
