@@ -131,26 +131,30 @@ def test_the_original_recipe_is_that_of_the_replicated_work(model: ChatModel, tm
     own, other = (opened(model, tmp_path, recipe="original", train={"lr": 3e-4}, sampling={"max_new_tokens": 8}),
                   opened(model, tmp_path))  # fmt: skip
     assert (own.training.lr, own.sampling.max_new_tokens) == (3e-4, 8), "the user's values win here too"
-    assert other.folder.path.name == "seed0" and own.folder.path == other.folder.path.with_name("seed0-original")
+    assert (
+        other.folder.path.name == "seed0"
+        and own.folder.path.parents[2].name == f"{other.folder.path.parents[2].name}-original"
+    )
 
 
 def test_each_recipe_has_its_own_folder_and_command() -> None:
     subject = behaviour.load("sycophancy")
     settings = Settings(recipe="original", seed=2, data_seed=1)
-    assert run_path(settings, subject) == Path("out/pocket/sycophancy/lora/seed2-data1-original")
+    assert run_path(settings, subject) == Path("out/pocket-original/sycophancy/lora/seed2-data1")
     assert run_path(replace(settings, recipe="own"), subject).name == "seed2-data1"
     assert "--recipe original" in command(settings, "show") and "--recipe" not in command(Settings(), "show")
 
 
 def test_report_finds_a_run_of_the_original_recipe(tmp_path: Path) -> None:
-    folder = tmp_path / "pocket" / "sycophancy" / "lora" / "seed0-original"
+    folder = tmp_path / "pocket-original" / "sycophancy" / "lora" / "seed0"
     settings = Settings(recipe="original", out=tmp_path)
     write_json(folder / "config.json", {"settings": stored_settings(settings)})
     found = Report((folder,))._settings(folder)
     assert found.recipe == "original" and run_path(found, behaviour.load("sycophancy")) == folder
     earlier = {name: value for name, value in stored_settings(Settings()).items() if name != "recipe"}
-    write_json(folder.with_name("seed0") / "config.json", {"settings": earlier})
-    assert Report(())._settings(folder.with_name("seed0")).recipe == "own"
+    older = tmp_path / "pocket" / "sycophancy" / "lora" / "seed0"
+    write_json(older / "config.json", {"settings": earlier})
+    assert Report(())._settings(older).recipe == "own"
 
 
 # -------------------------------------------------------------------- the dtype of fits

@@ -155,7 +155,14 @@ def test_an_unknown_family_is_refused_before_anything_runs(tmp_path: Path) -> No
 
 
 def line(family: str, seed: int, delta: float) -> dict[str, Any]:
-    return {"family": family, "seed": seed, "data_seed": 0, "instrument": "replies", **dict.fromkeys(sweep_tables.MEASURES, 1.0), "delta": delta}
+    return {
+        "family": family,
+        "seed": seed,
+        "data_seed": 0,
+        "instrument": "replies",
+        **dict.fromkeys(sweep_tables.MEASURES, 1.0),
+        "delta": delta,
+    }
 
 
 def test_means_have_intervals_over_seeds_and_a_single_run_has_none() -> None:

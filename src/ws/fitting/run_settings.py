@@ -107,11 +107,13 @@ def limit_of(settings: Settings, model: ChatModel, probe: str) -> int | None:
 
 
 def run_path(settings: Settings, subject: Behaviour) -> Path:
-    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with `-data<j>` for a data seed j > 0 and `-original` for that
-    recipe."""
+    """`out/<model>/<behaviour>/<adapter>/seed<k>`, with `-data<j>` for a data seed j > 0.
+
+    Another recipe has a folder of its own, `out/<model>-original/`, so that no table mixes two recipes.
+    """
+    model = model_slug(settings.model) + ("" if settings.recipe == "own" else f"-{settings.recipe}")
     seed = f"seed{settings.seed}" + (f"-data{settings.data_seed}" if settings.data_seed else "")
-    seed += "" if settings.recipe == "own" else f"-{settings.recipe}"
-    return settings.out / model_slug(settings.model) / subject.name / settings.adapter / seed
+    return settings.out / model / subject.name / settings.adapter / seed
 
 
 def command(settings: Settings, *words: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def show_samples(path: Path, count: int | None = None) -> None:
 def seeds_line(path: Path, summary: Summary) -> str:
     """The change at -1 and +1 over all comparable runs (all strengths without them), or that there is only one run.
 
-    Comparable: the runs with other seeds or data seeds beside this one that have its recipe, its instrument and its
+    Comparable: the runs with other seeds or data seeds beside this one that have its instrument and its
     strengths. The mean over several runs has a t interval.
     """
     own = summary.measured.change
@@ -86,15 +85,10 @@ def seeds_line(path: Path, summary: Summary) -> str:
 
 
 def _runs_beside(path: Path) -> Iterator[Summary]:
-    """The finished runs of the same recipe beside a run; one that another version wrote is left out with a warning."""
+    """The finished runs beside a run; one that another version wrote is left out with a warning."""
     for folder in sorted(file.parent for file in path.parent.glob(f"seed*/{SUMMARY_FILE}")):
-        if folder != path and _recipe(folder) == _recipe(path):
+        if folder != path:
             try:
                 yield read_summary(folder)
             except UserError as error:
                 console.warn(f"the mean over seeds leaves out {folder}: {error}")
-
-
-def _recipe(folder: Path) -> str:
-    """What follows the seeds in the name of a run folder: empty, or `-original`."""
-    return re.sub(r"^seed\d+(-data\d+)?", "", folder.name)

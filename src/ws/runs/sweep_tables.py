@@ -171,7 +171,8 @@ COLUMNS = (
     Column("kl_1", "KL @ +1", ".3f"), Column("nll_1", "NLL @ +1", "+.3f"),
     Column("norm", "norm of dW", ".3g", is_brief=True),
     Column("cos_anti", "cos_anti", "+.2f"), Column("drift_ratio", "drift", ".2f"),
-    Column("lr", "rate", "g"), Column("trainable", "trainable", ",.0f"), Column("seconds", "seconds", ".0f", is_brief=True),
+    Column("lr", "rate", "g"), Column("trainable", "trainable", ",.0f"),
+    Column("seconds", "seconds", ".0f", is_brief=True),
 )  # fmt: skip
 """The columns of the Markdown table."""
 
@@ -200,8 +201,8 @@ def markdown(tables: SweepTables) -> str:
     parts = [
         markdown_table(["adapter", "runs", *headings], [cells_of(line) for line in tables.by_family]),
         f"Changes: {tables.instrument}. Yes/No: the plain question, as in the replicated work; min pmass: its least "
-        "probability on the two answers. Log-ratios are in nats. Brackets: 95 % t interval over seeds (a single run has "
-        "no interval). NLL: change on neutral text. Seconds: both adapters and the evaluation.",
+        "probability on the two answers. Log-ratios are in nats. Brackets: 95 % t interval over seeds (a single run "
+        "has no interval). NLL: change on neutral text. Seconds: both adapters and the evaluation.",
         *([] if rho is None else [f"Order of the families between seeds: mean Spearman rho {rho:.2f}."]),
         *(["\n".join(f"- failed: {one.cell}: {one.error}" for one in tables.failed)] if tables.failed else []),
     ]
