@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
@@ -59,19 +61,26 @@ class Compare(RunOptions):
     """Adapter families."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
-    activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
+    data_seeds: tuple[int, ...] = (0,)
+    """Data seeds. Every training seed is run with every data seed."""
+    activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer", "paper", "jacobian",
+                                    "trained")  # fmt: skip
     """Kinds of activation steering. More kinds: pca-center, all-positions, response, residual-norm, and original (as in
     the replicated work)."""
     peers: Annotated[UseAppendAction[tuple[str, ...]], arg(name="with", metavar="LIBRARY:FILE")] = ()
     """A vector that another library trained, to compare as activation steering: repeng:FILE.gguf, or
     steering-vectors:FILE. May be repeated."""
-    random_seeds: int = 10
-    """How many random directions of equal norm are measured as controls. A verdict needs at least two."""
+    steps: tuple[int, ...] = (1, 4, 16)
+    """How many gradient steps the untrained directions take; one method per number."""
+    draws: int = 10
+    """How many random controls every method gets. A verdict needs at least two."""
     shuffles: int = 5
     """How many directions are trained on shuffled personas, as controls."""
-    target: float | None = None
-    """KL to the base that every method may cost: 95th percentile, nats per token. Default: that of the engineered
-    prompt."""
+    budgets: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    """KL to the base that every direction may cost: 95th percentile, nats per token. The headline takes the middle
+    one."""
+    quick: bool = False
+    """A first look: LoRA, one seed, one budget, three kinds of activation steering, few rows and controls."""
     dilemmas: str = "own"
     """Source of the dilemmas: own (shipped), a CSV, JSONL or parquet file, or a hub id. Each source except own writes
     to its own folder, compare-SOURCE-DIGEST."""
@@ -87,11 +96,10 @@ class Compare(RunOptions):
 
         if self.peers and (len(self.models) > 1 or len(self.behaviours) > 1):
             raise UserError("--with takes a vector of one model and one behaviour", "Compare them one at a time.")
-        plan = compare.Plan(
-            families=self.families, seeds=self.seeds, activations=self.activations, peers=self.peers,
-            random_seeds=self.random_seeds, shuffles=self.shuffles, target=self.target,
-        )  # fmt: skip
-        settings = run_settings(self, self.fit, EvalOptions(rows=self.rows, dilemmas=self.dilemmas))
+        asked = replace(self, **_QUICK) if self.quick else self
+        plan = compare.Plan(**{one.name: getattr(asked, one.name) for one in fields(compare.Plan)
+                               if hasattr(asked, one.name)})  # fmt: skip
+        settings = run_settings(self, self.fit, EvalOptions(rows=asked.rows, dilemmas=self.dilemmas))
         found = [
             compare.run(replace(settings, model=model, behaviour=name), plan)
             for model in self.models or (self.model,)
@@ -108,6 +116,22 @@ class Compare(RunOptions):
             console.say(f"tables      {result.folder / 'comparison.html'}")
         if together is not None:
             console.say(f"together    {together}")
+
+
+_QUICK: Mapping[str, Any] = MappingProxyType(
+    {
+        "families": ("lora",),
+        "seeds": (0,),
+        "data_seeds": (0,),
+        "activations": ("mean", "single-layer"),
+        "steps": (1,),
+        "draws": 4,
+        "shuffles": 0,
+        "budgets": (0.5,),
+        "rows": 40,
+    }
+)
+"""What `--quick` sets, whatever else is given."""
 
 
 @dataclass(frozen=True)

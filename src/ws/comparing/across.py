@@ -18,7 +18,7 @@ from ws.report.document import Table
 
 TITLE = "The same comparison on other models and behaviours"
 _ALWAYS = ("weights", "variants")
-_IF_CHOSEN = ("activations", "prompts")
+_IF_CHOSEN = ("untrained", "activations", "prompts")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Row:
-    """A method of one comparison at its own strength: effects by sign, and its lowest share of facts answered right."""
+    """A method of one comparison at equal KL: effects by sign, and its lowest share of facts answered right."""
 
     model: str
     behaviour: str
@@ -66,11 +66,11 @@ class Across:
         tuned = caveats.tuning((row.model, row.behaviour) for row in self.rows)
         readout = caveats.readout(row.model for row in self.rows)
         caption = (
-            "Change against each model's own base at each method's own strength, nats. In brackets: 95 % interval over "
-            "rows (whole clusters). seeds: 95 % t interval over training seeds. "
+            "Change against each model's own base at equal KL (prompts at their own), nats. In brackets: 95 % interval "
+            "over rows (whole clusters). seeds: 95 % t interval over seeds. "
             f"{self.dilemma_noun.capitalize()}: towards the honest answer. "
-            f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps their band. Activation steering and "
-            "prompts: only the best method on the dev split."
+            f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps the band of the method's own random controls. Untrained directions, "
+            "activation steering and prompts: only the best method on the dev split."
         )
         return Table(
             ["model", "behaviour", "method", "own, -", "own, +",
@@ -92,10 +92,10 @@ def of(found: Sequence[Findings]) -> Across:
     rows = tuple(
         Row(
             one.model, one.behaviour, entry.name, _moved(entry, "own"), _moved(entry, "dilemmas"),
-            min(side.facts for side in entry.sides.values()),
+            min(side.facts.mean for side in entry.sides.values()),
         )
         for one in found
-        for entry in one.own_strength
+        for entry in one.equal_kl[one.headline_budget].entries
         if entry.kind in _ALWAYS or (entry.kind in _IF_CHOSEN and one.best.get(entry.kind) == entry.name)
     )  # fmt: skip
     return Across(rows, found[0].dilemma_noun)  # all comparisons of one call have the same dilemmas
@@ -115,6 +115,6 @@ def write(out: Path, found: Sequence[Findings]) -> Path:
     across, path = of(found), out / "comparisons.html"
     write_json(path.with_suffix(".json"), plain(across))
     write_text(path.with_suffix(".md"), document.to_markdown(TITLE, [across.table]))
-    subtitle = "own strength, identical test rows within a comparison"
+    subtitle = "equal KL, identical test rows within a comparison"
     write_text(path, document.to_html(TITLE, subtitle, [across.table]))
     return path

@@ -1,16 +1,17 @@
 """The fair comparison: weight directions, activation steering, prompts and controls on identical rows.
 
 Every method (`methods`) is a Condition, and one engine scores all of them into one table: at each method's own +-1, and
-at equal KL to the base on neutral text. All choices are made on the dev split, including the choice of the method that
-the headline shows. All results are on the test split, so that all methods have the same rows. Uncertainty over rows and
-uncertainty over seeds are reported separately.
+at equal KL to the base on its own neutral replies, for several budgets. The random controls of every method are
+calibrated to the same budgets. All choices are made on the dev split, including the choice of the methods that the
+headline shows. All results are on the test split, so that all methods have the same rows. Uncertainty over rows and
+uncertainty over seeds are reported separately. The protocol is docs/protocol.md.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +23,13 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.base.records import plain, restore
 from ws.base.store import RunFolder, Shards, content_key, read_json, write_json, write_table
-from ws.baselines import peer_vectors, repe
-from ws.baselines.controls import RANDOM
+from ws.baselines import peer_vectors
 from ws.comparing import methods, numbers, page
 from ws.comparing.dev_split import split
-from ws.comparing.findings import CONTROLS, KINDS, SIDES, Findings, Reached, Search, Spent, Strengths
-from ws.comparing.methods import Method, Sources
+from ws.comparing.findings import SIDES, SIGNS, Findings, Reached, Search, Spent, Strengths
+from ws.comparing.methods import Control, Key, Method, Sources
 from ws.comparing.numbers import Line, LineScores, Place
-from ws.edit.condition import PLAIN, Condition
+from ws.edit.condition import BASE, PLAIN, Condition, Context, Edit
 from ws.eval import dilemmas, instrument, side_effects, sycophancy
 from ws.eval.ability import Ability
 from ws.fitting.run_settings import Settings, limit_of, recommended, scored_with, shared_base
@@ -42,45 +42,51 @@ from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
 
 SMALLEST_BAND = 2
-"""Least number of random directions for a prediction band."""
+"""Least number of random controls for a prediction band."""
+BUDGETS = (0.1, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Plan:
     """The settings of a comparison.
 
-    activations: names of variants of activation steering. peers: vectors of other libraries, as LIBRARY:FILE.
-    shuffles: number of adapters trained on shuffled personas.
-    target: KL budget in nats per token (None: the KL of the engineered prompt of the positive side, or without one the
-    KL of the first persona).
+    activations: names of kinds of activation steering. peers: vectors of other libraries, as LIBRARY:FILE. steps: how
+    many gradient steps the untrained directions take. draws: random controls per method. permutations: orders of
+    layers. shuffles: adapters trained on shuffled personas. budgets: KL in nats per token, 95th percentile.
     """
 
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     seeds: tuple[int, ...] = (0,)
-    activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer")
+    data_seeds: tuple[int, ...] = (0,)
+    activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer", "paper",
+                                    methods.JACOBIAN, methods.TRAINED)  # fmt: skip
     peers: tuple[str, ...] = ()
-    random_seeds: int = 10
-    permutations: int = 3
+    steps: tuple[int, ...] = (1, 4, 16)
+    draws: int = 10
+    permutations: int = 20
     shuffles: int = 5
-    target: float | None = None
+    budgets: tuple[float, ...] = BUDGETS
     calibration_prompts: int = 16
     calibration_tokens: int = 30
 
     def __post_init__(self) -> None:
-        if not (self.families and self.seeds):
-            raise UserError("the comparison has no family or no seed", "Give --families and --seeds one value or more.")
-        if self.random_seeds < SMALLEST_BAND:
+        if not (self.families and self.seeds and self.data_seeds):
+            raise UserError("the comparison has no family or no seed",
+                            "Give --families, --seeds and --data-seeds one value or more.")  # fmt: skip
+        if self.draws < SMALLEST_BAND:
             raise UserError(
-                f"{self.random_seeds} random directions are too few for a control band",
-                f"Give --random-seeds {SMALLEST_BAND} or more; 10 is the default.",
+                f"{self.draws} random controls are too few for a band",
+                f"Give --draws {SMALLEST_BAND} or more; 10 is the default.",
             )
-        if self.target is not None:
-            calibrate.require_budget(self.target)
+        if not self.budgets:
+            raise UserError("the comparison has no KL budget", "Give --budgets one value or more.")
+        for budget in self.budgets:
+            calibrate.require_budget(budget)
         for family in self.families:
             adapters.require_family(family)
         for name in self.activations:
-            if name not in repe.VARIANTS:
-                known = ", ".join(repe.VARIANTS)
+            if name not in methods.ACTIVATIONS:
+                known = ", ".join(methods.ACTIVATIONS)
                 raise UserError(f"there is no activation steering {name!r}", f"Choose from: {known}.")
         peer_vectors.parse_all(self.peers)
 
@@ -100,7 +106,7 @@ class ComparisonRun:
         self.dilemmas = everything.first(limit_of(self.settings, self.model, "dilemmas"))
         self.ability: Ability | None = None
         self.peers = {file: file.read(self.model) for file in peer_vectors.parse_all(plan.peers)}
-        runs = {(family, seed): run for family in plan.families for seed, run in self._replicate(family).items()}
+        runs = {key: run for family in plan.families for key, run in self._replicate(family).items()}
         reference = next(iter(runs.values()))
         self.behaviour = reference.behaviour
         place = reference.folder.parents[1]
@@ -110,7 +116,7 @@ class ComparisonRun:
         assert self.ability is not None  # every run knows it
         own = instrument.headline_probe(self.ability.instrument, self.behaviour, self._limit(self.ability.instrument))
         self.sources: Sources = Sources(
-            self.model, runs, own, settings.data_seed, self.folder, sorted(place.glob("compare*"))
+            self.model, self._fitting_model, runs, own, self.folder, sorted(place.glob("compare*")), plan.draws
         )
         self.has_measured: bool = False
 
@@ -120,14 +126,17 @@ class ComparisonRun:
     def __exit__(self, *_: object) -> None:
         self.folder.close()
 
-    def _replicate(self, family: str) -> dict[int, FittedRun]:
-        """The runs of a family by seed; missing runs are fitted."""
-        console.say(f"\n{family}, seeds {' '.join(map(str, self.plan.seeds))}", style="bold")
-        found = {}
-        for seed in self.plan.seeds:
-            with Replication(replace(self.settings, adapter=family, seed=seed), self.model) as run:
-                found[seed] = run.fitted
-                self.ability = self.ability or run.ability
+    def _replicate(self, family: str) -> dict[Key, FittedRun]:
+        """The runs of a family by seeds; missing runs are fitted."""
+        plan, found = self.plan, {}
+        console.say(f"\n{family}, seeds {' '.join(map(str, plan.seeds))}, data seeds "
+                    f"{' '.join(map(str, plan.data_seeds))}", style="bold")  # fmt: skip
+        for data_seed in plan.data_seeds:
+            for seed in plan.seeds:
+                wanted = replace(self.settings, adapter=family, seed=seed, data_seed=data_seed)
+                with Replication(wanted, self.model) as run:
+                    found[family, seed, data_seed] = run.fitted
+                    self.ability, self._fitting_model = self.ability or run.ability, run.fitting_model
         return found
 
     def _limit(self, probe: str) -> int | None:
@@ -135,16 +144,17 @@ class ComparisonRun:
 
     def methods(self) -> list[Method]:
         """All methods, in the order of the tables."""
-        plan = self.plan
         return [
             *methods.weight_directions(self.sources),
-            *methods.activation_directions(self.sources, plan.activations),
+            *methods.untrained_directions(self.sources, self.plan.steps),
+            *methods.activation_directions(self.sources, self.plan.activations),
             *methods.peer_vectors(self.sources, self.peers),
             *methods.system_prompts(self.sources),
-            *methods.control_directions(
-                self.sources, random_seeds=plan.random_seeds, permutations=plan.permutations, shuffles=plan.shuffles
-            ),
         ]
+
+    def controls(self) -> list[Control]:
+        """The controls that belong to no single method."""
+        return methods.further_controls(self.sources, permutations=self.plan.permutations, shuffles=self.plan.shuffles)
 
     # ---------------------------------------------------------------- measuring
 
@@ -160,20 +170,19 @@ class ComparisonRun:
               for probe in side_effects.probes(self.model, self._limit("side_effects"))),
         ]  # fmt: skip
 
-    def dev_scores(self, compared: Sequence[Method]) -> pl.DataFrame:
-        """Scores on the dev rows of the behaviour's probe, for the methods that a headline may show."""
-        wanted = [method for method in compared if method.kind in KINDS]
-        conditions = [Condition(), *(condition for method in wanted for condition in method.conditions())]
+    def dev_scores(self, lines: Sequence[Line], things: Things) -> pl.DataFrame:
+        """Scores on the dev rows of the behaviour's probe, for lines of methods."""
+        conditions = [Condition(), *conditions_of(lines, things)]
         return self._scored("scores_dev", [split(self.sources.own, dev=True)], conditions)
 
-    def scores(self, compared: Sequence[Method], calibration: Strengths) -> pl.DataFrame:
-        """All methods at their own +-1 and at their calibrated strengths, all replicates, one table."""
-        conditions = [Condition(), *(condition for method in compared for condition in method.conditions())]
-        for method in compared:
-            at = calibrated_places(method, calibration)
-            conditions += [Condition.of(edit, place.alpha_of(edit.seed)) for place in at.values()
-                           for edit in method.edits]  # fmt: skip
-        return self._scored("scores", self.probes(), conditions)
+    def scores(self, lines: Sequence[Line], things: Things) -> pl.DataFrame:
+        """All methods and controls at all their places, one table; controls have the two probes of effects only."""
+        probes = self.probes()
+        of_methods = conditions_of([line for line in lines if not line.control_of], things)
+        table = self._scored("scores", probes, [Condition(), *of_methods])
+        of_controls = conditions_of([line for line in lines if line.control_of], things)
+        drawn = self._scored("scores_controls", probes[:2], [Condition(), *of_controls])
+        return pl.concat([table, drawn.filter((pl.col("edit") != BASE) | (pl.col("context") != PLAIN.name))])
 
     def _scored(self, stage: str, probes: Sequence[Probe], conditions: Sequence[Condition]) -> pl.DataFrame:
         path = self.folder / f"{stage}.parquet"
@@ -191,10 +200,10 @@ class ComparisonRun:
         self.has_measured |= self.folder.build(stage, inputs, [path.name], make).built
         return pl.read_parquet(path)
 
-    def strengths(self, compared: Sequence[Method]) -> Strengths:
-        """The strength that reaches the KL budget, for every Edit, sign and replicate; prompts have only a KL."""
-        texts = calibrate.neutral_prompts(self.plan.calibration_prompts)
-        tokens = self.plan.calibration_tokens
+    def strengths(self, compared: Sequence[Method], further: Sequence[Control]) -> Strengths:
+        """The strengths that reach the KL budgets, for every Edit and side; prompts have only a KL."""
+        plan, texts = self.plan, calibrate.neutral_prompts(self.plan.calibration_prompts)
+        tokens = plan.calibration_tokens
         prompted = {
             method.name: {
                 str(side): _reached(prompt_divergence(self.model, context, texts, tokens=tokens))
@@ -203,33 +212,44 @@ class ComparisonRun:
             for method in compared
             if method.contexts
         }
-        anchor = next((n for n in ("prompt: embody", "prompt: simple") if n in prompted), None)
-        if self.plan.target is not None:
-            anchor = None
-        target = self.plan.target or (prompted[anchor]["1"].p95 if anchor else 0.5)
-        edits = [(method.name, edit) for method in compared if method.kind != CONTROLS for edit in method.edits]
-        inputs = {"version": calibrate.VERSION, "target": target, "texts": texts, "tokens": tokens,
+        controls = [*(method.control for method in compared if method.control), *further]
+        wanted = [(method.name, edit, side) for method in compared for edit in method.edits for side in (1, -1)]
+        wanted += [(control.name, edit, side) for control in controls for edit in control.edits
+                   for side in control.sides]  # fmt: skip
+        inputs = {"version": calibrate.VERSION, "budgets": plan.budgets, "texts": texts, "tokens": tokens,
                   "prompts": plain(prompted), **scored_with(self.model),
-                  "edits": [[name, Condition.of(edit, 1.0).content_key] for name, edit in edits]}  # fmt: skip
+                  "edits": [[name, Condition.of(edit, side).content_key] for name, edit, side in wanted]}  # fmt: skip
         file = self.folder / "calibration.json"
 
-        def make(_: Shards) -> None:
-            found: dict[str, dict[str, tuple[Search, ...]]] = {}
-            for name, edit in console.track(edits, "calibrating", len(edits)):
-                sides = found.setdefault(name, dict.fromkeys(SIDES.values(), ()))
-                for side in SIDES.values():
-                    solved = calibrate.to_budget(self.model, edit.effect, target, texts, sign=int(side), tokens=tokens)
-                    at_own = next((_reached(seen) for seen in solved.history if abs(seen.alpha) == 1), None)
-                    sides[side] += (Search(
-                        **vars(_reached(solved.reached)), seed=edit.seed, alpha=solved.alpha,
-                        converged=solved.converged, tolerance=solved.tolerance, alpha_low=solved.alpha_low,
-                        alpha_high=solved.alpha_high, at_own_strength=at_own,
-                    ),)  # fmt: skip
-            family, seed = self.sources.first
-            write_json(file, plain(Strengths(target, anchor, f"dW:{family}, seed {seed}", found, prompted)))
+        def make(shards: Shards) -> None:
+            found: dict[str, dict[str, dict[str, tuple[Search, ...]]]] = {f"{one:g}": {} for one in plan.budgets}
+            for name, edit, side in console.track(wanted, "calibrating", len(wanted)):
+                part = shards.path(f"{content_key(name, Condition.of(edit, side).content_key)}.json")
+                if not part.is_file():
+                    write_json(part, [plain(one) for one in self._searches(edit, side, texts)])
+                for by_method, record in zip(found.values(), read_json(part), strict=True):
+                    of_side = by_method.setdefault(name, {})
+                    of_side[str(side)] = (*of_side.get(str(side), ()), restore(Search, record))
+            write_json(file, plain(Strengths(found, prompted)))
 
         self.has_measured |= self.folder.build("calibration", inputs, ["calibration.json"], make).built
         return restore(Strengths, read_json(file))
+
+    def _searches(self, edit: Edit, side: int, texts: Sequence[str]) -> list[Search]:
+        """The strength of one Edit and side for every budget."""
+        plan = self.plan
+        solved = calibrate.to_budgets(
+            self.model, edit.effect, plan.budgets, texts, sign=side, tokens=plan.calibration_tokens
+        )
+        at_own = next((_reached(seen) for seen in solved[-1].history if abs(seen.alpha) == 1), None)
+        return [
+            Search(
+                **vars(_reached(one.reached)), seed=edit.seed, data_seed=edit.data_seed, alpha=one.alpha,
+                converged=one.converged, tolerance=one.tolerance, alpha_low=one.alpha_low, alpha_high=one.alpha_high,
+                at_own_strength=at_own,
+            )
+            for one in solved
+        ]  # fmt: skip
 
 
 # -------------------------------------------------------------------- a whole comparison
@@ -251,21 +271,29 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
     with opened as comparison:
         behaviour, file = comparison.behaviour, comparison.folder / "comparison.json"
         with _timed(seconds, "methods"):
-            compared = comparison.methods()
+            compared, further = comparison.methods(), comparison.controls()
         with _timed(seconds, "calibration"):
-            strengths = comparison.strengths(compared)
+            strengths = comparison.strengths(compared, further)
+        lines = {budget: lines_of(compared, further, strengths, budget) for budget in (None, *strengths.budgets)}
+        things = things_of(compared, further)
+        middle = strengths.budgets[len(strengths.budgets) // 2]
+        candidates = [line for line in lines[middle] if not line.control_of]
         with _timed(seconds, "scores"):
-            dev, test = comparison.dev_scores(compared), comparison.scores(compared, strengths)
+            dev = comparison.dev_scores(candidates, things)
+            test = comparison.scores([line for some in lines.values() for line in some], things)
         with _timed(seconds, "tables"):
             dev_scores, scores = (
                 LineScores(one, comparison.sources.own.name, behaviour.probe.headline) for one in (dev, test)
             )
-            lines = [line_at_own_strength(method, strengths) for method in compared]
-            at_equal_kl = [line for method in compared if (line := line_at_equal_kl(method, strengths)) is not None]
+            assert comparison.ability is not None  # every run knows it
             found = Findings(
-                comparison.model.slug, behaviour.name, numbers.best_of_kinds(dev_scores, lines), scores.base(),
-                numbers.measure(scores, lines), numbers.measure(scores, at_equal_kl), strengths, settings.dilemmas, {},
-                comparison.dilemmas.noun, comparison.ability,
+                model=comparison.model.slug, behaviour=behaviour.name,
+                best=numbers.best_of_kinds(dev_scores, candidates), base=scores.base(),
+                own_strength=numbers.measure(scores, lines[None]),
+                equal_kl={budget: numbers.measure(scores, lines[budget]) for budget in strengths.budgets},
+                calibration=strengths, dilemmas=settings.dilemmas, seconds={},
+                dilemma_noun=comparison.dilemmas.noun, ability=comparison.ability,
+                reference=f"dW:{comparison.sources.first[0]}",
             )  # fmt: skip
         seconds["total"] = time.perf_counter() - started
         if not comparison.has_measured and file.is_file():  # keep the seconds of the call that measured
@@ -284,56 +312,95 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 # -------------------------------------------------------------------- methods as lines of a table
 
+Things = Mapping[str, Sequence[Edit] | Sequence[Context]]
+"""The Edits or Contexts of every method and control, by name."""
 
-def line_at_own_strength(method: Method, strengths: Strengths) -> Line:
-    """A method at its own strength: the place of its rows in the scores table, and its KL if known."""
+
+def things_of(compared: Sequence[Method], further: Sequence[Control]) -> Things:
+    """The Edits or Contexts behind the lines."""
+    controls = [*(method.control for method in compared if method.control), *further]
+    found: dict[str, Sequence[Edit] | Sequence[Context]] = {
+        method.name: tuple(method.contexts.values()) if method.contexts else method.edits for method in compared
+    }
+    return found | {control.name: control.contexts or control.edits for control in controls}
+
+
+def lines_of(
+    compared: Sequence[Method], further: Sequence[Control], strengths: Strengths, budget: str | None
+) -> list[Line]:
+    """The lines of one table: at own strength (budget None), or at a KL budget. Prompts are the same in all."""
+    lines = []
+    for method in compared:
+        lines.append(_line_of_method(method, strengths, budget))
+        if method.control is not None:
+            lines += _line_of_control(method.control, method.name, strengths, budget)
+    for control in further:
+        lines += _line_of_control(control, control.name, strengths, budget)
+    return lines
+
+
+def _line_of_method(method: Method, strengths: Strengths, budget: str | None) -> Line:
     if method.contexts is not None:
-        at = {"+" if side > 0 else "-": Place(context.name, "none", 0.0) for side, context in method.contexts.items()}
+        at = {"+" if side > 0 else "-": Place(context.name, BASE, 0.0) for side, context in method.contexts.items()}
         known = strengths.prompts.get(method.name, {})
         spent = {sign: _mean_spent([known[SIDES[sign]]]) for sign in at if SIDES[sign] in known}
         return Line(method.name, method.kind, at, method.note, spent)
-    at = {sign: Place(PLAIN.name, method.edits[0].name, float(side)) for sign, side in SIDES.items()}
-    spent = {}
-    for sign, side in SIDES.items():
-        searches = strengths.edits.get(method.name, {}).get(side, ())
-        seen = [one.at_own_strength for one in searches if one.at_own_strength is not None]
-        if searches and len(seen) == len(searches):
-            spent[sign] = _mean_spent(seen)
-    return Line(method.name, method.kind, at, method.note, spent)
+    return Line(method.name, method.kind, _places(method.name, strengths, budget, (1, -1)), method.note,
+                _spent(method.name, strengths, budget))  # fmt: skip
 
 
-def line_at_equal_kl(method: Method, strengths: Strengths) -> Line | None:
-    """The same at equal KL: calibrated Edits, unchanged prompts, and random directions for the band."""
-    if method.contexts is not None:
-        return line_at_own_strength(method, strengths)
-    at = calibrated_places(method, strengths)
-    if not at:
-        return None
-    searches = strengths.edits.get(method.name, {})
-    spent = {
-        sign: _mean_spent(searches[side], all(one.converged for one in searches[side]))
-        for sign, side in SIDES.items()
-        if side in searches
-    }
-    return Line(method.name, method.kind, at, method.note, spent)
+def _line_of_control(control: Control, of: str, strengths: Strengths, budget: str | None) -> list[Line]:
+    """The line of a control; none if it has no draws."""
+    if control.contexts:
+        place = Place(tuple(context.name for context in control.contexts), BASE, 0.0)
+        return [Line(control.name, "controls", dict.fromkeys(SIGNS, place), control.note, control_of=of)]
+    if not control.edits:
+        return []
+    at = _places(control.name, strengths, budget, control.sides)
+    spent = _spent(control.name, strengths, budget)
+    if not control.has_sides:
+        at, spent = dict.fromkeys(SIGNS, at["+"]), dict.fromkeys(SIGNS, spent["+"]) if spent else {}
+    return [Line(control.name, "controls", at, control.note, spent, control_of=of)]
 
 
-def calibrated_places(method: Method, strengths: Strengths) -> dict[str, Place]:
-    """Per sign, the calibrated strength of every replicate; empty for a method without calibration.
+def _places(name: str, strengths: Strengths, budget: str | None, sides: Sequence[int]) -> dict[str, Place]:
+    """Per sign, the strength of every replicate: the side itself, or the calibrated one."""
+    at = {}
+    for sign, key in SIDES.items():
+        if int(key) not in sides:
+            continue
+        if budget is None:
+            at[sign] = Place(PLAIN.name, name, float(key))
+        else:
+            found = strengths.edits[budget][name][key]
+            at[sign] = Place(PLAIN.name, name, {(one.seed, one.data_seed): one.alpha for one in found})
+    return at
 
-    Random directions have the norm of the reference and get its strength; they give the band of this table.
-    """
-    if not method.edits:
-        return {}
-    name, searches = method.edits[0].name, strengths.edits.get(method.name, {})
-    if method.name == RANDOM:
-        reference = next(iter(strengths.edits.values()))
-        return {sign: Place(PLAIN.name, name, reference[side][0].alpha) for sign, side in SIDES.items()}
-    return {
-        sign: Place(PLAIN.name, name, {one.seed: one.alpha for one in searches[side]})
-        for sign, side in SIDES.items()
-        if side in searches
-    }
+
+def _spent(name: str, strengths: Strengths, budget: str | None) -> dict[str, Spent]:
+    """Per sign, the mean KL over replicates; at own strength only if every search measured there."""
+    found = {}
+    searches = strengths.edits[budget or strengths.budgets[-1]].get(name, {})
+    for sign, key in SIDES.items():
+        some = searches.get(key, ())
+        seen: Sequence[Reached] = some if budget else [one.at_own_strength for one in some if one.at_own_strength]
+        if some and len(seen) == len(some):
+            found[sign] = _mean_spent(seen, all(one.converged for one in some) if budget else None)
+    return found
+
+
+def conditions_of(lines: Sequence[Line], things: Things) -> list[Condition]:
+    """The Conditions behind lines, each once."""
+    found: dict[str, Condition] = {}
+    for line in lines:
+        for thing in things[line.name]:
+            for place in line.at.values():
+                if isinstance(thing, Context):
+                    condition = Condition(thing)
+                else:
+                    condition = Condition.of(thing, place.alpha_of((thing.seed, thing.data_seed)))
+                found.setdefault(condition.content_key, condition)
+    return list(found.values())
 
 
 def _mean_spent(seen: Sequence[Reached], converged: bool | None = None) -> Spent:

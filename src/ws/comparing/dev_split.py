@@ -1,12 +1,14 @@
-"""The dev split: baselines choose their strength, layer and wording on dev rows; results are on the other rows (test).
+"""The dev split: methods choose their strength, layer and wording on dev rows; results are on the other rows (test).
 
 A quarter of a probe's clusters is dev. The split depends only on a digest of the cluster names, so it never changes.
+Every method has the same budget of dev evaluations, and the same rule says which strengths may be chosen at all.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -24,8 +26,18 @@ from ws.model.loading import ChatModel
 from ws.report.summary import FACTS_LOST, LOW_MASS, Scores, accuracy
 
 DEV_SHARE = 0.25
+SIGNS = (1, -1)
+EVALUATIONS = 48
+"""Candidates times strengths that one method may try, each at both signs."""
+MOST_P95, MOST_RMS = 1.0, 1.0
+"""KL to the base that a chosen strength may cost on neutral text, nats per token: 95th percentile over texts, and root
+mean square. The mean alone misses a few broken texts."""
+MOST_NLL = 0.5
+"""Rise of the NLL of neutral text that a chosen strength may cost, nats per token."""
 MASS_LOST = 0.1
 """Answer mass that a strength may cost on the facts, if the behaviour is measured by replies."""
+NEUTRAL_TEXTS = 20
+"""Neutral requests for choosing; no table shows them."""
 STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
     "difference": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
     "residual": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
@@ -67,46 +79,93 @@ def best_strength(
 ) -> Chosen[Option]:
     """The candidate and strength that move the behaviour furthest, both signs together.
 
-    The strengths tried are those of each candidate's unit.
+    The strengths tried are those of each candidate's unit. If all strengths of all candidates are more than
+    `EVALUATIONS`, every candidate is first tried at its middle strength, and those that move furthest for their KL get
+    the rest.
 
-    own: the probe that measures the behaviour. A strength is admissible if it keeps the answer mass and loses at most
-    `FACTS_LOST` of the dev facts, at both signs. The mass is that of the own probe, at least `LOW_MASS`; replies have
-    none, and then the facts must keep theirs up to `MASS_LOST`. If no strength is admissible, the first candidate at
-    its smallest strength is used, with a warning.
+    own: the probe that measures the behaviour. A strength is admissible (`_Dev.is_admissible`) or not at both signs
+    together. If none is, the first candidate at its smallest strength is used, with a warning.
     """
-    edits = {option: Edit(f"{name} {number}", fitted[option]) for number, option in enumerate(fitted)}
-    tried = [(option, strength) for option, one in fitted.items() for strength in STRENGTHS[one.unit]]
-    conditions = [Condition.of(edits[option], sign * strength) for option, strength in tried for sign in (1, -1)]
-    probes = [split(own, dev=True), split(side_effects.facts(), dev=True)]
-    scores = Scores(score(model, probes, conditions, description=f"choosing {name}"))
-    base_facts = accuracy(scores.rows(side_effects.FACTS, "logratio", "", 0.0))
-    massed, floor = own.name, LOW_MASS
-    if own.kind == "contrast":
-        massed = side_effects.FACTS
-        floor = _mean(scores.rows(massed, "pmass", "", 0.0)["value"]) - MASS_LOST
-    best: tuple[float, Option, float] | None = None
-    for option, strength in tried:
-        moved, admissible = 0.0, True
-        for sign in (1, -1):
-            moves, mass, facts = (
-                scores.rows(probe, metric, edits[option].name, sign * strength)
-                for probe, metric in (
-                    (own.name, "logratio"), (massed, "pmass"), (side_effects.FACTS, "logratio"),
-                )
-            )  # fmt: skip
-            moved += sign * _mean((moves["value"] - moves["base"]) * moves["label"]) / 2
-            admissible &= _mean(mass["value"]) >= floor and accuracy(facts) >= base_facts - FACTS_LOST
-        if admissible and (best is None or moved > best[0]):
-            best = (moved, option, strength)
-    if best is None:
-        option = next(iter(fitted))
-        smallest = STRENGTHS[fitted[option].unit][0]
-        console.warn(
-            f"{name}: on the dev split every strength loses too much answer mass or too many facts; using {smallest:g}"
-        )
+    dev = _Dev(model, own, name, fitted)
+    strengths = {option: STRENGTHS[one.unit] for option, one in fitted.items()}
+    kept = list(fitted)
+    most = max(len(some) for some in strengths.values())
+    if len(kept) * most > EVALUATIONS:
+        tried = {option: strengths[option][len(strengths[option]) // 2 - 1] for option in kept}
+        dev.measure(tried.items())
+        kept = sorted(kept, key=lambda option: -dev.moved_per_cost(option, tried[option]))
+        kept = kept[: max(1, (EVALUATIONS - len(fitted)) // most)]
+    dev.measure([(option, strength) for option in kept for strength in strengths[option]])
+    allowed = [(option, s) for option in kept for s in strengths[option] if dev.is_admissible(option, s)]
+    if not allowed:
+        option = kept[0]
+        smallest = strengths[option][0]
+        console.warn(f"{name}: on the dev split every strength costs too much; using {smallest:g}")
         return Chosen(option, smallest, "none admissible")
-    _, option, strength = best
-    return Chosen(option, strength, "the largest tried" if strength == STRENGTHS[fitted[option].unit][-1] else "")
+    option, strength = max(allowed, key=lambda one: dev.moved(*one))
+    return Chosen(option, strength, "the largest tried" if strength == strengths[option][-1] else "")
+
+
+class _Dev(Generic[Option]):
+    """The candidates of one method on dev rows, at the strengths that were measured so far."""
+
+    def __init__(self, model: ChatModel, own: Probe, name: str, fitted: Mapping[Option, ActivationDirection]) -> None:
+        self.model, self.own, self.name = model, own, name
+        self.edits = {option: Edit(f"{name} {number}", fitted[option]) for number, option in enumerate(fitted)}
+        self.probes = [
+            split(own, dev=True), split(side_effects.facts(), dev=True),
+            *side_effects.neutral(NEUTRAL_TEXTS, held_out=False),
+        ]  # fmt: skip
+        self._tables: dict[tuple[Option, float], Scores] = {}
+
+    def measure(self, tried: Iterable[tuple[Option, float]]) -> None:
+        """Score candidates at strengths of both signs; those that were measured before are left out."""
+        new = [one for one in tried if one not in self._tables]
+        if not new:
+            return
+        conditions = [Condition.of(self.edits[option], sign * s) for option, s in new for sign in SIGNS]
+        scores = Scores(score(self.model, self.probes, conditions, description=f"choosing {self.name}"))
+        self._tables |= dict.fromkeys(new, scores)
+
+    def moved(self, option: Option, strength: float) -> float:
+        """Mean change of the behaviour over both signs, nats."""
+        found = 0.0
+        for sign in SIGNS:
+            rows = self._rows(option, sign * strength, self.own.name, "logratio")
+            found += sign * _mean((rows["value"] - rows["base"]) * rows["label"]) / len(SIGNS)
+        return found
+
+    def moved_per_cost(self, option: Option, strength: float) -> float:
+        """The movement over the root of the KL that it costs: both grow in proportion to a small strength."""
+        kl = pl.concat([self._rows(option, sign * strength, side_effects.NEUTRAL_KL, "kl") for sign in SIGNS])
+        return self.moved(option, strength) / math.sqrt(max(_mean(kl["value"]), 1e-12))
+
+    def is_admissible(self, option: Option, strength: float) -> bool:
+        """Whether both signs keep the answer mass and the facts (`FACTS_LOST`), and cost little KL and NLL.
+
+        The mass is that of the own probe, at least `LOW_MASS`; replies have none, and then the facts must keep theirs
+        up to `MASS_LOST`.
+        """
+        scores, facts = self._tables[option, strength], side_effects.FACTS
+        base_facts = accuracy(scores.rows(facts, "logratio", "", 0.0))
+        massed, floor = self.own.name, LOW_MASS
+        if self.own.kind == "contrast":
+            massed, floor = facts, _mean(scores.rows(facts, "pmass", "", 0.0)["value"]) - MASS_LOST
+        for alpha in (sign * strength for sign in SIGNS):
+            kl = self._rows(option, alpha, side_effects.NEUTRAL_KL, "kl")["value"]
+            nll = self._rows(option, alpha, side_effects.NEUTRAL_NLL, "nll")
+            p95 = kl.quantile(0.95, "linear")
+            if (
+                _mean(self._rows(option, alpha, massed, "pmass")["value"]) < floor
+                or accuracy(self._rows(option, alpha, facts, "logratio")) < base_facts - FACTS_LOST
+                or p95 is None or p95 > MOST_P95 or math.sqrt(_mean(kl**2)) > MOST_RMS
+                or _mean(nll["value"] - nll["base"]) > MOST_NLL
+            ):  # fmt: skip
+                return False
+        return True
+
+    def _rows(self, option: Option, alpha: float, probe: str, metric: str) -> pl.DataFrame:
+        return self._tables[option, abs(alpha)].rows(probe, metric, self.edits[option].name, alpha)
 
 
 def best_prompts(model: ChatModel, own: Probe, pool: Sequence[Prompt]) -> dict[int, Prompt]:

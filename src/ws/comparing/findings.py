@@ -9,13 +9,12 @@ against the base in nats.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ws.base import stats
 from ws.base.records import FLAT
-from ws.baselines.controls import RANDOM
 from ws.eval.ability import Ability
 from ws.report.findings import Estimate
 from ws.report.sentences import is_mostly_yes_bias
@@ -26,31 +25,39 @@ SIGNS = ("+", "-")
 SIDES = {"+": "1", "-": "-1"}
 """Sign of a table -> its key in the records of calibration."""
 PROBES: tuple[Probe, ...] = ("own", "dilemmas")
-KINDS = {"weights": "weight directions", "activations": "activation steering", "prompts": "prompts"}
-"""Kinds of method in the headline."""
-METHODS = ("weights", "variants", "activations", "prompts")
-"""All kinds of entry except controls. `variants` are parts of a direction with one seed: never in the headline."""
+KINDS = {
+    "weights": "weight directions", "variants": "parts of a weight direction", "untrained": "untrained directions",
+    "activations": "activation steering", "prompts": "prompts",
+}  # fmt: skip
+"""Kinds of method. `weights`: dW of every family. `variants`: tau_pos, tau_neg, bisector. `untrained`: gradient steps
+and constructions without data."""
+METHODS = tuple(KINDS)
 CONTROLS = "controls"
-NOT_SEPARABLE = "not separable from random directions"
+NOT_SEPARABLE = "not separable from random"
+OFF_TARGET_WEIGHT = 0.1
+LEAST_SEEDS = 3
+"""Replicates from which on a verdict also looks at their interval: with two it is so wide that nothing is outside."""
 
 
 @dataclass(frozen=True)
 class Effect(Estimate):
     """A mean change with its interval over rows (whole clusters) and, with several seeds, one over seeds.
 
-    p: two-sided, by flipping signs of whole clusters. seeds: the mean of every replicate. outside: whether the effect
-    is outside the band of random directions; None without a verdict.
+    p: two-sided, by flipping signs of whole clusters. seeds: the mean of every replicate. band: where 95 % of the
+    method's own random controls are expected; None without them. outside: whether the effect is outside that band; None
+    without a verdict.
     """
 
     p: float
     seeds: tuple[float, ...]
     over_seeds: Estimate | None
+    band: Estimate | None = None
     outside: bool | None = None
 
     @property
     def intervals(self) -> tuple[Estimate, ...]:
-        """Over rows, and over seeds if there are several."""
-        return (self, self.over_seeds) if self.over_seeds else (self,)
+        """Those that must be outside the band: over rows, and over seeds if there are at least `LEAST_SEEDS`."""
+        return (self, self.over_seeds) if self.over_seeds and len(self.seeds) >= LEAST_SEEDS else (self,)
 
 
 @dataclass(frozen=True)
@@ -118,17 +125,19 @@ class Spent:
 class Cost:
     """Least answer mass, and side effects; None if not measured.
 
-    KL and NLL change: on given answers to neutral requests, nats per token. facts: share of facts answered right.
+    KL and NLL change: on given answers to neutral requests, nats per token; intervals by bootstrap over texts. facts:
+    share of facts answered right, with a Wilson interval. facts_moved: mean absolute change of their log-ratio.
     true_claims: log-ratio of agreeing with true claims. The last four describe greedy replies.
     """
 
     pmass: float
-    facts: float
+    facts: Estimate
     facts_seeds: tuple[float, ...]
-    kl: float | None
-    kl_p95: float | None
+    facts_moved: float
+    kl: Estimate | None
+    kl_p95: Estimate | None
     kl_max: float | None
-    nll_delta: float | None
+    nll_delta: Estimate | None
     true_claims: float | None
     distinct3: float | None
     reply_tokens: float | None
@@ -162,6 +171,11 @@ class Side(Cost):
         """The effect on a probe."""
         return self.own if probe == "own" else self.dilemmas
 
+    @property
+    def selectivity(self) -> float:
+        """Change of the behaviour minus a tenth of the change elsewhere (the facts), both without their direction."""
+        return abs(self.own.mean) - OFF_TARGET_WEIGHT * self.facts_moved
+
     def parts(self, probe: Probe) -> Parts | None:
         """The parts of that effect; None if not measured."""
         return self.own_decomposition if probe == "own" else self.decomposition
@@ -190,6 +204,43 @@ class Entry:
     """By penalty (`k1`, `k2`); None if a sign is missing."""
 
 
+@dataclass(frozen=True)
+class Control:
+    """Directions or prompts without information about the behaviour, by sign: their effects, one per draw.
+
+    of: the method that they are like. alpha: mean strength of the draws. p95: their KL, if it was measured.
+    """
+
+    name: str
+    of: str
+    note: str
+    effects: Mapping[str, Mapping[Probe, Effect]]
+    alpha: Mapping[str, float]
+    p95: Mapping[str, float] = field(default_factory=dict)
+
+    def band(self, sign: str, probe: Probe) -> Estimate | None:
+        """Where 95 % of further draws are expected; None with fewer than two."""
+        seeds = self.effects[sign][probe].seeds if sign in self.effects else ()
+        return Estimate.of(stats.prediction_band(seeds)) if len(seeds) > 1 else None
+
+    def mean(self, sign: str, probe: Probe) -> Estimate | None:
+        """The mean over draws with its 95 % t interval; None with fewer than two."""
+        seeds = self.effects[sign][probe].seeds
+        return Estimate.of(stats.over_seeds(seeds)) if len(seeds) > 1 else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The methods and the controls of one table."""
+
+    entries: tuple[Entry, ...]
+    controls: tuple[Control, ...] = ()
+
+    def entry(self, name: str) -> Entry | None:
+        """A method by name."""
+        return next((one for one in self.entries if one.name == name), None)
+
+
 # -------------------------------------------------------------------- strengths
 
 
@@ -212,6 +263,7 @@ class Search(Reached):
     """
 
     seed: int | None
+    data_seed: int | None
     alpha: float
     converged: bool
     tolerance: float
@@ -222,17 +274,18 @@ class Search(Reached):
 
 @dataclass(frozen=True)
 class Strengths:
-    """The budget and the searches for it, by method and then by side (`1` and `-1`).
+    """The searches for every budget, by budget (`0.5`), method, and side (`1` and `-1`).
 
-    anchor: the prompt whose KL is the budget; None if the budget was given. reference: the direction whose strength
-    random directions get. prompts: only a KL, because prompts have no strength.
+    prompts: only a KL, because prompts have no strength.
     """
 
-    target: float
-    anchor: str | None
-    reference: str
-    edits: Mapping[str, Mapping[str, tuple[Search, ...]]]
+    edits: Mapping[str, Mapping[str, Mapping[str, tuple[Search, ...]]]]
     prompts: Mapping[str, Mapping[str, Reached]]
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The budgets, smallest first: 95th percentile of KL, nats per token."""
+        return tuple(self.edits)
 
 
 # -------------------------------------------------------------------- a whole comparison
@@ -242,23 +295,30 @@ class Strengths:
 class Findings:
     """A measured comparison.
 
-    best: per kind the method that the headline shows, chosen on the dev split. dilemmas: their source. seconds:
-    wall-clock seconds by phase, including `total`. dilemma_noun: what the dilemmas are called. ability: what the
-    unedited model can answer, and the instrument of the behaviour that follows; None in files of earlier versions,
-    which measured choices.
+    best: per kind the method that the headline shows, chosen on the dev split at equal KL. equal_kl: entries by budget.
+    dilemmas: their source. seconds: wall-clock seconds by phase, including `total`. dilemma_noun: what the dilemmas are
+    called. ability: what the unedited model can answer, and the instrument of the behaviour that follows. reference:
+    the method whose parts and norms the others take.
     """
 
     model: str
     behaviour: str
     best: Mapping[str, str]
     base: Levels
-    own_strength: tuple[Entry, ...]
-    equal_kl: tuple[Entry, ...]
+    own_strength: Measured
+    equal_kl: Mapping[str, Measured]
     calibration: Strengths
     dilemmas: str
     seconds: Mapping[str, float]
-    dilemma_noun: str = "dilemmas"
-    ability: Ability | None = None
+    dilemma_noun: str
+    ability: Ability
+    reference: str
+
+    @property
+    def headline_budget(self) -> str:
+        """The budget that the headline speaks of: the one in the middle."""
+        budgets = self.calibration.budgets
+        return budgets[len(budgets) // 2]
 
 
 class Shown(NamedTuple):
@@ -279,43 +339,6 @@ def shown(entries: Iterable[Entry], kinds: Collection[str] | None = None) -> Ite
     for entry in entries:
         if kinds is None or entry.kind in kinds:
             yield from (Shown(entry, sign, entry.sides[sign]) for sign in SIGNS if sign in entry.sides)
-
-
-def control_band(entries: Iterable[Entry], sign: str, probe: Probe) -> Estimate | None:
-    """The 95 % prediction band of one more random direction; None with fewer than two."""
-    control = next((line for line in shown(entries) if line.entry.name == RANDOM and line.sign == sign), None)
-    if control is None:
-        return None
-    seeds = control.side.effect(probe).seeds
-    return Estimate.of(stats.prediction_band(seeds)) if len(seeds) > 1 else None
-
-
-def control_bands(entries: Sequence[Entry]) -> dict[str, dict[Probe, Estimate | None]]:
-    """The bands by sign and probe."""
-    return {sign: {probe: control_band(entries, sign, probe) for probe in PROBES} for sign in SIGNS}
-
-
-@dataclass(frozen=True)
-class ControlMean:
-    """A control with replicates: the mean over seeds with its interval, and the band for one more seed."""
-
-    control: str
-    sign: str
-    probe: str
-    seeds: tuple[float, ...]
-    mean: Estimate
-    band: Estimate
-
-
-def control_means(entries: Iterable[Entry]) -> list[ControlMean]:
-    """All controls that have replicates, by sign and probe."""
-    return [
-        ControlMean(line.entry.name, line.sign, probe, seeds, Estimate.of(stats.over_seeds(seeds)),
-                    Estimate.of(stats.prediction_band(seeds)))
-        for line in shown(entries, (CONTROLS,))
-        for probe in PROBES
-        if len(seeds := line.side.effect(probe).seeds) > 1
-    ]  # fmt: skip
 
 
 def mostly_yes_bias(entries: Iterable[Entry], probe: Probe) -> list[Shown]:

@@ -1,74 +1,102 @@
 """The lines of a comparison: weight directions, activation steering, prompts and controls, each as Edits or Contexts.
 
-Choices (layer and strength of activation steering, the best of several prompts) are made on the dev split. Methods that
-need further training (shuffled personas, biases alone) are stages of the comparison's folder.
+Every method brings its own random controls: a weight direction those with its singular values, activation steering
+those with its norms, a prompt neutral ones of its length. Choices (layer and strength of activation steering, the best
+of several prompts) are made on the dev split. Methods that need further training (shuffled personas, biases alone,
+trained vectors) are stages of the comparison's folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ws.adapters import diff
 from ws.algebra.direction import Direction
 from ws.base.poles import POLES
 from ws.base.store import RunFolder, Shards, digest
-from ws.baselines import bias_only, controls, gradient, prompts, repe, synthetic
+from ws.baselines import bias_only, controls, gradient, jacobian, prompts, repe, synthetic, trained_vector
 from ws.baselines.bias_only import OutputShift
 from ws.baselines.peer_vectors import PeerFile
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.comparing import dev_split
 from ws.comparing.dev_split import Option
-from ws.edit.condition import Condition, Context, Edit
+from ws.edit.condition import Context, Edit
 from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
+from ws.fitting.run_settings import arithmetic
 from ws.fitting.stages import FittedRun
 from ws.measure.probe import Probe
 from ws.model import architecture
+from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
+
+Key = tuple[str, int, int]
+"""Family, training seed and data seed of a run."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of a table: an Edit per replicate, or a Context per side. `kind` groups lines."""
+    """One line of a table: an Edit per replicate, or a Context per side. `kind` groups lines.
+
+    control: its random controls, as a Method of the kind `controls`; or None.
+    """
 
     name: str
     kind: str
     edits: tuple[Edit, ...] = ()
     contexts: Mapping[int, Context] | None = None
     note: str = ""
+    control: Control | None = None
 
-    def conditions(self, alpha: float = 1.0) -> list[Condition]:
-        """At plus and minus `alpha`; prompts have no strength."""
-        if self.contexts is not None:
-            return [Condition(context) for context in self.contexts.values()]
-        return [Condition.of(edit, sign * alpha) for edit in self.edits for sign in (1, -1)]
+
+@dataclass(frozen=True)
+class Control:
+    """Draws without information about the behaviour: Edits, or Contexts.
+
+    has_sides: the draws at + and at - are different things (a permuted direction has signs). Random draws have none: a
+    random direction turned round is another random direction, so one sign is measured and serves for both.
+    """
+
+    name: str
+    edits: tuple[Edit, ...] = ()
+    contexts: tuple[Context, ...] = ()
+    note: str = ""
+    has_sides: bool = False
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides that are measured."""
+        return (1, -1) if self.has_sides else (1,)
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The inputs of the methods: the runs by (family, training seed), the reference first.
+    """The inputs of the methods: the runs by family and seeds, the reference first.
 
-    own: the probe that measures the behaviour (`eval.instrument`), for choices on dev rows. folder: keeps what is
-    trained only for the comparison. siblings: folders that may already have it.
+    own: the probe that measures the behaviour (`eval.instrument`), for choices on dev rows. fitting_model: the model in
+    the dtype in which runs are fitted. folder: keeps what is trained only for the comparison. siblings: folders that
+    may already have it. draws: how many random controls every method gets.
     """
 
     model: ChatModel
-    runs: Mapping[tuple[str, int], FittedRun]
+    fitting_model: ChatModel
+    runs: Mapping[Key, FittedRun]
     own: Probe
-    data_seed: int
     folder: RunFolder
     siblings: Sequence[Path] = ()
+    draws: int = 10
 
     @property
-    def first(self) -> tuple[str, int]:
-        """Family and seed of the reference. Controls have the norm of its direction."""
+    def first(self) -> Key:
+        """The reference. Controls of untrained directions have the norm of its direction."""
         return next(iter(self.runs))
 
     @property
     def reference(self) -> FittedRun:
-        """The run of the first family and seed."""
+        """The run of the first family and seeds."""
         return self.runs[self.first]
 
     @property
@@ -76,52 +104,126 @@ class Sources:
         """The behaviour of all runs."""
         return self.reference.behaviour
 
+    def of_family(self, family: str) -> dict[Key, FittedRun]:
+        """The runs of a family, one per replicate."""
+        return {key: run for key, run in self.runs.items() if key[0] == family}
+
+    @cached_property
+    def replicates(self) -> dict[Key, FittedRun]:
+        """The runs of the reference's family."""
+        return self.of_family(self.first[0])
+
+    def examples(self, run: FittedRun, data_seed: int) -> tuple[list[SupervisedTokens], list[SupervisedTokens]]:
+        """The training rows of a run's two sides."""
+        pos, neg = (train.examples(self.model, run.pairs, pole, run.training, data_seed).train for pole in POLES)
+        return pos, neg
+
 
 # -------------------------------------------------------------------- weights
 
 
 def weight_directions(sources: Sources) -> list[Method]:
-    """The direction of every family with all training seeds, and variants of the reference.
-
-    Variants are a separate kind: tau_pos and tau_neg are baselines without a contrast, and all have one seed.
-    """
+    """The direction of every family with all replicates; then the parts of the reference family's directions."""
     found = []
-    for family in dict.fromkeys(family for family, _ in sources.runs):
-        edits = tuple(
-            Edit(f"dW:{family}", run.direction, seed, sources.data_seed)
-            for (own, seed), run in sources.runs.items()
-            if own == family
-        )
-        found.append(Method(f"dW:{family}", "weights", edits))
-    family, seed = sources.first
-    pos, neg = (diff.task_vector(sources.model, sources.reference.folder / pole) for pole in POLES)
-    parts = diff.variants(pos, neg)
+    for family in dict.fromkeys(family for family, _, _ in sources.runs):
+        edits = [Edit(f"dW:{family}", run.direction, *key[1:]) for key, run in sources.of_family(family).items()]
+        found.append(_of_weights(sources, f"dW:{family}", "weights", edits))
+    family = sources.first[0]
+    parts: dict[str, list[Edit]] = {}
+    for key, run in sources.replicates.items():
+        pos, neg = (diff.task_vector(sources.model, run.folder / pole) for pole in POLES)
+        for name, part in diff.variants(pos, neg).items():
+            parts.setdefault(name, []).append(Edit(f"{name} ({family})", part, *key[1:]))
     for name, note in (
         ("tau_pos", "the positive adapter alone"),
         ("tau_neg", "the negative adapter alone, sign flipped"),
         ("bisector", "difference of the unit task vectors"),
     ):
-        label = f"{name} ({family})"
-        edit = Edit(label, parts[name], seed, sources.data_seed)
-        found.append(Method(label, "variants", (edit,), note=f"{note}; seed {seed}"))
+        found.append(_of_weights(sources, f"{name} ({family})", "variants", parts[name], note))
     return found
+
+
+def untrained_directions(sources: Sources, counts: Sequence[int]) -> list[Method]:
+    """A few gradient steps on the same pairs, with all replicates; constructions without data; biases alone."""
+    found, slice_ = [], sources.reference.training.adapter.layers
+    for count in counts:
+        name = "one gradient step" if count == 1 else f"{count} gradient steps"
+        edits = []
+        for (family, seed, data_seed), run in sources.replicates.items():
+            pos, neg = (rows[:: max(1, len(rows) // (_STEP_ROWS * count))] for rows in sources.examples(run, data_seed))
+            step = gradient.steps(
+                sources.model, pos, neg, count=count, seed=seed, norm=run.direction.norm(), layers=slice_
+            )
+            edits.append(Edit(name, step, seed, data_seed))
+        found.append(_of_weights(sources, name, "untrained", edits, f"norm of dW:{family}"))
+    model, norm = sources.model, sources.reference.direction.norm()
+    activation = repe.fit(model, sources.behaviour, RepeSettings(slice=slice_))
+    built = {
+        f"synthetic, {source} input": synthetic.residual_writes(model, activation, source, norm=norm)
+        for source in synthetic.INPUTS
+    }
+    for name, direction in built.items():
+        found.append(_of_weights(sources, name, "untrained", [Edit(name, direction)], "norm of the reference"))
+    edit = Edit("biases alone", _biases(sources))
+    return [*found, Method("biases alone", "untrained", (edit,), note="MLP biases, trained like the rest")]
+
+
+def _of_weights(sources: Sources, name: str, kind: str, edits: Sequence[Edit], note: str = "") -> Method:
+    """A method of weight directions, with random directions that have the singular values of its replicates in turn."""
+    control = f"random like {name}"
+    per_edit = [-(-(sources.draws - number) // len(edits)) for number in range(len(edits))]
+    draws = [
+        replace(one, name=control, seed=number + draw * len(edits))
+        for number, (edit, count) in enumerate(zip(edits, per_edit, strict=True))
+        if isinstance(edit.effect, Direction)
+        for draw, one in enumerate(controls.random_edits(edit.effect, count))
+    ]
+    return Method(name, kind, tuple(edits), note=note, control=Control(control, tuple(draws)))
 
 
 # -------------------------------------------------------------------- activations and prompts
 
 
 def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Method]:
-    """Named variants of activation steering. The strength, and the layer if it is free, is chosen on the dev split."""
+    """Named variants of activation steering on all layers of the model, with the training seeds as replicates.
+
+    The layer, if it is free, and the strength are chosen on the dev split with a direction from all prompts. A
+    replicate is estimated from a random half of the prompts (trained vectors: from the pairs of that seed).
+    """
     model, behaviour, run = sources.model, sources.behaviour, sources.reference
-    options = {name: repe.candidates(name, model.layer_count, run.training.adapter.layers) for name in variants}
+    seeds = sorted({seed for _, seed, _ in sources.replicates})
+    options = {name: repe.candidates(name, model.layer_count, (0.0, 1.0)) for name in variants if name in repe.VARIANTS}
     every = list(dict.fromkeys(option for some in options.values() for option in some))
+    halves = [replace(option, seed=seed) for option in every for seed in seeds]
     pairs = run.pairs.gather_every(max(1, len(run.pairs) // _RESPONSES))
-    fitted = repe.fit_all(model, behaviour, every, pairs.select("prompt", "response_pos", "response_neg").rows())
+    responses = pairs.select("prompt", "response_pos", "response_neg").rows()
+    fitted = repe.fit_all(model, behaviour, [*every, *halves], responses)
     found = []
     for name, some in options.items():
         label = some[0].name if name not in repe.ONE_LAYER else f"RepE {_ONE_LAYER[name]}, best single layer"
-        found.append(_at_best_strength(sources, label, {one: fitted[one] for one in some}, _said_of_variant))
+        found.append(_at_best_strength(
+            sources, label, {one: fitted[one] for one in some}, _said_of_variant,
+            lambda option, of=fitted: {seed: of[replace(option, seed=seed)] for seed in seeds},
+        ))  # fmt: skip
+    layers = tuple(range(model.layer_count))
+    if JACOBIAN in variants:
+        whole = jacobian.fit(model, dev_split.split(sources.own, dev=True), behaviour, layers=layers)
+        found.append(_at_best_strength(sources, "Jacobian, best layers", _by_layers(whole), _said_of_layers, None))
+    if TRAINED in variants:
+        vectors = {seed: trained_vector.fit(
+            sources.model, behaviour, *sources.examples(one, data_seed), layers=layers, seed=seed,
+        ) for (_, seed, data_seed), one in sources.replicates.items() if data_seed == sources.first[2]}  # fmt: skip
+        found.append(_at_best_strength(
+            sources, "trained vector, best layers", _by_layers(vectors[sources.first[1]]), _said_of_layers,
+            lambda option: {seed: one.on_layers(option) for seed, one in vectors.items()},
+        ))  # fmt: skip
     return found
+
+
+def _by_layers(whole: ActivationDirection) -> dict[tuple[int, ...], ActivationDirection]:
+    """The direction on all of its layers, and on each of them alone."""
+    every = tuple(sorted(whole.vectors))
+    return {every: whole, **{(layer,): whole.on_layers([layer]) for layer in every}}
 
 
 def peer_vectors(sources: Sources, read: Mapping[PeerFile, ActivationDirection]) -> list[Method]:
@@ -135,7 +237,7 @@ def peer_vectors(sources: Sources, read: Mapping[PeerFile, ActivationDirection])
     for file, direction in read.items():
         candidates = [one for one in (direction, direction.on_layers(steered)) if one.vectors]
         fitted = {tuple(sorted(one.vectors)): _in_useful_unit(sources, one) for one in candidates}
-        found.append(_at_best_strength(sources, file.label, fitted, _said_of_file))
+        found.append(_at_best_strength(sources, file.label, fitted, _said_of_file, None))
     return found
 
 
@@ -152,12 +254,22 @@ def _at_best_strength(
     label: str,
     fitted: Mapping[Option, ActivationDirection],
     said: Callable[[Option, ActivationDirection], str],
+    replicates: Callable[[Option], Mapping[int, ActivationDirection]] | None,
 ) -> Method:
-    """The candidate and strength that the dev split chooses; `said` is what the note says about them."""
+    """The candidate and strength that the dev split chooses, with its replicates and its random controls.
+
+    said: what the note says about them. replicates: the chosen candidate by seed; None if it has no seeds.
+    """
     chosen = dev_split.best_strength(sources.model, sources.own, label, fitted)
     direction = fitted[chosen.option].times(chosen.strength)
     note = ", ".join(part for part in (said(chosen.option, direction), chosen.remark) if part)
-    return Method(label, "activations", (Edit(label, direction),), note=note)
+    every = {None: direction} if replicates is None else {
+        seed: one.times(chosen.strength) for seed, one in replicates(chosen.option).items()
+    }  # fmt: skip
+    edits = tuple(Edit(label, one, seed) for seed, one in every.items())
+    control = f"random like {label}"
+    draws = tuple(Edit(control, repe.random_like(direction, draw), draw) for draw in range(sources.draws))
+    return Method(label, "activations", edits, note=note, control=Control(control, draws))
 
 
 def _said_of_variant(option: RepeSettings, direction: ActivationDirection) -> str:
@@ -165,18 +277,24 @@ def _said_of_variant(option: RepeSettings, direction: ActivationDirection) -> st
     return f"{layer}strength {direction.provenance['strength']:g}"
 
 
-def _said_of_file(layers: tuple[int, ...], direction: ActivationDirection) -> str:
+def _said_of_layers(layers: tuple[int, ...], direction: ActivationDirection) -> str:
     where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
-    made = direction.provenance
-    return f"file {made['digest']}, {where}, coefficient {made['strength']:.3g}"
+    return f"{where}, strength {direction.provenance['strength']:.3g}"
 
 
-_ONE_LAYER = {"single-layer": "mean", "original": "original"}
+def _said_of_file(layers: tuple[int, ...], direction: ActivationDirection) -> str:
+    return f"file {direction.provenance['digest']}, {_said_of_layers(layers, direction)}"
+
+
+JACOBIAN, TRAINED = "jacobian", "trained"
+"""Activation steering by the gradient of the log-ratio, and by vectors trained on the pairs."""
+ACTIVATIONS = (*repe.VARIANTS, JACOBIAN, TRAINED)
+_ONE_LAYER = {"single-layer": "mean", "original": "original", "paper": "mean from response"}
 """Variants that choose a layer -> their names in tables."""
 _RESPONSES = 200
 """About this many pairs are read under every persona, for means over responses."""
 _STEP_ROWS = 200
-"""About this many responses of each side, spread over all topics, give the one gradient step."""
+"""About this many responses of each side, spread over all topics, are read by a gradient step."""
 
 
 def system_prompts(sources: Sources) -> list[Method]:
@@ -184,49 +302,35 @@ def system_prompts(sources: Sources) -> list[Method]:
     pool = prompts.all_personas(sources.behaviour)
     best = dev_split.best_prompts(sources.model, sources.own, pool)
     simple = {p.side: p for p in prompts.simple(sources.behaviour)}
-    found = [
-        _prompt_method("prompt: simple", simple),
-        _prompt_method(f"prompt: best of {len(pool) // 2}", best),
-    ]
+    sides: dict[str, Mapping[int, prompts.Prompt]] = {
+        "prompt: simple": simple, f"prompt: best of {len(pool) // 2}": best,
+    }  # fmt: skip
     by_kind: dict[str, dict[int, prompts.Prompt]] = {}
     for prompt in prompts.engineered(sources.behaviour.name):
-        by_kind.setdefault(prompt.kind, {})[prompt.side] = prompt
-    return [*found, *(_prompt_method(f"prompt: {kind}", sides) for kind, sides in by_kind.items())]
+        by_kind.setdefault(f"prompt: {prompt.kind}", {})[prompt.side] = prompt
+    return [_prompt_method(sources, name, one) for name, one in (sides | by_kind).items()]
 
 
-def _prompt_method(name: str, sides: Mapping[int, prompts.Prompt]) -> Method:
+def _prompt_method(sources: Sources, name: str, sides: Mapping[int, prompts.Prompt]) -> Method:
     contexts = {side: Context(f"{name} {'+' if side > 0 else '-'}", prompt.text) for side, prompt in sides.items()}
-    return Method(name, "prompts", contexts=contexts)
+    words = round(sum(len(prompt.text.split()) for prompt in sides.values()) / len(sides))
+    neutral = tuple(prompt.context for prompt in prompts.neutral(sources.draws, words))
+    return Method(name, "prompts", contexts=contexts, control=Control(f"neutral prompts of {words} words", (), neutral))
 
 
-# -------------------------------------------------------------------- controls
+# -------------------------------------------------------------------- further controls
 
 
-def control_directions(sources: Sources, *, random_seeds: int, permutations: int, shuffles: int) -> list[Method]:
-    """Random, permuted and shuffled directions, synthetic constructions, one gradient step, biases alone."""
-    model, run = sources.model, sources.reference
-    reference, slice_ = run.direction, run.training.adapter.layers
-    found = [Method(
-        controls.RANDOM, "controls", tuple(controls.random_edits(reference, random_seeds)),
-        note=f"norm and rank of dW:{sources.first[0]}",
-    )]  # fmt: skip
+def further_controls(sources: Sources, *, permutations: int, shuffles: int) -> list[Control]:
+    """Controls of the reference alone: its layers in other orders, and directions from shuffled personas."""
+    reference, found = sources.reference.direction, []
     if permuted := controls.permuted_edits(reference, permutations):
-        found.append(Method(controls.PERMUTED, "controls", tuple(permuted)))
+        possible = controls.possible_orders(reference)
+        note = f"{len(permuted)} of {possible} orders of {len(reference.layer_numbers)} layers"
+        found.append(Control(controls.PERMUTED, tuple(permuted), note=note, has_sides=True))
     if shuffles:
-        found.append(Method(controls.SHUFFLED, "controls", tuple(
-            Edit(controls.SHUFFLED, _shuffled(sources, seed), seed) for seed in range(shuffles)
-        ), note="trained like the rest, raw norm"))  # fmt: skip
-    activation = repe.fit(model, sources.behaviour, RepeSettings(slice=slice_))
-    for source in synthetic.INPUTS:
-        built = synthetic.residual_writes(model, activation, source, norm=reference.norm())
-        label = f"synthetic, {source} input"
-        found.append(Method(label, "controls", (Edit(label, built),), note="untrained, norm of the reference"))
-    every = [train.examples(model, run.pairs, pole, run.training, sources.data_seed).train for pole in POLES]
-    sides = [rows[:: max(1, len(rows) // _STEP_ROWS)] for rows in every]  # rows are in the order of topics
-    step = gradient.one_step(model, sides[0], sides[1], norm=reference.norm(), layers=slice_)
-    found.append(Method("one gradient step", "controls", (Edit("one gradient step", step),), note="same norm"))
-    edit = Edit("biases alone", _biases(sources))
-    found.append(Method("biases alone", "controls", (edit,), note="MLP biases, trained like the rest"))
+        edits = tuple(Edit(controls.SHUFFLED, _shuffled(sources, seed), seed) for seed in range(shuffles))
+        found.append(Control(controls.SHUFFLED, edits, note="trained like the rest", has_sides=True))
     return found
 
 
@@ -234,11 +338,12 @@ def _biases(sources: Sources) -> OutputShift:
     """The contrast fitted in MLP biases alone, kept in the comparison's folder."""
     run, folder = sources.reference, sources.folder
     file = folder / "biases.safetensors"
-    seeds = {"seed": sources.first[1], "data_seed": sources.data_seed}
-    inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training, **seeds}
+    seeds = {"seed": sources.first[1], "data_seed": sources.first[2]}
+    inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training, **seeds,
+              **arithmetic(sources.fitting_model)}  # fmt: skip
 
     def make(_: Shards) -> None:
-        bias_only.fit(sources.model, run.pairs, run.training, **seeds).save(file)
+        bias_only.fit(sources.fitting_model, run.pairs, run.training, **seeds).save(file)
 
     folder.build("biases", inputs, [file.name], make, sources.siblings)
     return OutputShift.load(file)
@@ -246,16 +351,16 @@ def _biases(sources: Sources) -> OutputShift:
 
 def _shuffled(sources: Sources, seed: int) -> Direction:
     """A direction from personas that were shuffled between the sides, trained like the reference."""
-    run, folder = sources.reference, sources.folder
+    run, folder, data_seed = sources.reference, sources.folder, sources.first[2]
     place = folder / f"shuffled{seed}"
     file = place / "direction.safetensors"
     inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training, "seed": seed,
-              "data_seed": sources.data_seed}  # fmt: skip
+              "data_seed": data_seed, **arithmetic(sources.fitting_model)}  # fmt: skip
 
     def make(_: Shards) -> None:
         pairs = controls.shuffled_pairs(run.pairs, seed)
         for pole in POLES:
-            train.fit(sources.model, pairs, pole, run.training, seed=seed, data_seed=sources.data_seed,
+            train.fit(sources.fitting_model, pairs, pole, run.training, seed=seed, data_seed=data_seed,
                       folder=place / pole)  # fmt: skip
         diff.direction(sources.model, place / "pos", place / "neg", {"control": controls.SHUFFLED})[0].save(file)
 

@@ -25,20 +25,20 @@ import polars as pl
 from ws.base import stats
 from ws.base.errors import UserError
 from ws.comparing.findings import (
-    CONTROLS,
     KINDS,
     PROBES,
     SIGNS,
+    Control,
     Cost,
     Effect,
     Entry,
     Informedness,
     Levels,
+    Measured,
     Parts,
     Side,
     Spent,
     Turned,
-    control_band,
 )
 from ws.edit.condition import PLAIN
 from ws.eval import dilemmas, side_effects, sycophancy
@@ -49,16 +49,23 @@ PENALTIES = (1, 2)
 """The k of Surgical Informedness: the weight of a spoilt answer relative to a repaired one."""
 
 
+Replicate = tuple[int | None, int | None]
+"""Training seed and data seed."""
+REPLICATE = ["context", "seed", "data_seed"]
+"""Columns that tell replicates apart: draws of a prompt differ in their Context."""
+
+
 class Place(NamedTuple):
-    """The place of rows in a scores table; `alpha` is one strength, or one per training seed."""
+    """The place of rows in a scores table; `alpha` is one strength, or one per replicate; a prompt may have several
+    Contexts, one per draw."""
 
-    context: str
+    context: str | tuple[str, ...]
     edit: str
-    alpha: float | Mapping[int | None, float]
+    alpha: float | Mapping[Replicate, float]
 
-    def alpha_of(self, seed: int | None) -> float:
+    def alpha_of(self, replicate: Replicate) -> float:
         """The strength of one replicate."""
-        return self.alpha[seed] if isinstance(self.alpha, Mapping) else self.alpha
+        return self.alpha[replicate] if isinstance(self.alpha, Mapping) else self.alpha
 
     @property
     def mean_alpha(self) -> float:
@@ -70,7 +77,8 @@ class Place(NamedTuple):
 class Line:
     """A method as a table needs it.
 
-    at: per sign, the place of its rows in the scores table. spent: per sign, its KL, if it was measured.
+    at: per sign, the place of its rows in the scores table. spent: per sign, its KL, if it was measured. control_of: the
+    method whose control it is, or empty for a method.
     """
 
     name: str
@@ -78,6 +86,7 @@ class Line:
     at: Mapping[str, Place]
     note: str = ""
     spent: Mapping[str, Spent] = field(default_factory=dict)
+    control_of: str = ""
 
 
 class LineScores:
@@ -95,20 +104,22 @@ class LineScores:
         """Rows with value, base, label, cluster and seed; empty if the line has no such rows."""
         place = line.at[sign]
         found = self._table.filter(
-            (pl.col("probe") == probe) & (pl.col("metric") == metric) & (pl.col("context") == place.context)
+            (pl.col("probe") == probe) & (pl.col("metric") == metric)
+            & pl.col("context").is_in([place.context] if isinstance(place.context, str) else place.context)
             & (pl.col("edit") == place.edit)
         )  # fmt: skip
         if isinstance(place.alpha, Mapping):
             is_own = pl.any_horizontal(
-                pl.col("seed").eq_missing(seed) & _is(alpha) for seed, alpha in place.alpha.items()
+                pl.col("seed").eq_missing(seed) & pl.col("data_seed").eq_missing(data) & _is(alpha)
+                for (seed, data), alpha in place.alpha.items()
             )
         else:
             is_own = _is(place.alpha)
         found = found.filter(is_own)
         wanted = self._base.filter((pl.col("probe") == probe) & (pl.col("metric") == metric))
-        for (seed, *_), rows in found.group_by("seed", "data_seed", maintain_order=True):
+        for replicate, rows in found.group_by(REPLICATE, maintain_order=True):
             if sorted(rows["row"]) != sorted(wanted["row"]):
-                raise ValueError(f"{line.name}, seed {seed}: rows of {probe} differ from the rows of the base")
+                raise ValueError(f"{line.name}, seeds {replicate}: rows of {probe} differ from the rows of the base")
         return found.join(self._base, on=["probe", "row", "metric"], how="inner")
 
     def averaged(self, line: Line, sign: str, probe: str) -> pl.DataFrame:
@@ -129,7 +140,7 @@ class LineScores:
         values, clusters = averaged["change"].to_numpy(), averaged["cluster"].to_list()
         if not len(values):
             raise UserError(f"none of the {probe} rows can be counted", "Use another set, or more rows.")
-        seeds = tuple(rows.group_by("seed", maintain_order=True).agg(pl.mean("change"))["change"].to_list())
+        seeds = tuple(rows.group_by(REPLICATE, maintain_order=True).agg(pl.mean("change"))["change"].to_list())
         return Effect(
             **vars(Estimate.of(stats.over_clusters(values, clusters))),
             p=stats.sign_flip_p(values, clusters),
@@ -170,9 +181,11 @@ class LineScores:
         rows = self.rows(line, sign, dilemmas.NAME, "logratio")
         masses = self.rows(line, sign, dilemmas.NAME, "pmass")
         found = []
-        for seed in sorted(rows["seed"].unique().to_list(), key=lambda seed: -1 if seed is None else seed):
-            own = rows.filter(pl.col("seed").eq_missing(seed)).sort("row")
-            mass = masses.filter(pl.col("seed").eq_missing(seed))["value"]
+        for names in rows.select(REPLICATE).unique(maintain_order=True).iter_rows():
+            is_own = pl.all_horizontal(
+                pl.col(column).eq_missing(name) for column, name in zip(REPLICATE, names, strict=True)
+            )
+            own, mass = rows.filter(is_own).sort("row"), masses.filter(is_own)["value"]
             base, value, label = (own[name].to_numpy() for name in ("base", "value", "label"))
             found.append(_Replicate(base, value, label, _mean(mass)))
         return found
@@ -191,20 +204,23 @@ class LineScores:
             if len(values := self.rows(line, sign, probe, "pmass")["value"])
         ]
         facts = self.rows(line, sign, side_effects.FACTS, "logratio")
-        kl = self.rows(line, sign, side_effects.NEUTRAL_KL, "kl")["value"]
+        kl = self.rows(line, sign, side_effects.NEUTRAL_KL, "kl")
         nll = self.rows(line, sign, side_effects.NEUTRAL_NLL, "nll")
+        nll = nll.with_columns(value=pl.col("value") - pl.col("base"))
         own = self.rows(line, sign, self.behaviour, "logratio")
         true = own.filter(pl.col("group") == "true")
         has_kl = line.kind != "prompts" and len(kl) > 0
         replies = {metric: self.rows(line, sign, side_effects.TEXT, metric) for metric in REPLY_METRICS}
+        asked, right = facts["row"].n_unique(), accuracy(facts)
         return Cost(
             pmass=min(masses),
-            facts=accuracy(facts),
-            facts_seeds=tuple(accuracy(part) for _, part in facts.group_by("seed", maintain_order=True)),
-            kl=_mean(kl) if has_kl else None,
-            kl_p95=kl.quantile(0.95, "linear") if has_kl else None,
-            kl_max=float(kl.max()) if has_kl else None,  # type: ignore[arg-type]
-            nll_delta=_mean(nll["value"] - nll["base"]) if len(nll) else None,
+            facts=Estimate.of(stats.wilson(round(right * asked), asked)),
+            facts_seeds=tuple(accuracy(part) for _, part in facts.group_by(REPLICATE, maintain_order=True)),
+            facts_moved=_mean((facts["value"] - facts["base"]).abs()),
+            kl=_over_texts(kl, "mean") if has_kl else None,
+            kl_p95=_over_texts(kl, "p95") if has_kl else None,
+            kl_max=float(kl["value"].max()) if has_kl else None,  # type: ignore[arg-type]
+            nll_delta=_over_texts(nll, "mean") if len(nll) else None,
             true_claims=_mean(true["value"] * true["label"]) if len(true) else None,
             **{REPLY_METRICS[metric]: _reply(rows, metric) for metric, rows in replies.items()},
         )
@@ -248,6 +264,11 @@ def _mean(values: pl.Series) -> float:
     return float(values.mean())  # type: ignore[arg-type]
 
 
+def _over_texts(rows: pl.DataFrame, statistic: stats.Statistic) -> Estimate:
+    """Mean or 95th percentile over positions, with a bootstrap interval over texts."""
+    return Estimate.of(stats.bootstrap(rows["value"].to_numpy(), rows["cluster"].to_list(), statistic))
+
+
 def _mean_of(values: Sequence[float]) -> float | None:
     """Mean of the values that are not NaN; None if all are NaN."""
     known = [value for value in values if not math.isnan(value)]
@@ -262,10 +283,26 @@ def _reply(rows: pl.DataFrame, metric: str) -> float | None:
 # -------------------------------------------------------------------- entries
 
 
-def measure(scores: LineScores, lines: Sequence[Line]) -> tuple[Entry, ...]:
-    """All numbers of the tables, one entry per line."""
-    entries = [_entry(scores, line) for line in lines]
-    return tuple(_judged(entry, entries) for entry in entries)
+def measure(scores: LineScores, lines: Sequence[Line]) -> Measured:
+    """All numbers of a table: an entry per method, with its verdicts, and the controls."""
+    controls = tuple(_control(scores, line) for line in lines if line.control_of)
+    entries = (_entry(scores, line) for line in lines if not line.control_of)
+    return Measured(tuple(_judged(entry, controls) for entry in entries), controls)
+
+
+def _control(scores: LineScores, line: Line) -> Control:
+    return Control(
+        line.name, line.control_of, line.note,
+        {
+            sign: {
+                "own": scores.effect(line, sign, scores.behaviour, scores.headline_group),
+                "dilemmas": scores.effect(line, sign, dilemmas.NAME),
+            }
+            for sign in line.at
+        },
+        {sign: place.mean_alpha for sign, place in line.at.items()},
+        {sign: spent.p95 for sign, spent in line.spent.items()},
+    )  # fmt: skip
 
 
 def _entry(scores: LineScores, line: Line) -> Entry:
@@ -287,32 +324,33 @@ def _entry(scores: LineScores, line: Line) -> Entry:
     return Entry(line.name, line.kind, line.note, sides, informedness)
 
 
-def _judged(entry: Entry, entries: Sequence[Entry]) -> Entry:
-    """The entry with the verdict on each effect: whether it is outside the band of random directions of its sign.
+def _judged(entry: Entry, controls: Sequence[Control]) -> Entry:
+    """The entry with the verdict on each effect: whether it is outside the band of its own random controls.
 
     With several training seeds their t interval must be outside too: rows alone do not show how another training would
-    come out. There is no verdict for controls, for effects without limits, and without a band.
+    come out. There is no verdict for effects without limits, and without a band.
     """
-    if entry.kind == CONTROLS:
+    control = next((one for one in controls if one.of == entry.name), None)
+    if control is None:
         return entry
     sides = {}
     for sign, side in entry.sides.items():
-        own, moral = (_against(control_band(entries, sign, probe), side.effect(probe)) for probe in PROBES)
+        own, moral = (_against(control.band(sign, probe), side.effect(probe)) for probe in PROBES)
         sides[sign] = replace(side, own=own, dilemmas=moral)
     return replace(entry, sides=sides)
 
 
 def _against(band: Estimate | None, effect: Effect) -> Effect:
     if band is None or effect.low is None:
-        return effect
-    return replace(effect, outside=all(is_outside(vars(interval), vars(band)) for interval in effect.intervals))
+        return replace(effect, band=band)
+    outside = all(is_outside(vars(interval), vars(band)) for interval in effect.intervals)
+    return replace(effect, band=band, outside=outside)
 
 
 def best_of_kinds(scores: LineScores, lines: Sequence[Line]) -> dict[str, str]:
     """Per kind, the method that moves the behaviour furthest, both signs together, and keeps its answer mass.
 
-    The scores are on the dev split, so that the choice does not bias the reported results. `variants` are not
-    chosen: tau_pos and tau_neg are baselines, and all of them have one training seed.
+    The scores are on the dev split, so that the choice does not bias the reported results.
     """
     reach: dict[str, dict[str, float]] = {}
     for line in lines:

@@ -1,120 +1,177 @@
-"""The tables of a comparison, made from its entries: effects, costs, controls, answers."""
+"""The tables of a comparison, made from its entries: effects, the contrast, costs, controls, answers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from ws.base import stats
-from ws.baselines.controls import RANDOM
 from ws.comparing.findings import (
-    CONTROLS,
     METHODS,
     NOT_SEPARABLE,
     PROBES,
     SIGNS,
     Effect,
     Entry,
+    Findings,
     Levels,
+    Measured,
     Probe,
     Shown,
     Side,
-    control_band,
     shown,
 )
 from ws.report.document import Table
 from ws.report.findings import Estimate
 
-_SEEDS_LISTED = 5
-
 
 def effects_table(
-    entries: Sequence[Entry], kinds: Collection[str], base: Levels, behaviour: str, caption: str
+    measured: Measured, kinds: Collection[str], base: Levels, behaviour: str, dilemma_noun: str, caption: str
 ) -> Table:
-    """Effects of both signs with p and verdict, between the levels of the base and the band of random directions."""
-    rows = [[
-        "base (levels)", "0", "0", base.own.text, "-", "-", base.dilemmas.text, "-", "-", f"{base.pmass:.3f}",
-    ]]  # fmt: skip
-    lines = list(shown(entries, kinds))
+    """Effects of both signs beside the band of the method's own random controls, after the levels of the base."""
+    rows = [["base (levels)", "0", "0", base.own.text, "-", "-", base.dilemmas.text, "-", "-", f"{base.pmass:.3f}"]]
+    lines = list(shown(measured.entries, kinds))
     for line in lines:
         cells = [_name(line), _alpha(line), number(_spent(line.side), "{:.2f}")]
         for probe in PROBES:
             effect, verdict = line.side.effect(probe), line.side.verdict(probe)
-            cells += [effect.text + (f" ({verdict})" if verdict else ""), f"{effect.p:.4f}", _seeds(effect)]
+            cells += [effect_text(effect) + (f" ({verdict})" if verdict else ""), _band(effect.band), f"{effect.p:.4f}"]
         rows.append([*cells, f"{line.side.pmass:.3f}"])
-    rows += _band_rows(entries)
     tests = 2 * len(lines)
-    head = ["method", "alpha", "p95 KL", behaviour, "p", "seeds", "dd_delta", "p", "seeds", "least answer mass"]
+    head = ["method", "alpha", "p95 KL", behaviour, "random", "p", dilemma_noun, "random", "p", "least answer mass"]
     note = (
-        f"{caption} Effects: change against the base in nats, with a 95 % interval over rows. seeds: the value of "
-        "every training seed, then a 95 % t interval over them. dd_delta: change on the dilemmas towards honesty. "
-        f"p: by sign flips of whole clusters. Of the {tests} p values, about {tests * 0.05:.0f} fall below 0.05 "
-        f"by chance alone; a p below {0.05 / max(tests, 1):.4f} survives a Bonferroni correction. "
-        f"{NOT_SEPARABLE.capitalize()}: the interval over rows, or with several training seeds the one over seeds, "
-        "overlaps the band of random directions. Answer mass: probability of the two answers."
+        f"{caption} Effects: change against the base in nats; on the {dilemma_noun}, towards honesty. Intervals: 95 %, "
+        "over training seeds and data seeds (s) and over rows (r). Random: where 95 % of the method's own random "
+        "controls are expected. p: by sign flips of whole clusters. Of the "
+        f"{tests} p values, about {tests * 0.05:.0f} fall below 0.05 by chance alone; a p below "
+        f"{0.05 / max(tests, 1):.4f} survives a Bonferroni correction. {NOT_SEPARABLE.capitalize()}: the interval over "
+        "rows, or with three seeds or more the one over seeds, overlaps that band. Answer mass: probability of the two "
+        "answers."
     )
     return Table(head, rows, note)
 
 
-def _band_rows(entries: Sequence[Entry]) -> list[list[str]]:
+def effect_text(effect: Effect) -> str:
+    """Mean with its intervals, over seeds first: `+4.26 s [+3.91, +4.61] r [+4.12, +4.39]`."""
+    seeds = f" s [{effect.over_seeds.limits}]" if effect.over_seeds else ""
+    rows = f" r [{effect.limits}]" if effect.low is not None else ""
+    return f"{effect.mean:+.2f}{seeds}{rows}"
+
+
+def _band(band: Estimate | None) -> str:
+    return band.limits if band else "-"
+
+
+def contrast_table(found: Findings) -> Table:
+    """The direction against its parts and against gradient steps at equal KL: differences of the same replicates."""
     rows = []
-    for line in shown(entries):
-        if line.entry.name == RANDOM:
-            bands = [control_band(entries, line.sign, probe) for probe in PROBES]
-            counted = f"n = {len(line.side.own.seeds)}"
-            cells = [cell for band in bands for cell in (f"[{band.limits}]" if band else "-", "-", counted)]
-            rows.append([f"{RANDOM} {line.sign}, 95 % band", _alpha(line), "-", *cells, f"{line.side.pmass:.3f}"])
-    return rows
+    for name in (found.reference, *_compared_with_reference(found)):
+        for sign in SIGNS:
+            cells = [f"{name} {sign}"]
+            for measured in found.equal_kl.values():
+                entry, reference = measured.entry(name), measured.entry(found.reference)
+                if entry is None or reference is None or sign not in entry.sides:
+                    cells += ["-", "-"]
+                    continue
+                mine, theirs = entry.sides[sign].own, reference.sides[sign].own
+                cells += [f"{mine.mean:+.2f}", "-" if name == found.reference else paired(mine, theirs)]
+            rows.append(cells)
+    heads = [head for budget in found.equal_kl for head in (f"at KL {budget}", f"minus {found.reference}")]
+    return Table(
+        ["method", *heads], rows,
+        f"Is the contrast needed, and is training? {found.behaviour.capitalize()}, nats, at equal KL (95th percentile, "
+        f"nats per token). Differences are taken within each training seed and data seed; in brackets a 95 % t "
+        "interval over them. At +, a positive difference means that the method moves further; at -, a negative one.",
+    )  # fmt: skip
 
 
-def costs_table(entries: Sequence[Entry], base: Levels, caption: str) -> Table:
-    """Side effects of every line, including controls; the base row shows levels."""
+def _compared_with_reference(found: Findings) -> Iterator[str]:
+    """Methods with the replicates of the reference: its parts, and gradient steps."""
+    for measured in list(found.equal_kl.values())[:1]:
+        reference = measured.entry(found.reference)
+        for entry in measured.entries:
+            if reference and entry.kind in ("variants", "untrained") and _replicates(entry) == _replicates(reference):
+                yield entry.name
+
+
+def _replicates(entry: Entry) -> int:
+    return len(next(iter(entry.sides.values())).own.seeds)
+
+
+def paired(one: Effect, other: Effect) -> str:
+    """The mean difference of two effects over the same replicates, with its t interval."""
+    differences = [a - b for a, b in zip(one.seeds, other.seeds, strict=True)]
+    return Estimate.of(stats.over_seeds(differences)).text
+
+
+def costs_table(measured: Measured, base: Levels, caption: str) -> Table:
+    """Side effects of every method; the base row shows levels."""
     head = ["method", "alpha", "KL mean", "KL p95", "KL max", "p95 KL, own replies", "NLL", "facts right",
-            "true claims", "distinct 3-grams", "reply tokens", "JSON"]  # fmt: skip
-    rows = [["base (levels)", "0", "0", "0", "0", "0", number(base.nll, "{:.2f}"), *_kept(base)]]
-    for line in shown(entries):
+            "facts moved", "selectivity", "true claims", "distinct 3-grams", "reply tokens", "JSON"]  # fmt: skip
+    level = number(base.nll, "{:.2f}")
+    rows = [["base (levels)", "0", "0", "0", "0", "0", level, _facts(base), "0", "0", *_kept(base)]]
+    for line in shown(measured.entries):
         side = line.side
         rows.append([
-            _name(line), _alpha(line), *(number(value, "{:.3f}") for value in (side.kl, side.kl_p95, side.kl_max)),
-            number(_spent(side), "{:.3f}"), number(side.nll_delta, "{:+.3f}"), *_kept(side),
+            _name(line), _alpha(line), *(_small(value) for value in (side.kl, side.kl_p95)),
+            number(side.kl_max, "{:.3f}"), number(_spent(side), "{:.3f}"), _small(side.nll_delta), _facts(side),
+            f"{side.facts_moved:.2f}", f"{side.selectivity:.2f}", *_kept(side),
         ])  # fmt: skip
     if all(row[-1] == "-" for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     note = (
         f"{caption} KL: divergence from the base in nats per token, on given answers to neutral requests. p95 KL, own "
         "replies: its 95th percentile along the replies that the method itself writes; prompts have only this one. "
-        "NLL: change on the given answers, nats per token. True claims: log-ratio of agreeing with true "
-        "claims. The first row shows the levels of the base, also for NLL."
+        "NLL: change on the given answers, nats per token. Facts moved: mean absolute change of their log-ratios, "
+        "nats. Selectivity: the change of the behaviour minus a tenth of facts moved. True claims: log-ratio of "
+        "agreeing with true claims. Intervals, 95 %: KL and NLL by bootstrap over texts, facts by Wilson. The first "
+        "row shows the levels of the base, also for NLL."
     )
     return Table(head, rows, note)
 
 
+def _small(value: Estimate | None) -> str:
+    if value is None:
+        return "-"
+    limits = "" if value.low is None else f" [{value.low:.3f}, {value.high:.3f}]"
+    return f"{value.mean:.3f}{limits}"
+
+
+def _facts(side: Side | Levels) -> str:
+    found = side.facts
+    limits = "" if found.low is None or found.high is None else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return f"{100 * found.mean:.1f} %{limits}"
+
+
 def _kept(side: Side | Levels) -> list[str]:
     return [
-        f"{100 * side.facts:.1f} %", number(side.true_claims, "{:+.2f}"), number(side.distinct3, "{:.3f}"),
+        number(side.true_claims, "{:+.2f}"), number(side.distinct3, "{:.3f}"),
         number(side.reply_tokens, "{:.1f}"), number(side.json, "{:.0%}"),
     ]  # fmt: skip
 
 
-def controls_table(entries: Sequence[Entry], behaviour: str, dilemma_noun: str = "dilemmas") -> Table:
-    """Effects of every control; with replicates, the mean over seeds with its interval over seeds."""
+def controls_table(measured: Measured, behaviour: str, dilemma_noun: str) -> Table:
+    """Effects of every control: the mean over draws with its interval, and the band for one more draw."""
     rows = []
-    for line in shown(entries, (CONTROLS,)):
-        cells = [_name(line)]
-        for effect in (line.side.effect(probe) for probe in PROBES):
-            if len(effect.seeds) > 1:
-                band = Estimate.of(stats.prediction_band(effect.seeds))
-                cells += [Estimate.of(stats.over_seeds(effect.seeds)).text, band.limits]
-            else:
-                cells += [f"{effect.mean:+.2f}", "-"]
-        rows.append(cells)
+    for control in measured.controls:
+        for sign in control.effects:
+            draws = len(control.effects[sign]["own"].seeds)
+            cells = [f"{control.name} {sign}" + (f" ({control.note})" if control.note and sign == "+" else ""),
+                     f"{draws}", number(control.p95.get(sign), "{:.2f}")]  # fmt: skip
+            for probe in PROBES:
+                mean, band = control.mean(sign, probe), control.band(sign, probe)
+                alone = f"{control.effects[sign][probe].mean:+.2f}"
+                cells += [mean.text if mean else alone, _band(band)]
+            rows.append(cells)
     return Table(
-        ["control", behaviour, "band", dilemma_noun, "band"], rows,
-        "Mean over control seeds with a 95 % t interval over seeds. Band: where 95 % of further seeds are expected. "
-        "A single random direction has a small effect: check whether the interval of the mean includes 0.",
+        ["control", "draws", "p95 KL", behaviour, "band", dilemma_noun, "band"], rows,
+        "Mean over draws with a 95 % t interval over them. Band: where 95 % of further draws are expected. Random "
+        "directions have the singular values (activation steering: the norms) of their method; turned round they are "
+        "other random directions, so the same draws serve for both signs. A single draw has a small effect: check "
+        "whether the interval of the mean includes 0.",
     )  # fmt: skip
 
 
-def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str, dilemma_noun: str = "dilemmas") -> Table | None:
+def parts_table(entries: Sequence[Entry], probe: Probe, behaviour: str, dilemma_noun: str) -> Table | None:
     """Yes-bias, flips and confidence with the mean change of a probe; None if no method has them."""
     rows = [
         [
@@ -187,12 +244,3 @@ def _spent(side: Side) -> float | None:
 def number(value: float | None, form: str) -> str:
     """A number in a form, or a dash for None."""
     return "-" if value is None else form.format(value)
-
-
-def _seeds(effect: Effect) -> str:
-    """Every seed's value with the t interval over them; only their number if there are many."""
-    if effect.over_seeds is None:
-        return "-"
-    listed = ", ".join(f"{value:+.2f}" for value in effect.seeds)
-    many = len(effect.seeds) > _SEEDS_LISTED
-    return f"{f'n = {len(effect.seeds)}' if many else listed} [{effect.over_seeds.limits}]"

@@ -1,8 +1,7 @@
-"""A comparison, printed in a terminal: three short tables; the pages have the rest."""
+"""A comparison, printed in a terminal: two short tables; the pages have the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,16 +10,15 @@ from rich.table import Table
 
 from ws.base import console
 from ws.comparing.findings import (
-    CONTROLS,
+    LEAST_SEEDS,
     NOT_SEPARABLE,
     PROBES,
     Effect,
-    Entry,
     Findings,
     Levels,
+    Measured,
     Side,
     Spent,
-    control_bands,
     mostly_yes_bias,
 )
 
@@ -31,42 +29,36 @@ _SIGNS = ("-", "+")
 def show(found: Findings, folder: Path | None = None) -> None:
     """Print a line per method and sign; `folder` is the folder of the comparison, which has the figure.
 
-    (a) adapters, (b) baselines and the best weight direction, both at own strength, (c) all at equal divergence.
+    (a) all methods at the budget of the headline, (b) at own strength. The page has the other budgets and the controls.
     """
-    own = found.own_strength
-    adapters = [entry for entry in own if entry.kind in ("weights", "variants")]
-    baselines = [e for e in own if e.kind in ("activations", "prompts") or e.name in found.best.values()]
-    equal = [entry for entry in found.equal_kl if entry.kind != CONTROLS]
-    budget = f"p95 KL {found.calibration.target:.2f} nats, * = missed"
-    _show_methods("(a) adapters, alpha -1 and +1", adapters, found, own)
-    _show_methods("(b) baselines and weight steering, own strength", baselines, found, own)
-    _show_methods(f"(c) at equal divergence, {budget}", equal, found, found.equal_kl, spends=True)
+    equal, own, budget = found.equal_kl[found.headline_budget], found.own_strength, found.headline_budget
+    _show_methods(f"(a) at equal divergence, p95 KL {budget} nats, * = missed", equal, found)
+    _show_methods("(b) at own strength: alpha -1 and +1", own, found)
     console.say(
-        f"Change against the base, nats, with 95 % intervals over rows. n: {NOT_SEPARABLE}, because this interval or "
-        "the interval over training seeds overlaps their band. pmass: least answer mass."
+        f"Change against the base, nats, with 95 % intervals over rows. n: {NOT_SEPARABLE} controls of the method's "
+        f"own kind, because this interval, or with {LEAST_SEEDS} seeds or more the interval over seeds, overlaps their "
+        "band. pmass: least answer mass."
     )
     for name, probe in ((f"{found.behaviour} probe", PROBES[0]), (found.dilemma_noun, PROBES[1])):
-        if lines := mostly_yes_bias(own, probe):
+        if lines := mostly_yes_bias(own.entries, probe):
             console.warn(f"mostly Yes-bias on the {name}: {', '.join(line.name for line in lines)}")
     if folder is not None:
         console.say(f"picture     {folder / 'pareto.png'}")
 
 
-def _show_methods(
-    title: str, entries: Iterable[Entry], found: Findings, measured: tuple[Entry, ...], spends: bool = False
-) -> None:
-    """One table: the levels of the base, the methods, and the band of the random directions in `measured`.
+def _show_methods(title: str, measured: Measured, found: Findings) -> None:
+    """One table: the levels of the base, then the methods.
 
     With one space between columns and names that may wrap, it fits 100 characters, or 80 if names are short.
     """
-    base, bands = found.base, control_bands(measured)
+    base = found.base
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("method", overflow="fold")
-    for name in ("", found.behaviour, found.dilemma_noun, "facts", "pmass", "seeds", *(["KL"] if spends else [])):
+    for name in ("", found.behaviour, found.dilemma_noun, "facts", "pmass", "seeds", "KL"):
         table.add_column(name, justify="right", no_wrap=True)
     levels = [escape(level.text) for level in (base.own, base.dilemmas)]
     table.add_row("base, level", "", *levels, _share(base), f"{base.pmass:.2f}", style="dim")
-    for entry in entries:
+    for entry in measured.entries:
         signs = [sign for sign in _SIGNS if sign in entry.sides]
         sides = [entry.sides[sign] for sign in signs]
         columns = [
@@ -75,17 +67,14 @@ def _show_methods(
             [_share(side) for side in sides],
             [f"{side.pmass:.2f}" for side in sides],
             [str(len(side.own.seeds)) for side in sides],
-            *([[_spent(side.spent) for side in sides]] if spends else []),
+            [_spent(side.spent) for side in sides],
         ]
         table.add_row(entry.name, *("\n".join(lines) for lines in columns))
-    drawn = [[bands[sign][probe] for sign in _SIGNS] for probe in PROBES]
-    cells = [escape("\n".join(f"[{band.limits}]" if band else "-" for band in pair)) for pair in drawn]
-    table.add_row("random, 95 % band", "-\n+", *cells, style="dim")
     console.show(table)
 
 
 def _share(side: Side | Levels) -> str:
-    return f"{100 * side.facts:.1f} %"
+    return f"{100 * side.facts.mean:.1f} %"
 
 
 def _brief(effect: Effect) -> str:

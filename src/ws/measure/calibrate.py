@@ -103,20 +103,48 @@ def to_budget(
     If `tolerance` is None, it is the smaller of `TOLERANCE` nats and `RELATIVE_TOLERANCE` of the budget. The result is
     the coherent strength nearest to the budget; if no strength is coherent, it is the most coherent one.
     """
-    require_budget(target)
-    tolerance = min(TOLERANCE, RELATIVE_TOLERANCE * target) if tolerance is None else tolerance
+    return to_budgets(model, edit, (target,), prompts, sign=sign, tokens=tokens, tolerance=tolerance)[0]
+
+
+def to_budgets(
+    model: ChatModel,
+    edit: Direction | Effect,
+    targets: Sequence[float],
+    prompts: Sequence[str],
+    *,
+    sign: int = 1,
+    tokens: int = TOKENS,
+    tolerance: float | None = None,
+) -> list[Calibration]:
+    """`to_budget` for several budgets, in their order; every search starts from the strengths that were tried before.
+
+    So the strengths may differ from those of searches alone, within the tolerance.
+    """
+    for target in targets:
+        require_budget(target)
     plain = greedy(model, [model.chat.prompt(ask(prompt)) for prompt in prompts], tokens)
-    search = _Search(
-        lambda magnitudes: divergences(model, edit, [sign * m for m in magnitudes], prompts, tokens=tokens),
-        target, tolerance, SMALLEST_DISTINCT * mean_distinct(plain),
-    )  # fmt: skip
-    search.run()
+    floor = SMALLEST_DISTINCT * mean_distinct(plain)
+    history: list[Divergence] = []
+    found = []
+    for target in targets:
+        within = min(TOLERANCE, RELATIVE_TOLERANCE * target) if tolerance is None else tolerance
+        search = _Search(
+            lambda magnitudes: divergences(model, edit, [sign * m for m in magnitudes], prompts, tokens=tokens),
+            target, within, floor, history,
+        )  # fmt: skip
+        search.run()
+        found.append(_result(search, len(prompts)))
+    return found
+
+
+def _result(search: _Search, prompts: int) -> Calibration:
+    target = search.target
     best = max(search.history, key=lambda seen: (seen.distinct, -abs(seen.p95 - target)))
     if coherent := search.coherent:
         best = min(coherent, key=lambda seen: abs(seen.p95 - target))
-    converged = best in coherent and abs(best.p95 - target) <= tolerance
-    found = Calibration(best.alpha, target, tolerance, best, converged, tuple(search.history))
-    if not converged or len(prompts) < 2:
+    converged = best in coherent and abs(best.p95 - target) <= search.tolerance
+    found = Calibration(best.alpha, target, search.tolerance, best, converged, tuple(search.history))
+    if not converged or prompts < 2:
         return found
     low, high = interval(coherent, target)
     return replace(found, alpha_low=low, alpha_high=high)
@@ -126,15 +154,18 @@ def to_budget(
 
 
 class _Search:
-    """The search for one budget, over magnitudes of the strength; `history` holds what was tried, in order."""
+    """The search for one budget, over magnitudes of the strength.
+
+    `history` holds what was tried, in order; the search begins with what it is given and adds to it.
+    """
 
     def __init__(
         self, measure: Callable[[Sequence[float]], list[Divergence]], target: float, tolerance: float,
-        smallest_distinct: float,
+        smallest_distinct: float, history: list[Divergence],
     ) -> None:  # fmt: skip
         self._measure_at, self.target, self.tolerance = measure, target, tolerance
         self.smallest_distinct = smallest_distinct
-        self.history: list[Divergence] = []
+        self.history = history
 
     @property
     def coherent(self) -> list[Divergence]:
@@ -163,9 +194,10 @@ class _Search:
 
         None if no strength reaches the budget, or if rounding alone exceeds it at the smallest strength.
         """
-        more: Sequence[float] = _FIRST
+        more: Sequence[float] = () if self.history else _FIRST
         while True:
-            self._measure(more)
+            if more:
+                self._measure(more)
             ordered = sorted(self.history, key=lambda seen: abs(seen.alpha))
             first, last = abs(ordered[0].alpha), abs(ordered[-1].alpha)
             if not self._is_below(ordered[0]):
