@@ -80,7 +80,7 @@ class Compare(RunOptions):
     """KL to the base that every direction may cost: 95th percentile, nats per token. The headline takes the middle
     one."""
     quick: bool = False
-    """A first look: LoRA, one seed, one budget, three kinds of activation steering, few rows and controls."""
+    """A first look: LoRA, one seed, one budget, two kinds of activation steering, few rows and controls."""
     dilemmas: str = "own"
     """Source of the dilemmas: own (shipped), a CSV, JSONL or parquet file, or a hub id. Each source except own writes
     to its own folder, compare-SOURCE-DIGEST."""

@@ -69,8 +69,8 @@ class Across:
             "Change against each model's own base at equal KL (prompts at their own), nats. In brackets: 95 % interval "
             "over rows (whole clusters). seeds: 95 % t interval over seeds. "
             f"{self.dilemma_noun.capitalize()}: towards the honest answer. "
-            f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps the band of the method's own random controls. Untrained directions, "
-            "activation steering and prompts: only the best method on the dev split."
+            f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps the band of the method's own random "
+            "controls. Untrained directions, activation steering and prompts: only the best method on the dev split."
         )
         return Table(
             ["model", "behaviour", "method", "own, -", "own, +",

@@ -155,7 +155,7 @@ def untrained_directions(sources: Sources, counts: Sequence[int]) -> list[Method
                 sources.model, pos, neg, count=count, seed=seed, norm=run.direction.norm(), layers=slice_
             )
             edits.append(Edit(name, step, seed, data_seed))
-        found.append(_of_weights(sources, name, "untrained", edits, f"norm of dW:{family}"))
+        found.append(_of_weights(sources, name, "untrained", edits, f"norm of dW:{sources.first[0]}"))
     model, norm = sources.model, sources.reference.direction.norm()
     activation = repe.fit(model, sources.behaviour, RepeSettings(slice=slice_))
     built = {

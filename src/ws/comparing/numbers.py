@@ -77,8 +77,8 @@ class Place(NamedTuple):
 class Line:
     """A method as a table needs it.
 
-    at: per sign, the place of its rows in the scores table. spent: per sign, its KL, if it was measured. control_of: the
-    method whose control it is, or empty for a method.
+    at: per sign, the place of its rows in the scores table. spent: per sign, its KL, if it was measured. control_of:
+    the method whose control it is, or empty for a method.
     """
 
     name: str
