@@ -19,14 +19,14 @@ from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.base import stats
 from ws.base.errors import UserError
-from ws.base.records import plain, restore
+from ws.base.records import restore
 from ws.baselines import controls, gradient, prompts, repe, synthetic
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.commands import cli
-from ws.comparing import across, caveats, compare, dev_split, findings, numbers, page, tables, terminal
+from ws.comparing import across, caveats, compare, dev_split, findings, numbers, page, pareto, tables, terminal
 from ws.comparing.compare import Plan
 from ws.comparing.dev_split import is_dev, split
-from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Spent, Strengths
+from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Measured, Spent, Strengths
 from ws.comparing.numbers import Line, LineScores, Place
 from ws.edit.condition import Condition, Edit
 from ws.eval import dilemmas, instrument, side_effects, sycophancy
@@ -49,8 +49,11 @@ SMALL: dict[str, Any] = {
     "samples": 1,
     "rows": 40,
 }
-PLAN = Plan(families=("lora", "ia3"), seeds=(0, 1), random_seeds=3, permutations=1, shuffles=2, target=0.005,
-            calibration_prompts=3, calibration_tokens=6)  # fmt: skip
+PLAN = Plan(families=("lora", "ia3"), seeds=(0, 1), activations=("mean", "single-layer", "jacobian", "trained"),
+            steps=(1, 2), draws=3, permutations=1, shuffles=2, budgets=(0.002, 0.005, 0.01), calibration_prompts=3,
+            calibration_tokens=6)  # fmt: skip
+MIDDLE = "0.005"
+"""The budget of the headline."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,9 @@ def result(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 def entry_of(result: compare.Result, name: str) -> Entry:
     """A method's entry at its own strength."""
-    return next(entry for entry in result.found.own_strength if entry.name == name)
+    found = result.found.own_strength.entry(name)
+    assert found is not None
+    return found
 
 
 @pytest.mark.slow
@@ -96,11 +101,16 @@ def test_a_model_that_cannot_answer_is_compared_by_replies(result: compare.Resul
 
 @pytest.mark.slow
 def test_every_method_is_a_line_on_identical_rows(result: compare.Result) -> None:
-    names = [entry.name for entry in result.found.own_strength]
+    names = [entry.name for entry in result.found.own_strength.entries]
     assert {"dW:lora", "dW:ia3", "tau_pos (lora)", "tau_neg (lora)", "bisector (lora)", "RepE mean, all layers",
-            "RepE mean, best single layer", "prompt: simple", "prompt: embody", "random", "layers permuted",
-            "personas shuffled", "one gradient step", "synthetic, first input",
+            "RepE mean, best single layer", "Jacobian, best layers", "trained vector, best layers", "prompt: simple",
+            "prompt: embody", "one gradient step", "2 gradient steps", "synthetic, first input",
             "biases alone"} <= set(names)  # fmt: skip
+    controls = {one.of: one.name for one in result.found.own_strength.controls}
+    without = {name for name in names if name not in controls}
+    assert without == {"biases alone"}, "every method but the biases has its own controls"
+    assert controls["dW:ia3"] == "random like dW:ia3" and controls["prompt: simple"].startswith("neutral prompts of ")
+    assert {"layers permuted", "personas shuffled"} <= set(controls.values())
     scores = pl.read_parquet(result.folder / "scores.parquet")
     rows = scores.filter(pl.col("metric") == "logratio", pl.col("probe") == "dilemmas")
     per_condition = rows.group_by("context", "edit", "alpha", "seed").agg(pl.col("row").sort().str.join("|"))
@@ -115,12 +125,13 @@ def test_comparisons_stand_together_in_one_table(result: compare.Result, tmp_pat
     text = path.with_suffix(".md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if "dW:lora" in line]
     assert [row[0].strip("| ") for row in rows] == [result.found.model, "another"] and rows[1][1] == "honesty"
-    lora = entry_of(result, "dW:lora")
+    lora = result.found.equal_kl[MIDDLE].entry("dW:lora")
+    assert lora is not None
     assert all(f"{lora.sides['+'].own.mean:+.2f} [" in row[4] and "; seeds " in row[4] for row in rows)
     best = result.found.best
     listed = [
-        e.name for e in result.found.own_strength
-        if e.kind in ("weights", "variants") or e.name in (best.get("activations"), best.get("prompts"))
+        e.name for e in result.found.own_strength.entries
+        if e.kind in ("weights", "variants") or e.name in best.values()
     ]  # fmt: skip
     methods = [line.split(" | ")[2] for line in text.splitlines() if line.startswith(f"| {result.found.model} |")]
     assert path.is_file() and methods == listed
@@ -152,31 +163,47 @@ def test_the_tables_say_what_the_scores_say(result: compare.Result) -> None:
 @pytest.mark.slow
 def test_equal_divergence_is_equal_or_marked(result: compare.Result) -> None:
     found = result.found.calibration
-    assert found.target == PLAN.target and found.anchor is None
-    assert [one.seed for one in found.edits["dW:lora"]["1"]] == [0, 1], "every training seed"
-    for sides in found.edits.values():
-        for sign, searches in sides.items():
-            for one in searches:
-                assert one.alpha * int(sign) > 0
-                assert one.converged == (abs(one.p95 - found.target) <= one.tolerance)
-                if one.converged:
-                    assert one.alpha_low is not None and one.alpha_high is not None
-                    assert one.alpha_low <= one.alpha_high
-                else:
-                    assert (one.alpha_low, one.alpha_high) == (None, None)
-    entries = {entry.name: entry.sides for entry in result.found.equal_kl}
-    prompted = {entry.name for entry in result.found.own_strength if entry.kind == "prompts"}
-    assert set(entries) == {*found.edits, *prompted, "random"}
-    lora, simple = entries["dW:lora"], entries["prompt: simple"]
+    assert found.budgets == ("0.002", "0.005", "0.01") and result.found.headline_budget == MIDDLE
+    for budget, by_method in found.edits.items():
+        assert [(one.seed, one.data_seed) for one in by_method["dW:lora"]["1"]] == [(0, 0), (1, 0)], "every replicate"
+        assert list(by_method["random like dW:lora"]) == ["1"], "a random direction turned round is another one"
+        assert list(by_method["personas shuffled"]) == ["1", "-1"]
+        for sides in by_method.values():
+            for sign, searches in sides.items():
+                for one in searches:
+                    assert one.alpha * int(sign) > 0
+                    assert one.converged == (abs(one.p95 - float(budget)) <= one.tolerance)
+                    limits = (one.alpha_low, one.alpha_high)
+                    assert (None not in limits) is one.converged
+                    assert not one.converged or one.alpha_low <= one.alpha_high  # type: ignore[operator]
+    measured = result.found.equal_kl[MIDDLE]
+    by_method = found.edits[MIDDLE]
+    prompted = {entry.name for entry in result.found.own_strength.entries if entry.kind == "prompts"}
+    controls = {control.name: control for control in measured.controls}
+    assert {entry.name for entry in measured.entries} | controls.keys() == {
+        *by_method, *prompted, *(name for name in controls if name.startswith("neutral prompts"))
+    }  # fmt: skip
+    lora, simple = measured.entry("dW:lora"), measured.entry("prompt: simple")
+    assert lora is not None and simple is not None
     for sign, side in (("+", "1"), ("-", "-1")):
-        searches = found.edits["dW:lora"][side]
-        spent = lora[sign].spent
+        searches = by_method["dW:lora"][side]
+        spent = lora.sides[sign].spent
         assert spent is not None and spent.p95 == pytest.approx(sum(one.p95 for one in searches) / 2)
         assert spent.converged == all(one.converged for one in searches)
-        assert lora[sign].own.outside is not None and simple[sign].own.outside is not None
-        assert entries["random"][sign].alpha == pytest.approx(searches[0].alpha), "the reference's own strength"
-        by_prompt = simple[sign].spent
+        drawn = controls["random like dW:lora"]
+        assert drawn.p95[sign] == pytest.approx(sum(one.p95 for one in by_method[drawn.name]["1"]) / PLAN.draws)
+        assert lora.sides[sign].own.band == drawn.band(sign, "own") and len(drawn.effects[sign]["own"].seeds) == 3
+        by_prompt = simple.sides[sign].spent
         assert by_prompt is not None and by_prompt.p95 == found.prompts["prompt: simple"][side].p95
+
+
+@pytest.mark.slow
+def test_random_controls_have_the_spectrum_of_their_method(result: compare.Result) -> None:
+    """Their norm at +1 is that of the replicate that they are like."""
+    trained = Direction.load(result.folder.parent / "lora" / "seed1" / "direction.safetensors")
+    (drawn,) = controls.random_edits(trained, 1)
+    assert isinstance(drawn.effect, Direction)
+    assert drawn.effect.norm() == pytest.approx(trained.norm(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -186,13 +213,27 @@ def test_own_strength_and_equal_divergence_are_in_one_scores_file(result: compar
     rows = scores.filter(pl.col("probe") == "dilemmas", pl.col("metric") == "logratio")
     base = rows.filter(pl.col("edit") == "none", pl.col("context") == "plain").select("row", base="value")
     changes = []
-    for one in result.found.calibration.edits["dW:lora"]["1"]:
+    for one in result.found.calibration.edits[MIDDLE]["dW:lora"]["1"]:
         at = (pl.col("edit") == "dW:lora") & (pl.col("seed") == one.seed)
         own = rows.filter(at, (pl.col("alpha") - one.alpha).abs() < 1e-9).join(base, on="row")
         assert len(own) == len(base) == len(rows.filter(at, pl.col("alpha") == 1.0))
         changes.append(float(((own["value"] - own["base"]) * own["label"]).mean()))  # type: ignore[arg-type]
-    entry = next(entry for entry in result.found.equal_kl if entry.name == "dW:lora")
-    assert entry.sides["+"].dilemmas.seeds == pytest.approx(changes)
+    entry = result.found.equal_kl[MIDDLE].entry("dW:lora")
+    assert entry is not None and entry.sides["+"].dilemmas.seeds == pytest.approx(changes)
+
+
+@pytest.mark.slow
+def test_the_contrast_table_has_differences_of_the_same_replicates(result: compare.Result) -> None:
+    table = tables.contrast_table(result.found)
+    names = {row[0] for row in table.rows}
+    assert {"dW:lora +", "tau_neg (lora) -", "bisector (lora) +", "2 gradient steps -"} <= names
+    assert not [name for name in names if name.startswith("synthetic")], "it has no replicates"
+    mine, theirs = (result.found.equal_kl[MIDDLE].entry(name) for name in ("tau_neg (lora)", "dW:lora"))
+    assert mine is not None and theirs is not None
+    pairs = zip(mine.sides["-"].own.seeds, theirs.sides["-"].own.seeds, strict=True)
+    expected = stats.over_seeds([a - b for a, b in pairs])
+    row = next(row for row in table.rows if row[0] == "tau_neg (lora) -")
+    assert row[4] == f"{expected.mean:+.2f} [{expected.low:+.2f}, {expected.high:+.2f}]"
 
 
 @pytest.mark.slow
@@ -200,7 +241,11 @@ def test_the_headline_is_chosen_on_dev_rows_among_directions_with_every_seed(res
     dev = pl.read_parquet(result.folder / "scores_dev.parquet")
     assert dev["probe"].unique().to_list() == ["sycophancy-replies"], "a random model cannot answer Yes or No"
     assert all(is_dev(name) for name in dev["cluster"].unique().to_list())
-    assert {"dW:lora", "dW:ia3"} <= set(dev["edit"]) and not {"tau_pos (lora)", "bisector (lora)"} & set(dev["edit"])
+    assert {"dW:lora", "dW:ia3", "tau_pos (lora)", "one gradient step"} <= set(dev["edit"])
+    assert not [name for name in dev["edit"].unique() if name.startswith("random")]
+    at = {one.alpha for one in result.found.calibration.edits[MIDDLE]["dW:lora"]["1"]}
+    own = dev.filter(pl.col("edit") == "dW:lora", pl.col("alpha") > 0)
+    assert set(own["alpha"]) == at, "at the budget of the headline"
     headline = page.headline(result.found)
     assert "dev split" in headline
     for kind, name in result.found.best.items():
@@ -208,13 +253,13 @@ def test_the_headline_is_chosen_on_dev_rows_among_directions_with_every_seed(res
 
 
 @pytest.mark.slow
-def test_the_terminal_shows_the_three_tables(result: compare.Result, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_shows_the_two_tables(result: compare.Result, capsys: pytest.CaptureFixture[str]) -> None:
     terminal.show(result.found, result.folder)
     printed = capsys.readouterr().out
     assert f"picture     {result.folder / 'pareto.png'}" in printed
-    parts = re.split(r"^\((?=[abc]\))", printed, flags=re.MULTILINE)[1:]
-    assert [part[0] for part in parts] == ["a", "b", "c"] and all("random" in part for part in parts)
-    assert "tau_pos" in parts[0] and "prompt:" in parts[1] and "p95 KL" in parts[2]
+    parts = re.split(r"^\((?=[ab]\))", printed, flags=re.MULTILINE)[1:]
+    assert [part[0] for part in parts] == ["a", "b"] and f"p95 KL {MIDDLE}" in parts[0]
+    assert all("tau_pos" in part and "prompt:" in part and "gradient" in part for part in parts)
 
 
 @pytest.mark.slow
@@ -283,25 +328,23 @@ REPLIES = Ability("replies", "the unedited model cannot answer Yes or No", 0.3, 
 def test_rows_without_answer_mass_have_an_effect_and_the_mass_of_the_dilemmas(tmp_path: Path) -> None:
     scores = reply_reader(lambda label, alpha: 2.0 * alpha * label)
     entries = numbers.measure(scores, LINES)
-    side = entries[0].sides["+"]
+    side = entries.entries[0].sides["+"]
     assert side.own.mean == pytest.approx(2.0) and side.own.outside is True
     assert side.pmass == pytest.approx(0.95) == scores.base().pmass and side.own_decomposition is None
     assert scores.base().own.mean == pytest.approx(0.4, abs=0.01) and side.true_claims is None
     found = found_of(entries, entries, base=scores.base(), ability=REPLIES)
     page.write(tmp_path, found)
     text = (tmp_path / "comparison.md").read_text()
-    assert page.headline(found).startswith("sycophancy (reply log-ratio), change against the base in nats")
+    assert page.headline(found).startswith("sycophancy (reply log-ratio), change against the base in nats at equal KL")
     assert "measured by the log-ratio of two opposite replies: the unedited model cannot answer Yes or No." in text
     assert "Yes-bias on the sycophancy probe" not in text
     assert restore(Findings, json.loads((tmp_path / "comparison.json").read_text())) == found
 
 
-def test_a_page_of_choices_says_so_and_an_earlier_one_says_nothing() -> None:
+def test_a_page_of_choices_says_so() -> None:
     entries = measured(lambda label, alpha: alpha * label).values()
     choices = page.markdown(found_of(entries, ability=replace(REPLIES, instrument="choice", reason="it can")))
     assert "measured by the log-ratio of the two answers: it can." in choices and "reply log-ratio" not in choices
-    earlier = page.markdown(found_of(entries))
-    assert "is measured by the log-ratio" not in earlier
 
 
 def test_a_method_measured_by_replies_is_a_candidate_without_any_mass() -> None:
@@ -475,8 +518,13 @@ def known(shift: Any, control: Any = lambda seed: 0.02 * (seed - 2)) -> pl.DataF
 LINES = [
     Line("edit", "weights", {"+": Place("plain", "edit", 1.0), "-": Place("plain", "edit", -1.0)}),
     Line("prompt", "prompts", {"+": Place("p +", "none", 0.0)}, spent={"+": Spent(0.4, 0.2, 0.9)}),
-    Line("random", "controls", {"+": Place("plain", "random", 1.0), "-": Place("plain", "random", -1.0)}),
-]
+    Line("random", "controls", {"+": Place("plain", "random", 1.0), "-": Place("plain", "random", -1.0)},
+         control_of="edit"),
+]  # fmt: skip
+
+
+def both_signs(name: str, kind: str = "variants") -> Line:
+    return Line(name, kind, {"+": Place("plain", name, 1.0), "-": Place("plain", name, -1.0)})
 
 
 def reader(table: pl.DataFrame) -> LineScores:
@@ -484,22 +532,31 @@ def reader(table: pl.DataFrame) -> LineScores:
 
 
 def measured(shift: Any, **options: Any) -> dict[str, Entry]:
-    return {entry.name: entry for entry in numbers.measure(reader(known(shift, **options)), LINES)}
+    return {entry.name: entry for entry in all_of(shift, **options).entries}
+
+
+def all_of(shift: Any, **options: Any) -> Measured:
+    """The methods and controls of known scores."""
+    return numbers.measure(reader(known(shift, **options)), LINES)
+
+
+CHOICES = Ability("choice", "it can", 0.95, Share(0.9, 0.8, 1.0), None)
 
 
 def found_of(
-    entries: Iterable[Entry], equal: Iterable[Entry] = (), table: pl.DataFrame | None = None, **changes: Any
+    own: Measured | Iterable[Entry], equal: Measured | None = None, table: pl.DataFrame | None = None, **changes: Any
 ) -> Findings:
-    """What a page needs, around known entries."""
+    """What a page needs, around known entries; without others at equal KL, the same stand there."""
     base = reader(known(lambda label, alpha: 0.0) if table is None else table).base()
+    own = own if isinstance(own, Measured) else Measured(tuple(own))
     found = Findings(
-        "another", "sycophancy", {"weights": "edit"}, base, tuple(entries), tuple(equal),
-        Strengths(0.5, None, "edit, seed 0", {}, {}), "own", {"scores": 61.0, "total": 62.0},
+        "another", "sycophancy", {"weights": "edit"}, base, own, {"0.5": equal or own}, Strengths({"0.5": {}}, {}),
+        "own", {"scores": 61.0, "total": 62.0}, "dilemmas", CHOICES, "edit",
     )  # fmt: skip
     return replace(found, **changes)
 
 
-def headline(entries: Iterable[Entry]) -> str:
+def headline(entries: Measured | Iterable[Entry]) -> str:
     return page.headline(found_of(entries))
 
 
@@ -521,24 +578,29 @@ def test_known_effects_stand_in_the_table() -> None:
     assert found["edit"].sides["+"].own.mean == pytest.approx(2.0)
     assert found["edit"].sides["-"].own.mean == pytest.approx(-2.0) and found["edit"].sides["+"].own.outside is True
     assert found["prompt"].sides["+"].own.mean == pytest.approx(1.5) and "-" not in found["prompt"].sides
-    assert found["random"].sides["+"].own.seeds == pytest.approx([-0.04, -0.02, 0.0, 0.02, 0.04])
-    assert found["edit"].sides["+"].facts == pytest.approx(0.9) and found["edit"].sides["+"].kl == pytest.approx(0.02)
-    controls_found = findings.control_means(found.values())
-    mean = next(one for one in controls_found if one.sign == "+" and one.probe == "own").mean
-    assert mean.low is not None and mean.high is not None and mean.low < 0 < mean.high
+    (control,) = all_of(lambda label, alpha: 2.0 * alpha * label).controls
+    assert control.effects["+"]["own"].seeds == pytest.approx([-0.04, -0.02, 0.0, 0.02, 0.04])
+    side = found["edit"].sides["+"]
+    limits = stats.wilson(54, 60)
+    assert side.facts.mean == pytest.approx(0.9) and (side.facts.low, side.facts.high) == (limits.low, limits.high)
+    assert side.kl is not None and side.kl.mean == pytest.approx(0.02) and side.facts_moved == 0
+    mean = control.mean("+", "own")
+    assert mean is not None and mean.low is not None and mean.high is not None and mean.low < 0 < mean.high
 
 
-def test_a_base_row_and_the_control_band_stand_in_every_table_of_effects() -> None:
-    found = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
-    shown = tables.effects_table(found, ("weights",), found_of(found).base, "sycophancy", "")
-    assert [row[0] for row in shown.rows] == [
-        "base (levels)", "edit +", "edit -", "random +, 95 % band", "random -, 95 % band",
-    ]  # fmt: skip
+def test_a_base_row_and_the_band_of_its_controls_stand_beside_every_effect() -> None:
+    found = all_of(lambda label, alpha: 2.0 * alpha * label)
+    shown = tables.effects_table(found, ("weights",), found_of(found).base, "sycophancy", "dilemmas", "")
+    assert [row[0] for row in shown.rows] == ["base (levels)", "edit +", "edit -"]
     band = stats.prediction_band([-0.04, -0.02, 0.0, 0.02, 0.04])
-    assert cells(shown, "random +, 95 % band")["sycophancy"] == f"[{band.low:+.2f}, {band.high:+.2f}]"
+    assert cells(shown, "edit +")["random"] == f"{band.low:+.2f}, {band.high:+.2f}"
+    assert cells(shown, "edit +")["sycophancy"].startswith("+2.00 r [")
     assert cells(shown, "base (levels)")["sycophancy"].startswith("+0.40 [")
+    drawn = tables.controls_table(found, "sycophancy", "dilemmas")
+    assert [row[:2] for row in drawn.rows] == [["random +", "5"], ["random -", "5"]]
     costs = tables.costs_table(found, found_of(found).base, "")
-    assert {"edit +", "random +", "random -", "prompt +"} <= {row[0] for row in costs.rows}, "controls pay too"
+    assert {"edit +", "edit -", "prompt +"} <= {row[0] for row in costs.rows}
+    assert cells(costs, "edit +")["facts right"] == "90.0 % [79.9, 95.3]"
     assert cells(costs, "prompt +")["p95 KL, own replies"] == "0.400" and cells(costs, "prompt +")["KL mean"] == "-"
 
 
@@ -552,7 +614,8 @@ def test_p_is_that_of_sign_flips_over_clusters_and_the_table_counts_its_tests() 
         .then(pl.col("value") + (pl.col("cluster").cast(pl.Int64, strict=False) % 5 - 2) * pl.col("label") * 0.4)
         .otherwise(pl.col("value")).alias("value")
     )  # fmt: skip
-    entry = numbers.measure(reader(noisy), LINES)[0]
+    found = numbers.measure(reader(noisy), LINES)
+    entry = found.entries[0]
     rows = noisy.filter(pl.col("edit") == "edit", pl.col("alpha") == 1.0, pl.col("probe") == "dilemmas",
                         pl.col("metric") == "logratio")  # fmt: skip
     base = noisy.filter(pl.col("edit") == "none", pl.col("context") == "plain", pl.col("metric") == "logratio",
@@ -561,8 +624,8 @@ def test_p_is_that_of_sign_flips_over_clusters_and_the_table_counts_its_tests() 
     change = ((joined["value"] - joined["base"]) * joined["label"]).to_numpy()
     expected = stats.sign_flip_p(change, joined["cluster"].to_list())
     assert entry.sides["+"].dilemmas.p == pytest.approx(expected) and 0.001 < expected < 0.9
-    shown = tables.effects_table([entry], ("weights",), found_of([entry]).base, "sycophancy", "")
-    assert shown.rows[1][7] == f"{expected:.4f}" and "Of the 4 p values" in shown.caption and "0.0125" in shown.caption
+    shown = tables.effects_table(found, ("weights",), found_of(found).base, "sycophancy", "dilemmas", "")
+    assert shown.rows[1][8] == f"{expected:.4f}" and "Of the 4 p values" in shown.caption and "0.0125" in shown.caption
 
 
 def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty(tmp_path: Path) -> None:
@@ -571,11 +634,11 @@ def test_a_yes_biased_direction_is_reported_as_yes_bias_and_not_as_honesty(tmp_p
     assert parts.truth == pytest.approx(0.0) and parts.bias == pytest.approx(2.0)
     assert entries["edit"].sides["+"].dilemmas.mean == pytest.approx(0.0)
     assert entries["edit"].sides["+"].turned.balanced <= 0
-    page.write(tmp_path, found_of(list(entries.values())))
+    page.write(tmp_path, found_of(entries.values()))
     text = (tmp_path / "comparison.md").read_text()
     assert "Mostly Yes-bias" in text and "edit at + (Yes +2.00, honesty +0.00)" in text
     honest = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
-    assert page.yes_bias_sentence(honest, "sycophancy") is None
+    assert page.yes_bias_sentence(honest, "sycophancy", "dilemmas") is None
 
 
 def test_a_yes_biased_direction_does_not_pass_as_the_behaviour(tmp_path: Path) -> None:
@@ -594,22 +657,22 @@ def test_a_yes_biased_direction_does_not_pass_as_the_behaviour(tmp_path: Path) -
     assert "Mostly Yes-bias on the sycophancy probe" in text and "edit at + (Yes +2.00, sycophancy +0.00)" in text
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written["own_yes_bias"] == ["edit at +", "edit at -"] == written["yes_bias"]
-    shown = tables.effects_table(list(entries.values()), ("weights",), found_of([]).base, "sycophancy", "")
+    shown = tables.effects_table(found.own_strength, ("weights",), found.base, "sycophancy", "dilemmas", "")
     assert cells(shown, "edit +")["sycophancy"].endswith("(mostly Yes-bias)")
-    own = tables.parts_table(list(entries.values()), "own", "sycophancy")
+    own = tables.parts_table(list(entries.values()), "own", "sycophancy", "dilemmas")
     assert own is not None and cells(own, "edit -")["Yes-bias"] == "-2.00 [-2.00, -2.00]"
     assert cells(own, "edit -")["towards sycophancy"] in ("+0.00", "-0.00")
 
 
 def test_a_behaviour_is_not_called_yes_bias_and_a_probe_without_reversed_rows_says_nothing(tmp_path: Path) -> None:
-    entries = list(measured(lambda label, alpha: 2.0 * alpha * label).values())
+    entries = (measured(lambda label, alpha: 2.0 * alpha * label)["edit"],)
     assert entries[0].sides["+"].own_decomposition.truth == pytest.approx(2.0)
     assert entries[0].sides["+"].own_decomposition.down == 0 < entries[0].sides["+"].own_decomposition.up
     assert "Yes-bias" not in headline(entries)
     table = known(lambda label, alpha: 2.0 * alpha).filter(~pl.col("group").str.ends_with("/reversed"))
-    entries = numbers.measure(reader(table), LINES)
+    entries = numbers.measure(reader(table), LINES).entries
     assert entries[0].sides["+"].own_decomposition is None
-    assert tables.parts_table(entries, "own", "sycophancy") is None
+    assert tables.parts_table(entries, "own", "sycophancy", "dilemmas") is None
     page.write(tmp_path, found_of(entries))
     assert "Yes-bias" not in headline(entries) and "sycophancy probe" not in (tmp_path / "comparison.md").read_text()
 
@@ -620,7 +683,7 @@ def test_a_confident_direction_is_reported_as_confidence() -> None:
         pl.when((pl.col("edit") == "edit") & (pl.col("metric") == "logratio"))
         .then(pl.col("value") * 1.5).otherwise(pl.col("value")).alias("value")
     )  # fmt: skip
-    entry = numbers.measure(reader(louder), LINES)[0]
+    entry = numbers.measure(reader(louder), LINES).entries[0]
     parts = entry.sides["+"].decomposition
     assert parts.scale == pytest.approx(1.5) and parts.truth > 0.1
     assert parts.beyond_scale == pytest.approx(0.0, abs=1e-6)
@@ -629,45 +692,90 @@ def test_a_confident_direction_is_reported_as_confidence() -> None:
 # -------------------------------------------------------------------- verdicts and headline
 
 
-def test_an_effect_within_the_control_band_is_called_none() -> None:
-    entries = list(measured(lambda label, alpha: 0.05 * alpha * label, control=lambda seed: 0.3 * (seed - 2)).values())
-    assert entries[0].sides["+"].own.outside is False
-    assert f"{NOT_SEPARABLE} at +" in headline(entries)
+def test_an_effect_within_the_control_band_is_shown_with_its_verdict() -> None:
+    found = all_of(lambda label, alpha: 0.05 * alpha * label, control=lambda seed: 0.3 * (seed - 2))
+    assert found.entries[0].sides["+"].own.outside is False
+    assert f"+0.05 (95 % over rows [+0.05, +0.05]; {NOT_SEPARABLE}) at +" in headline(found)
 
 
-@pytest.mark.parametrize(("second", "outside"), [(3.0, False), (2.02, True)])
-def test_with_several_training_seeds_their_interval_must_clear_the_band_too(second: float, outside: bool) -> None:
-    table = two_seeds(lambda label, alpha: 2.0 * alpha * label, lambda label, alpha: second * alpha * label)
-    entries = numbers.measure(reader(table), LINES)
-    effect, band = entries[0].sides["+"].own, findings.control_band(entries, "+", "own")
-    assert band is not None and is_outside(vars(effect), vars(band)), "the rows alone are clear of it"
-    assert effect.over_seeds is not None and is_outside(vars(effect.over_seeds), vars(band)) is outside
-    assert effect.outside is outside
-    assert (NOT_SEPARABLE in headline(entries)) is not outside
+def seeds_of(*shifts: float) -> pl.DataFrame:
+    """Scores of an edit with one training seed per shift."""
+    first, *more = ([shift, known(lambda label, alpha, by=shift: by * alpha * label)] for shift in shifts)
+    others = [
+        table.filter(pl.col("edit") == "edit").with_columns(pl.lit(seed, pl.Int64).alias("seed"))
+        for seed, (_, table) in enumerate(more, 1)
+    ]
+    return pl.concat([first[1], *others])
+
+
+@pytest.mark.parametrize(("shifts", "outside"), [
+    ((2.0, 3.0), True), ((2.0, 6.0, -1.0), False), ((2.0, 2.02, 2.01), True),
+])  # fmt: skip
+def test_with_three_training_seeds_their_interval_must_clear_the_band_too(
+    shifts: tuple[float, ...], outside: bool
+) -> None:
+    found = numbers.measure(reader(seeds_of(*shifts)), LINES)
+    effect = found.entries[0].sides["+"].own
+    assert effect.band is not None and is_outside(vars(effect), vars(effect.band)), "the rows alone are clear of it"
+    assert effect.over_seeds is not None and effect.outside is outside
+    assert (NOT_SEPARABLE in headline(found)) is not outside
 
 
 def test_the_headline_leads_with_the_interval_over_training_seeds() -> None:
     table = two_seeds(lambda label, alpha: 2.0 * alpha * label, lambda label, alpha: 2.02 * alpha * label)
-    entries = numbers.measure(reader(table), LINES)
+    found = numbers.measure(reader(table), LINES)
     spread = stats.over_seeds([2.0, 2.02])
-    said = f"+2.01 (95 % over 2 training seeds [{spread.low:+.2f}, {spread.high:+.2f}], over rows [+2.01, +2.01]) at +"
-    assert said in headline(entries) and spread.low < 1.9
+    said = f"+2.01 (95 % over 2 seeds [{spread.low:+.2f}, {spread.high:+.2f}], over rows [+2.01, +2.01]) at +"
+    assert said in headline(found) and spread.low < 1.9
     one = numbers.measure(reader(known(lambda label, alpha: 2.0 * alpha * label)), LINES)
     assert "+2.00 (95 % over rows [+2.00, +2.00]) at +" in headline(one) and "seeds" not in headline(one)
 
 
+def test_the_headline_names_the_winner_also_where_it_is_another_kind() -> None:
+    table = known(lambda label, alpha: alpha * label)
+    stronger = known(lambda label, alpha: 3.0 * alpha * label if alpha < 0 else 0.5 * label)
+    other = stronger.filter(pl.col("edit") == "edit").with_columns(pl.lit("tau_neg").alias("edit"))
+    lines = [
+        *LINES,
+        Line("tau_neg", "variants", {s: Place("plain", "tau_neg", a) for s, a in (("+", 1.0), ("-", -1.0))}),
+    ]
+    found = found_of(numbers.measure(reader(pl.concat([table, other])), lines),
+                     best={"weights": "edit", "variants": "tau_neg"})  # fmt: skip
+    assert "At + edit moves furthest; at - tau_neg moves furthest." in page.headline(found)
+    assert page.as_json(found)["winners"] == {"0.5": {"+": "edit", "-": "tau_neg"}}
+
+
+def test_power_says_how_many_seeds_would_tell_the_first_two_apart() -> None:
+    table = seeds_of(2.0, 2.2)
+    other = seeds_of(1.9, 2.3).filter(pl.col("edit") == "edit").with_columns(pl.lit("tau_pos").alias("edit"))
+    lines = [
+        *LINES,
+        Line("tau_pos", "variants", {s: Place("plain", "tau_pos", a) for s, a in (("+", 1.0), ("-", -1.0))}),
+    ]
+    found = found_of(numbers.measure(reader(pl.concat([table, other])), lines),
+                     best={"weights": "edit", "variants": "tau_pos"})  # fmt: skip
+    assert "edit and tau_pos differ by 0.00" in (page.power_sentence(found) or "")
+    far = seeds_of(1.0, 1.4).filter(pl.col("edit") == "edit").with_columns(pl.lit("tau_pos").alias("edit"))
+    apart = found_of(numbers.measure(reader(pl.concat([table, far])), lines),
+                     best={"weights": "edit", "variants": "tau_pos"})  # fmt: skip
+    spread = ((0.02 + 0.08) / 2) ** 0.5
+    assert f"differ by 0.90: {stats.seeds_needed(0.9, spread)} seeds each" in (page.power_sentence(apart) or "")
+    assert page.power_sentence(found_of(all_of(lambda label, alpha: alpha * label))) is None
+
+
 def test_a_page_on_an_embedded_model_says_what_favours_a_method_there() -> None:
-    entries = measured(lambda label, alpha: 2.0 * alpha * label).values()
+    entries = all_of(lambda label, alpha: 2.0 * alpha * label)
     for model in library.POCKET_MODELS:
-        found = found_of(entries, entries, model=model)
-        captions = [b.caption for b in page._blocks(found, Path()) if isinstance(b, Table) and "dd_delta" in b.header]
-        assert len(captions) == 3 and all("were tuned on the probe of the behaviour" in text for text in captions)
-        assert sum("a linear readout of the residual stream" in text for text in captions) == 2, "where RepE stands too"
+        found = found_of(entries, model=model)
+        captions = [b.caption for b in page._blocks(found, Path()) if isinstance(b, Table) and "p95 KL" in b.header
+                    and "least answer mass" in b.header]  # fmt: skip
+        assert len(captions) == 2 and all("were tuned on the probe of the behaviour" in text for text in captions)
+        assert all("a linear readout of the residual stream" in text for text in captions)
         recipe = json.loads((library.POCKET_MODELS[model] / "recipe.json").read_text())["recipe"]
         assert f"after layer {recipe['latent_layer'] - 1} (counted from 0)" in caveats.readout([model])
-    other = page.markdown(found_of(entries, entries))
+    other = page.markdown(found_of(entries))
     assert "tuned on" not in other and "readout" not in other
-    own = page.markdown(found_of(entries, entries, model="pocket", behaviour="punctual"))
+    own = page.markdown(found_of(entries, model="pocket", behaviour="punctual"))
     assert "tuned on" not in own and "readout" in own, "nobody tuned anything on a behaviour of one's own"
 
 
@@ -708,7 +816,7 @@ def test_with_one_training_seed_the_rows_decide() -> None:
 
 def test_rows_may_reach_into_the_band_however_alike_the_seeds_are() -> None:
     table = two_seeds(lambda label, alpha: 0.05 * alpha * label, lambda label, alpha: 0.05 * alpha * label)
-    assert numbers.measure(reader(table), LINES)[0].sides["+"].own.outside is False
+    assert numbers.measure(reader(table), LINES).entries[0].sides["+"].own.outside is False
 
 
 def test_without_a_band_there_is_no_verdict() -> None:
@@ -716,21 +824,22 @@ def test_without_a_band_there_is_no_verdict() -> None:
     one = table.filter((pl.col("edit") != "random") | (pl.col("seed") == 0))
     for part, lines in ((one, LINES), (table, LINES[:2])):
         entries = numbers.measure(reader(part), lines)
-        assert entries[0].sides["+"].own.outside is None and findings.control_band(entries, "+", "own") is None
+        own = entries.entries[0].sides["+"].own
+        assert own.outside is None and own.band is None
         sentence = headline(entries)
         assert NOT_SEPARABLE not in sentence and "+2.00 (95 % over rows [" in sentence
-        shown = tables.effects_table(entries, findings.METHODS, found_of(entries).base, "sycophancy", "")
+        shown = tables.effects_table(entries, findings.METHODS, found_of(entries).base, "sycophancy", "dilemmas", "")
         assert not [cell for row in shown.rows for cell in row if NOT_SEPARABLE in cell or "nan" in cell]
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_random_directions_than_make_a_band_are_refused(count: int) -> None:
-    with pytest.raises(UserError, match=f"{count} random directions are too few for a control band.*--random-seeds 2"):
-        Plan(random_seeds=count)
+    with pytest.raises(UserError, match=f"{count} random controls are too few for a band.*--draws 2"):
+        Plan(draws=count)
 
 
-def test_variants_and_broken_methods_are_no_candidates_for_the_headline() -> None:
-    """tau_pos reaches further than dW but has no contrast; a prompt on one side cannot be compared on both."""
+def test_broken_methods_and_controls_are_no_candidates_for_the_headline() -> None:
+    """A prompt on one side cannot be compared on both; every kind has its own best."""
     weak = known(lambda label, alpha: alpha * label)
     strong = known(lambda label, alpha: 3.0 * alpha * label).filter(pl.col("edit") == "edit")
     table = pl.concat([
@@ -744,9 +853,9 @@ def test_variants_and_broken_methods_are_no_candidates_for_the_headline() -> Non
         return Line(name, kind, {"+": Place("plain", name, 1.0), "-": Place("plain", name, -1.0)})
 
     lines = [line("edit", "weights"), line("tau_pos", "variants"), line("broken", "weights"), *LINES[1:]]
-    assert numbers.best_of_kinds(reader(table), lines) == {"weights": "edit"}
+    assert numbers.best_of_kinds(reader(table), lines) == {"weights": "edit", "variants": "tau_pos"}
     entries = numbers.measure(reader(table), lines)
-    shown = tables.effects_table(entries, ("weights", "variants"), found_of(entries).base, "sycophancy", "")
+    shown = tables.effects_table(entries, ("weights", "variants"), found_of(entries).base, "sycophancy", "dilemmas", "")
     assert "tau_pos +" in [row[0] for row in shown.rows], "the line stays in the table"
 
 
@@ -765,22 +874,25 @@ def test_informedness_says_which_way_a_direction_points_and_turns_none_round() -
 
 def test_informedness_is_a_mean_over_seeds_and_one_sided_prompts_have_their_half() -> None:
     table = two_seeds(lambda label, alpha: 3.0 * alpha * label, lambda label, alpha: 0.0)
-    entries = numbers.measure(reader(table), LINES)
+    entries = numbers.measure(reader(table), LINES).entries
     assert entries[0].informedness["k1"].score == pytest.approx(50 * 0.95**2), "one seed does all, one nothing"
     assert entries[0].sides["+"].turned.half == {"k1": pytest.approx(50), "k2": pytest.approx(50)}
     shown = tables.answers_table(entries)
     prompt = cells(shown, "prompt +")
     assert prompt["half k=1"] == "+100" and prompt["SI k=1"] == "-"
     minus = Line("prompt", "prompts", {"-": Place("p +", "none", 0.0)})
-    (only,) = numbers.measure(reader(table), [minus])
+    (only,) = numbers.measure(reader(table), [minus]).entries
     assert only.sides["-"].turned.half["k1"] == pytest.approx(-100), "countered: it turns wrong answers at -"
     assert cells(tables.answers_table([only]), "prompt -")["SI k=2"] == "-"
 
 
 def test_every_seed_stands_at_its_own_strength() -> None:
     table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 2.0 * alpha * label, 1.5)
-    at = {sign: Place("plain", "edit", {0: side, 1: 1.5 * side}) for sign, side in (("+", 1.0), ("-", -1.0))}
-    (entry,) = numbers.measure(reader(table), [Line("edit", "weights", at)])
+    at = {
+        sign: Place("plain", "edit", {(0, None): side, (1, None): 1.5 * side})
+        for sign, side in (("+", 1.0), ("-", -1.0))
+    }
+    (entry,) = numbers.measure(reader(table), [Line("edit", "weights", at)]).entries
     assert entry.sides["+"].own.seeds == pytest.approx([1.0, 2.0]) and entry.sides["+"].own.mean == pytest.approx(1.5)
     assert entry.sides["+"].alpha == pytest.approx(1.25) and len(entry.sides["+"].facts_seeds) == 2
 
@@ -790,10 +902,10 @@ def test_a_search_that_missed_is_marked_at_its_sign_in_tables_and_picture(tmp_pa
     missed = replace(LINES[0], spent={"+": Spent(0.5, 0.1, 1.0, True), "-": Spent(0.2, 0.1, 0.9, False)})
     equal = numbers.measure(reader(table), [missed, *LINES[1:]])
     base = found_of(equal).base
-    for shown in (tables.effects_table(equal, findings.METHODS, base, "sycophancy", ""),
+    for shown in (tables.effects_table(equal, findings.METHODS, base, "sycophancy", "dilemmas", ""),
                   tables.costs_table(equal, base, "")):  # fmt: skip
         assert [cells(shown, f"edit {sign}")["alpha"] for sign in ("+", "-")] == ["+1", "-1*"]
-    shown = tables.effects_table(equal, findings.METHODS, base, "sycophancy", "")
+    shown = tables.effects_table(equal, findings.METHODS, base, "sycophancy", "dilemmas", "")
     assert [cells(shown, f"edit {sign}")["p95 KL"] for sign in ("+", "-")] == ["0.50", "0.20"]
     assert cells(shown, "prompt +")["p95 KL"] == "0.40" and cells(shown, "prompt +")["alpha"] == "-"
     found = numbers.measure(reader(table), [replace(missed, spent={}), *LINES[1:]])
@@ -851,7 +963,7 @@ def test_a_direction_built_to_say_yes_is_told_from_honesty_in_a_sentence(qwen: C
     delta = Delta.low_rank(3 * _towards_yes(qwen)[:, None], (inputs / inputs.norm() ** 2)[None])
     built = Direction({f"{name}.weight": delta}, qwen.fingerprint, {f"{name}.weight": qwen.layer_count - 1})
     entry = _on_dilemmas(qwen, Edit("edit", built))
-    sentence = page.yes_bias_sentence([entry], "sycophancy")
+    sentence = page.yes_bias_sentence([entry], "sycophancy", "dilemmas")
     assert entry.sides["+"].decomposition.bias > 0.05 > abs(entry.sides["+"].dilemmas.mean)
     assert sentence is not None and "edit at + (Yes +" in sentence and "edit at - (Yes -" in sentence
 
@@ -871,7 +983,7 @@ def _on_dilemmas(model: ChatModel, edit: Edit) -> Entry:
     table = score(model, probes, [Condition.of(edit, alpha) for alpha in (1.0, -1.0)])
     return numbers.measure(reader(table), [replace(LINES[0], at={
         sign: Place("plain", edit.name, alpha) for sign, alpha in (("+", 1.0), ("-", -1.0))
-    })])[0]  # fmt: skip
+    })]).entries[0]  # fmt: skip
 
 
 # -------------------------------------------------------------------- pages
@@ -881,28 +993,19 @@ def test_findings_survive_json(tmp_path: Path) -> None:
     table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 1.01 * alpha * label)
     entries = numbers.measure(reader(table), LINES)
     search = findings.Search(
-        0.5, 0.1, 1.2, 0.9, 1, -1.3, True, 0.05, at_own_strength=findings.Reached(0.4, 0.1, 1.0, 0.9)
+        0.5, 0.1, 1.2, 0.9, 1, 0, -1.3, True, 0.05, at_own_strength=findings.Reached(0.4, 0.1, 1.0, 0.9)
     )
-    strengths = Strengths(
-        0.5, None, "edit, seed 0", {"edit": {"-1": (search,)}}, {"p": {"1": findings.Reached(0.4, 0.1, 1.0, 0.9)}}
-    )
-    found = found_of(entries, entries, calibration=strengths)
+    strengths = Strengths({"0.5": {"edit": {"-1": (search,)}}}, {"p": {"1": findings.Reached(0.4, 0.1, 1.0, 0.9)}})
+    found = found_of(entries, calibration=strengths)
     page.write(tmp_path, found)
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert restore(Findings, written) == found
-    assert written["own_strength"][0]["+"]["own"]["over_seeds"]["n"] == 2, "signs are keys of an entry"
-    assert written["calibration"]["edits"]["edit"]["-1"][0]["at_own_strength"]["p95"] == 0.4
+    assert written["own_strength"]["entries"][0]["+"]["own"]["over_seeds"]["n"] == 2, "signs are keys of an entry"
+    assert written["calibration"]["edits"]["0.5"]["edit"]["-1"][0]["at_own_strength"]["p95"] == 0.4
     assert written["base_facts"] == 0.9 and written["seconds"]["total"] == 62.0
-    band = found_of(entries).own_strength
-    assert written["bands"]["own_strength"]["+"]["own"] == plain(findings.control_band(band, "+", "own"))
-    assert restore(Findings, plain(found_of(entries, LINES[:0]))).equal_kl == ()
+    side = written["own_strength"]["entries"][0]["+"]
+    assert side["own"]["band"]["low"] < 0 < side["own"]["band"]["high"]
     assert "1 min 2 s" in (tmp_path / "comparison.md").read_text()
-
-
-def test_without_a_band_it_is_null(tmp_path: Path) -> None:
-    page.write(tmp_path, found_of(measured(lambda label, alpha: alpha * label).values()))
-    written = json.loads((tmp_path / "comparison.json").read_text())
-    assert written["bands"]["equal_kl"]["+"]["own"] is None and written["bands"]["own_strength"]["+"]["own"]["high"] > 0
 
 
 def test_the_terminal_shows_mass_and_seeds_in_100_columns(
@@ -911,7 +1014,7 @@ def test_the_terminal_shows_mass_and_seeds_in_100_columns(
     monkeypatch.setenv("COLUMNS", "100")
     table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 1.01 * alpha * label)
     entries = numbers.measure(reader(table), [replace(LINES[0], name="edit with a name of several words"), *LINES[1:]])
-    page.write(tmp_path, found_of(entries, entries, best={}))
+    page.write(tmp_path, found_of(entries, best={}))
     terminal.show(restore(Findings, json.loads((tmp_path / "comparison.json").read_text())), tmp_path)
     shown = capsys.readouterr().out.partition("Change against the base")[0].splitlines()
     assert max(map(len, shown)) <= 100 and not [line for line in shown if "\N{HORIZONTAL ELLIPSIS}" in line]
@@ -921,31 +1024,33 @@ def test_the_terminal_shows_mass_and_seeds_in_100_columns(
     assert "-1.00 [" in minus and "+1.00 [" in plus
 
 
-def test_the_picture_shows_every_seed_and_the_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_has_every_strength_with_the_bars_of_both_axes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from matplotlib.axes import Axes  # noqa: PLC0415 - slow import
 
-    small: list[int] = []
-    bands: list[tuple[float, float]] = []
-    plot, span = Axes.plot, Axes.axhspan
+    drawn: list[tuple[float, float, Any, Any]] = []
+    errorbar = Axes.errorbar
 
-    def plotting(self: Axes, x: Any, y: Any, form: str = "", **options: Any) -> Any:
-        small.extend([len(x)] if form == "." else [])
-        return plot(self, x, y, form, **options)
+    def drawing(self: Axes, x: Any, y: Any, *, xerr: Any, yerr: Any, **options: Any) -> Any:
+        drawn.append((x, y, xerr, yerr))
+        return errorbar(self, x, y, xerr=xerr, yerr=yerr, **options)
 
-    def spanning(self: Axes, low: float, high: float, **options: Any) -> Any:
-        bands.append((low, high))
-        return span(self, low, high, **options)
-
-    monkeypatch.setattr(Axes, "plot", plotting)
-    monkeypatch.setattr(Axes, "axhspan", spanning)
-    table = two_seeds(lambda label, alpha: alpha * label, lambda label, alpha: 2.0 * alpha * label)
-    entries = numbers.measure(reader(table), LINES)
-    page.write(tmp_path, found_of(entries, entries))
-    assert sorted(small) == [2, 2, 2, 2, 5, 5, 5, 5], (
-        "two training seeds, five random directions; two signs, two panels"
-    )
-    band = findings.control_band(entries, "+", "own")
-    assert band is not None and bands[0] == (band.low, band.high) and len(bands) == 4
+    monkeypatch.setattr(Axes, "errorbar", drawing)
+    table = known(lambda label, alpha: (1.0 + 0.1 * label) * alpha * label)
+    nll = table.filter(pl.col("probe") == "neutral_kl").with_columns(
+        probe=pl.lit("neutral_nll"), metric=pl.lit("nll"),
+        value=2.0 + pl.col("alpha").abs() * pl.col("cluster").cast(pl.Float64) / 60,
+    )  # fmt: skip
+    entries = numbers.measure(reader(pl.concat([table, nll])), LINES)
+    pareto.draw(found_of(entries), tmp_path / "picture.png")
+    at_plus = [one for one in drawn if one[1] > 0 and one[2] is not None]
+    assert len(at_plus) == 5, "dW at both signs, own strength and one budget; the prompt has one sign and no strength"
+    x, y, xerr, yerr = drawn[0]
+    side = entries.entries[0].sides["+"]
+    assert side.nll_delta is not None and (x, y) == (side.nll_delta.mean, side.own.mean)
+    assert xerr[0][0] == pytest.approx(side.nll_delta.mean - side.nll_delta.low) and yerr is not None
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_the_command_takes_dilemmas_from_elsewhere() -> None:

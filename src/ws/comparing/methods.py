@@ -149,7 +149,7 @@ def untrained_directions(sources: Sources, counts: Sequence[int]) -> list[Method
     for count in counts:
         name = "one gradient step" if count == 1 else f"{count} gradient steps"
         edits = []
-        for (family, seed, data_seed), run in sources.replicates.items():
+        for (_, seed, data_seed), run in sources.replicates.items():
             pos, neg = (rows[:: max(1, len(rows) // (_STEP_ROWS * count))] for rows in sources.examples(run, data_seed))
             step = gradient.steps(
                 sources.model, pos, neg, count=count, seed=seed, norm=run.direction.norm(), layers=slice_
