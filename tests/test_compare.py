@@ -371,6 +371,10 @@ def test_the_strength_for_replies_keeps_the_mass_of_the_facts(
             for row in probe.rows:
                 names = {"probe": probe.name, "group": row.group, "row": row.row, "cluster": row.cluster,
                          "label": row.label, **condition.key()}  # fmt: skip
+                if probe.kind in ("divergence", "likelihood"):
+                    metric, value = ("kl", 0.01 * strength) if probe.kind == "divergence" else ("nll", 2.0)
+                    records.append({**names, "metric": metric, "value": value})
+                    continue
                 moved = condition.key()["alpha"] * row.label if probe.kind == "contrast" else float(row.label)
                 records.append({**names, "metric": "logratio", "value": moved})
                 if probe.kind == "choice":
@@ -383,6 +387,65 @@ def test_the_strength_for_replies_keeps_the_mass_of_the_facts(
     vector = ActivationDirection({1: torch.ones(qwen.network.config.hidden_size)}, qwen.fingerprint)
     found = dev_split.best_strength(qwen, own, "pushed", {RepeSettings(): vector})
     assert (found.strength, found.remark) == (chosen, "")
+
+
+@pytest.mark.parametrize(("metric", "per_strength", "chosen"), [("kl", 0.3, 2.0), ("nll", 0.2, 2.0), ("kl", 0.1, 8.0)])
+def test_a_strength_that_costs_too_much_is_not_chosen(
+    qwen: ChatModel, monkeypatch: pytest.MonkeyPatch, metric: str, per_strength: float, chosen: float
+) -> None:
+    """The movement grows with the strength, and so does the cost on neutral text."""
+
+    def scoring(_: ChatModel, probes: Any, conditions: list[Condition], **__: Any) -> pl.DataFrame:
+        records = []
+        for probe, condition in itertools.product(probes, [Condition(), *conditions]):
+            alpha = condition.key()["alpha"]
+            cost = {"kl": 0.0, "nll": 2.0}
+            cost[metric] += per_strength * abs(alpha)
+            own = {"choice": {"logratio": (1.0 + alpha), "pmass": 0.9}, "divergence": {"kl": cost["kl"]},
+                   "likelihood": {"nll": cost["nll"]}}[probe.kind]  # fmt: skip
+            for row in probe.rows:
+                names = {"probe": probe.name, "group": row.group, "row": row.row, "cluster": row.cluster,
+                         "label": row.label, **condition.key()}  # fmt: skip
+                facts = {"logratio": float(row.label), "pmass": 0.9}
+                for name, value in (facts if probe.name == side_effects.FACTS else own).items():
+                    records.append({**names, "metric": name, "value": value})
+        return pl.DataFrame(records, schema=SCHEMA)
+
+    monkeypatch.setattr(dev_split, "score", scoring)
+    vector = ActivationDirection({1: torch.ones(qwen.network.config.hidden_size)}, qwen.fingerprint)
+    own = sycophancy.headline_probe(load("sycophancy"))
+    assert dev_split.best_strength(qwen, own, "pushed", {RepeSettings(): vector}).strength == chosen
+
+
+def test_many_candidates_share_the_budget_of_dev_evaluations(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate is tried once; those that move furthest for their KL get all strengths."""
+    asked: list[tuple[str, float]] = []
+
+    def scoring(_: ChatModel, probes: Any, conditions: list[Condition], **__: Any) -> pl.DataFrame:
+        records = []
+        asked.extend((one.key()["edit"], one.key()["alpha"]) for one in conditions)
+        for probe, condition in itertools.product(probes, [Condition(), *conditions]):
+            key = condition.key()
+            gain = float(key["edit"].split()[-1]) if key["alpha"] else 0.0
+            values = {"choice": {"logratio": key["alpha"] * gain, "pmass": 0.9}, "likelihood": {"nll": 2.0},
+                      "divergence": {"kl": 0.001 * key["alpha"] ** 2}}[probe.kind]  # fmt: skip
+            for row in probe.rows:
+                names = {"probe": probe.name, "group": row.group, "row": row.row, "cluster": row.cluster,
+                         "label": row.label, **key}  # fmt: skip
+                facts = {"logratio": float(row.label), "pmass": 0.9}
+                for name, value in (facts if probe.name == side_effects.FACTS else values).items():
+                    records.append({**names, "metric": name, "value": value})
+        return pl.DataFrame(records, schema=SCHEMA)
+
+    monkeypatch.setattr(dev_split, "score", scoring)
+    width = qwen.network.config.hidden_size
+    fitted = {(n,): ActivationDirection({1: torch.full((width,), n + 1.0)}, qwen.fingerprint) for n in range(30)}
+    own = sycophancy.headline_probe(load("sycophancy"))
+    chosen = dev_split.best_strength(qwen, own, "pushed", fitted)
+    assert chosen.option == (29,) and chosen.strength == 8.0 and chosen.remark == "the largest tried"
+    assert len(asked) == len(set(asked)) <= 2 * dev_split.EVALUATIONS, "no pair twice, both signs of each"
+    assert {name for name, _ in asked} == {f"pushed {number}" for number in range(30)}
+    assert {name for name, alpha in asked if alpha == 8.0} == {"pushed 29", "pushed 28", "pushed 27"}
 
 
 def test_a_split_of_replies_keeps_them() -> None:
@@ -754,7 +817,7 @@ def test_power_says_how_many_seeds_would_tell_the_first_two_apart() -> None:
     ]
     found = found_of(numbers.measure(reader(pl.concat([table, other])), lines),
                      best={"weights": "edit", "variants": "tau_pos"})  # fmt: skip
-    assert "edit and tau_pos differ by 0.00" in (page.power_sentence(found) or "")
+    assert "differ by 0.00" in (page.power_sentence(found) or "")
     far = seeds_of(1.0, 1.4).filter(pl.col("edit") == "edit").with_columns(pl.lit("tau_pos").alias("edit"))
     apart = found_of(numbers.measure(reader(pl.concat([table, far])), lines),
                      best={"weights": "edit", "variants": "tau_pos"})  # fmt: skip
@@ -1020,7 +1083,7 @@ def test_the_terminal_shows_mass_and_seeds_in_100_columns(
     assert max(map(len, shown)) <= 100 and not [line for line in shown if "\N{HORIZONTAL ELLIPSIS}" in line]
     assert {"pmass", "seeds"} <= set(shown[1].split())
     minus, plus = next(pair for pair in itertools.pairwise(shown) if pair[0].startswith("edit"))
-    assert minus.split()[-2:] == ["0.95", "2"] == plus.split()[-2:]
+    assert minus.split()[-3:] == ["0.95", "2", "-"] == plus.split()[-3:]
     assert "-1.00 [" in minus and "+1.00 [" in plus
 
 

@@ -64,7 +64,7 @@ def _line(axis: Any, found: Findings, entry: Entry, sign: str, *, is_shown: bool
         return
     axis.plot(*zip(*points, strict=True), "-", color=colour, linewidth=1, zorder=layer,
               label=entry.name if is_shown else None)  # fmt: skip
-    for side, is_own in [*((one, False) for one in sides), *([(own, True)] if own else [])]:
+    for side, is_own in [*((one, False) for one in sides if one is not own), *([(own, True)] if own else [])]:
         if side.nll_delta is None:
             continue
         x, y = side.nll_delta.mean, turn * side.own.mean
