@@ -269,6 +269,93 @@ def test_directions_fitted_together_are_those_fitted_alone(qwen: ChatModel) -> N
             assert torch.allclose(vector, together[option].vectors[layer], atol=1e-5), option
 
 
+def test_a_seed_takes_the_same_half_of_the_prompts_under_every_persona() -> None:
+    rows = torch.arange(3 * 7, dtype=torch.float32)[:, None]
+    halves = [States({0: rows, 1: rows + 100}, {0: -rows, 1: rows}).half(seed, 3) for seed in range(6)]
+    for half in halves:
+        prompts = (half.pos[0][:, 0] % 7).view(3, -1)
+        assert prompts.shape == (3, 4) and len(set(prompts[0].tolist())) == 4
+        assert torch.equal(prompts, prompts[:1].expand(3, -1))
+        assert torch.equal((half.pos[0][:, 0] // 7).view(3, -1)[:, 0], torch.arange(3.0))
+        assert torch.equal(half.pos[1], half.pos[0] + 100) and torch.equal(half.neg[0], -half.pos[0])
+    assert len({tuple(half.pos[0][:, 0].tolist()) for half in halves}) > 3
+    assert len(States({0: rows[:1]}, {0: rows[:1]}).half(0, 1).pos[0]) == 1
+
+
+def test_seeds_are_estimates_from_halves_of_one_capture(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, capture = [], repe.capture_states
+
+    def counting(model: ChatModel, behaviour: object, settings: RepeSettings, responses: object = ()) -> States:
+        captured.append(settings.captured)
+        return capture(model, behaviour, settings, responses)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(repe, "capture_states", counting)
+    responses = [(f"Is {n} big?", f"Yes, {n} is big.", f"No, {n} is not.") for n in range(5)]
+    options = [
+        RepeSettings(personas=2, seed=seed, captured=captured) for captured in ("last", "response")
+        for seed in (None, 0, 1)
+    ]  # fmt: skip
+    found = repe.fit_all(qwen, SYCOPHANCY, options, responses)
+    assert captured == ["last", "response"]
+    whole, first, second = (found[option].vectors[1] for option in options[:3])
+    assert 0.5 < float(torch.cosine_similarity(first, second, dim=0)) < 0.99999
+    assert 0.5 < float(torch.cosine_similarity(first, whole, dim=0)) < 0.99999
+    # the slow way: only the prompts, or the pairs, of the half
+    kept = States({0: torch.arange(20.0)[:, None]}, {0: torch.zeros(20, 1)}).half(0, 1).pos[0][:, 0].int().tolist()
+    halved = replace(SYCOPHANCY, train=tuple(SYCOPHANCY.train[index] for index in kept))
+    alone = repe.fit(qwen, halved, RepeSettings(personas=2))
+    assert len(kept) == 10 and torch.allclose(alone.vectors[1], first, atol=1e-5)
+    kept = States({0: torch.arange(5.0)[:, None]}, {0: torch.zeros(5, 1)}).half(0, 1).pos[0][:, 0].int().tolist()
+    alone = repe.fit(qwen, SYCOPHANCY, RepeSettings(personas=2, captured="response"),
+                     responses=[responses[index] for index in kept])  # fmt: skip
+    assert len(kept) == 3 and torch.allclose(alone.vectors[1], found[options[4]].vectors[1], atol=1e-5)
+
+
+def test_the_form_of_the_paper_is_a_difference_of_response_means_at_one_layer(qwen: ChatModel) -> None:
+    options = repe.candidates("paper", qwen.layer_count, architecture.DEFAULT_SLICE)
+    assert [option.layer for option in options] == [1, 2] and {option.captured for option in options} == {"response"}
+    responses = [("Is tea good?", "Yes, it is.", "No."), ("Is it late?", "Yes!", "Hardly.")]
+    fitted = repe.fit_all(qwen, SYCOPHANCY, options, responses)
+    for option, direction in fitted.items():
+        means: list[Tensor] = []
+        for side, personas in enumerate((SYCOPHANCY.personas.pos, SYCOPHANCY.personas.neg)):
+            states = []
+            for prompt, *answers in responses:
+                for persona in personas:
+                    ids, start = qwen.chat.supervised(ask(prompt, persona), answers[side])
+                    states.append(hidden_states(qwen, ids, option.layer or 0)[start:].mean(dim=0))
+            means.append(torch.stack(states).mean(dim=0))
+        assert list(direction.vectors) == [option.layer] and direction.unit == "difference"
+        assert torch.allclose(direction.vectors[option.layer or 0], means[0] - means[1], atol=1e-4)
+
+
+def test_the_random_control_has_the_norms_of_the_vectors_and_nothing_else_of_them(qwen: ChatModel) -> None:
+    direction = replace(random_vectors(qwen, "last").times(3.0), unit="residual")
+    controls = [repe.random_like(direction, seed) for seed in range(8)]
+    for control in controls:
+        assert (control.base, control.edited, control.unit) == (direction.base, "last", "residual")
+        for layer, vector in direction.vectors.items():
+            assert float(control.vectors[layer].norm()) == pytest.approx(float(vector.norm()), rel=1e-5)
+            assert abs(float(torch.cosine_similarity(control.vectors[layer], vector, dim=0))) < 0.5
+    assert len({control.content_key for control in controls}) == 8
+    assert not torch.equal(controls[0].vectors[1], controls[0].vectors[2])
+    only = repe.random_like(direction.on_layers([2]), 5)
+    assert torch.equal(only.vectors[2], controls[5].vectors[2]), "a layer's numbers do not depend on other layers"
+    assert controls[3].provenance == {"control": "random", "seed": 3, "like": direction.provenance}
+
+
+def test_a_vector_of_zeros_has_a_gradient_and_strength_zero_keeps_every_bit(qwen: ChatModel) -> None:
+    """What training and the Jacobian need of the same hook that steers."""
+    vector = torch.zeros(64, requires_grad=True)
+    hidden = torch.randn(2, 3, 64, generator=generator(1))
+    hidden[:, 0] = -0.0
+    hook = ActivationDirection({1: vector}, qwen.fingerprint)._adding(vector, torch.tensor([0.0, -2.0]))
+    moved = hook(qwen.network, (), hidden)
+    assert torch.equal(moved[0].signbit(), hidden[0].signbit()) and torch.equal(moved[0], hidden[0])
+    (gradient,) = torch.autograd.grad(moved.sum(), vector)
+    assert torch.allclose(gradient, torch.full((64,), -2.0 * 3))
+
+
 def test_strengths_are_tried_in_the_unit_of_the_vectors(qwen: ChatModel) -> None:
     """As many residual norms as differences of the personas would tear the text to pieces."""
     for name, settings in (
@@ -290,6 +377,7 @@ def test_names_say_what_differs_from_the_default() -> None:
     assert RepeSettings().name == "RepE mean, all layers"
     assert RepeSettings(estimator="logistic", layer=3, edited="last").name == "RepE logistic, layer 3, at last"
     assert RepeSettings(unit="residual").name == "RepE mean, all layers, in residual norms"
+    assert RepeSettings(seed=3).name == "RepE mean, all layers, half 3 of the prompts"
     assert replace(repe.ORIGINAL, layer=2).name == "RepE mean, layer 2, at last, of norm 1, 1 persona pair"
 
 

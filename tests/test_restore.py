@@ -20,14 +20,16 @@ from ws import adapters
 from ws.adapters import AdapterSettings
 from ws.base.errors import UnsupportedFeatureError
 from ws.base.poles import POLES
-from ws.baselines import bias_only, gradient
-from ws.fitting import train
+from ws.baselines import bias_only, gradient, jacobian, trained_vector
+from ws.eval import sycophancy
+from ws.fitting import behaviour, train
 from ws.fitting.train_settings import TrainSettings
 from ws.model import loading
 from ws.model.loading import ChatModel
 from ws.model.restore import restored
 
 Fit = Callable[[ChatModel, Path], object]
+SYCOPHANCY = behaviour.load("sycophancy")
 
 
 def settings(family: str = "lora") -> TrainSettings:
@@ -50,8 +52,17 @@ def one_step(model: ChatModel, _: Path) -> object:
     return gradient.one_step(model, positive, negative, norm=1.0)
 
 
+def vectors(model: ChatModel, _: Path) -> object:
+    positive, negative = (train.examples(model, pairs(), sign, SMALL, 0).train for sign in POLES)
+    return trained_vector.fit(model, SYCOPHANCY, positive, negative, layers=[1, 2], epochs=1)
+
+
+def jacobian_vectors(model: ChatModel, _: Path) -> object:
+    return jacobian.fit(model, sycophancy.headline_probe(SYCOPHANCY, limit=4), SYCOPHANCY, layers=[1, 2])
+
+
 FITS = {"lora": adapter("lora"), "pissa": adapter("pissa"), "dora": adapter("dora"), "biases": biases,
-        "one gradient step": one_step}  # fmt: skip
+        "one gradient step": one_step, "vectors": vectors, "jacobian": jacobian_vectors}  # fmt: skip
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ States are captured in the same chat format as the probes, over all persona pair
 are settings: the estimator (mean difference; first principal component of the differences, uncentred, or of both sides
 around their midpoint as repeng does; a logistic probe), the captured positions, the edited positions, the layers (one,
 all of the slice, or the increments `v_l - v_{l-1}` of the paper's all-layers form), and the unit of strength. The named
-variants are in `VARIANTS`, including the first version of the replicated work.
+variants are in `VARIANTS`, including the first version of the replicated work and the activation steering of the paper
+(Fierro and Roger, 2511.05408: the difference of means over responses, at the best single layer).
 
 Numeric traps. Centring the differences removes their mean, which is the behaviour itself. A principal component has no
 sign, so it gets the sign that agrees with the mean difference; the cosine of both is kept in the provenance. (The two
@@ -28,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ws.algebra.delta import Alpha
+from ws.base import keyed_random
 from ws.base.errors import UserError
 from ws.base.store import content_key, tensors_key
 from ws.edit.condition import Undo
@@ -52,6 +54,8 @@ class RepeSettings:
     layer: one layer, or None (or -1) for all of the slice; form: every layer's own vector, or increments; personas: how
     many pairs (None: all). unit "difference": alpha 1 adds the difference of the two personas; "residual": alpha 1 adds
     a vector of the mean norm of the residual stream at that layer; "one": alpha 1 adds a vector of norm 1.
+    seed: estimate from a random half of the training prompts (of the pairs, for response means), so that several seeds
+    are replicates and give an interval; None: from all.
     """
 
     estimator: Estimator = "mean"
@@ -62,6 +66,7 @@ class RepeSettings:
     unit: Unit = "difference"
     personas: int | None = None
     slice: tuple[float, float] = architecture.DEFAULT_SLICE
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.layer == ALL_LAYERS:
@@ -77,6 +82,7 @@ class RepeSettings:
         parts += [f"from {self.captured}"] if self.captured != "last" else []
         parts += [_UNIT_NAMES[self.unit]] if self.unit != "difference" else []
         parts += [f"{self.personas} persona pair{'s' * (self.personas > 1)}"] if self.personas is not None else []
+        parts += [f"half {self.seed} of the prompts"] if self.seed is not None else []
         return "RepE " + ", ".join(parts)
 
 
@@ -96,9 +102,10 @@ VARIANTS: Mapping[str, RepeSettings] = {
     "residual-norm": RepeSettings(unit="residual"),
     "single-layer": RepeSettings(),
     "original": ORIGINAL,
+    "paper": RepeSettings(captured="response"),
 }
 """Name -> settings; the variants in `ONE_LAYER` are tried at each layer of the slice."""
-ONE_LAYER = ("single-layer", "original")
+ONE_LAYER = ("single-layer", "original", "paper")
 
 
 def candidates(name: str, layer_count: int, slice_: tuple[float, float]) -> list[RepeSettings]:
@@ -168,10 +175,12 @@ class ActivationDirection:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
             strength = torch.as_tensor(alpha, dtype=torch.float32, device=hidden.device)
-            change = strength.reshape(-1, *(1,) * (hidden.ndim - 1)) * vector.to(hidden.device, torch.float32)
+            strength = strength.reshape(-1, *(1,) * (hidden.ndim - 1))
             if self.edited == "last":
-                change = change * _last_position(hidden)
-            moved = torch.where(change != 0, hidden.float() + change, hidden.float()).to(hidden.dtype)
+                strength = strength * _last_position(hidden)
+            change = strength * vector.to(hidden.device, torch.float32)
+            # decided by the strength, because a vector of zeros that is being trained needs its gradient
+            moved = torch.where(strength != 0, hidden.float() + change, hidden.float()).to(hidden.dtype)
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
         return hook
@@ -190,6 +199,17 @@ def _last_position(hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, 
     return (torch.arange(tokens, device=hidden.device) == columns[:, None]).float()[..., None]
 
 
+def random_like(direction: ActivationDirection, seed: int) -> ActivationDirection:
+    """The control: on each layer a Gaussian vector with the norm of the direction's, seeded by (seed, layer)."""
+    vectors = {}
+    for layer, vector in direction.vectors.items():
+        drawn = torch.randn(vector.shape, generator=keyed_random.generator(f"activations|{seed}|{layer}"))
+        vectors[layer] = (drawn * (vector.norm().cpu() / drawn.norm())).to(vector.device)
+    return replace(direction, vectors=vectors, provenance={
+        "control": "random", "seed": seed, "like": dict(direction.provenance),
+    })  # fmt: skip
+
+
 # -------------------------------------------------------------------- estimating
 
 
@@ -199,6 +219,16 @@ class States:
 
     pos: Mapping[int, Tensor]
     neg: Mapping[int, Tensor]
+
+    def half(self, seed: int, personas: int) -> States:
+        """The states of a random half (rounded up) of the prompts, the same prompts under each of the persona pairs."""
+        rows = len(next(iter(self.pos.values())))
+        prompts = rows // personas
+        order = torch.randperm(prompts, generator=keyed_random.generator(f"half of the prompts|{seed}"))
+        chosen = torch.zeros(prompts, dtype=torch.bool)
+        chosen[order[: (prompts + 1) // 2]] = True
+        kept = chosen.repeat(personas)
+        return States(*({layer: state[kept] for layer, state in side.items()} for side in (self.pos, self.neg)))
 
 
 def fit(
@@ -212,10 +242,12 @@ def fit(
     """Estimate a direction from the behaviour's training prompts under its personas.
 
     responses: (prompt, positive response, negative response), needed to capture response means. states: captured before
-    with `capture_states`, to estimate several directions from one capture.
+    with `capture_states` from all prompts, to estimate several directions from one capture.
     """
     layers = _layers(model, settings)
     found = states or capture_states(model, behaviour, settings, responses)
+    if settings.seed is not None:
+        found = found.half(settings.seed, len(behaviour.personas.pos[: settings.personas]))
     vectors = {layer: _estimate(found, layer, settings) for layer in layers}
     if settings.form == "incremental":
         ordered = sorted(vectors)
@@ -233,7 +265,10 @@ def fit_all(
     options: Sequence[RepeSettings],
     responses: Sequence[tuple[str, str, str]] = (),
 ) -> dict[RepeSettings, ActivationDirection]:
-    """One direction per option; options that read the same states at the same positions share one capture."""
+    """One direction per option; options that read the same states at the same positions share one capture.
+
+    Seeds share it, too: each takes its half of the states.
+    """
     reading: dict[tuple[Any, ...], list[RepeSettings]] = {}
     for option in options:
         reading.setdefault((option.captured, option.personas, option.slice), []).append(option)
@@ -251,7 +286,10 @@ def capture_states(
     settings: RepeSettings,
     responses: Sequence[tuple[str, str, str]] = (),
 ) -> States:
-    """Residuals of every layer of the slice on the training prompts under both sides' personas."""
+    """Residuals of every layer of the slice on all training prompts under both sides' personas.
+
+    Rows are in the order of the persona pairs, and of the prompts (or responses) within each.
+    """
     prefix = architecture.layer_slice(model.layer_count, *settings.slice)
     layers = range(model.layer_count) if settings.layer is not None else prefix
     pairs = list(zip(behaviour.personas.pos, behaviour.personas.neg, strict=True))[: settings.personas]
@@ -305,19 +343,29 @@ def capture(
     return {layer: torch.stack(values) for layer, values in found.items()}
 
 
-def residual_norm(model: ChatModel, behaviour: Behaviour, layers: Collection[int]) -> float:
-    """Mean norm of the residual stream at these layers, at the end of the training prompts under all personas."""
+def residual_norms(model: ChatModel, behaviour: Behaviour, layers: Collection[int]) -> dict[int, float]:
+    """Mean norm of the residual stream by layer, at the end of the training prompts under all personas."""
+    for layer in layers:
+        _require_layer(model, layer)
     states = capture_states(model, behaviour, RepeSettings(slice=(0.0, 1.0)))
-    norms = [side[layer].norm(dim=1) for layer in layers for side in (states.pos, states.neg)]
-    return float(torch.cat(norms).mean())
+    return {layer: float(torch.cat([states.pos[layer], states.neg[layer]]).norm(dim=1).mean()) for layer in layers}
+
+
+def residual_norm(model: ChatModel, behaviour: Behaviour, layers: Collection[int]) -> float:
+    """The mean of `residual_norms` over the layers."""
+    return sum(residual_norms(model, behaviour, layers).values()) / len(layers)
 
 
 def _layers(model: ChatModel, settings: RepeSettings) -> list[int]:
     if settings.layer is None:
         return list(architecture.layer_slice(model.layer_count, *settings.slice))
-    if not 0 <= settings.layer < model.layer_count:
-        raise UserError(f"layer {settings.layer} does not exist; the model has layers 0 to {model.layer_count - 1}")
+    _require_layer(model, settings.layer)
     return [settings.layer]
+
+
+def _require_layer(model: ChatModel, layer: int) -> None:
+    if not 0 <= layer < model.layer_count:
+        raise UserError(f"layer {layer} does not exist; the model has layers 0 to {model.layer_count - 1}")
 
 
 def _estimate(states: States, layer: int, settings: RepeSettings) -> Float[Tensor, " width"]:
