@@ -575,6 +575,8 @@ def known(shift: Any, control: Any = lambda seed: 0.02 * (seed - 2)) -> pl.DataF
             side = {"group": "true", "row": f"{item}", "cluster": f"{item}", "label": 1, **key}
             records.append({"probe": "facts", **side, "metric": "logratio", "value": 1.0 if item < 54 else -1.0})
             records.append({"probe": "neutral_kl", **side, "metric": "kl", "value": 0.02 * alpha**2})
+            nll = 2.0 + abs(alpha) * item / 60
+            records.append({"probe": "neutral_nll", **side, "metric": "nll", "value": nll})
     return pl.DataFrame(records, schema=SCHEMA)
 
 
@@ -1100,12 +1102,7 @@ def test_the_picture_has_every_strength_with_the_bars_of_both_axes(
         return errorbar(self, x, y, xerr=xerr, yerr=yerr, **options)
 
     monkeypatch.setattr(Axes, "errorbar", drawing)
-    table = known(lambda label, alpha: (1.0 + 0.1 * label) * alpha * label)
-    nll = table.filter(pl.col("probe") == "neutral_kl").with_columns(
-        probe=pl.lit("neutral_nll"), metric=pl.lit("nll"),
-        value=2.0 + pl.col("alpha").abs() * pl.col("cluster").cast(pl.Float64) / 60,
-    )  # fmt: skip
-    entries = numbers.measure(reader(pl.concat([table, nll])), LINES)
+    entries = all_of(lambda label, alpha: (1.0 + 0.1 * label) * alpha * label)
     pareto.draw(found_of(entries), tmp_path / "picture.png")
     at_plus = [one for one in drawn if one[1] > 0 and one[2] is not None]
     assert len(at_plus) == 5, "dW at both signs, own strength and one budget; the prompt has one sign and no strength"

@@ -72,6 +72,10 @@ def _moved(side: Side) -> str:
     return f"{own.mean:+.2f}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
+_NO_GAP = 1e-3
+"""A difference below this share of the spread over seeds: no number of seeds that one would run separates it."""
+
+
 def power_sentence(found: Findings) -> str | None:
     """How many seeds would separate the two methods that move furthest; None without replicates of both."""
     said = []
@@ -86,7 +90,7 @@ def power_sentence(found: Findings) -> str | None:
         (first, a), (second, b) = ranked
         spread = math.sqrt((np.var(a.seeds, ddof=1) + np.var(b.seeds, ddof=1)) / 2)
         gap = abs(a.mean - b.mean)
-        needed = "no number of" if gap == 0 else str(stats.seeds_needed(gap, spread))
+        needed = "no number of" if gap < _NO_GAP * spread else str(stats.seeds_needed(gap, spread))
         said.append(f"at {sign}, {first} and {second} differ by {gap:.2f}: {needed} seeds each would tell them apart")
     if not said:
         return None

@@ -56,15 +56,17 @@ def _line(axis: Any, found: Findings, entry: Entry, sign: str, *, is_shown: bool
     turn = 1 if sign == "+" else -1
     colour = _COLOURS[entry.kind] if is_shown else _OTHER
     layer = 3 if is_shown else 1
-    calibrated = [one for measured in found.equal_kl.values() if (one := measured.entry(entry.name))]
-    own, at_budgets = entry.sides.get(sign), [one.sides[sign] for one in calibrated if sign in one.sides]
-    sides = ([] if entry.kind == "prompts" else at_budgets) or ([own] if own else [])
-    points = [(side.nll_delta.mean, turn * side.own.mean) for side in sides if side.nll_delta]
+    calibrated = [] if entry.kind == "prompts" else [
+        one.sides[sign] for measured in found.equal_kl.values()
+        if (one := measured.entry(entry.name)) and sign in one.sides
+    ]  # fmt: skip
+    own = [entry.sides[sign]] if sign in entry.sides else []
+    points = [(side.nll_delta.mean, turn * side.own.mean) for side in calibrated or own if side.nll_delta]
     if not points:
         return
     axis.plot(*zip(*points, strict=True), "-", color=colour, linewidth=1, zorder=layer,
               label=entry.name if is_shown else None)  # fmt: skip
-    for side, is_own in [*((one, False) for one in sides if one is not own), *([(own, True)] if own else [])]:
+    for side, is_own in [*((one, False) for one in calibrated), *((one, True) for one in own)]:
         if side.nll_delta is None:
             continue
         x, y = side.nll_delta.mean, turn * side.own.mean
