@@ -6,6 +6,7 @@ import copy
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,9 +318,9 @@ def test_no_synthetic_direction_depends_on_the_signs_of_a_decomposition(
 
     svd, before = torch.linalg.svd, built()
 
-    def turned(matrix: torch.Tensor, full_matrices: bool) -> torch.return_types.linalg_svd:
+    def turned(matrix: torch.Tensor, full_matrices: bool) -> SimpleNamespace:
         left, values, right = svd(matrix, full_matrices=full_matrices)
-        return torch.return_types.linalg_svd((-left, values, -right))
+        return SimpleNamespace(U=-left, S=values, Vh=-right)
 
     monkeypatch.setattr(torch.linalg, "svd", turned)
     assert all(same(one, other) for one, other in zip(before, built(), strict=True))
