@@ -1,9 +1,11 @@
 """Controls: directions that hold no information about the behaviour.
 
 A random direction has, parameter by parameter, the shape and the singular values of the trained one, in random bases.
-So norm, rank and effective rank are equal. Equal rank alone is not enough: the product of two Gaussian factors has a
-flat spectrum, while nearly all of a trained update is in its first few singular directions. At equal norm, the flat
-one disturbs less, and would be too easy a control.
+So norm, rank and effective rank are equal, and none of them can explain a difference. Equal rank alone is not enough:
+the product of two Gaussian factors has a flat spectrum, while most of a trained update is in its first few singular
+directions. In random bases the mean of |dW x|^2 is |dW|^2 |x|^2 / columns for any spectrum, so a matched control does
+not disturb more on average (on pocket, mean KL 0.202 against 0.199 nats of a flat one, 24 draws each of a spectrum with
+one dominant value). Only its draws differ more (standard deviation 0.046 against 0.036).
 """
 
 from __future__ import annotations

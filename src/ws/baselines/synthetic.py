@@ -150,9 +150,8 @@ def _input_direction(weight: Float[Tensor, "out in"], source: Input, key: str) -
         drawn = torch.randn(weight.shape[1], generator=keyed_random.generator(key)).to(weight)
         return drawn / drawn.norm()
     vector = _right_vectors(weight)[0 if source == "first" else -1]
-    return (
-        vector * vector[vector.abs().argmax()].sign()
-    )  # a singular vector has no sign: without a rule, chance decides
+    # a singular vector has no sign: without this rule, the algorithm would decide it
+    return vector * vector[vector.abs().argmax()].sign()
 
 
 def _right_vectors(weight: Float[Tensor, "out in"]) -> Float[Tensor, "r in"]:
