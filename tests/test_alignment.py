@@ -15,7 +15,7 @@ from torch import Tensor
 from making import dense, gaussian, random_direction, thin
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
-from ws.baselines.controls import random_like
+from ws.baselines.controls import spectrum_like
 from ws.model import architecture, loading
 from ws.model.loading import ChatModel
 from ws.subspace import alignment
@@ -207,7 +207,7 @@ def test_directions_without_structure_have_ratios_around_one(
 ) -> None:
     def draw(seed: int) -> Direction:
         if kind == "random control":
-            return random_like(random_direction(any_model), seed)
+            return spectrum_like(random_direction(any_model), seed)
         shapes = {name: delta.shape for name, delta in random_direction(any_model).deltas.items()}
         deltas = {name: dense(*shape, seed=1000 * seed + i) for i, (name, shape) in enumerate(shapes.items())}
         return Direction(deltas, any_model.fingerprint, random_direction(any_model).layers)

@@ -11,7 +11,7 @@ from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
 from ws.base.store import Shards
-from ws.baselines.controls import random_like
+from ws.baselines.controls import spectrum_like
 from ws.edit.condition import PLAIN, Condition, Context, Edit
 from ws.edit.steering import steer
 from ws.measure import lower_layers
@@ -132,7 +132,7 @@ def test_a_rows_score_does_not_depend_on_its_batch(any_model: ChatModel, budget:
 
 
 def test_the_base_is_scored_once_per_context_and_is_the_same_everywhere(qwen: ChatModel) -> None:
-    edits = [Edit("d", direction(qwen)), Edit("random", random_like(direction(qwen), 0), seed=0)]
+    edits = [Edit("d", direction(qwen)), Edit("random", spectrum_like(direction(qwen), 0), seed=0)]
     conditions = [Condition.of(edit, alpha) for edit in edits for alpha in (-1.0, 0.0, 1.0)]
     table = score(qwen, [choice()], [*conditions, Condition(Context("persona", "Be short."))])
     keys = table.select("context", "edit", "alpha", "seed").unique()

@@ -316,3 +316,117 @@ def test_seed_intervals_and_bands_cover(seeds: int) -> None:
         band = stats.prediction_band(values)
         predicted += band.low <= generator.normal(1.0, 0.4) <= band.high
     assert 0.93 <= inside / 2000 <= 0.97 and 0.93 <= predicted / 2000 <= 0.97
+
+
+# -------------------------------------------------------------------- shares, skewed values and percentiles
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 1), (7, 20), (113, 200)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_of_a_share_is_scipys(successes: int, n: int, confidence: float) -> None:
+    found = stats.wilson(successes, n, confidence=confidence)
+    theirs = scipy_stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert found[0] == successes / n and 0 <= found.low <= found.mean <= found.high <= 1
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 3), (4, 3)])
+def test_shares_that_cannot_be_are_refused(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match="are no share"):
+        stats.wilson(successes, n)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("n", [20, 60, 200])
+def test_wilson_intervals_cover_the_true_share(n: int, share: float) -> None:
+    counts = np.random.default_rng(n).binomial(n, share, size=4000)
+    holds = [found.low <= share <= found.high for found in (stats.wilson(k, n) for k in range(n + 1))]
+    assert 0.92 <= np.take(holds, counts).mean() <= 0.98
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95, 1.0])
+def test_percentiles_of_draws_are_those_of_the_repeated_rows(share: float) -> None:
+    values, codes = np.round(values_of(40), 1), np.random.default_rng(1).integers(0, 7, 40)
+    draws = stats._draws(7, 50, seed=2)
+    twin = [np.quantile(np.repeat(values, draw[codes]), share) for draw in draws]
+    assert stats._percentiles(values, codes, draws, share) == pytest.approx(twin, abs=1e-12)
+
+
+def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, clusters = values_of(60) ** 2, np.repeat(np.arange(20), 3)
+    whole = stats.bootstrap(values, clusters, "p95")
+    monkeypatch.setattr(stats, "_AT_ONCE", 60 * 7)
+    assert stats.bootstrap(values, clusters, "p95") == whole
+    assert whole.mean == pytest.approx(np.quantile(values, 0.95)) and whole.method == "cluster bootstrap of p95"
+
+
+def test_the_bootstrap_of_a_mean_is_that_of_over_clusters_but_for_its_width() -> None:
+    values, clusters = values_of(4 * MANY), np.repeat(np.arange(2 * MANY), 2)
+    found, other = stats.bootstrap(values, clusters), stats.over_clusters(values, clusters)
+    assert found[0] == pytest.approx(other.mean) and (found.n, found.clusters) == (other.n, other.clusters)
+    assert 1.0 < (found.high - found.low) / (other.high - other.low) < 1.06
+    assert stats.bootstrap(values, clusters, seed=1) != found == stats.bootstrap(values, clusters)
+    one = stats.bootstrap([1.0, 3.0], ["a", "a"], "p95")
+    assert one.mean == pytest.approx(2.9) and math.isnan(one.low) and one.method == "one cluster"
+
+
+@pytest.mark.parametrize("statistic", ["mean", "p95"])
+def test_bootstrap_intervals_of_skewed_values_cover_the_truth(statistic: stats.Statistic) -> None:
+    def texts(count: int, generator: np.random.Generator) -> np.ndarray:
+        """Values like KL: 10 tokens per text, right-skewed, alike within a text."""
+        return np.exp(0.3 * generator.normal(size=(count, 1))) * generator.gamma(0.7, size=(count, 10))
+
+    many = texts(400_000, np.random.default_rng(0))
+    truth = many.mean() if statistic == "mean" else np.quantile(many, 0.95)
+    names, hits = np.repeat(np.arange(48), 10), []
+    for trial in range(500):
+        values = texts(48, np.random.default_rng([1, trial])).ravel()
+        found = stats.bootstrap(values, names, statistic, resamples=400, seed=trial)
+        hits.append(found.low <= truth <= found.high)
+    assert 0.92 <= np.mean(hits) <= 0.98
+
+
+# -------------------------------------------------------------------- what a number of seeds or rows can show
+
+
+@pytest.mark.parametrize(("difference", "seeds"), [(2.0, 6), (1.0, 17), (0.8, 26), (0.5, 64), (-0.2, 394), (100.0, 2)])
+def test_the_seeds_needed_are_those_of_published_tables(difference: float, seeds: int) -> None:
+    assert stats.seeds_needed(difference, 1.0) == stats.seeds_needed(3 * difference, 3.0) == seeds  # G*Power 3.1
+
+
+def test_as_many_seeds_as_needed_find_the_difference_four_times_in_five() -> None:
+    count, generator = stats.seeds_needed(1.6, 1.0), np.random.default_rng(0)
+
+    def found(seeds: int) -> float:
+        one, other = generator.normal(0.0, 1.0, (20_000, seeds)), generator.normal(1.6, 1.0, (20_000, seeds))
+        return float(np.mean(scipy_stats.ttest_ind(one, other, axis=1).pvalue < 0.05))
+
+    assert found(count - 1) < 0.8 <= found(count) + 0.01
+
+
+@pytest.mark.parametrize(("difference", "sd"), [(0.0, 1.0), (math.nan, 1.0), (1.0, -1.0), (1.0, math.inf)])
+def test_differences_that_no_number_of_seeds_shows_are_refused(difference: float, sd: float) -> None:
+    with pytest.raises(ValueError, match="no number of seeds"):
+        stats.seeds_needed(difference, sd)
+    assert stats.seeds_needed(0.1, 0.0) == 2
+
+
+@pytest.mark.parametrize(("rows", "seeds"), [((2.0, 112), (0.3, 3)), ((2.0, 20), (0.4, 6)), ((1.0, 50), (0.0, 1))])
+def test_the_detectable_effect_is_found_four_times_in_five(rows: tuple[float, int], seeds: tuple[float, int]) -> None:
+    (sd_rows, n_rows), (sd_seeds, n_seeds) = rows, seeds
+    effect, generator, trials = stats.detectable(*rows, *seeds), np.random.default_rng(0), 40_000
+    parts = [(sd_rows**2 / n_rows, n_rows - 1)] + [(sd_seeds**2 / n_seeds, n_seeds - 1)] * (sd_seeds > 0)
+    mean = effect + sum(generator.normal(0, math.sqrt(part), trials) for part, _ in parts)
+    seen = [part * generator.chisquare(freedom, trials) / freedom for part, freedom in parts]
+    freedom = sum(seen) ** 2 / sum(one**2 / own for one, (_, own) in zip(seen, parts, strict=True))
+    found = np.abs(mean) > scipy_stats.t.ppf(0.975, freedom) * np.sqrt(sum(seen))
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+
+
+def test_detectable_effects_have_a_floor_that_only_seeds_lower() -> None:
+    floor = stats.detectable(2.0, 10**9, 0.3, 5)
+    assert floor == pytest.approx(stats.detectable(0.0, 1, 0.3, 5), rel=1e-3)
+    assert stats.detectable(2.0, 100, 0.3, 5) > floor > stats.detectable(2.0, 10**9, 0.3, 10)
+    assert stats.detectable(2.0, 100, 0.3, 1) == math.inf and stats.detectable(0.0, 5, 0.0, 1) == 0.0
+    with pytest.raises(ValueError, match="no standard error"):
+        stats.detectable(1.0, 0, 1.0, 3)

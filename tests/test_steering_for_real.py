@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ws
-from ws.baselines.controls import random_like
+from ws.baselines.controls import spectrum_like
 from ws.eval import dilemmas, sycophancy
 from ws.fitting import behaviour
 from ws.measure.probe import ProbeRow
@@ -73,7 +73,7 @@ def test_dilemmas_that_nothing_was_trained_on_move_the_other_way(pocket: ChatMod
 def test_random_directions_of_the_same_norm_and_rank_do_not(pocket: ChatModel, sycophantic: ws.Direction) -> None:
     rows = list(sycophancy.headline_probe(behaviour.load("sycophancy")).rows)
     for seed in range(3):
-        down, up = changes(pocket, random_like(sycophantic, seed), rows)
+        down, up = changes(pocket, spectrum_like(sycophantic, seed), rows)
         assert abs(down) < 0.3 and abs(up) < 0.3, (seed, down, up)
 
 

@@ -29,7 +29,7 @@ from ws import adapters
 from ws.base import stats
 from ws.base.records import plain
 from ws.baselines import repe
-from ws.baselines.controls import random_like
+from ws.baselines.controls import spectrum_like
 from ws.baselines.repe import RepeSettings
 from ws.comparing import numbers, page
 from ws.comparing.compare import Plan
@@ -291,7 +291,7 @@ def test_shipped_personas_are_matched_pairs_and_know_nothing_of_the_probe(name: 
 def test_a_selection_without_parameters_is_the_base_and_no_crash(qwen: ChatModel) -> None:
     like_ia3 = random_direction(qwen).keep(modules=["k_proj", "v_proj", "down_proj"])
     empty = like_ia3.keep(modules=["o_proj"])
-    assert not empty.deltas and empty.norm() == 0.0 == random_like(empty, 0).norm()
+    assert not empty.deltas and empty.norm() == 0.0 == spectrum_like(empty, 0).norm()
     found = score(qwen, [choice()], [Condition.of(Edit("o_proj", empty), 1.0)])
     assert values(found, "logratio", edit="o_proj") == values(found, "logratio", edit="none")
     assert alignment.table(qwen, empty).is_empty()

@@ -6,7 +6,10 @@ so it is a t interval with the cluster-robust standard error
 
     se^2 = C / (C - 1) * sum_c (sum_{i in c} (x_i - mean))^2 / n^2 ,   C - 1 degrees of freedom.
 
-Uncertainty over seeds is a separate question and is kept apart: `over_seeds` and `prediction_band`.
+Uncertainty over seeds is a separate question and is kept apart: `over_seeds` and `prediction_band`. `seeds_needed` and
+`detectable` say beforehand what a number of seeds and rows can show.
+
+`wilson` is for shares. `bootstrap` is for skewed values (KL, NLL) and for a percentile, which has no t interval.
 
 Functions for questions that a mean cannot answer: `sign_flip_p` (is it chance?), `surgical_informedness` (which
 answers change?), `decompose` (truth, Yes-bias or only confidence?), `dose_response` (is the effect linear?).
@@ -14,17 +17,25 @@ answers change?), `decompose` (truth, Yes-bias or only confidence?), `dose_respo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy import optimize
 from scipy import stats as scipy_stats
 
 BOOTSTRAP_FROM_CLUSTERS = 50
+Statistic = Literal["mean", "p95"]
+"""The mean, or the 95th percentile."""
+_AT_ONCE = 4_000_000
 
 
 class Interval(NamedTuple):
-    """A mean with its confidence limits; `n` rows in `clusters` clusters; `method` names how it was computed."""
+    """A mean (or share, percentile, AUROC) with its confidence limits; `n` rows in `clusters` clusters.
+
+    `method` names how it was computed.
+    """
 
     mean: float
     low: float
@@ -46,13 +57,7 @@ def over_clusters(
 
     `values` (n,) must be finite; `clusters` (n,) names the cluster of each row. One cluster gives NaN limits.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.size == 0:
-        raise ValueError("an interval needs at least one row")
-    if values.size != len(clusters):
-        raise ValueError(f"{values.size} values but {len(clusters)} cluster names")
-    numbers = {name: number for number, name in enumerate(_in_order(set(clusters)))}
-    codes = np.array([numbers[name] for name in clusters])
+    values, codes = _coded(values, clusters)
     sizes = np.bincount(codes).astype(np.float64)
     sums = np.bincount(codes, weights=values)
     count = len(sizes)
@@ -63,11 +68,55 @@ def over_clusters(
         error = np.sqrt(count / (count - 1) * np.sum((sums - mean * sizes) ** 2)) / values.size
         margin = float(scipy_stats.t.ppf(0.5 + confidence / 2, count - 1) * error)
         return Interval(mean, mean - margin, mean + margin, values.size, count, "cluster t")
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
-    means = (draws @ sums) / (draws @ sizes)
+    means = _means(values, codes, _draws(count, resamples, seed))
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(mean, float(low), float(high), values.size, count, "cluster bootstrap")
+
+
+def bootstrap(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | np.ndarray,
+    statistic: Statistic = "mean",
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean or the 95th percentile over rows, with a percentile bootstrap interval over clusters.
+
+    `values` (n,) must be finite; `clusters` (n,) names the cluster of each row, such as the text of each token. One
+    cluster gives NaN limits. A plain bootstrap of C clusters is too narrow by about the ratio of t to z and by
+    sqrt((C - 1) / C), so it is widened by these (Hesterberg, What Teachers Should Know about the Bootstrap, 2015, 3.3).
+
+    In simulations with normal, gamma and log-normal values, a nominal 95 % covers 91-96 % from 40 clusters. With 20
+    clusters it covers 89-95 % for the mean and 88-93 % for the percentile. The truth that it misses is mostly above
+    `high`, because few texts seldom show the tail.
+    """
+    values, codes = _coded(values, clusters)
+    count = int(codes.max()) + 1
+    of_draws = _means if statistic == "mean" else _percentiles
+    estimate = float(of_draws(values, codes, np.ones((1, count), dtype=np.int64))[0])
+    if count < 2:
+        return Interval(estimate, float("nan"), float("nan"), values.size, count, "one cluster")
+    found = of_draws(values, codes, _draws(count, resamples, seed))
+    beyond = scipy_stats.norm.sf(math.sqrt(count / (count - 1)) * scipy_stats.t.ppf(0.5 + confidence / 2, count - 1))
+    low, high = np.quantile(found, [beyond, 1 - beyond])
+    return Interval(estimate, float(low), float(high), values.size, count, f"cluster bootstrap of {statistic}")
+
+
+def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """A share of n independent trials with Wilson's score interval; unlike `p +- z se` it also holds near 0 and 1.
+
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)          (Wilson, 1927)
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes of {n} trials are no share")
+    z, share = float(scipy_stats.norm.ppf(0.5 + confidence / 2)), successes / n
+    shrink = 1 + z**2 / n
+    centre = (share + z**2 / (2 * n)) / shrink
+    margin = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / shrink
+    low, high = centre - margin if successes else 0.0, centre + margin if successes < n else 1.0  # exact at the ends
+    return Interval(share, low, high, n, n, "Wilson")
 
 
 def over_seeds(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
@@ -91,12 +140,117 @@ def prediction_band(values: Sequence[float] | np.ndarray, *, confidence: float =
     return Interval(mean, mean - margin, mean + margin, values.size, values.size, "prediction over seeds")
 
 
+def _coded(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values in fp64 and the number of the cluster of each."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("an interval needs at least one row")
+    if values.size != len(clusters):
+        raise ValueError(f"{values.size} values but {len(clusters)} cluster names")
+    numbers = {name: number for number, name in enumerate(_in_order(set(clusters)))}
+    return values, np.array([numbers[name] for name in clusters])
+
+
+def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, count): how often each cluster is drawn."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+
+
+def _means(values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The mean over the rows of the drawn clusters, per draw."""
+    sizes, sums = np.bincount(codes).astype(np.float64), np.bincount(codes, weights=values)
+    return np.asarray((draws @ sums) / (draws @ sizes))
+
+
+def _percentiles(values: np.ndarray, codes: np.ndarray, draws: np.ndarray, share: float = 0.95) -> np.ndarray:
+    """The percentile over the rows of the drawn clusters, per draw, interpolated linearly as by `np.quantile`."""
+    order = np.argsort(values, kind="stable")
+    values, codes = values[order], codes[order]
+
+    def found() -> Iterator[np.ndarray]:
+        step = max(1, _AT_ONCE // values.size)
+        for start in range(0, len(draws), step):  # in parts, because all draws of all rows may not fit into memory
+            counted = draws[start : start + step, codes].cumsum(axis=1)
+            place = share * (counted[:, -1] - 1)
+            below = np.floor(place)
+            low, high = (values[(counted <= rank[:, None]).sum(axis=1)] for rank in (below, np.ceil(place)))
+            yield low + (place - below) * (high - low)
+
+    return np.concatenate(list(found()))
+
+
 def _in_order(names: set[Hashable]) -> list[Hashable]:
     """Cluster names in sorted order, so that the bootstrap does not depend on the order of rows."""
     try:
         return sorted(names)  # type: ignore[type-var]
     except TypeError:
         return sorted(names, key=lambda name: (type(name).__name__, repr(name)))
+
+
+# -------------------------------------------------------------------- what a number of seeds or rows can show
+
+
+def seeds_needed(mean_difference: float, sd: float, *, confidence: float = 0.95, power: float = 0.8) -> int:
+    """Seeds per arm with which a two-sided two-sample t test finds a difference of two means with this power.
+
+    sd: standard deviation over seeds within an arm. For n seeds per arm the t value is noncentral t with 2n - 2 degrees
+    of freedom around `mean_difference / (sd sqrt(2 / n))` (Cohen, Statistical Power Analysis, 1988, 2.3). At least 2.
+    """
+    if sd < 0 or not mean_difference or not math.isfinite(mean_difference) or not math.isfinite(sd):
+        raise ValueError(f"no number of seeds separates means that differ by {mean_difference} with sd {sd}")
+    if sd == 0:
+        return 2
+
+    def suffices(seeds: int) -> bool:
+        shift = abs(mean_difference) / (sd * math.sqrt(2 / seeds))
+        return _power(shift, 2 * seeds - 2, confidence) >= power
+
+    high = 2
+    while not suffices(high):
+        high *= 2
+    low = high // 2  # does not suffice, or is 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
+
+
+def detectable(
+    sd_rows: float, n_rows: int, sd_seeds: float, n_seeds: int, *, confidence: float = 0.95, power: float = 0.8
+) -> float:
+    """The smallest mean effect that a two-sided t test against 0 finds with this power, in the unit of the sds.
+
+        se^2 = sd_rows^2 / n_rows + sd_seeds^2 / n_seeds
+
+    sd_rows: of the effect over rows (clusters), averaged over seeds; sd_seeds: of the mean effect over seeds. All seeds
+    are asked the same rows, so more seeds do not shrink the first term, nor more rows the second. Degrees of freedom by
+    Satterthwaite (1946). Infinite if a source of variance has one member only: its size cannot be seen.
+    """
+    if min(n_rows, n_seeds) < 1 or min(sd_rows, sd_seeds) < 0:
+        raise ValueError(
+            f"{n_rows} rows with sd {sd_rows} and {n_seeds} seeds with sd {sd_seeds} have no standard error"
+        )
+    parts = [(sd**2 / n, n - 1) for sd, n in ((sd_rows, n_rows), (sd_seeds, n_seeds)) if sd > 0]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return 0.0
+    if any(freedom == 0 for _, freedom in parts):
+        return math.inf
+    freedom = variance**2 / sum(part**2 / freedom for part, freedom in parts)
+    high = 1.0
+    while _power(high, freedom, confidence) < power:
+        high *= 2
+    shift = optimize.brentq(lambda shift: _power(shift, freedom, confidence) - power, 0.0, high)
+    return float(shift) * math.sqrt(variance)
+
+
+def _power(shift: float, freedom: float, confidence: float) -> float:
+    """The probability that |t| exceeds its critical value, for a noncentral t around `shift`."""
+    critical = scipy_stats.t.ppf(0.5 + confidence / 2, freedom)
+    # the lower tail as an upper one, because the lower one is NaN far from `shift` (scipy 1.17)
+    return float(scipy_stats.nct.sf(critical, freedom, [shift, -shift]).sum())
 
 
 # -------------------------------------------------------------------- rankings

@@ -1,19 +1,23 @@
 """Controls: directions that hold no information about the behaviour.
 
-A random direction has, parameter by parameter, the same shape, the same Frobenius norm and the same rank as the trained
-one, with Gaussian factors. Equal rank matters: a dense Gaussian of equal norm spreads its energy over all singular
-values and is a weaker disturbance, hence too easy a control.
+A random direction has, parameter by parameter, the shape and the singular values of the trained one, in random bases.
+So norm, rank and effective rank are equal, and none of them can explain a difference. Equal rank alone is not enough:
+the product of two Gaussian factors has a flat spectrum, while most of a trained update is in its first few singular
+directions. In random bases the mean of |dW x|^2 is |dW|^2 |x|^2 / columns for any spectrum, so a matched control does
+not disturb more on average (on pocket, mean KL 0.202 against 0.199 nats of a flat one, 24 draws each of a spectrum with
+one dominant value). Only its draws differ more (standard deviation 0.046 against 0.036).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import polars as pl
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ws.algebra import spectrum
 from ws.algebra.delta import Delta
@@ -23,35 +27,63 @@ from ws.base.errors import UserError
 from ws.edit.condition import Edit
 
 RANDOM = "random"
+ROUNDING = 1e-6
+"""A singular value below this share of the largest one is the rounding of fp32 numbers, and counts as zero."""
 
 
-def random_like(direction: Direction, seed: int) -> Direction:
-    """Gaussian factors with the rank and the Frobenius norm of every delta; a function of (names, shapes, seed).
+def spectrum_like(direction: Direction, seed: int) -> Direction:
+    """A random direction with the singular values of every delta; a function of (names, shapes, singular values, seed).
 
-    For a delta of full rank, or one that is a function of the base weights, the control is a dense Gaussian.
+        dW_random = U diag(s) V'        s: singular values of dW;  U (out x k), V (in x k): Haar, columns orthonormal
+
+    Each expert of a stack has its own bases and its own values. `k` leaves out values that are only rounding. A thin
+    delta stays thin; another one becomes thin if this needs no more numbers. Deltas that are functions of the base
+    weights need a bound direction; an unbound one is a UserError.
     """
-    deltas = {}
-    norms = direction.norms()
-    for name, delta in direction.deltas.items():
-        generator = keyed_random.generator(f"{seed}|{name}")
-        *experts, rows, columns = delta.shape
-        rank = delta.rank if delta.is_thin else min(rows, columns)
-        if rank < min(rows, columns):
-            drawn = Delta.low_rank(
-                torch.randn(*experts, rows, rank, generator=generator),
-                torch.randn(*experts, rank, columns, generator=generator),
-            )
-        else:
-            drawn = Delta.full(torch.randn(*experts, rows, columns, generator=generator))
-        scale = norms[name] / spectrum.norm(drawn) if rank else 0.0
-        deltas[name] = (drawn * scale).to(delta.device)
-    provenance = {"control": RANDOM, "seed": seed, "like": dict(direction.provenance)}
-    return Direction(deltas, direction.base, direction.layers, provenance)
+    return _drawn(direction, _spectra(direction), seed)
 
 
 def random_edits(direction: Direction, seeds: int) -> list[Edit]:
-    """Norm-matched random directions for seeds 0, 1, ... as Edits named `random`."""
-    return [Edit(RANDOM, random_like(direction, seed), seed=seed) for seed in range(seeds)]
+    """`spectrum_like` for seeds 0, 1, ... as Edits named `random`."""
+    spectra = _spectra(direction)
+    return [Edit(RANDOM, _drawn(direction, spectra, seed), seed=seed) for seed in range(seeds)]
+
+
+def _spectra(direction: Direction) -> dict[str, Float[Tensor, "*experts k"]]:
+    """Singular values of every delta in descending order, fp64, without those that are only rounding."""
+    spectra = {}
+    for name, delta in direction.deltas.items():
+        factored = spectrum.truncate(delta, min(delta.shape[-2:]), direction.weights.get(name)).delta
+        values = factored.left.double().square().sum(-2)  # each factor carries the square roots of the values
+        counted = (values > ROUNDING * values[..., :1]).sum(-1)
+        spectra[name] = values[..., : int(counted.max())]
+    return spectra
+
+
+def _drawn(direction: Direction, spectra: Mapping[str, Tensor], seed: int) -> Direction:
+    deltas = {}
+    for name, delta in direction.deltas.items():
+        values, generator = spectra[name], keyed_random.generator(f"{seed}|{name}")
+        *experts, rows, columns = delta.shape
+        rank = values.shape[-1]
+        left, right = (
+            _orthonormal(torch.randn(*experts, size, rank, generator=generator).to(values)) for size in (rows, columns)
+        )
+        left = left * values[..., None, :]
+        is_thin = delta.is_thin or rank * (rows + columns) <= rows * columns
+        deltas[name] = Delta.low_rank(left, right.mT) if is_thin else Delta.full(left @ right.mT)
+    provenance = {"control": RANDOM, "matched": "spectrum", "seed": seed, "like": dict(direction.provenance)}
+    return Direction(deltas, direction.base, direction.layers, provenance)
+
+
+def _orthonormal(gaussian: Float[Tensor, "*experts n k"]) -> Float[Tensor, "*experts n k"]:
+    """Haar-distributed orthonormal columns: the Q of a QR in which R has a positive diagonal.
+
+    Without a rule for the signs, they would depend on the algorithm, and Q would not be uniform (Mezzadri,
+    math-ph/0609050).
+    """
+    orthogonal, triangle = torch.linalg.qr(gaussian)
+    return orthogonal * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
 
 
 def control_strengths(alphas: Iterable[float]) -> tuple[float, ...]:
@@ -69,13 +101,20 @@ PERMUTED = "layers permuted"
 SHUFFLED = "personas shuffled"
 
 
+def possible_orders(direction: Direction) -> int:
+    """How many orders of the touched layers leave none at its place: 0, 1, 2, 9, 44 for 1, 2, 3, 4, 5 layers."""
+    orders = 1
+    for layers in range(1, len(direction.layer_numbers) + 1):
+        orders = layers * orders + (-1) ** layers
+    return orders
+
+
 def permuted_edits(direction: Direction, count: int) -> list[Edit]:
-    """At most `count` different orders of the layers as Edits, without repeats; few layers have few orders."""
-    layers = len(direction.layer_numbers)
-    possible = round(math.factorial(layers) / math.e) if layers > 1 else 0  # permutations without fixed point
+    """`count` different orders of the layers as Edits, without repeats, or all `possible_orders` if these are fewer."""
+    layers, wanted = len(direction.layer_numbers), min(count, possible_orders(direction))
     seeds: dict[tuple[int, ...], int] = {}
     for seed in itertools.count():
-        if len(seeds) == min(count, possible):
+        if len(seeds) >= wanted:
             break
         seeds.setdefault(tuple(_derangement(layers, seed)), seed)
     return [Edit(PERMUTED, permuted_layers(direction, seed), seed) for seed in seeds.values()]
