@@ -74,7 +74,7 @@ def steps(
         deltas = {name: Delta.full(part) for name, part in zip(of_layer, parts, strict=True)}
         return Direction(deltas, model.fingerprint, of_layer)
 
-    # one key for both sides: they get the same prompts in a step, so what the prompts share cancels
+    # one key for both sides: with equal rows they get the same prompts in a step, and what these share cancels
     dealt = [deal(rows, count, f"gradient steps|{seed}") for rows in (positive, negative)]
     with restored(model.network):
         model.network.eval()

@@ -39,8 +39,8 @@ def fit(
     *,
     layers: Collection[int],
     seed: int = 0,
-    lr: float = 0.01,
-    epochs: int = 3,
+    lr: float = 0.03,
+    epochs: int = 10,
     batch_size: int = 16,
     micro_tokens: int = MICRO_TOKENS,
 ) -> ActivationDirection:
