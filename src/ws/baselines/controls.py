@@ -27,6 +27,8 @@ from ws.base.errors import UserError
 from ws.edit.condition import Edit
 
 RANDOM = "random"
+VERSION = 2
+"""Raise it when random directions are drawn in another way, so that scores of earlier ones are not reused."""
 ROUNDING = 1e-6
 """A singular value below this share of the largest one is the rounding of fp32 numbers, and counts as zero."""
 

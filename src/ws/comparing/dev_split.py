@@ -39,7 +39,7 @@ MASS_LOST = 0.1
 NEUTRAL_TEXTS = 20
 """Neutral requests for choosing; no table shows them."""
 STRENGTHS: Mapping[Unit, tuple[float, ...]] = {
-    "difference": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "difference": (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
     "residual": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
     "one": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }

@@ -161,6 +161,9 @@ def untrained_directions(sources: Sources, counts: Sequence[int]) -> list[Method
     built = {
         f"synthetic, {source} input": synthetic.residual_writes(model, activation, source, norm=norm)
         for source in synthetic.INPUTS
+    } | {
+        "readout of the personas": synthetic.readout(model, sources.behaviour, layers=slice_, norm=norm),
+        "top singular directions flipped": synthetic.flipped(model, slice_, norm=norm),
     }
     for name, direction in built.items():
         found.append(_of_weights(sources, name, "untrained", [Edit(name, direction)], "norm of the reference"))

@@ -113,6 +113,7 @@ class Replication(Fitting):
             "probes": [probe.key for probe in probes],
             "alphas": self.settings.alphas,
             "control_seeds": self.settings.control_seeds,
+            "controls": controls.VERSION,
             "control_alphas": controls.control_strengths(self.settings.alphas),
             "controls_on": [probe.name for probe in on_controls],
             "personas": self.behaviour.personas,
