@@ -202,12 +202,14 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
     responses = pairs.select("prompt", "response_pos", "response_neg").rows()
     fitted = repe.fit_all(model, behaviour, [*every, *halves], responses)
     found = []
+
+    def replicates(option: RepeSettings) -> dict[int, ActivationDirection]:
+        return {seed: fitted[replace(option, seed=seed)] for seed in seeds}
+
     for name, some in options.items():
         label = some[0].name if name not in repe.ONE_LAYER else f"RepE {_ONE_LAYER[name]}, best single layer"
-        found.append(_at_best_strength(
-            sources, label, {one: fitted[one] for one in some}, _said_of_variant,
-            lambda option, of=fitted: {seed: of[replace(option, seed=seed)] for seed in seeds},
-        ))  # fmt: skip
+        candidates = {one: fitted[one] for one in some}
+        found.append(_at_best_strength(sources, label, candidates, _said_of_variant, replicates))
     layers = tuple(range(model.layer_count))
     if JACOBIAN in variants:
         whole = jacobian.fit(model, dev_split.split(sources.own, dev=True), behaviour, layers=layers)
@@ -296,12 +298,15 @@ _ONE_LAYER = {"single-layer": "mean", "original": "original", "paper": "mean fro
 """Variants that choose a layer -> their names in tables."""
 _RESPONSES = 200
 """About this many pairs are read under every persona, for means over responses."""
+_EXAMPLES = 3
+"""Pairs of message and response that a prompt of examples shows."""
 _STEP_ROWS = 200
 """About this many responses of each side, spread over all topics, are read by a gradient step."""
 
 
 def system_prompts(sources: Sources) -> list[Method]:
-    """The first personas, the best of all personas on the dev split, and the engineered prompts by kind."""
+    """The first personas, the best of all personas on the dev split, the engineered prompts by kind, and examples from
+    the reference's pairs."""
     pool = prompts.all_personas(sources.behaviour)
     best = dev_split.best_prompts(sources.model, sources.own, pool)
     simple = {p.side: p for p in prompts.simple(sources.behaviour)}
@@ -311,7 +316,11 @@ def system_prompts(sources: Sources) -> list[Method]:
     by_kind: dict[str, dict[int, prompts.Prompt]] = {}
     for prompt in prompts.engineered(sources.behaviour.name):
         by_kind.setdefault(f"prompt: {prompt.kind}", {})[prompt.side] = prompt
-    return [_prompt_method(sources, name, one) for name, one in (sides | by_kind).items()]
+    shown = {
+        side: prompts.demonstrations(sources.reference.pairs, side, _EXAMPLES, sources.first[1]) for side in (1, -1)
+    }
+    return [_prompt_method(sources, name, one)
+            for name, one in (sides | by_kind | {f"prompt: {_EXAMPLES} examples": shown}).items()]  # fmt: skip
 
 
 def _prompt_method(sources: Sources, name: str, sides: Mapping[int, prompts.Prompt]) -> Method:
