@@ -60,7 +60,7 @@ def test_the_tables_hold_what_the_runs_found(done: tuple[Path, list[sweep.Outcom
     for row, outcome in zip(rows, outcomes, strict=True):
         assert outcome.folder is not None
         summary = json.loads((outcome.folder / "summary.json").read_text())
-        assert float(row["delta"]) == pytest.approx(summary["change"]["sycophancy"]["1"]["mean"])
+        assert float(row["yes_no"]) == pytest.approx(summary["change"]["sycophancy"]["1"]["mean"])
         assert float(row["dd_delta"]) == pytest.approx(summary["dd_delta"]["1"]["mean"])
         assert float(row["norm"]) == pytest.approx(summary["direction_norm"])
     lines = {row["family"]: row for row in csv.DictReader((place / "sweep_summary.csv").open())}
