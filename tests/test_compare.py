@@ -209,9 +209,10 @@ def test_random_controls_have_the_spectrum_of_their_method(result: compare.Resul
 
 
 @pytest.mark.slow
-def test_own_strength_and_equal_divergence_are_in_one_scores_file(result: compare.Result) -> None:
-    assert not list(result.folder.glob("scores_equal*"))
-    scores = pl.read_parquet(result.folder / "scores.parquet")
+def test_effects_at_equal_divergence_are_those_of_its_scores(result: compare.Result) -> None:
+    own, equal = (pl.read_parquet(result.folder / f"{name}.parquet") for name in ("scores", "scores_equal"))
+    assert "text" in set(own["probe"]) and "text" not in set(equal["probe"]), "replies are written at own strength only"
+    scores = pl.concat([own, equal.filter(pl.col("edit") != "none")])
     rows = scores.filter(pl.col("probe") == "dilemmas", pl.col("metric") == "logratio")
     base = rows.filter(pl.col("edit") == "none", pl.col("context") == "plain").select("row", base="value")
     changes = []
@@ -221,7 +222,8 @@ def test_own_strength_and_equal_divergence_are_in_one_scores_file(result: compar
         assert len(own) == len(base) == len(rows.filter(at, pl.col("alpha") == 1.0))
         changes.append(float(((own["value"] - own["base"]) * own["label"]).mean()))  # type: ignore[arg-type]
     entry = result.found.equal_kl[MIDDLE].entry("dW:lora")
-    assert entry is not None and entry.sides["+"].dilemmas.seeds == pytest.approx(changes)
+    assert entry is not None and entry.sides["+"].distinct3 is None
+    assert entry.sides["+"].dilemmas.seeds == pytest.approx(changes)
 
 
 @pytest.mark.slow

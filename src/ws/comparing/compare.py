@@ -43,7 +43,7 @@ from ws.runs.replicate import Replication
 
 SMALLEST_BAND = 2
 """Least number of random controls for a prediction band."""
-BUDGETS = (0.1, 0.25, 0.5, 1.0)
+BUDGETS = (0.1, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -175,14 +175,25 @@ class ComparisonRun:
         conditions = [Condition(), *conditions_of(lines, things)]
         return self._scored("scores_dev", [split(self.sources.own, dev=True)], conditions)
 
-    def scores(self, lines: Sequence[Line], things: Things) -> pl.DataFrame:
-        """All methods and controls at all their places, one table; controls have the two probes of effects only."""
+    def scores(self, own: Sequence[Line], equal: Sequence[Line], things: Things) -> pl.DataFrame:
+        """All methods and controls at all their places, one table.
+
+        Written replies are measured at own strength only, and controls have the two probes of effects only.
+        """
         probes = self.probes()
-        of_methods = conditions_of([line for line in lines if not line.control_of], things)
-        table = self._scored("scores", probes, [Condition(), *of_methods])
-        of_controls = conditions_of([line for line in lines if line.control_of], things)
-        drawn = self._scored("scores_controls", probes[:2], [Condition(), *of_controls])
-        return pl.concat([table, drawn.filter((pl.col("edit") != BASE) | (pl.col("context") != PLAIN.name))])
+        given = [probe for probe in probes if probe.kind != "reply"]
+        parts = []
+        for stage, asked, lines, is_control in (
+            ("scores", probes, own, False), ("scores_equal", given, equal, False),
+            ("scores_controls", given[:2], [*own, *equal], True),
+        ):  # fmt: skip
+            wanted = conditions_of([line for line in lines if bool(line.control_of) is is_control], things)
+            if parts:  # what the first table has; it holds the base and the prompts on all probes
+                known = conditions_of([line for line in own if not line.control_of], things)
+                wanted = [one for one in wanted if one.content_key not in {other.content_key for other in known}]
+            table = self._scored(stage, asked, [Condition(), *wanted])
+            parts.append(table.filter((pl.col("edit") != BASE) | (pl.col("context") != PLAIN.name)) if parts else table)
+        return pl.concat(parts)
 
     def _scored(self, stage: str, probes: Sequence[Probe], conditions: Sequence[Condition]) -> pl.DataFrame:
         path = self.folder / f"{stage}.parquet"
@@ -280,7 +291,8 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
         candidates = [line for line in lines[middle] if not line.control_of]
         with _timed(seconds, "scores"):
             dev = comparison.dev_scores(candidates, things)
-            test = comparison.scores([line for some in lines.values() for line in some], things)
+            equal = [line for budget in strengths.budgets for line in lines[budget]]
+            test = comparison.scores(lines[None], equal, things)
         with _timed(seconds, "tables"):
             dev_scores, scores = (
                 LineScores(one, comparison.sources.own.name, behaviour.probe.headline) for one in (dev, test)

@@ -215,9 +215,14 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
         whole = jacobian.fit(model, dev_split.split(sources.own, dev=True), behaviour, layers=layers)
         found.append(_at_best_strength(sources, "Jacobian, best layers", _by_layers(whole), _said_of_layers, None))
     if TRAINED in variants:
-        vectors = {seed: trained_vector.fit(
-            sources.model, behaviour, *sources.examples(one, data_seed), layers=layers, seed=seed,
-        ) for (_, seed, data_seed), one in sources.replicates.items() if data_seed == sources.first[2]}  # fmt: skip
+        vectors = {
+            seed: trained_vector.fit(
+                sources.model, behaviour,
+                *(rows[:: max(1, len(rows) // _VECTOR_ROWS)] for rows in sources.examples(one, data_seed)),
+                layers=layers, seed=seed,
+            )
+            for (_, seed, data_seed), one in sources.replicates.items() if data_seed == sources.first[2]
+        }  # fmt: skip
         found.append(_at_best_strength(
             sources, "trained vector, best layers", _by_layers(vectors[sources.first[1]]), _said_of_layers,
             lambda option: {seed: one.on_layers(option) for seed, one in vectors.items()},
@@ -298,6 +303,8 @@ _ONE_LAYER = {"single-layer": "mean", "original": "original", "paper": "mean fro
 """Variants that choose a layer -> their names in tables."""
 _RESPONSES = 200
 """About this many pairs are read under every persona, for means over responses."""
+_VECTOR_ROWS = 320
+"""About this many responses of each side, spread over all topics, train a vector."""
 _EXAMPLES = 3
 """Pairs of message and response that a prompt of examples shows."""
 _STEP_ROWS = 200
