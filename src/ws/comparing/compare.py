@@ -182,7 +182,7 @@ class ComparisonRun:
         """
         probes = self.probes()
         given = [probe for probe in probes if probe.kind != "reply"]
-        parts = []
+        parts: list[pl.DataFrame] = []
         for stage, asked, lines, is_control in (
             ("scores", probes, own, False), ("scores_equal", given, equal, False),
             ("scores_controls", given[:2], [*own, *equal], True),
