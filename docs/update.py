@@ -146,6 +146,8 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "sweep": lambda: sweep_tables.markdown(restore(SweepTables, json.loads(SWEEP.read_text()))),
     "across": lambda: comparisons.across(restore(Across, json.loads(ACROSS.read_text()))),
     "compare": lambda: comparisons.compared(stored_comparison()),
+    "contrast": lambda: comparisons.contrast(stored_comparison()),
+    "winners": lambda: comparisons.winners(stored_comparison()),
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),
     "smollm2-shown": lambda: smollm2.shown(stored_real()),

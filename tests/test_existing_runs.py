@@ -295,7 +295,7 @@ def test_what_a_comparison_has_scored_is_scored_anew_by_another_engine(
     )  # fmt: skip
 
     def measured() -> Path:
-        with ComparisonRun(settings, Plan(families=("lora",), target=0.5)) as comparison:
+        with ComparisonRun(settings, Plan(families=("lora",))) as comparison:
             calibration = comparison.strengths([])
             comparison.dev_scores([])
             comparison.scores([], calibration)

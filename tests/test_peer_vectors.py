@@ -301,8 +301,8 @@ def test_a_peer_is_a_row_of_both_tables(tiny_folders: dict[str, Path], tmp_path:
         train={"rank": 2, "lora_alpha": 4, "lr": 5e-3, "batch_size": 8, "layers": (0.25, 0.75)},
         sampling={"max_new_tokens": 6}, samples=1, rows=40,
     )  # fmt: skip
-    plan = Plan(families=("lora",), activations=("mean",), peers=(f"steering-vectors:{path}",), random_seeds=2,
-                permutations=0, shuffles=0, target=0.005, calibration_prompts=2, calibration_tokens=4)  # fmt: skip
+    plan = Plan(families=("lora",), activations=("mean",), peers=(f"steering-vectors:{path}",), draws=2,
+                steps=(), permutations=0, shuffles=0, budgets=(0.005,), calibration_prompts=2, calibration_tokens=4)  # fmt: skip
     result = compare.run(settings, plan)
     for entries in (result.found.own_strength, result.found.equal_kl):
         (entry,) = [one for one in entries if one.name == "steering-vectors v.pt"]

@@ -435,7 +435,7 @@ def test_what_a_comparison_keeps_is_keyed_by_what_was_rendered(make: Any, qwen: 
         comparison = object.__new__(ComparisonRun)
         comparison.model = replace(qwen, chat=make(template))
         comparison.sources = SimpleNamespace(first=("lora", 0))  # type: ignore[assignment]
-        comparison.plan, comparison.has_measured, folder = Plan(target=0.1), False, _Recorder(tmp_path)
+        comparison.plan, comparison.has_measured, folder = Plan(budgets=(0.1,)), False, _Recorder(tmp_path)
         comparison.folder = folder  # type: ignore[assignment]
         comparison._scored("scores", [], [])
         comparison.strengths([])

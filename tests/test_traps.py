@@ -319,8 +319,8 @@ def test_equal_divergence_stands_beside_equal_alpha_and_a_failed_search_is_marke
         name: {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in text.splitlines() if row[:2] == "| "}
         for name, text in sections.items()
     }
-    assert alphas["Baselines and weight steering"]["edit +"] == "+1" == alphas["At equal divergence"]["edit +"]
-    assert alphas["At equal divergence"]["unfinished +"] == "+1*"
+    assert alphas["At each method's own strength"]["edit +"] == "+1" == alphas["At equal KL, 0.5 nats"]["edit +"]
+    assert alphas["At equal KL, 0.5 nats"]["unfinished +"] == "+1*"
 
 
 def test_a_mean_that_few_rows_carry_stands_beside_the_answers_that_were_lost() -> None:
@@ -342,12 +342,12 @@ def test_informedness_is_shown_at_both_penalties_and_balanced() -> None:
     found = {k: stats.surgical_informedness(base, plus, base, labels, k=k) for k in (1, 2)}
     assert found[1].forward == pytest.approx(10) and found[2].forward == pytest.approx(-10), "a no-op has 0"
     assert found[1].balanced == pytest.approx(-20)
-    shown = answers_table(numbers.measure(reader(known(lambda label, alpha: alpha * label)), LINES[:1]))
+    shown = answers_table(numbers.measure(reader(known(lambda label, alpha: alpha * label)), LINES[:1]).entries)
     assert {"SI k=1", "SI k=2", "balanced"} <= set(shown.header)
 
 
 def test_random_directions_have_several_seeds_unless_told_otherwise() -> None:
-    assert Settings().control_seeds >= 10 and Plan().random_seeds >= 10
+    assert Settings().control_seeds >= 10 and Plan().draws >= 10
 
 
 def test_pages_take_layers_attention_and_flips_from_what_was_run(finished: Path) -> None:

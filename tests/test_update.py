@@ -66,14 +66,18 @@ def test_blocks_show_the_stored_numbers_and_no_others() -> None:
     moved = replace(row, own={**row.own, "+": replace(row.own["+"], seeds_high=9.87)})
     assert ", +9.87 |" in comparisons.across(replace(across, rows=(moved, *across.rows[1:])))
     found = update.stored_comparison()
-    chosen = next(entry for entry in found.own_strength if entry.name == found.best["weights"])
+    measured = found.equal_kl[found.headline_budget]
+    chosen = measured.entry(found.best["weights"])
+    assert chosen is not None
     side = chosen.sides["+"]
     assert side.own.over_seeds is not None
     changed = replace(side, own=replace(side.own, over_seeds=replace(side.own.over_seeds, high=9.87)))
     entry = replace(chosen, sides={**chosen.sides, "+": changed})
-    entries = tuple(entry if one.name == chosen.name else one for one in found.own_strength)
-    text = comparisons.compared(replace(found, own_strength=entries))
-    assert f"+9.87], over rows [{side.own.limits}]) at +" in text
+    entries = tuple(entry if one.name == chosen.name else one for one in measured.entries)
+    tables = {**found.equal_kl, found.headline_budget: replace(measured, entries=entries)}
+    other = replace(found, equal_kl=tables)
+    assert f"+9.87], over rows [{side.own.limits}]" in comparisons.compared(other)
+    assert "+9.87] r [" in comparisons.winners(other) and "+9.87" not in comparisons.winners(found)
 
 
 def run(behaviour: str, by_prompt: float, **more: Any) -> dict[str, Any]:
@@ -176,16 +180,20 @@ def comparison_of(folder: Path, seeds: int, randoms: int, padding: int = 0) -> P
     """A finished comparison: its picture, and the stored numbers with other counts of replicates."""
     folder.mkdir()
     found = update.stored_comparison()
-    counts = {"dW:ia3": 1, "dW:lora": seeds, "random": randoms}
-    entries = [
-        replace(entry, sides={
-            sign: replace(side, own=replace(side.own, seeds=(0.0,) * counts[entry.name]))
-            for sign, side in entry.sides.items()
-        })
-        for entry in found.own_strength
-        if entry.name in counts
-    ]  # fmt: skip
-    changed = replace(found, own_strength=tuple(entries), equal_kl=(), best={}, dilemmas="x" * padding or "own")
+    measured = found.equal_kl[found.headline_budget]
+    reference = measured.entry(found.reference)
+    control = next(one for one in measured.controls if one.of == found.reference)
+    assert reference is not None
+    entry = replace(reference, sides={
+        sign: replace(side, own=replace(side.own, seeds=(0.0,) * seeds)) for sign, side in reference.sides.items()
+    })  # fmt: skip
+    drawn = replace(control, effects={
+        sign: {probe: replace(effect, seeds=(0.0,) * randoms) for probe, effect in effects.items()}
+        for sign, effects in control.effects.items()
+    })  # fmt: skip
+    small = replace(measured, entries=(entry,), controls=(drawn,))
+    changed = replace(found, own_strength=small, equal_kl=dict.fromkeys(found.equal_kl, small), best={},
+                      dilemmas="x" * padding or "own")  # fmt: skip
     (folder / "comparison.json").write_text(json.dumps(page.as_json(changed)))
     (folder / "pareto.png").write_bytes(b"picture")
     return folder
@@ -203,9 +211,11 @@ def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
     monkeypatch.setattr(update, "COMPARED", kept)
     update.store(first)
     text = comparisons.compared(update.stored_comparison())
-    assert text.startswith("On pocket, training seeds: 3, random directions: 20.\n\n> Sycophancy, change")
+    assert text.startswith(
+        "On pocket, runs per weight direction: 3, random controls per method: 20.\n\n> Sycophancy, change"
+    )
     update.store(second)
-    told = "On pocket, training seeds: 1, random directions: 12."
+    told = "On pocket, runs per weight direction: 1, random controls per method: 12."
     assert comparisons.replicates_told(update.stored_comparison()) == told
     with pytest.raises(SystemExit, match="too many to keep"):
         update.store(large)
@@ -215,22 +225,20 @@ def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
 
 
 def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts() -> None:
-    stored = json.loads((update.COMPARED / "comparison.json").read_text())
-    entries = {entry["name"]: entry for entry in stored["own_strength"]}
-    bands = stored["bands"]["own_strength"]
-    for sign in ("+", "-"):
-        assert len(entries["random"][sign]["own"]["seeds"]) >= 20
-        assert len(entries["personas shuffled"][sign]["own"]["seeds"]) >= 5
-        families = [entry for entry in entries.values() if entry["kind"] == "weights"]
-        assert families
-        for entry in families:
-            effect, band = entry[sign]["own"], bands[sign]["own"]
-            intervals = [one for one in (effect, effect["over_seeds"]) if one is not None]
-            is_clear = all(one["low"] > band["high"] or one["high"] < band["low"] for one in intervals)
-            assert effect["outside"] is is_clear, f"{entry['name']} {sign}"
-    means = [one["mean"] for one in stored["controls"] if one["control"] == "random" and one["probe"] == "own"]
-    assert len(means) == 2
-    assert all(-0.1 <= mean["low"] <= mean["high"] <= 0.1 for mean in means)
+    """Ten random controls per method at the same KL; their mean includes 0 on every probe at every budget."""
+    found = update.stored_comparison()
+    for budget, measured in found.equal_kl.items():
+        controls = {one.of: one for one in measured.controls}
+        for entry in (one for one in measured.entries if one.kind in ("weights", "variants")):
+            assert len(next(iter(entry.sides.values())).own.seeds) >= 3
+            control = controls[entry.name]
+            assert len(control.effects["+"]["own"].seeds) >= 10
+            assert abs(control.p95["+"] - float(budget)) <= 0.1 * float(budget) + 0.01
+            for sign, side in entry.sides.items():
+                band = control.band(sign, "own")
+                assert band is not None and side.own.band == band
+                is_clear = all(one.low > band.high or one.high < band.low for one in side.own.intervals)
+                assert side.own.outside is is_clear, f"{entry.name} {sign}"
 
 
 def test_sweeps_and_tables_over_comparisons_are_stored_as_numbers(

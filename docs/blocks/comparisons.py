@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from blocks.table import table
 from ws.comparing import page
 from ws.comparing.across import Across
 from ws.comparing.findings import Findings
+from ws.comparing.tables import contrast_table, effect_text
 from ws.report import document
 
 
@@ -14,10 +16,37 @@ def compared(found: Findings) -> str:
 
 
 def replicates_told(found: Findings) -> str:
-    """Training seeds of the weight directions, and random directions."""
-    seeds = {entry.name: len(entry.sides["+"].own.seeds) for entry in found.own_strength if "+" in entry.sides}
-    trained = max(seeds[entry.name] for entry in found.own_strength if entry.kind == "weights")
-    return f"On {found.model}, training seeds: {trained}, random directions: {seeds['random']}."
+    """How often weight directions were trained, and how many random controls a method has."""
+    measured = found.equal_kl[found.headline_budget]
+    trained = max((len(side.own.seeds) for entry in measured.entries if entry.kind == "weights"
+                   for side in entry.sides.values()), default=0)  # fmt: skip
+    drawn = max(
+        (len(one.effects["+"]["own"].seeds) for one in measured.controls if one.of == found.reference), default=0
+    )
+    return f"On {found.model}, runs per weight direction: {trained}, random controls per method: {drawn}."
+
+
+def contrast(found: Findings) -> str:
+    """Whether the contrast and the training are needed: the table of differences at equal KL."""
+    return document.to_markdown("", [contrast_table(found)]).split("\n", 2)[2].strip()
+
+
+def winners(found: Findings) -> str:
+    """The best method of every kind at every budget, with the winner of each column in bold."""
+    names = list(dict.fromkeys(found.best.values()))
+    columns = [(budget, sign) for budget in found.equal_kl for sign in ("+", "-")]
+    won = {(budget, sign): page.winner(found, sign, budget) for budget, sign in columns}
+    rows = []
+    for name in names:
+        cells = [name]
+        for budget, sign in columns:
+            entry, first = found.equal_kl[budget].entry(name), won[budget, sign]
+            text = effect_text(entry.sides[sign].own) if entry and sign in entry.sides else "-"
+            verdict = entry.sides[sign].verdict("own") if entry and sign in entry.sides else ""
+            text += f" ({verdict})" if verdict else ""
+            cells.append(f"**{text}**" if first is not None and first.name == name else text)
+        rows.append(cells)
+    return table(["method", *(f"{sign}, KL {budget}" for budget, sign in columns)], rows)
 
 
 def across(found: Across) -> str:

@@ -55,10 +55,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Across:
-    """The rows of several comparisons."""
+    """The rows of several comparisons, all at one strength."""
 
     rows: tuple[Row, ...]
     dilemma_noun: str = "dilemmas"
+    strength: str = "each method's own strength"
 
     @property
     def table(self) -> Table:
@@ -66,11 +67,11 @@ class Across:
         tuned = caveats.tuning((row.model, row.behaviour) for row in self.rows)
         readout = caveats.readout(row.model for row in self.rows)
         caption = (
-            "Change against each model's own base at equal KL (prompts at their own), nats. In brackets: 95 % interval "
-            "over rows (whole clusters). seeds: 95 % t interval over seeds. "
+            f"Change against each model's own base at {self.strength}, nats. In brackets: 95 % interval over rows "
+            "(whole clusters). seeds: 95 % t interval over seeds. "
             f"{self.dilemma_noun.capitalize()}: towards the honest answer. "
-            f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps the band of the method's own random "
-            "controls. Untrained directions, activation steering and prompts: only the best method on the dev split."
+            f"{NOT_SEPARABLE.capitalize()}: one of the two intervals overlaps the band of random controls. Of the "
+            "other kinds of method, only the best on the dev split is shown."
         )
         return Table(
             ["model", "behaviour", "method", "own, -", "own, +",
@@ -98,7 +99,8 @@ def of(found: Sequence[Findings]) -> Across:
         for entry in one.equal_kl[one.headline_budget].entries
         if entry.kind in _ALWAYS or (entry.kind in _IF_CHOSEN and one.best.get(entry.kind) == entry.name)
     )  # fmt: skip
-    return Across(rows, found[0].dilemma_noun)  # all comparisons of one call have the same dilemmas
+    first = found[0]  # all comparisons of one call have the same dilemmas and budgets
+    return Across(rows, first.dilemma_noun, f"equal KL ({first.headline_budget} nats, prompts at their own)")
 
 
 def _moved(entry: Entry, probe: Probe) -> dict[str, Moved]:
