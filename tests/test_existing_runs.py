@@ -296,9 +296,9 @@ def test_what_a_comparison_has_scored_is_scored_anew_by_another_engine(
 
     def measured() -> Path:
         with ComparisonRun(settings, Plan(families=("lora",))) as comparison:
-            calibration = comparison.strengths([])
-            comparison.dev_scores([])
-            comparison.scores([], calibration)
+            comparison.strengths([], [])
+            comparison.dev_scores([], {})
+            comparison.scores([], [], {})
             return comparison.folder.path
 
     folder = measured()
@@ -307,7 +307,7 @@ def test_what_a_comparison_has_scored_is_scored_anew_by_another_engine(
     assert rebuilt(folder, before) == set()
     newer_engine(monkeypatch)
     measured()
-    assert rebuilt(folder, before) == {"scores", "scores_dev", "calibration"}
+    assert rebuilt(folder, before) == {"scores", "scores_equal", "scores_controls", "scores_dev", "calibration"}
 
 
 # -------------------------------------------------------------------- resuming

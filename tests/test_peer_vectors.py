@@ -302,11 +302,12 @@ def test_a_peer_is_a_row_of_both_tables(tiny_folders: dict[str, Path], tmp_path:
         sampling={"max_new_tokens": 6}, samples=1, rows=40,
     )  # fmt: skip
     plan = Plan(families=("lora",), activations=("mean",), peers=(f"steering-vectors:{path}",), draws=2,
-                steps=(), permutations=0, shuffles=0, budgets=(0.005,), calibration_prompts=2, calibration_tokens=4)  # fmt: skip
+                steps=(), permutations=0, shuffles=0, budgets=(0.005,), calibration_prompts=2,
+                calibration_tokens=4)  # fmt: skip
     result = compare.run(settings, plan)
-    for entries in (result.found.own_strength, result.found.equal_kl):
-        (entry,) = [one for one in entries if one.name == "steering-vectors v.pt"]
-        assert entry.kind == "activations" and set(entry.sides) == {"+", "-"}
+    for measured in (result.found.own_strength, *result.found.equal_kl.values()):
+        entry = measured.entry("steering-vectors v.pt")
+        assert entry is not None and entry.kind == "activations" and set(entry.sides) == {"+", "-"}
         assert entry.note.startswith(f"file {digest(path)[:12]}, 2 layers, 1 to 2, coefficient ")
     text = (result.folder / "comparison.md").read_text(encoding="utf-8")
     assert text.count(f"steering-vectors v.pt + (file {digest(path)[:12]}") >= 4, "effects and costs of both tables"

@@ -429,7 +429,7 @@ class _Recorder:
 
 def test_what_a_comparison_keeps_is_keyed_by_what_was_rendered(make: Any, qwen: ChatModel, tmp_path: Path) -> None:
     pl.DataFrame().write_parquet(tmp_path / "scores.parquet")
-    write_json(tmp_path / "calibration.json", plain(Strengths(0.1, None, "dW:lora, seed 0", {}, {})))
+    write_json(tmp_path / "calibration.json", plain(Strengths({"0.1": {}}, {})))
     found = []
     for template in (CHATML, "{# a remark #}" + CHATML, NO_END):
         comparison = object.__new__(ComparisonRun)
@@ -438,7 +438,7 @@ def test_what_a_comparison_keeps_is_keyed_by_what_was_rendered(make: Any, qwen: 
         comparison.plan, comparison.has_measured, folder = Plan(budgets=(0.1,)), False, _Recorder(tmp_path)
         comparison.folder = folder  # type: ignore[assignment]
         comparison._scored("scores", [], [])
-        comparison.strengths([])
+        comparison.strengths([], [])
         found.append(folder.inputs)
     assert found[0] == found[1]
     assert all(one != other for one, other in zip(found[0], found[2], strict=True)) and len(found[0]) == 2
