@@ -79,6 +79,8 @@ class Compare(RunOptions):
     budgets: tuple[float, ...] = (0.1, 0.5, 1.0)
     """KL to the base that every direction may cost: 95th percentile, nats per token. The headline takes the middle
     one."""
+    plan: bool = False
+    """Only say what this comparison would cost and which effects it could find; nothing runs."""
     quick: bool = False
     """A first look: LoRA, one seed, one budget, two kinds of activation steering, few rows and controls."""
     dilemmas: str = "own"
@@ -92,16 +94,21 @@ class Compare(RunOptions):
         """Compare on every model and behaviour; print the tables, the headlines, and the paths of the pages."""
         from dataclasses import replace  # noqa: PLC0415
 
-        from ws.comparing import across, compare, page, terminal  # noqa: PLC0415
+        from ws.comparing import across, compare, page, planning, terminal  # noqa: PLC0415
 
         if self.peers and (len(self.models) > 1 or len(self.behaviours) > 1):
             raise UserError("--with takes a vector of one model and one behaviour", "Compare them one at a time.")
         asked = replace(self, **_QUICK) if self.quick else self
-        plan = compare.Plan(**{one.name: getattr(asked, one.name) for one in fields(compare.Plan)
+        chosen = compare.Plan(**{one.name: getattr(asked, one.name) for one in fields(compare.Plan)
                                if hasattr(asked, one.name)})  # fmt: skip
         settings = run_settings(self, self.fit, EvalOptions(rows=asked.rows, dilemmas=self.dilemmas))
+        if self.plan:
+            for name in self.behaviours or (self.behaviour,):
+                for line in planning.told(planning.outlook(replace(settings, behaviour=name), chosen)):
+                    console.say(line)
+            return
         found = [
-            compare.run(replace(settings, model=model, behaviour=name), plan)
+            compare.run(replace(settings, model=model, behaviour=name), chosen)
             for model in self.models or (self.model,)
             for name in self.behaviours or (self.behaviour,)
         ]
