@@ -127,7 +127,7 @@ def stored_search() -> list[dict[str, Any]]:
 
 
 def stored_data() -> dict[str, dict[str, Any]]:
-    """What public data sets say about the first run on SmolLM2, by probe."""
+    """What public data sets say about the first runs on SmolLM2, by behaviour and probe."""
     return {path.stem.removeprefix("data-"): json.loads(path.read_text()) for path in sorted(REAL.glob("data-*.json"))}
 
 
@@ -173,7 +173,8 @@ def store(given: Path) -> None:
     if given.name == ACROSS.name:
         _write(ACROSS, plain(restore(Across, json.loads(given.read_text()))))
     elif given.name.startswith("measures-"):
-        _write(REAL / f"data-{given.stem.removeprefix('measures-')}.json", json.loads(given.read_text()))
+        behaviour, probe = given.resolve().parents[2].name, given.stem.removeprefix("measures-")
+        _write(REAL / f"data-{behaviour}-{probe}.json", json.loads(given.read_text()))
     elif given.suffix == ".csv":
         _store_alignment(given)
     elif (given / "comparison.json").is_file():

@@ -137,14 +137,26 @@ def search(log: Sequence[Mapping[str, Any]]) -> str:
         setting, dev = line["setting"], line["dev"]
         train = {"lr": 2e-4, "layers": [0.3, 0.8], "epochs": 1, "batch_size": 16} | setting.get("train", {})
         layers = f"{100 * train['layers'][0]:.0f}-{100 * train['layers'][1]:.0f} %"
+        sampling = setting["sampling"]
         rows.append([
-            line["behaviour"], f"{setting['grid']['samples'] * 100}", str(setting["sampling"]["max_new_tokens"]),
-            layers, f"{train['lr']:g}", str(train["epochs"]), str(train["batch_size"]),
-            f"{line['kept']['pos']} / {line['kept']['neg']}", *(f"{dev[sign]['change']:+.2f}" for sign in ("-1", "+1")),
+            line["behaviour"], f"{setting['grid']['samples'] * 100}", str(sampling["max_new_tokens"]),
+            f"{sampling.get('temperature', 0.8):g}", _judged_by(setting), layers, f"{train['lr']:g}",
+            str(train["epochs"]), str(train["batch_size"]), f"{line['kept']['pos']} / {line['kept']['neg']}",
+            *(f"{dev[sign]['change']:+.2f}" for sign in ("-1", "+1")),
             *(f"{dev[sign]['kl']:.3f}" for sign in ("-1", "+1")),
         ])  # fmt: skip
-    return table(["behaviour", "pairs", "tokens", "layers", "rate", "epochs", "batch", "kept + / -", "replies at -1",
-                  "at +1", "KL at -1", "at +1"], rows)  # fmt: skip
+    head = ["behaviour", "pairs", "tokens", "T", "judge", "layers", "rate", "epochs", "batch", "kept + / -",
+            "replies at -1", "at +1", "KL at -1", "at +1"]  # fmt: skip
+    return table(head, rows)
+
+
+def _judged_by(setting: Mapping[str, Any]) -> str:
+    judge = setting["judge"]
+    return "none" if judge["backend"] == "none" else f"{judge['threshold']:g}"
+
+
+SHOWN_MEASURES = ("accuracy", "AUROC", "Yes-bias", "MC1", "MC2", "stance")
+"""Measures of the public data sets that the table shows; the stored files have the others and the groups."""
 
 
 def public_data(stored: Mapping[str, Mapping[str, Any]]) -> str:
@@ -152,14 +164,16 @@ def public_data(stored: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, record in stored.items():
         for one in record.get("measurements", ()):
+            if one["group"] != "all" or one["measure"] not in SHOWN_MEASURES:
+                continue
             change = "-" if one["change"] is None else with_limits(one["change"])
             rows.append([
-                name, one["measure"], one["group"], signed(f"{one['alpha']:g}"), with_limits(one["level"]), change,
+                name, one["measure"], signed(f"{one['alpha']:g}"), with_limits(one["level"]), change,
                 str(one["level"]["n"]),
             ])  # fmt: skip
     if not rows:
         return "Not measured yet."
-    return table(["data", "measure", "group", "alpha", "value", "change", "n"], rows)
+    return table(["direction, data", "measure", "alpha", "value", "change", "n"], rows)
 
 
 def wordings(stored: Mapping[str, Mapping[str, Any]]) -> str:
@@ -216,12 +230,12 @@ def replication(
         ["norm of dW; cosine of tau+ and tau-",
          f"{first.direction_norm:.2f}; {-first.geometry['cos_anti']:+.2f}"],
     ]  # fmt: skip
-    if "dilemmas" in data:
+    if "sycophancy-dilemmas" in data:
         means = {
             f"{one['alpha']:g}": with_limits(one)
-            for one in data["dilemmas"]["means"] if one["metric"] == "logratio" and one["group"] == dilemmas.STATED
+            for one in data["sycophancy-dilemmas"]["means"] if one["metric"] == "logratio" and one["group"] == dilemmas.STATED
         }  # fmt: skip
-        counts = data["dilemmas"]["data"]
+        counts = data["sycophancy-dilemmas"]["data"]
         rows.append([
             f"daily dilemmas, a proxy of {counts['kept'] // 2} from the aggregated table, at -1 / 0 / +1",
             " / ".join(means[key] for key in ("-1", "0", "1")) + f" ({counts['counted']} rows counted)",
