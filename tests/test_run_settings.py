@@ -103,6 +103,19 @@ def test_unknown_recommendations_are_refused(model: ChatModel, part: dict[str, A
     assert "config.json" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_behaviour_may_have_recommendations_of_its_own(model: ChatModel) -> None:
+    """The part of the behaviour wins over that of all behaviours, and the user's value over both."""
+    parts = {"run": {"grid": {"samples": 6}, "judged": 4}, "run_for": {"refusal": {"grid": {"samples": 3}}}}
+    model = replace(model, settings=parts)
+
+    def samples(**given: Any) -> int:
+        return recommended(Settings(**given), model)[0].grid.samples
+
+    assert (samples(), samples(behaviour="refusal")) == (6, 3)
+    assert samples(behaviour="refusal", grid=Grid(samples=5)) == 5
+    assert recommended(Settings(behaviour="refusal"), model)[0].judged == 4
+
+
 @pytest.mark.parametrize(
     ("rows", "probe", "limit"),
     [(None, "choice", 40), (None, "others", 20), (None, "replies", None), (8, "choice", 8), (8, "replies", 8)],

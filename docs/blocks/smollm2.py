@@ -233,7 +233,8 @@ def replication(
     if "sycophancy-dilemmas" in data:
         means = {
             f"{one['alpha']:g}": with_limits(one)
-            for one in data["sycophancy-dilemmas"]["means"] if one["metric"] == "logratio" and one["group"] == dilemmas.STATED
+            for one in data["sycophancy-dilemmas"]["means"]
+            if one["metric"] == "logratio" and one["group"] == dilemmas.STATED
         }  # fmt: skip
         counts = data["sycophancy-dilemmas"]["data"]
         rows.append([

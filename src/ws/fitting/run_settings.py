@@ -84,14 +84,15 @@ class Settings:
 def recommended(settings: Settings, model: ChatModel) -> tuple[Settings, ChatModel]:
     """Settings and model with the recommendations of the recipe; values that the user set are kept.
 
-    The part `run` of the recommendations holds defaults for `grid`, `alphas`, `control_seeds`, `samples` and `judged`.
-    A value that equals its general default counts as not set.
+    The part `run` of the recommendations holds defaults for `grid`, `alphas`, `control_seeds`, `samples` and `judged`,
+    `run_for` those of single shipped behaviours. A value that equals its general default counts as not set.
     """
     if settings.recipe == "original":
         rows = {name: model.settings[name] for name in ("rows", "fit_dtype") if name in model.settings}
         model = replace(model, settings={**ORIGINAL, **rows})
     default, found = Settings(), {}
-    for name, value in model.settings.get("run", {}).items():
+    of_behaviour = model.settings.get("run_for", {}).get(settings.behaviour, {})
+    for name, value in {**model.settings.get("run", {}), **of_behaviour}.items():
         if name not in ("grid", "alphas", "control_seeds", "samples", "judged"):
             raise UserError(
                 f"the recommended settings of {model.name} hold run.{name}", "Correct weight_steering.json there."

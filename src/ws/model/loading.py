@@ -226,7 +226,7 @@ def _require_complete(place: str, loading: dict[str, Any]) -> None:
 
 def _recommended(source: Source) -> dict[str, Any]:
     found = {} if source.settings is None else read_json(source.settings)
-    parts = ("train", "train_for", "judge", "sampling", "run", "rows")
+    parts = ("train", "train_for", "judge", "sampling", "run", "run_for", "rows")
     if not isinstance(found, dict) or not all(isinstance(found.get(part, {}), dict) for part in parts):
         raise UserError(f"{source.settings} does not hold settings by name", "Correct the file, or delete it.")
     return found
