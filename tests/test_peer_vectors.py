@@ -258,7 +258,7 @@ def sources(qwen: ChatModel, tmp_path: Path) -> methods.Sources:
         replace(TrainSettings(), adapter=adapter), {},
     )  # fmt: skip
     own = sycophancy.headline_probe(SYCOPHANCY)
-    return methods.Sources(qwen, {("lora", 0): run}, own, 0, RunFolder(tmp_path / "compare", {}))
+    return methods.Sources(qwen, qwen, {("lora", 0, 0): run}, own, RunFolder(tmp_path / "compare", {}))
 
 
 @pytest.mark.parametrize("norm", [1.0, 3.0])

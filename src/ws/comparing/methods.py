@@ -293,7 +293,8 @@ def _said_of_layers(layers: tuple[int, ...], direction: ActivationDirection) -> 
 
 
 def _said_of_file(layers: tuple[int, ...], direction: ActivationDirection) -> str:
-    return f"file {direction.provenance['digest']}, {_said_of_layers(layers, direction)}"
+    said = _said_of_layers(layers, direction).replace("strength", "coefficient")
+    return f"file {direction.provenance['digest']}, {said}"
 
 
 JACOBIAN, TRAINED = "jacobian", "trained"
