@@ -94,20 +94,17 @@ class LineScores:
 
     def __init__(self, table: pl.DataFrame, behaviour: str, headline_group: str) -> None:
         self.behaviour, self.headline_group = behaviour, headline_group
-        self._table = dilemmas.counted(table)
-        base = self._table.filter((pl.col("edit") == BASE) & (pl.col("context") == PLAIN.name))
-        self._base = base.select("probe", "row", "metric", pl.col("value").alias("base"))
+        # millions of rows are asked for thousands of small parts, so they are divided once
+        self._parts = dilemmas.counted(table).partition_by("probe", "metric", "edit", as_dict=True)
+        self._nothing = table.clear()
 
     # ---------------------------------------------------------------- rows
 
     def rows(self, line: Line, sign: str, probe: str, metric: str) -> pl.DataFrame:
         """Rows with value, base, label, cluster and seed; empty if the line has no such rows."""
         place = line.at[sign]
-        found = self._table.filter(
-            (pl.col("probe") == probe) & (pl.col("metric") == metric)
-            & pl.col("context").is_in([place.context] if isinstance(place.context, str) else place.context)
-            & (pl.col("edit") == place.edit)
-        )  # fmt: skip
+        contexts = [place.context] if isinstance(place.context, str) else list(place.context)
+        found = self._part(probe, metric, place.edit).filter(pl.col("context").is_in(contexts))
         if isinstance(place.alpha, Mapping):
             is_own = pl.any_horizontal(
                 pl.col("seed").eq_missing(seed) & pl.col("data_seed").eq_missing(data) & _is(alpha)
@@ -116,11 +113,15 @@ class LineScores:
         else:
             is_own = _is(place.alpha)
         found = found.filter(is_own)
-        wanted = self._base.filter((pl.col("probe") == probe) & (pl.col("metric") == metric))
+        base = self._part(probe, metric, BASE).filter(pl.col("context") == PLAIN.name)
+        wanted = base.select("row", pl.col("value").alias("base"))
         for replicate, rows in found.group_by(REPLICATE, maintain_order=True):
             if sorted(rows["row"]) != sorted(wanted["row"]):
                 raise ValueError(f"{line.name}, seeds {replicate}: rows of {probe} differ from the rows of the base")
-        return found.join(self._base, on=["probe", "row", "metric"], how="inner")
+        return found.join(wanted, on="row", how="inner")
+
+    def _part(self, probe: str, metric: str, edit: str) -> pl.DataFrame:
+        return self._parts.get((probe, metric, edit), self._nothing)
 
     def averaged(self, line: Line, sign: str, probe: str) -> pl.DataFrame:
         """One row per probe row: log-ratio and base, replicates averaged."""
