@@ -52,7 +52,7 @@ PATHS = RESULTS / "fast-paths.json"
 LLAMA_CPP = RESULTS / "llama-cpp.json"
 REAL = RESULTS / "smollm2"
 SEARCH = REAL / "search.jsonl"
-LARGEST_KEPT = 1_000_000
+LARGEST_KEPT = 2_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 MARKED = re.compile(r"(<!-- begin: (?P<name>\S+) -->\n)(?P<content>.*?)\n?(<!-- end: (?P=name) -->)", re.DOTALL)
 

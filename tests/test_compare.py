@@ -815,6 +815,17 @@ def test_the_headline_names_the_winner_also_where_it_is_another_kind() -> None:
     assert page.as_json(found)["winners"] == {"0.5": {"+": "edit", "-": "tau_neg"}}
 
 
+def test_a_prompt_that_costs_more_than_the_budget_wins_nothing() -> None:
+    table = known(lambda label, alpha: alpha * label)
+    stronger = known(lambda label, alpha: 3.0 * alpha * label).filter(pl.col("edit") == "edit")
+    other = stronger.with_columns(pl.lit("loud").alias("edit"))
+    for p95, won in ((0.54, "loud"), (0.56, "edit")):
+        line = replace(both_signs("loud", "prompts"), spent=dict.fromkeys("+-", Spent(p95, 0.1, 1.0)))
+        found = found_of(numbers.measure(reader(pl.concat([table, other])), [*LINES, line]),
+                         best={"weights": "edit", "prompts": "loud"})  # fmt: skip
+        assert page.as_json(found)["winners"] == {"0.5": {"+": won, "-": won}}
+
+
 def test_power_says_how_many_seeds_would_tell_the_first_two_apart() -> None:
     table = seeds_of(2.0, 2.2)
     other = seeds_of(1.9, 2.3).filter(pl.col("edit") == "edit").with_columns(pl.lit("tau_pos").alias("edit"))

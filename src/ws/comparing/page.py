@@ -28,6 +28,7 @@ from ws.comparing.tables import (
 )
 from ws.eval import instrument
 from ws.eval.ability import Ability
+from ws.measure import calibrate
 from ws.report import document
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph
 from ws.report.findings import Estimate
@@ -57,9 +58,18 @@ def headline(found: Findings) -> str:
 
 
 def winner(found: Findings, sign: str, budget: str | None = None) -> Entry | None:
-    """The entry that moves the behaviour furthest in its direction, among the best of each kind on the dev split."""
-    measured = found.equal_kl[budget or found.headline_budget]
-    chosen = [entry for name in found.best.values() if (entry := measured.entry(name)) and sign in entry.sides]
+    """The entry that moves the behaviour furthest in its direction, among the best of each kind on the dev split.
+
+    A prompt whose own KL is above the budget is not among them.
+    """
+    budget = budget or found.headline_budget
+    measured = found.equal_kl[budget]
+    chosen = [
+        entry for name in found.best.values()
+        if (entry := measured.entry(name)) and sign in entry.sides
+        and not (entry.kind == "prompts" and (spent := entry.sides[sign].spent)
+                 and spent.p95 > float(budget) * (1 + calibrate.RELATIVE_TOLERANCE))
+    ]  # fmt: skip
     turn = 1 if sign == "+" else -1
     return max(chosen, key=lambda entry: turn * entry.sides[sign].own.mean, default=None)
 
