@@ -94,8 +94,8 @@ def pocket_table(summary: Summary) -> str:
     note = (
         "Log-ratios in nats with 95 % intervals over clusters of rows; sycophancy: log p(Yes) - log p(No) on held-out "
         f"claims; dilemmas: towards the honest answer, n = {summary['dilemmas']['0']['n']}. KL to the base on neutral "
-        f"text. Random: smallest and largest change over {seeds} directions of the same "
-        f"norm and rank. |dW| = {summary['direction_norm']:.3g}."
+        f"text. Random: smallest and largest change over {seeds} directions with the same "
+        f"singular values. |dW| = {summary['direction_norm']:.3g}."
     )
     return f"{table(columns, rows)}\n\n{note}"
 
