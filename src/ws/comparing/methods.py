@@ -8,6 +8,7 @@ trained vectors) are stages of the comparison's folder.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -174,14 +175,17 @@ def untrained_directions(sources: Sources, counts: Sequence[int]) -> list[Method
 def _of_weights(sources: Sources, name: str, kind: str, edits: Sequence[Edit], note: str = "") -> Method:
     """A method of weight directions, with random directions that have the singular values of its replicates in turn."""
     control = f"random like {name}"
-    per_edit = [-(-(sources.draws - number) // len(edits)) for number in range(len(edits))]
-    draws = [
-        replace(one, name=control, seed=number + draw * len(edits))
-        for number, (edit, count) in enumerate(zip(edits, per_edit, strict=True))
-        if isinstance(edit.effect, Direction)
-        for draw, one in enumerate(controls.random_edits(edit.effect, count))
-    ]
-    return Method(name, kind, tuple(edits), note=note, control=Control(control, tuple(draws)))
+    effects = [edit.effect for edit in edits if isinstance(edit.effect, Direction)]
+    draws = tuple(
+        Edit(control, controls.spectrum_like(effects[number % len(effects)], _draw_seed(name, number)), number)
+        for number in range(sources.draws if effects else 0)
+    )
+    return Method(name, kind, tuple(edits), note=note, control=Control(control, draws))
+
+
+def _draw_seed(name: str, number: int) -> int:
+    """The seed of a random draw: another one for every method and number, so that no two methods share their luck."""
+    return int(hashlib.blake2b(f"{name}|{number}".encode(), digest_size=6).hexdigest(), 16)
 
 
 # -------------------------------------------------------------------- activations and prompts
@@ -278,7 +282,9 @@ def _at_best_strength(
     }  # fmt: skip
     edits = tuple(Edit(label, one, seed) for seed, one in every.items())
     control = f"random like {label}"
-    draws = tuple(Edit(control, repe.random_like(direction, draw), draw) for draw in range(sources.draws))
+    draws = tuple(
+        Edit(control, repe.random_like(direction, _draw_seed(label, draw)), draw) for draw in range(sources.draws)
+    )
     return Method(label, "activations", edits, note=note, control=Control(control, draws))
 
 
