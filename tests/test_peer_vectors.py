@@ -313,6 +313,18 @@ def test_a_peer_is_a_row_of_both_tables(tiny_folders: dict[str, Path], tmp_path:
     assert text.count(f"steering-vectors v.pt + (file {digest(path)[:12]}") >= 4, "effects and costs of both tables"
 
 
+def test_no_two_random_draws_of_a_comparison_are_the_same(sources: methods.Sources) -> None:
+    """Ten draws that repeat two bases would make a band of two draws."""
+    direction = sources.reference.direction
+    edits = [Edit("one", direction, seed) for seed in range(3)]
+    found = [methods._of_weights(sources, name, "weights", edits) for name in ("one", "two")]
+    draws = [draw for method in found if method.control for draw in method.control.edits]
+    assert [draw.seed for draw in draws] == [*range(10), *range(10)]
+    assert len({draw.effect.content_key for draw in draws}) == 20
+    again = methods._of_weights(sources, "one", "weights", edits).control
+    assert again is not None and again.edits[3].effect.content_key == draws[3].effect.content_key
+
+
 def test_a_file_on_steered_layers_alone_is_one_candidate(qwen: ChatModel, tmp_path: Path) -> None:
     direction = PeerFile.parse(
         f"steering-vectors:{write_steering_vector(tmp_path / 'v.pt', {1: gaussian(64, seed=1)})}"
