@@ -1,9 +1,7 @@
 """The README is a promise: its example runs, its commands exist, its links lead somewhere."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -52,33 +50,11 @@ def test_no_block_waits_for_its_figures() -> None:
         assert "Not run yet" not in text and "Not measured yet" not in text, document.name
 
 
-def quoted(method: dict[str, Any], heading: str) -> list[str]:
-    """What docs/comparing.md says of a method under a heading."""
-    sides = (method["+"], method["-"])
-    moved = [f"{side['own']['mean']:+.2f}" for side in sides]
-    if heading == "Controls":
-        return [*moved, f"{sides[0]['kl']:.3f}", f"{100 * sides[0]['facts']:.1f} %"]
-    if heading == "At equal KL":
-        return [*moved, *(f"{side['dilemmas']['mean']:+.2f}" for side in sides)]
-    return [*moved, *(f"{side['spent']['p95']:.2f}" for side in sides)]
-
-
-@pytest.mark.parametrize("heading", ["At each method's own strength", "At equal KL", "Controls"])
-def test_tables_of_the_comparison_quote_its_stored_figures(heading: str) -> None:
-    stored = json.loads((COMPARED / "comparison.json").read_text(encoding="utf-8"))
-    methods = {one["name"]: one for one in stored["equal_kl" if heading == "At equal KL" else "own_strength"]}
-    section = COMPARING.split(f"### {heading}\n")[1].split("\n##")[0]
-    rows = re.findall(r"^\| .+, `(.+)` \| (.+) \|$", section, re.MULTILINE)
-    assert len(rows) >= 5
-    for name, cells in rows:
-        assert cells.split(" | ") == quoted(methods[name], heading), name
-
-
 def test_figures_in_the_text_about_the_comparison_are_in_its_tables() -> None:
     tables = (COMPARED / "comparison.md").read_text(encoding="utf-8")
     text = README.split("## Compare\n")[1].split("\n## ")[0] + COMPARING
     figures = set(re.findall(r"[+-]?\d+\.\d+", re.sub(r"<!-- begin.*?<!-- end", "", text, flags=re.DOTALL)))
-    assert len(figures) > 10
+    assert {"0.46", "0.58"} <= figures, "the text quotes what it says of the best prompt"
     for figure in figures:
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", tables), figure
 
