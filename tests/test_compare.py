@@ -96,7 +96,7 @@ def test_a_model_that_cannot_answer_is_compared_by_replies(result: compare.Resul
     moral = scores.filter(pl.col("probe") == "dilemmas", pl.col("metric") == "pmass", pl.col("edit") == "dW:lora",
                           pl.col("alpha") == 1.0, pl.col("group") != dilemmas.FILLER)  # fmt: skip
     assert side.pmass == pytest.approx(moral["value"].mean()), "replies have no answer mass"
-    assert set(result.found.best) == {"weights", "activations", "prompts"}
+    assert set(result.found.best) == set(findings.KINDS)
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_dilemmas_of_another_source_have_a_folder_of_their_own(
     monkeypatch.setattr(train, "fit", forbidden)
     rows = [
         {"situation": f"You found {n} coins.", "action": action, "label": label, "cluster": f"c{n}"}
-        for n in range(30)
+        for n in range(24)
         for action, label in (("tell the owner", 1), ("keep them and deny it", -1))
     ]
     source = tmp_path / "coins.jsonl"
@@ -296,7 +296,7 @@ def test_dilemmas_of_another_source_have_a_folder_of_their_own(
     assert other.folder.parent == result.folder.parent and other.folder.name.startswith("compare-coins-")
     assert result.folder.is_dir()
     scores = pl.read_parquet(other.folder / "scores.parquet").filter(pl.col("probe") == "dilemmas")
-    assert set(scores["cluster"]) == {f"c{n}" for n in range(30) if not is_dev(f"c{n}")}
+    assert set(scores["cluster"]) == {f"c{n}" for n in range(24) if not is_dev(f"c{n}")}
     assert str(source) in (other.folder / "comparison.md").read_text()
 
 

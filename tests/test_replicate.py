@@ -98,7 +98,7 @@ def test_a_random_model_is_measured_by_replies(finished: tuple[Path, dict[str, A
     )  # fmt: skip
     level = float((rows["value"] * rows["label"]).mean())  # type: ignore[arg-type]
     assert instruments["replies"]["levels"]["1"]["mean"] == pytest.approx(level)
-    assert instruments["replies"]["levels"]["1"]["n"] == len(rows) == 8 * 4, "items and wordings"
+    assert instruments["replies"]["levels"]["1"]["n"] == len(rows) == 8 * 6, "items and wordings"
     assert instruments["choice"]["change"]["1"]["n"] == 8 * 2 * 2, "polarities and orders"
 
 
