@@ -173,8 +173,7 @@ def store(given: Path) -> None:
     if given.name == ACROSS.name:
         _write(ACROSS, plain(restore(Across, json.loads(given.read_text()))))
     elif given.name.startswith("measures-"):
-        behaviour, probe = given.resolve().parents[2].name, given.stem.removeprefix("measures-")
-        _write(REAL / f"data-{behaviour}-{probe}.json", json.loads(given.read_text()))
+        _store_measures(given)
     elif given.suffix == ".csv":
         _store_alignment(given)
     elif (given / "comparison.json").is_file():
@@ -185,6 +184,14 @@ def store(given: Path) -> None:
         _store_rebuild(given)
     else:
         _store_run(given)
+
+
+def _store_measures(file: Path) -> None:
+    """The measures of a public data set; of its source only the name, because folders differ between machines."""
+    behaviour, probe = file.resolve().parents[2].name, file.stem.removeprefix("measures-")
+    record = json.loads(file.read_text())
+    record["data"]["source"] = Path(record["data"]["source"]).name
+    _write(REAL / f"data-{behaviour}-{probe}.json", record)
 
 
 def _store_comparison(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,25 @@ def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts() -> None
                 assert band is not None and side.own.band == band
                 is_clear = all(one.low > band.high or one.high < band.low for one in side.own.intervals)
                 assert side.own.outside is is_clear, f"{entry.name} {sign}"
+
+
+def test_measures_are_stored_by_behaviour_and_without_the_folder_of_their_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "REAL", tmp_path / "kept")
+    run = tmp_path / "smollm2" / "honesty" / "lora" / "seed0"
+    run.mkdir(parents=True)
+    record = {"probe": "truthfulqa", "data": {"source": str(tmp_path / "TruthfulQA.csv"), "kept": 3}}
+    (run / "measures-truthfulqa.json").write_text(json.dumps(record))
+    update.store(run / "measures-truthfulqa.json")
+    stored = json.loads((tmp_path / "kept" / "data-honesty-truthfulqa.json").read_text())
+    assert stored == {"probe": "truthfulqa", "data": {"source": "TruthfulQA.csv", "kept": 3}}
+
+
+def test_no_stored_result_names_a_folder_of_a_machine() -> None:
+    for file in (path for path in update.RESULTS.rglob("*") if path.suffix in (".json", ".jsonl", ".md")):
+        found = re.search(r"[\"'( ](/[\w.-]+){2,}", file.read_text(encoding="utf-8"))
+        assert found is None, f"{file.name}: {found and found[0]}"
 
 
 def test_sweeps_and_tables_over_comparisons_are_stored_as_numbers(
