@@ -533,7 +533,7 @@ def test_one_gradient_step_lowers_the_contrast_loss(qwen: ChatModel) -> None:
             count += len(ids) - prompt
         return total / count
 
-    step = gradient.one_step(qwen, positive, negative, norm=0.05)
+    step = gradient.steps(qwen, positive, negative, count=1, norm=0.05)
     assert step.norm() == pytest.approx(0.05, rel=1e-4)
     before = loss(positive) - loss(negative)
     from ws.edit.steering import steer  # noqa: PLC0415
@@ -911,6 +911,16 @@ def test_without_a_band_there_is_no_verdict() -> None:
         assert NOT_SEPARABLE not in sentence and "+2.00 (95 % over rows [" in sentence
         shown = tables.effects_table(entries, findings.METHODS, found_of(entries).base, "sycophancy", "dilemmas", "")
         assert not [cell for row in shown.rows for cell in row if NOT_SEPARABLE in cell or "nan" in cell]
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"steps": (1, 0)}, "--steps holds 0"), ({"shuffles": -1}, "shuffles is -1"), ({"budgets": ()}, "no KL budget"),
+    ({"budgets": (0.5, 0.1)}, "ascending"), ({"budgets": (0.5, 0.5)}, "without repeats"),
+    ({"budgets": (-1.0,)}, "positive.*--budgets"),
+])  # fmt: skip
+def test_an_impossible_plan_is_refused_before_anything_is_fitted(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Plan(**given)
 
 
 @pytest.mark.parametrize("count", [0, 1])

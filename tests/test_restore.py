@@ -49,7 +49,7 @@ def biases(model: ChatModel, _: Path) -> object:
 
 def one_step(model: ChatModel, _: Path) -> object:
     positive, negative = (train.examples(model, pairs(), sign, SMALL, 0).train for sign in POLES)
-    return gradient.one_step(model, positive, negative, norm=1.0)
+    return gradient.steps(model, positive, negative, count=1, norm=1.0)
 
 
 def vectors(model: ChatModel, _: Path) -> object:

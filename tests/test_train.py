@@ -290,7 +290,7 @@ def test_gradients_in_half_precision_do_not_underflow(
         train.fit(model, pairs(), "pos", chosen, seed=0, data_seed=0, folder=tmp_path / one)
         norms.append(pl.read_csv(tmp_path / one / train.LOG_FILE)["grad_norm"][-1])
         sides = [train.examples(model, pairs(), sign, chosen, 0).train for sign in POLES]
-        steps.append(gradient.one_step(model, *sides, norm=1.0))
+        steps.append(gradient.steps(model, *sides, count=1, norm=1.0))
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
     assert steps[1].dot(rebased(steps[0], steps[1])) > 0.99
 

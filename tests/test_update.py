@@ -15,7 +15,7 @@ from blocks.alignment import alignment
 from blocks.llama_cpp import llama_cpp
 
 from ws.base.records import plain, restore
-from ws.comparing import page
+from ws.comparing import page, planning
 from ws.comparing.across import Across
 from ws.model import library
 from ws.pocket import build, card
@@ -226,7 +226,7 @@ def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
 
 
 def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts() -> None:
-    """Ten random controls per method at the same KL; their mean includes 0 on every probe at every budget."""
+    """Every weight direction has ten random controls of its own at the same KL, and its verdict is theirs."""
     found = update.stored_comparison()
     for budget, measured in found.equal_kl.items():
         controls = {one.of: one for one in measured.controls}
@@ -259,6 +259,11 @@ def test_no_stored_result_names_a_folder_of_a_machine() -> None:
     for file in (path for path in update.RESULTS.rglob("*") if path.suffix in (".json", ".jsonl", ".md")):
         found = re.search(r"[\"'( ](/[\w.-]+){2,}", file.read_text(encoding="utf-8"))
         assert found is None, f"{file.name}: {found and found[0]}"
+
+
+def test_a_plan_without_an_earlier_comparison_takes_the_spreads_of_the_published_one() -> None:
+    measured = planning.spread_of(update.COMPARED / "comparison.json")
+    assert (round(measured.rows, 2), round(measured.seeds, 2)) == (planning.TYPICAL.rows, planning.TYPICAL.seeds)
 
 
 def test_sweeps_and_tables_over_comparisons_are_stored_as_numbers(

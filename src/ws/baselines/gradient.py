@@ -35,19 +35,6 @@ MICRO_TOKENS = 4_096
 Row = TypeVar("Row")
 
 
-def one_step(
-    model: ChatModel,
-    positive: Sequence[SupervisedTokens],
-    negative: Sequence[SupervisedTokens],
-    *,
-    norm: float,
-    layers: tuple[float, float] = architecture.DEFAULT_SLICE,
-    micro_tokens: int = MICRO_TOKENS,
-) -> Direction:
-    """`steps` with a count of 1, which reads all rows at once."""
-    return steps(model, positive, negative, count=1, norm=norm, layers=layers, micro_tokens=micro_tokens)
-
-
 def steps(
     model: ChatModel,
     positive: Sequence[SupervisedTokens],

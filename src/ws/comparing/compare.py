@@ -81,7 +81,16 @@ class Plan:
         if not self.budgets:
             raise UserError("the comparison has no KL budget", "Give --budgets one value or more.")
         for budget in self.budgets:
-            calibrate.require_budget(budget)
+            calibrate.require_budget(budget, "--budgets")
+        names = [f"{budget:g}" for budget in self.budgets]
+        if list(self.budgets) != sorted(self.budgets) or len(set(names)) < len(names):
+            raise UserError(f"the KL budgets {' '.join(names)} are not in ascending order without repeats",
+                            "Give them as --budgets 0.1 0.5 1.")  # fmt: skip
+        if any(count < 1 for count in self.steps):
+            raise UserError(f"--steps holds {min(self.steps)}", "Give numbers of gradient steps from 1 on.")
+        for name in ("permutations", "shuffles"):
+            if (count := getattr(self, name)) < 0:
+                raise UserError(f"{name} is {count}", f"Give --{name} 0 or more.")
         for family in self.families:
             adapters.require_family(family)
         for name in self.activations:

@@ -44,7 +44,8 @@ class Spread:
     minutes: float | None = None
 
 
-TYPICAL = Spread(0.6, 0.15, "typical values: LoRA on pocket, sycophancy")
+TYPICAL = Spread(0.67, 0.26, "LoRA on pocket, sycophancy, 0.5 nats of KL")
+"""As `spread_of` reads them from the published comparison; a test compares the two."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,14 @@ def _over_clusters(effect: Effect) -> float:
 
 def told(found: Outlook) -> Sequence[str]:
     """The outlook in sentences."""
-    small = "cannot be said with one replicate" if math.isinf(found.alone) else f"{found.alone:.2f} nats"
-    gap = "cannot be said with one replicate" if math.isinf(found.apart) else f"{found.apart:.2f} nats"
+    unknown = "cannot be said with one replicate"
+    small, gap = (unknown if math.isinf(one) else f"{one:.2f} nats" for one in (found.alone, found.apart))
+    replicates = "one replicate" if found.replicates == 1 else f"{found.replicates} replicates"
     return (
-        f"It fits {found.fits} missing runs, calibrates {found.searches} strengths, and scores {found.conditions} "
-        "conditions.",
-        f"With {found.replicates} replicates and {found.clusters} clusters of test rows, the smallest effect that it "
-        f"finds with 80 % power: {small}; the smallest difference between two methods: {gap}.",
+        f"It fits {found.fits} missing runs, calibrates about {found.searches} strengths, and scores about "
+        f"{found.conditions} conditions.",
+        f"With {replicates} and {found.clusters} clusters of test rows, the smallest effect that it finds with 80 % "
+        f"power: {small}; the smallest difference between two methods: {gap}.",
         f"Standard deviations used: {found.spread.rows:.2f} nats over rows, {found.spread.seeds:.2f} over replicates "
         f"({found.spread.source}).",
         *([f"That comparison took {found.spread.minutes:.0f} minutes."] if found.spread.minutes is not None else []),

@@ -82,10 +82,12 @@ def neutral_prompts(count: int | None = None) -> list[str]:
     return held_out[:count]
 
 
-def require_budget(target: float) -> None:
-    """Raise unless the KL budget (nats per token) is positive and finite."""
+def require_budget(target: float, option: str = "--target") -> None:
+    """Raise unless the KL budget (nats per token) is positive and finite; `option` is the one that gives it."""
     if not 0 < target < math.inf:
-        raise UserError(f"the KL budget is {target:g} nats; it must be positive and finite", "Give, say, --target 0.5.")
+        raise UserError(
+            f"the KL budget is {target:g} nats; it must be positive and finite", f"Give, say, {option} 0.5."
+        )
 
 
 def to_budget(
