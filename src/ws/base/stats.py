@@ -292,6 +292,26 @@ def _delong(value: float, above: np.ndarray, below: np.ndarray, confidence: floa
     return Interval(value, value - margin, value + margin, count, count, "DeLong")
 
 
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """Spearman's rank correlation of n pairs, with an interval by Fisher's z.
+
+    Standard error of z: sqrt((1 + rho^2 / 2) / (n - 3)) (Bonett and Wright, Psychometrika 65, 2000). NaN limits with
+    fewer than four pairs, or if the ranks agree or disagree completely. NaN if a side is constant.
+    """
+    ranks = [scipy_stats.rankdata(side) for side in (x, y)]
+    count = len(ranks[0])
+    if count != len(ranks[1]):
+        raise ValueError(f"{count} values but {len(ranks[1])} partners")
+    if any(np.ptp(side) == 0 for side in ranks):
+        return Interval(float("nan"), float("nan"), float("nan"), count, count, "a side is constant")
+    rho = float(np.corrcoef(*ranks)[0, 1])
+    if count < 4 or 1 - abs(rho) < 1e-12:
+        return Interval(rho, float("nan"), float("nan"), count, count, "no interval")
+    margin = float(scipy_stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt((1 + rho**2 / 2) / (count - 3))
+    low, high = (math.tanh(math.atanh(rho) + sign * margin) for sign in (-1, 1))
+    return Interval(rho, low, high, count, count, "Fisher z of ranks")
+
+
 # -------------------------------------------------------------------- tests and decompositions
 
 

@@ -1,4 +1,4 @@
-"""Commands that compare runs and methods: sweep, compare, calibrate."""
+"""Commands that compare runs and methods: sweep, compare, generalise, calibrate."""
 
 from __future__ import annotations
 
@@ -139,6 +139,44 @@ _QUICK: Mapping[str, Any] = MappingProxyType(
     }
 )
 """What `--quick` sets, whatever else is given."""
+
+
+@dataclass(frozen=True)
+class Generalise(RunOptions):
+    """Measure what the directions of several behaviours do to each other's probes, and how well personas, gradients and
+    cosines predict it."""
+
+    behaviours: tuple[str, ...] = ("sycophancy", "honesty", "refusal")
+    """Behaviours whose directions are measured on each other's probes; at least two."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    data_seeds: tuple[int, ...] = (0,)
+    """Data seeds. Every training seed is run with every data seed."""
+    budget: float = 0.5
+    """KL to the base that every direction may cost: 95th percentile, nats per token."""
+    dilemmas: str = "own"
+    """Source of the dilemmas: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
+    rows: int | None = None
+    """Use only the first rows of every probe, for a quick look."""
+    fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
+
+    def run(self) -> None:
+        """Fit the missing runs, measure, print the tables and the path of the page."""
+        from ws.comparing import generalisation, generalisation_page  # noqa: PLC0415
+        from ws.report import document  # noqa: PLC0415
+
+        settings = run_settings(self, self.fit, EvalOptions(rows=self.rows, dilemmas=self.dilemmas))
+        with generalisation.Study(settings, self.behaviours, self.seeds, self.data_seeds, self.budget) as study:
+            found = study.result()
+            page = generalisation_page.write(study.folder.path, found)
+        if self.json:
+            console.print_json(json.dumps(generalisation_page.as_json(found)))
+            return
+        for table in (generalisation_page.effects_table(found), generalisation_page.agreement_table(found)):
+            console.say()
+            console.say(document.markdown_table(table.header, table.rows))
+        console.say(f"\n{generalisation_page.sentence(found)}", style="bold")
+        console.say(f"tables      {page}")
 
 
 @dataclass(frozen=True)
