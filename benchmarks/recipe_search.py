@@ -1,12 +1,16 @@
-"""Choose a recipe on dev items alone: fit a Direction per setting and measure it on the behaviour's `[dev]` rows.
+"""Choose a recipe on dev items alone: fit a Direction per setting and measure it on dev rows.
 
     python benchmarks/recipe_search.py smollm2 sycophancy LOG.jsonl SETTING.json...
 
 A setting is a JSON object with any of `train`, `sampling`, `judge`, `grid`, as in `weight_steering.json`, and a `name`.
-Every line of the log has the setting, the pairs that were kept, and per sign the change of the reply log-ratio on the
-dev items (nats per reply, with its 95 % interval over items; also by wording), the KL to the base on neutral text that
-no report shows, and distinct 3-grams of greedy replies. No row of a reported probe is read. Settings that are in the
-log are skipped, so a search can go on after an interruption.
+`measured_by`: `replies` (the default) takes the reply log-ratio on the `[dev]` rows of the behaviour file; `choice`
+takes the Yes/No log-ratio on the dev split of the probe (docs/protocol.md). `budget`: the direction is measured at the
+strengths at which it costs this KL, as in `ws compare`; without it at alpha -1 and +1.
+
+Every line of the log has the setting, the pairs that were kept, and per sign the strength, the change on the dev rows
+(nats, with its 95 % interval over items; also by wording), the KL to the base on neutral text that no report shows,
+and distinct 3-grams of greedy replies. No test row of a reported probe is read. Settings that are in the log are
+skipped, so a search can go on after an interruption.
 """
 
 from __future__ import annotations
@@ -20,12 +24,16 @@ from typing import Any
 
 import polars as pl
 
+from ws.algebra.direction import Direction
+from ws.comparing.dev_split import split
 from ws.edit.condition import Condition, Edit
 from ws.eval import instrument, side_effects
+from ws.fitting.behaviour import Behaviour
 from ws.fitting.data import Grid
 from ws.fitting.judge import JudgeSettings
 from ws.fitting.run_settings import Settings
 from ws.fitting.stages import Fitting
+from ws.measure import calibrate
 from ws.measure.probe import Probe
 from ws.measure.score import score
 from ws.model import loading
@@ -48,18 +56,19 @@ def tried(model: ChatModel, behaviour: str, setting: dict[str, Any], out: Path) 
         counts = {pole: run.fitted.data[pole]["kept"] for pole in ("pos", "neg")}
         losses = {pole: [one.first_loss, one.last_loss, one.steps] for pole, one in run.fitted.records.items()}
         subject = run.behaviour
-    probe = instrument.replies(subject, items=subject.probe.dev)
-    assert probe is not None
+    probe = dev_probe(subject, setting.get("measured_by", "replies"))
     edit = Edit("dW", direction)
     probes = [probe, side_effects.neutral(20, held_out=False)[0], side_effects.text(8, held_out=False)]
-    table = score(model, probes, [Condition.of(edit, alpha) for alpha in (-1.0, 1.0)], description="dev")
-    scores = Scores(table)
+    strengths = strengths_of(model, direction, setting.get("budget"))
+    conditions = [Condition.of(edit, alpha) for alpha in strengths.values()]
+    scores = Scores(table := score(model, probes, conditions, description="dev"))
     found: dict[str, Any] = {}
-    for alpha in (-1.0, 1.0):
+    for sign, alpha in strengths.items():
         change = signed_change(scores.rows(probe.name, "logratio", "dW", alpha))
         kl = scores.rows(side_effects.NEUTRAL_KL, "kl", "dW", alpha)["value"]
-        found[f"{alpha:+g}"] = {
-            "change": change.mean, "low": change.low, "high": change.high, "wordings": by_wording(scores, probe, alpha),
+        found[sign] = {
+            "alpha": alpha, "change": change.mean, "low": change.low, "high": change.high,
+            "wordings": by_wording(scores, probe, alpha),
             "kl": kl.mean(),
             "kl_p95": kl.quantile(0.95), "distinct3": reply_state(table, "dW", alpha)["distinct3"],
         }  # fmt: skip
@@ -69,8 +78,30 @@ def tried(model: ChatModel, behaviour: str, setting: dict[str, Any], out: Path) 
     }  # fmt: skip
 
 
+def dev_probe(subject: Behaviour, measured_by: str) -> Probe:
+    """The dev rows of an instrument."""
+    if measured_by == "choice":
+        return split(instrument.headline_probe("choice", subject), dev=True)
+    probe = instrument.replies(subject, items=subject.probe.dev)
+    assert probe is not None
+    return probe
+
+
+def strengths_of(model: ChatModel, direction: Direction, budget: float | None) -> dict[str, float]:
+    """Strength by sign: the unit, or the one that costs the budget."""
+    if budget is None:
+        return {"-1": -1.0, "+1": 1.0}
+    texts = calibrate.neutral_prompts(16)
+    return {
+        name: calibrate.to_budget(model, direction, budget, texts, sign=sign, tokens=30).alpha
+        for name, sign in (("-1", -1), ("+1", 1))
+    }
+
+
 def by_wording(scores: Scores, probe: Probe, alpha: float) -> dict[str, float]:
-    """The change of every wording alone, nats per reply."""
+    """The change of every wording alone, nats per reply; empty for choices."""
+    if probe.kind == "choice":
+        return {}
     rows = scores.rows(probe.name, "logratio", "dW", alpha)
     rows = rows.with_columns(wording=pl.col("row").str.extract(r"/(\d+)$"))
     return {

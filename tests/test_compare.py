@@ -110,7 +110,8 @@ def test_every_method_is_a_line_on_identical_rows(result: compare.Result) -> Non
     without = {name for name in names if name not in controls}
     assert without == {"biases alone"}, "every method but the biases has its own controls"
     assert controls["dW:ia3"] == "random like dW:ia3" and controls["prompt: simple"].startswith("neutral prompts of ")
-    assert {"layers permuted", "personas shuffled"} <= set(controls.values())
+    for family in PLAN.families:
+        assert {f"layers permuted ({family})", f"personas shuffled ({family})"} <= set(controls.values())
     scores = pl.read_parquet(result.folder / "scores.parquet")
     rows = scores.filter(pl.col("metric") == "logratio", pl.col("probe") == "dilemmas")
     per_condition = rows.group_by("context", "edit", "alpha", "seed").agg(pl.col("row").sort().str.join("|"))
@@ -167,7 +168,7 @@ def test_equal_divergence_is_equal_or_marked(result: compare.Result) -> None:
     for budget, by_method in found.edits.items():
         assert [(one.seed, one.data_seed) for one in by_method["dW:lora"]["1"]] == [(0, 0), (1, 0)], "every replicate"
         assert list(by_method["random like dW:lora"]) == ["1"], "a random direction turned round is another one"
-        assert list(by_method["personas shuffled"]) == ["1", "-1"], "a shuffled direction has sides"
+        assert list(by_method["personas shuffled (lora)"]) == ["1", "-1"], "a shuffled direction has sides"
         for sides in by_method.values():
             for sign, searches in sides.items():
                 for one in searches:

@@ -348,15 +348,19 @@ def _prompt_method(sources: Sources, name: str, sides: Mapping[int, prompts.Prom
 
 
 def further_controls(sources: Sources, *, permutations: int, shuffles: int) -> list[Control]:
-    """Controls of the reference alone: its layers in other orders, and directions from shuffled personas."""
-    reference, found = sources.reference.direction, []
-    if permuted := controls.permuted_edits(reference, permutations):
-        possible = controls.possible_orders(reference)
-        note = f"{len(permuted)} of {possible} orders of {len(reference.layer_numbers)} layers"
-        found.append(Control(controls.PERMUTED, tuple(permuted), note=note, has_sides=True))
-    if shuffles:
-        edits = tuple(Edit(controls.SHUFFLED, _shuffled(sources, seed), seed) for seed in range(shuffles))
-        found.append(Control(controls.SHUFFLED, edits, note="trained like the rest", has_sides=True))
+    """Controls of every family's first direction: its layers in other orders, and directions from shuffled personas."""
+    found = []
+    for family in dict.fromkeys(family for family, _, _ in sources.runs):
+        run = next(iter(sources.of_family(family).values()))
+        if permuted := controls.permuted_edits(run.direction, permutations):
+            possible, name = controls.possible_orders(run.direction), f"{controls.PERMUTED} ({family})"
+            note = f"{len(permuted)} of {possible} orders of {len(run.direction.layer_numbers)} layers"
+            edits = tuple(replace(edit, name=name) for edit in permuted)
+            found.append(Control(name, edits, note=note, has_sides=True))
+        if shuffles:
+            name = f"{controls.SHUFFLED} ({family})"
+            edits = tuple(Edit(name, _shuffled(sources, family, seed), seed) for seed in range(shuffles))
+            found.append(Control(name, edits, note="trained like the rest", has_sides=True))
     return found
 
 
@@ -375,11 +379,11 @@ def _biases(sources: Sources) -> OutputShift:
     return OutputShift.load(file)
 
 
-def _shuffled(sources: Sources, seed: int) -> Direction:
-    """A direction from personas that were shuffled between the sides, trained like the reference."""
-    run, folder, data_seed = sources.reference, sources.folder, sources.first[2]
-    place = folder / f"shuffled{seed}"
-    file = place / "direction.safetensors"
+def _shuffled(sources: Sources, family: str, seed: int) -> Direction:
+    """A direction from personas that were shuffled between the sides, trained like the first one of the family."""
+    ((_, _, data_seed), run), *_ = sources.of_family(family).items()
+    folder, name = sources.folder, f"shuffled-{family}-{seed}"
+    file = folder / name / "direction.safetensors"
     inputs = {"pairs": digest(run.folder / "pairs.parquet"), "training": run.training, "seed": seed,
               "data_seed": data_seed, **arithmetic(sources.fitting_model)}  # fmt: skip
 
@@ -387,8 +391,9 @@ def _shuffled(sources: Sources, seed: int) -> Direction:
         pairs = controls.shuffled_pairs(run.pairs, seed)
         for pole in POLES:
             train.fit(sources.fitting_model, pairs, pole, run.training, seed=seed, data_seed=data_seed,
-                      folder=place / pole)  # fmt: skip
-        diff.direction(sources.model, place / "pos", place / "neg", {"control": controls.SHUFFLED})[0].save(file)
+                      folder=file.parent / pole)  # fmt: skip
+        pos, neg = (diff.task_vector(sources.model, file.parent / pole) for pole in POLES)
+        replace(pos - neg, provenance={"control": controls.SHUFFLED}).save(file)
 
-    folder.build(f"shuffled{seed}", inputs, [f"shuffled{seed}/direction.safetensors"], make, sources.siblings)
+    folder.build(name, inputs, [f"{name}/direction.safetensors"], make, sources.siblings)
     return Direction.load(file).bind(sources.model)

@@ -81,13 +81,14 @@ def outlook(settings: Settings, plan: Plan) -> Outlook:
     lines = len(plan.families) + PARTS + len(plan.steps) + UNTRAINED - 1 + len(plan.activations) + len(plan.peers)
     edits = trained + UNTRAINED + steered
     draws = lines * plan.draws
-    searches = 2 * (edits + plan.shuffles) + draws
+    shuffled = plan.shuffles * len(plan.families)
+    searches = 2 * (edits + shuffled) + draws
     conditions = searches * (1 + len(plan.budgets))
     probe = split(sycophancy.headline_probe(subject, settings.rows), dev=False)
     clusters = len({row.cluster for row in probe.rows})
     known = spread_of(runs[0].parents[1] / "compare" / "comparison.json")
     return Outlook(
-        missing + 2 * plan.shuffles, searches, conditions, clusters, len(pairs),
+        missing + 2 * shuffled, searches, conditions, clusters, len(pairs),
         stats.detectable(known.rows, clusters, known.seeds, len(pairs)) if len(pairs) > 1 else math.inf,
         _apart(known.seeds, len(pairs)), known,
     )  # fmt: skip
