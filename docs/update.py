@@ -2,12 +2,13 @@
 
     python docs/update.py out/pocket/*/lora/seed0 out/pocket-gemma/*/lora/seed0 REBUILT_MODEL
     python docs/update.py out/pocket/sycophancy out/pocket/sycophancy/compare out/comparisons.json
+    python docs/update.py out/pocket/generalisation/lora
     python docs/update.py out/pocket/sycophancy/lora/seed0/subspace_per_layer.csv
 
 It stores the numbers of its arguments in docs/results: runs, an embedded model that was built again, a sweep, a
-comparison, the table over several comparisons, or the alignment of a run's direction. The figure of the first
-sycophancy run on pocket goes to docs/images. Then it fills the blocks between `begin: NAME` and `end: NAME` comments,
-and writes the page of the comparison. Without arguments it uses the stored results. tests/test_update.py makes every
+comparison, the table over several comparisons, a study of generalisation, or the alignment of a run's direction. The
+figure of the first sycophancy run on pocket goes to docs/images. Then it fills the blocks between `begin: NAME` and
+`end: NAME` comments, and writes the page of the comparison. Without arguments it uses the stored results. tests/test_update.py makes every
 block again and compares.
 """
 
@@ -30,9 +31,10 @@ from blocks.llama_cpp import llama_cpp
 
 from ws.base.records import plain, restore
 from ws.base.store import content_key
-from ws.comparing import page
+from ws.comparing import generalisation_page, page
 from ws.comparing.across import Across
 from ws.comparing.findings import Findings
+from ws.comparing.generalisation import Generalisation
 from ws.model.library import SMOLLM2
 from ws.pocket import build, card
 from ws.report.behaviours import persona_changes
@@ -101,6 +103,12 @@ def stored_comparison() -> Findings:
     return restore(Findings, json.loads((COMPARED / "comparison.json").read_text()))
 
 
+def stored_generalisations() -> list[Generalisation]:
+    """What directions do to other probes, by model."""
+    files = sorted(RESULTS.glob("*-generalisation.json"))
+    return [restore(Generalisation, json.loads(path.read_text())) for path in files]
+
+
 def stored_alignment() -> dict[str, list[dict[str, Any]]]:
     """The rows of `ws subspace` by run; empty before the first."""
     return json.loads(ALIGNMENT.read_text()) if ALIGNMENT.is_file() else {}
@@ -148,6 +156,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "compare": lambda: comparisons.compared(stored_comparison()),
     "contrast": lambda: comparisons.contrast(stored_comparison()),
     "winners": lambda: comparisons.winners(stored_comparison()),
+    "generalisation": lambda: comparisons.generalisation(stored_generalisations()),
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),
     "smollm2-shown": lambda: smollm2.shown(stored_real()),
@@ -178,6 +187,9 @@ def store(given: Path) -> None:
         _store_alignment(given)
     elif (given / "comparison.json").is_file():
         _store_comparison(given)
+    elif (given / f"{generalisation_page.NAME}.json").is_file():
+        found = restore(Generalisation, json.loads((given / f"{generalisation_page.NAME}.json").read_text()))
+        _write(RESULTS / f"{found.model}-generalisation.json", generalisation_page.as_json(found))
     elif (given / "sweep.json").is_file():
         _write(SWEEP, plain(restore(SweepTables, json.loads((given / "sweep.json").read_text()))))
     elif (given / card.METRICS_FILE).is_file():

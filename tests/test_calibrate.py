@@ -263,17 +263,6 @@ def along(base: Sequence[Sequence[float]], alphas: Sequence[float], power: float
     ]
 
 
-def test_percentiles_of_draws_are_those_of_the_values_repeated() -> None:
-    """Prompts of other lengths, drawn no time, once and several times."""
-    random = np.random.default_rng(0)
-    by_prompt = [random.normal(size=n).tolist() for n in (3, 11, 1, 7)]
-    draws = np.array([[1, 1, 1, 1], [0, 2, 2, 0], [4, 0, 0, 0], [0, 0, 4, 0]])
-    repeated = [np.concatenate([np.repeat(v, n) for v, n in zip(by_prompt, row, strict=True)]) for row in draws]
-    np.testing.assert_allclose(
-        calibrate._percentiles(by_prompt, draws), [np.quantile(values, 0.95) for values in repeated]
-    )
-
-
 @pytest.mark.parametrize("power", [1.0, 2.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_prompts_that_agree_leave_no_doubt(sign: int, power: float) -> None:

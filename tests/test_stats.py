@@ -349,7 +349,7 @@ def test_percentiles_of_draws_are_those_of_the_repeated_rows(share: float) -> No
     values, codes = np.round(values_of(40), 1), np.random.default_rng(1).integers(0, 7, 40)
     draws = stats._draws(7, 50, seed=2)
     twin = [np.quantile(np.repeat(values, draw[codes]), share) for draw in draws]
-    assert stats._percentiles(values, codes, draws, share) == pytest.approx(twin, abs=1e-12)
+    assert stats.percentiles(values, codes, draws, share) == pytest.approx(twin, abs=1e-12)
 
 
 def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

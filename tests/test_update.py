@@ -77,7 +77,7 @@ def test_blocks_show_the_stored_numbers_and_no_others() -> None:
     entries = tuple(entry if one.name == chosen.name else one for one in measured.entries)
     tables = {**found.equal_kl, found.headline_budget: replace(measured, entries=entries)}
     other = replace(found, equal_kl=tables)
-    assert f"+9.87], over rows [{side.own.limits}]" in comparisons.compared(other)
+    assert f"+9.87], over rows and calibration [{side.own.limits}]" in comparisons.compared(other)
     assert "+9.87] r [" in comparisons.winners(other) and "+9.87" not in comparisons.winners(found)
 
 

@@ -1,11 +1,14 @@
-"""Blocks of a comparison, of several comparisons, and of a sweep."""
+"""Blocks of a comparison, of several comparisons, and of studies of generalisation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blocks.table import table
-from ws.comparing import page
+from ws.comparing import generalisation_page, page
 from ws.comparing.across import Across
 from ws.comparing.findings import Findings
+from ws.comparing.generalisation import Generalisation
 from ws.comparing.tables import contrast_table, effect_text
 from ws.report import document
 
@@ -52,3 +55,13 @@ def winners(found: Findings) -> str:
 def across(found: Across) -> str:
     """The table over several comparisons."""
     return document.to_markdown("", [found.table]).split("\n", 2)[2].strip()
+
+
+def generalisation(found: Sequence[Generalisation]) -> str:
+    """Effects on other probes and the agreement of the predictions, model by model."""
+    parts = []
+    for one in found:
+        tables = [generalisation_page.effects_table(one), generalisation_page.agreement_table(one)]
+        parts += [f"**{one.model}**, {one.adapter}. {generalisation_page.sentence(one)}",
+                  document.to_markdown("", tables).split("\n", 2)[2].strip()]  # fmt: skip
+    return "\n\n".join(parts)

@@ -94,7 +94,7 @@ def bootstrap(
     """
     values, codes = _coded(values, clusters)
     count = int(codes.max()) + 1
-    of_draws = _means if statistic == "mean" else _percentiles
+    of_draws = _means if statistic == "mean" else percentiles
     estimate = float(of_draws(values, codes, np.ones((1, count), dtype=np.int64))[0])
     if count < 2:
         return Interval(estimate, float("nan"), float("nan"), values.size, count, "one cluster")
@@ -164,8 +164,11 @@ def _means(values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarr
     return np.asarray((draws @ sums) / (draws @ sizes))
 
 
-def _percentiles(values: np.ndarray, codes: np.ndarray, draws: np.ndarray, share: float = 0.95) -> np.ndarray:
-    """The percentile over the rows of the drawn clusters, per draw, interpolated linearly as by `np.quantile`."""
+def percentiles(values: np.ndarray, codes: np.ndarray, draws: np.ndarray, share: float = 0.95) -> np.ndarray:
+    """The percentile over the rows of the drawn clusters, per draw, interpolated linearly as by `np.quantile`.
+
+    codes (n,): the number of the cluster of each value; draws (resamples, clusters): how often each cluster is drawn.
+    """
     order = np.argsort(values, kind="stable")
     values, codes = values[order], codes[order]
 

@@ -24,7 +24,7 @@ from ws.base.errors import UserError
 from ws.base.records import plain, restore
 from ws.base.store import RunFolder, Shards, content_key, read_json, write_json, write_table
 from ws.baselines import peer_vectors
-from ws.comparing import methods, numbers, page
+from ws.comparing import methods, numbers, page, strength_limits
 from ws.comparing.dev_split import split
 from ws.comparing.findings import SIDES, SIGNS, Findings, Reached, Search, Spent, Strengths
 from ws.comparing.methods import Control, Key, Method, Sources
@@ -311,7 +311,9 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
                 model=comparison.model.slug, behaviour=behaviour.name,
                 best=numbers.best_of_kinds(dev_scores, candidates), base=scores.base(),
                 own_strength=numbers.measure(scores, lines[None]),
-                equal_kl={budget: numbers.measure(scores, lines[budget]) for budget in strengths.budgets},
+                equal_kl=strength_limits.at_budgets(
+                    {budget: numbers.measure(scores, lines[budget]) for budget in strengths.budgets}, strengths
+                ),
                 calibration=strengths, dilemmas=settings.dilemmas, seconds={},
                 dilemma_noun=comparison.dilemmas.noun, ability=comparison.ability,
                 reference=f"dW:{comparison.sources.first[0]}",

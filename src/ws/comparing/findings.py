@@ -45,7 +45,8 @@ class Effect(Estimate):
 
     p: two-sided, by flipping signs of whole clusters. seeds: the mean of every replicate. band: where 95 % of the
     method's own random controls are expected; None without them. outside: whether the effect is outside that band; None
-    without a verdict.
+    without a verdict. rows_alone: the interval over rows, if low and high also hold the uncertainty of a calibrated
+    strength (`strength_limits.widened`); else None.
     """
 
     p: float
@@ -53,6 +54,12 @@ class Effect(Estimate):
     over_seeds: Estimate | None
     band: Estimate | None = None
     outside: bool | None = None
+    rows_alone: Estimate | None = None
+
+    @property
+    def over(self) -> str:
+        """What `low` and `high` are an interval over."""
+        return "rows" if self.rows_alone is None else "rows and calibration"
 
     @property
     def intervals(self) -> tuple[Estimate, ...]:

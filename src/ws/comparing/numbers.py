@@ -336,12 +336,13 @@ def _judged(entry: Entry, controls: Sequence[Control]) -> Entry:
         return entry
     sides = {}
     for sign, side in entry.sides.items():
-        own, moral = (_against(control.band(sign, probe), side.effect(probe)) for probe in PROBES)
+        own, moral = (against(control.band(sign, probe), side.effect(probe)) for probe in PROBES)
         sides[sign] = replace(side, own=own, dilemmas=moral)
     return replace(entry, sides=sides)
 
 
-def _against(band: Estimate | None, effect: Effect) -> Effect:
+def against(band: Estimate | None, effect: Effect) -> Effect:
+    """The effect with its verdict against a band; none without limits or without a band."""
     if band is None or effect.low is None:
         return replace(effect, band=band)
     outside = all(is_outside(vars(interval), vars(band)) for interval in effect.intervals)

@@ -77,7 +77,7 @@ def winner(found: Findings, sign: str, budget: str | None = None) -> Entry | Non
 def _moved(side: Side) -> str:
     own, verdict = side.own, side.verdict("own")
     intervals = [f"over {len(own.seeds)} seeds [{own.over_seeds.limits}]"] if own.over_seeds else []
-    intervals += [f"over rows [{own.limits}]"] if own.low is not None else []
+    intervals += [f"over {own.over} [{own.limits}]"] if own.low is not None else []
     notes = [*([f"95 % {', '.join(intervals)}"] if intervals else []), *([verdict] if verdict else [])]
     return f"{own.mean:+.2f}" + (f" ({'; '.join(notes)})" if notes else "")
 

@@ -127,9 +127,10 @@ def spread_of(file: Path) -> Spread:
 
 def _over_clusters(effect: Effect) -> float:
     """The standard deviation over rows behind an interval."""
-    if effect.low is None or effect.high is None:
+    rows = effect.rows_alone or effect
+    if rows.low is None or rows.high is None:
         return 0.0
-    return (effect.high - effect.low) / 2 / float(scipy_stats.norm.ppf(0.975)) * math.sqrt(effect.n)
+    return (rows.high - rows.low) / 2 / float(scipy_stats.norm.ppf(0.975)) * math.sqrt(effect.n)
 
 
 def told(found: Outlook) -> Sequence[str]:

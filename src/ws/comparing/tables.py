@@ -40,7 +40,8 @@ def effects_table(
     head = ["method", "alpha", "p95 KL", behaviour, "random", "p", dilemma_noun, "random", "p", "least answer mass"]
     note = (
         f"{caption} Effects: change against the base in nats; on the {dilemma_noun}, towards honesty. Intervals: 95 %, "
-        "over training seeds and data seeds (s) and over rows (r). Random: where 95 % of the method's own random "
+        "over training seeds and data seeds (s) and over rows (r); at equal KL, r also holds the uncertainty of the "
+        "strength over the prompts of the calibration. Random: where 95 % of the method's own random "
         "controls are expected. p: by sign flips of whole clusters. Of the "
         f"{tests} p values, about {tests * 0.05:.0f} fall below 0.05 by chance alone; a p below "
         f"{0.05 / max(tests, 1):.4f} survives a Bonferroni correction. {NOT_SEPARABLE.capitalize()}: the interval over "

@@ -23,6 +23,7 @@ import numpy as np
 
 from ws import world
 from ws.algebra.direction import Direction
+from ws.base import stats as statistics
 from ws.base.errors import UserError
 from ws.edit.condition import Effect
 from ws.measure.divergence import TOKENS, Divergence, divergences, greedy, mean_distinct
@@ -266,7 +267,13 @@ def interval(
     ordered = sorted(measured, key=lambda seen: abs(seen.alpha))
     count = len(ordered[0].by_prompt)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    heights = np.stack([_percentiles(seen.by_prompt, draws) for seen in ordered])
+    heights = np.stack([
+        statistics.percentiles(
+            np.concatenate([np.asarray(one, dtype=np.float64) for one in seen.by_prompt]),
+            np.repeat(np.arange(count), [len(one) for one in seen.by_prompt]), draws,
+        )
+        for seen in ordered
+    ])  # fmt: skip
     heights = np.log(np.maximum(heights, 1e-12) / target)
     places = np.log([abs(seen.alpha) for seen in ordered])
     crossings = np.exp([_crossing(places, column) for column in heights.T])
@@ -274,21 +281,6 @@ def interval(
     limits = np.quantile(crossings, [beyond, 1 - beyond])
     low, high = sorted(math.copysign(1.0, ordered[-1].alpha) * limits)
     return float(low), float(high)
-
-
-def _percentiles(by_prompt: Sequence[Sequence[float]], draws: np.ndarray, share: float = 0.95) -> np.ndarray:
-    """The percentile of all values of the drawn prompts, per row of `draws` (how often each prompt is drawn).
-
-    It is interpolated linearly, like `Tensor.quantile` of the values repeated that often.
-    """
-    values = np.concatenate([np.asarray(one, dtype=np.float64) for one in by_prompt])
-    owners = np.repeat(np.arange(len(by_prompt)), [len(one) for one in by_prompt])
-    order = np.argsort(values, kind="stable")
-    values, counted = values[order], draws[:, owners[order]].cumsum(axis=1)
-    place = share * (counted[:, -1] - 1)
-    below = np.floor(place)
-    low, high = (values[(counted <= rank[:, None]).sum(axis=1)] for rank in (below, np.ceil(place)))
-    return low + (place - below) * (high - low)
 
 
 def _crossing(places: np.ndarray, heights: np.ndarray) -> float:
