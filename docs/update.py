@@ -8,8 +8,8 @@
 It stores the numbers of its arguments in docs/results: runs, an embedded model that was built again, a sweep, a
 comparison, the table over several comparisons, a study of generalisation, or the alignment of a run's direction. The
 figure of the first sycophancy run on pocket goes to docs/images. Then it fills the blocks between `begin: NAME` and
-`end: NAME` comments, and writes the page of the comparison. Without arguments it uses the stored results. tests/test_update.py makes every
-block again and compares.
+`end: NAME` comments, and writes the page of the comparison. Without arguments it uses the stored results.
+tests/test_update.py makes every block again and compares.
 """
 
 from __future__ import annotations
