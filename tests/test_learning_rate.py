@@ -42,9 +42,8 @@ def fits(table: Mapping[float, tuple[float, float] | None]) -> Any:
     [
         ({0.1: (2.0, 2.0), 0.2: (1.0, 1.5), 0.3: (1.4, 1.4)}, 0.2, False),
         ({0.1: (0.5, 3.0), 0.2: (1.5, 1.5), 0.3: (2.0, 2.0)}, 0.2, False),
-        ({0.1: (1.0, 1.0), 0.2: (2.0, 2.0), 0.3: (3.0, 3.0)}, 0.1, True),
         ({0.1: (3.0, 3.0), 0.2: (2.0, 2.0), 0.3: None}, 0.2, False),
-        ({0.1: None, 0.2: (9.0, 9.0)}, 0.2, True),
+        ({0.1: (9.0, 9.0)}, 0.1, True),
     ],
 )
 def test_the_lowest_mean_loss_of_the_rates_that_do_not_diverge_decides(
@@ -58,6 +57,25 @@ def test_the_lowest_mean_loss_of_the_rates_that_do_not_diverge_decides(
     assert [f"learning rate {rate:g} is ruled out" in told for rate in table] == [v is None for v in table.values()]
     write_json(tmp_path / "lr_sweep.json", found)
     assert RateChoice.of_record(json.loads((tmp_path / "lr_sweep.json").read_text())) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "table", "chosen", "tried"),
+    [
+        ([2.0, 4.0], {1.0: (1.0, 1.0), 2.0: (0.5, 0.5), 4.0: (1.0, 1.0)}, 2.0, [1, 2, 4]),
+        ([2.0, 4.0], {2.0: (3.0, 3.0), 4.0: (2.0, 2.0), 8.0: (1.0, 1.0), 16.0: (2.0, 2.0)}, 8.0, [2, 4, 8, 16]),
+        ([2.0, 4.0], {2.0: (3.0, 3.0), 4.0: (2.0, 2.0), 8.0: None}, 4.0, [2, 4, 8]),
+        ([1.0, 5.0, 20.0], {20.0: (9.0, 9.0), 5.0: (5.0, 5.0), 1.0: (3.0, 3.0), 0.2: (1.0, 1.0), 0.04: (2.0, 2.0)},
+         0.2, [0.04, 0.2, 1, 5, 20]),
+        ([1.0, 2.0], {2.0**n: (-float(n), -float(n)) for n in range(8)}, 16.0, [1, 2, 4, 8, 16]),  # three further
+    ],
+)  # fmt: skip
+def test_the_range_grows_where_its_end_is_best(
+    given: list[float], table: dict[float, tuple[float, float] | None], chosen: float, tried: list[float]
+) -> None:
+    found = learning_rate.choose(given, fits(table))
+    assert found.chosen == chosen and [one.lr for one in found.tried] == tried
+    assert found.is_at_an_end == (chosen in (tried[0], tried[-1]))
 
 
 def test_rates_that_all_diverge_are_one_error() -> None:

@@ -162,7 +162,8 @@ def test_the_first_loss_is_that_of_the_base_model(qwen: ChatModel, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "warning"),
     [
-        ({"lr": 1e-9}, "nothing was learned"),
+        ({"lr": 1e-9}, "; raise --lr or --epochs"),
+        ({"lr": 0.3, "warmup_steps": 0}, "; lower --lr"),
         ({"warmup_steps": 50}, "warm-up shortened from 50"),
         ({"max_length": 24}, "were cut off at"),
     ],

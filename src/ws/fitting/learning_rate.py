@@ -1,5 +1,7 @@
 """Choose a learning rate: try a few and take the one with the lowest loss, averaged over both signs.
 
+The range grows at an end that is best, so that a poor guess of the range does not decide.
+
 Both signs get one rate, so that their updates can be compared.
 """
 
@@ -60,14 +62,32 @@ class RateChoice:
         return self.chosen in (self.tried[0].lr, self.tried[-1].lr)
 
 
+FURTHER = 3
+"""How many rates beyond the given ones are tried while the best is the lowest or the highest so far."""
+
+
 def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Pole, float]]) -> RateChoice:
-    """Fit both signs at every rate with `losses_at`, which returns each sign's last loss; skip rates that diverge."""
-    tried = [_try(rate, losses_at) for rate in rates]
-    best = min((one for one in tried if one.mean is not None), key=lambda one: one.mean or 0.0, default=None)
-    if best is None:
+    """Fit both signs at every rate with `losses_at`, which returns each sign's last loss; skip rates that diverge.
+
+    If the best rate is the lowest or the highest, up to `FURTHER` more are tried beyond it, each in the ratio of the
+    last two at that end.
+    """
+    tried = sorted((_try(rate, losses_at) for rate in rates), key=lambda one: one.lr)
+    for _ in range(FURTHER):
+        best = _best(tried)
+        if best is None or len(tried) < 2 or best not in (tried[0], tried[-1]):
+            break
+        end, neighbour = tried[:2] if best is tried[0] else tried[:-3:-1]
+        further = _try(float(f"{end.lr**2 / neighbour.lr:.4g}"), losses_at)
+        tried = sorted([*tried, further], key=lambda one: one.lr)
+    if (best := _best(tried)) is None:
         listed = ", ".join(f"{rate:g}" for rate in rates)
         raise UserError(f"training diverged at all learning rates that were tried ({listed})", "Give a lower --lr.")
     return RateChoice(best.lr, tuple(tried))
+
+
+def _best(tried: Sequence[TriedRate]) -> TriedRate | None:
+    return min((one for one in tried if one.mean is not None), key=lambda one: one.mean or 0.0, default=None)
 
 
 def _try(rate: float, losses_at: Callable[[float], Mapping[Pole, float]]) -> TriedRate:

@@ -247,7 +247,8 @@ class _Fit:
             warnings.append("training had one step and no held-out topics, so learning cannot be measured")
         elif last > first * (1 - NOTHING_LEARNED):
             where = "eval_loss" if data.validation else "loss"
-            warnings.append(f"nothing was learned: {where} went from {first:.4f} to {last:.4f}; raise --lr or --epochs")
+            remedy = "raise --lr or --epochs" if last < first * (1 + NOTHING_LEARNED) else "lower --lr"
+            warnings.append(f"nothing was learned: {where} went from {first:.4f} to {last:.4f}; {remedy}")
         if skipped:
             warnings.append(f"{skipped} of {self.steps} steps were skipped because fp16 gradients overflowed")
         if data.truncated:
