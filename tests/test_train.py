@@ -163,7 +163,6 @@ def test_the_first_loss_is_that_of_the_base_model(qwen: ChatModel, tmp_path: Pat
     ("change", "warning"),
     [
         ({"lr": 1e-9}, "; raise --lr or --epochs"),
-        ({"lr": 0.3, "warmup_steps": 0}, "; lower --lr"),
         ({"warmup_steps": 50}, "warm-up shortened from 50"),
         ({"max_length": 24}, "were cut off at"),
     ],
@@ -178,6 +177,14 @@ def test_doubtful_training_is_reported(
     result = train.fit(qwen, pairs(), "pos", settings, seed=0, data_seed=0, folder=tmp_path / "pos")
     assert any(warning in line for line in result.warnings)
     assert warning in capsys.readouterr().err
+
+
+def test_a_loss_that_rises_asks_for_a_lower_rate(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train._Fit, "_first_and_last", lambda _: (2.0, 2.5))
+    result = train.fit(qwen, pairs(), "pos", replace(SMALL, epochs=1), seed=0, data_seed=0, folder=tmp_path / "pos")
+    assert any("went from 2.0000 to 2.5000; lower --lr" in line for line in result.warnings)
 
 
 def test_an_interrupted_fit_leaves_no_folder_and_a_clean_model(
