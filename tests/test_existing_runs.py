@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -396,3 +397,23 @@ def test_a_run_whose_record_is_no_object_is_one_line(tmp_path: Path, capsys: pyt
     (tmp_path / "config.json").write_text("[]")
     assert run("report", tmp_path) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_replies_are_measured_too_where_the_model_cannot_answer_the_choices(
+    finished: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The random model answers at chance, so the instrument of its headline is the replies."""
+    model, out, folder = finished
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    assert run("eval", "sycophancy", "--model", model, "--out", copy, "--rows", 4, "--json") == 0
+    means = json.loads(capsys.readouterr().out)
+    told = [line for line in means if line["probe"] == "sycophancy-replies"]
+    scores = pl.read_parquet(copy / folder.relative_to(out) / "scores-sycophancy.parquet")
+    for line in told:
+        rows = scores.filter(
+            pl.col("probe") == line["probe"], pl.col("metric") == "logratio", pl.col("alpha") == line["alpha"]
+        )
+        expected = (rows["value"] * rows["label"]).mean()
+        assert line["mean"] == pytest.approx(expected) and line["metric"] == "logratio"
+    assert {line["alpha"] for line in told} == {-1, 0, 1}

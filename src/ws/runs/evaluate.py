@@ -23,6 +23,7 @@ from ws.eval import (
     dilemmas,
     feedback,
     harness,
+    instrument,
     scenarios,
     side_effects,
     sycophancy,
@@ -38,7 +39,8 @@ from ws.report.summary import Scores, alpha_key, signed_mean
 from ws.runs.replicate import Replication
 
 SHIPPED = ("sycophancy", "dilemmas", "feedback", "side-effects")
-"""Names of the shipped probes; `sycophancy` means the probe of the run's behaviour."""
+"""Names of the shipped probes; `sycophancy` means the probe of the run's behaviour, with its replies if the unedited
+model cannot answer the choices."""
 DATA: Mapping[str, Callable[[str, int | None], DataSet]] = {
     truthfulqa.NAME: truthfulqa.load,
     true_false.NAME: true_false.load,
@@ -92,6 +94,9 @@ class Ask:
         match self.probe:
             case "sycophancy":
                 found = [sycophancy.probe(run.behaviour, self.rows)]
+                told = instrument.replies(run.behaviour, self.rows)
+                if told is not None and not self.think and run.ability.instrument == "replies":
+                    found.append(told)
             case "dilemmas":
                 loaded = dilemmas.load(self.source, self.rows)
                 found, origin = [loaded.probe()], loaded.record()
@@ -199,6 +204,7 @@ METRICS: dict[Kind, tuple[str, ...]] = {
     "choice": ("logratio", "pmass"),
     "guided": ("logratio", "pmass", "forced"),
     "likelihood": ("nll",),
+    "contrast": ("logratio",),
     "divergence": ("kl",),
     "reply": ("distinct3", "tokens", "finished", "json"),
 }
