@@ -416,4 +416,4 @@ def test_replies_are_measured_too_where_the_model_cannot_answer_the_choices(
         )
         expected = (rows["value"] * rows["label"]).mean()
         assert line["mean"] == pytest.approx(expected) and line["metric"] == "logratio"
-    assert {line["alpha"] for line in told} == {-1, 0, 1}
+    assert {line["alpha"] for line in told} == {-2, -1, 0, 1, 2}
