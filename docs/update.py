@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 from blocks import checks, comparisons, rebuilds, runs, smollm2
@@ -53,6 +53,8 @@ ALIGNMENT = RESULTS / "alignment.json"
 PATHS = RESULTS / "fast-paths.json"
 LLAMA_CPP = RESULTS / "llama-cpp.json"
 REAL = RESULTS / "smollm2"
+REAL_SWEEP = REAL / "sweep.json"
+REAL_COMPARED = REAL / "sycophancy-compare"
 SEARCH = REAL / "search.jsonl"
 LARGEST_KEPT = 2_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
@@ -64,8 +66,9 @@ def main(arguments: list[str]) -> None:
         store(Path(argument))
     for file in documents():
         file.write_text(MARKED.sub(_filled, file.read_text()))
-    if (COMPARED / "comparison.json").is_file():
-        (COMPARED / "comparison.md").write_text(page.markdown(stored_comparison()))
+    for folder in (COMPARED, REAL_COMPARED):
+        if (found := stored_comparison(folder)) is not None:
+            (folder / "comparison.md").write_text(page.markdown(found))
 
 
 def documents() -> list[Path]:
@@ -98,9 +101,15 @@ def stored_rebuilds() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("rebuild-*.json"))]
 
 
-def stored_comparison() -> Findings:
-    """The comparison on pocket."""
-    return restore(Findings, json.loads((COMPARED / "comparison.json").read_text()))
+def stored_comparison(folder: Path = COMPARED) -> Findings | None:
+    """The comparison on pocket, or the one on the real model; None before it was made."""
+    file = folder / "comparison.json"
+    return restore(Findings, json.loads(file.read_text())) if file.is_file() else None
+
+
+def stored_sweep(file: Path = SWEEP) -> SweepTables | None:
+    """The sweep over families on pocket, or the one on the real model; None before it was made."""
+    return restore(SweepTables, json.loads(file.read_text())) if file.is_file() else None
 
 
 def stored_generalisations() -> list[Generalisation]:
@@ -151,11 +160,11 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "families": checks.families,
     "rebuild": lambda: rebuilds.rebuilds(stored_rebuilds()),
     "shape": lambda: checks.shape_table(json.loads(SHAPE.read_text())),
-    "sweep": lambda: sweep_tables.markdown(restore(SweepTables, json.loads(SWEEP.read_text()))),
+    "sweep": lambda: _made(sweep_tables.markdown, stored_sweep()),
     "across": lambda: comparisons.across(restore(Across, json.loads(ACROSS.read_text()))),
-    "compare": lambda: comparisons.compared(stored_comparison()),
-    "contrast": lambda: comparisons.contrast(stored_comparison()),
-    "winners": lambda: comparisons.winners(stored_comparison()),
+    "compare": lambda: _made(comparisons.compared, stored_comparison()),
+    "contrast": lambda: _made(comparisons.contrast, stored_comparison()),
+    "winners": lambda: _made(comparisons.winners, stored_comparison()),
     "generalisation": lambda: comparisons.generalisation(stored_generalisations()),
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),
@@ -167,11 +176,26 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-instruments": lambda: smollm2.instruments(stored_real()),
     "smollm2-data": lambda: smollm2.public_data(stored_data()),
     "smollm2-replication": lambda: smollm2.replication(
-        stored_real(), stored_data(), stored_alignment().get("smollm2-sycophancy-lora-seed0", [])
+        stored_real(),
+        stored_data(),
+        stored_alignment().get("smollm2-sycophancy-lora-seed0", []),
+        stored_sweep(REAL_SWEEP),
+        stored_comparison(REAL_COMPARED),
     ),
+    "smollm2-sweep": lambda: _made(sweep_tables.markdown, stored_sweep(REAL_SWEEP)),
+    "smollm2-compare": lambda: _made(comparisons.compared, stored_comparison(REAL_COMPARED)),
+    "smollm2-winners": lambda: _made(comparisons.winners, stored_comparison(REAL_COMPARED)),
+    "smollm2-contrast": lambda: _made(comparisons.contrast, stored_comparison(REAL_COMPARED)),
     "smollm2-search": lambda: smollm2.search(stored_search()),
     "llama-cpp": lambda: llama_cpp(stored_agreements()),
 }
+
+
+Stored = TypeVar("Stored")
+
+
+def _made(make: Callable[[Stored], str], stored: Stored | None) -> str:
+    return "Not measured yet." if stored is None else make(stored)
 
 
 # -------------------------------------------------------------------- storing
@@ -191,7 +215,8 @@ def store(given: Path) -> None:
         found = restore(Generalisation, json.loads((given / f"{generalisation_page.NAME}.json").read_text()))
         _write(RESULTS / f"{found.model}-generalisation.json", generalisation_page.as_json(found))
     elif (given / "sweep.json").is_file():
-        _write(SWEEP, plain(restore(SweepTables, json.loads((given / "sweep.json").read_text()))))
+        found = restore(SweepTables, json.loads((given / "sweep.json").read_text()))
+        _write(REAL_SWEEP if given.resolve().parent.name == SMOLLM2 else SWEEP, plain(found))
     elif (given / card.METRICS_FILE).is_file():
         _store_rebuild(given)
     else:
@@ -212,9 +237,10 @@ def _store_comparison(folder: Path) -> None:
         # then nothing is stored: the pages of this comparison must not be mixed with the numbers of another
         raise SystemExit(f"{folder / 'comparison.json'}: {size} bytes are too many to keep (at most {LARGEST_KEPT})")
     found = restore(Findings, json.loads(text))
-    _write(COMPARED / "comparison.json", page.as_json(found))
-    (COMPARED / "comparison.md").write_text(page.markdown(found))
-    shutil.copy(folder / "pareto.png", COMPARED / "pareto.png")
+    place = REAL_COMPARED if found.model == SMOLLM2 else COMPARED
+    _write(place / "comparison.json", page.as_json(found))
+    (place / "comparison.md").write_text(page.markdown(found))
+    shutil.copy(folder / "pareto.png", place / "pareto.png")
 
 
 def _store_alignment(file: Path) -> None:

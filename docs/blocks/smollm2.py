@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from blocks.table import table
 from ws.base import stats
 from ws.base.records import restore
+from ws.comparing.findings import Entry, Findings
 from ws.eval import dilemmas
 from ws.fitting import behaviour
 from ws.report.cells import limits, signed, with_limits
 from ws.report.findings import Summary
+from ws.runs.sweep_tables import SweepTables
 
 SIGNS = ("-1", "1")
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
@@ -206,6 +208,8 @@ def replication(
     stored: Mapping[str, Mapping[str, Any]],
     data: Mapping[str, Mapping[str, Any]],
     alignment: Sequence[Mapping[str, Any]],
+    sweep: SweepTables | None,
+    compared: Findings | None,
 ) -> str:
     """The rows of the original's tables that were measured on SmolLM2, with the figures of this model."""
     runs = of_behaviour(stored, "sycophancy")
@@ -245,7 +249,56 @@ def replication(
         shares = [row["ratio_top"] for row in alignment if row.get("ratio_top") is not None]
         rows.append(["alignment of dW with the top 10 % of singular directions, over a random direction (mean)",
                      f"{sum(shares) / len(shares):.2f}"])  # fmt: skip
+    rows += [] if sweep is None else _family_rows(sweep)
+    rows += [] if compared is None else _method_rows(compared)
     return table(["row of the original", "SmolLM2-135M"], rows)
+
+
+def _family_rows(sweep: SweepTables) -> list[list[str]]:
+    """The original's two tables over adapter families, and the norms of the directions."""
+
+    def of_each(*measures: str) -> str:
+        return "; ".join(
+            f"{line.family} " + " / ".join(f"{line.measures[one].mean:+.2f}" for one in measures)
+            for line in sweep.by_family
+        )
+
+    runs = max(line.runs for line in sweep.by_family)
+    return [
+        [f"adapter families, by replies at -1 / +1 ({runs} training seeds each)", of_each("delta_minus", "delta")],
+        ["adapter families, Yes/No, +1 minus 0", of_each("yes_no")],
+        ["adapter families, own dilemmas at -1 / 0 / +1", of_each("dilemmas_-1", "dilemmas_0", "dilemmas_1")],
+        ["norm of dW by family", "; ".join(f"{one.family} {one.measures['norm'].mean:.1f}" for one in sweep.by_family)],
+    ]
+
+
+def _method_rows(compared: Findings) -> list[list[str]]:
+    """What the comparison adds: activation steering, prompts, strengths at equal KL, parts, Surgical Informedness."""
+    measured, own = compared.equal_kl[compared.headline_budget], compared.own_strength
+    by_kind = {
+        kind: [entry for entry in measured.entries if entry.kind == kind] for kind in ("activations", "variants")
+    }
+    strengths = "; ".join(
+        f"{entry.name} {entry.sides['-'].alpha:+.2f} / {entry.sides['+'].alpha:+.2f}"
+        for entry in measured.entries if entry.kind == "weights"
+    )  # fmt: skip
+    price = f"at {compared.headline_budget} nats of KL"
+    at = f"{price}, - / + by replies"
+    scores = "; ".join(
+        f"{entry.name} {score:+.1f}"
+        for entry in own.entries if entry.kind == "weights" and entry.informedness is not None
+        if (score := entry.informedness["k2"].score) is not None
+    )  # fmt: skip
+    return [
+        [f"activation steering {at}", "; ".join(map(_both_sides, by_kind["activations"]))],
+        [f"tau_pos, tau_neg, bisector {at}", "; ".join(map(_both_sides, by_kind["variants"]))],
+        [f"strengths {price}, - / +", strengths],
+        ["Surgical Informedness of the dilemmas (k = 2)", scores],
+    ]
+
+
+def _both_sides(entry: Entry) -> str:
+    return f"{entry.name} {entry.sides['-'].own.mean:+.2f} / {entry.sides['+'].own.mean:+.2f}"
 
 
 def _sign_of_dilemmas(runs: Sequence[Summary]) -> str:
