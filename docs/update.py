@@ -164,6 +164,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "across": lambda: comparisons.across(restore(Across, json.loads(ACROSS.read_text()))),
     "compare": lambda: _made(comparisons.compared, stored_comparison()),
     "contrast": lambda: _made(comparisons.contrast, stored_comparison()),
+    "null": lambda: _made(comparisons.null, stored_comparison()),
     "winners": lambda: _made(comparisons.winners, stored_comparison()),
     "generalisation": lambda: comparisons.generalisation(stored_generalisations()),
     "alignment": lambda: alignment(stored_alignment()),

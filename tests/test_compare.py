@@ -845,6 +845,23 @@ def test_power_says_how_many_seeds_would_tell_the_first_two_apart() -> None:
     assert page.power_sentence(found_of(all_of(lambda label, alpha: alpha * label))) is None
 
 
+def test_the_page_counts_controls_that_move_something_on_average() -> None:
+    def control(name: str, of: str, *draws: float, has_sides: bool = False) -> findings.Control:
+        effect = findings.Effect(0.0, None, None, 10, 1.0, draws, None)
+        signs = {"+": effect, "-": replace(effect, seeds=tuple(-one for one in draws)) if has_sides else effect}
+        return findings.Control(name, of, "", {sign: {"own": one} for sign, one in signs.items()}, {"+": 1, "-": -1})
+
+    found = found_of(all_of(lambda label, alpha: alpha * label))
+    middle = found.equal_kl[found.headline_budget]
+    controls = (
+        control("random like a", "a", 1.0, 1.1, 0.9),  # away from 0, and one draw serves both signs
+        control("random like b", "b", 1.0, -1.1, 0.1),
+        control("personas shuffled", "personas shuffled", 2.0, 2.1, 1.9, has_sides=True),  # both signs are away
+    )
+    changed = replace(found, equal_kl={**found.equal_kl, found.headline_budget: replace(middle, controls=controls)})
+    assert "3 of 4 means" in page.null_sentence(changed)
+
+
 def test_a_page_on_an_embedded_model_says_what_favours_a_method_there() -> None:
     entries = all_of(lambda label, alpha: 2.0 * alpha * label)
     for model in library.POCKET_MODELS:

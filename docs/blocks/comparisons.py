@@ -18,6 +18,11 @@ def compared(found: Findings) -> str:
     return f"{replicates_told(found)}\n\n> {page.sentence(found)}"
 
 
+def null(found: Findings) -> str:
+    """Whether the controls move nothing on average."""
+    return page.null_sentence(found)
+
+
 def replicates_told(found: Findings) -> str:
     """How often weight directions were trained, and how many random controls a method has."""
     measured = found.equal_kl[found.headline_budget]

@@ -107,6 +107,25 @@ def power_sentence(found: Findings) -> str | None:
     return f"Power (t test, 80 %): {'; '.join(said)}; measured with {len(a.seeds)} and {len(b.seeds)}."
 
 
+def null_sentence(found: Findings) -> str:
+    """How many means over controls at the budget of the headline have an interval without 0, and how many would by
+    chance alone. Prompts are left out: a neutral prompt changes what the model says."""
+    prompts = {entry.name for entry in found.own_strength.entries if entry.kind == "prompts"}
+    means: dict[tuple[object, ...], Estimate] = {}
+    for control in found.equal_kl[found.headline_budget].controls:
+        for sign, by_probe in control.effects.items():
+            for probe, effect in by_probe.items():
+                mean = control.mean(sign, probe)
+                if control.of not in prompts and mean is not None:
+                    means[control.name, probe, effect.seeds] = mean  # draws without sides are in the table twice
+    away = sum(mean.low is not None and mean.high is not None and not mean.low <= 0 <= mean.high
+               for mean in means.values())  # fmt: skip
+    return (
+        f"Controls should move nothing on average. At {found.headline_budget} nats, {away} of {len(means)} means over "
+        f"the draws of a control have a 95 % interval without 0; by chance alone about {0.05 * len(means):.0f} would."
+    )
+
+
 def yes_bias_sentence(entries: Sequence[Entry], behaviour: str, dilemma_noun: str) -> str | None:
     """The methods with mostly Yes-bias, a sentence per probe; None if there are none."""
     sentences = []
@@ -194,6 +213,7 @@ def _blocks(found: Findings, folder: Path) -> list[Block]:
         Heading("Controls at own strength"),
         controls_table(own, behaviour, noun),
         Heading(f"Controls at equal KL, {found.headline_budget} nats"),
+        Paragraph(null_sentence(found)),
         controls_table(found.equal_kl[found.headline_budget], behaviour, noun),
         Heading("Parts of the mean changes"),
         *(table for probe in PROBES if (table := parts_table(own.entries, probe, behaviour, noun)) is not None),
