@@ -56,6 +56,7 @@ REAL = RESULTS / "smollm2"
 REAL_SWEEP = REAL / "sweep.json"
 REAL_COMPARED = REAL / "sycophancy-compare"
 SEARCH = REAL / "search.jsonl"
+POCKET_SEARCH = RESULTS / "pocket-search.jsonl"
 LARGEST_KEPT = 2_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 MARKED = re.compile(r"(<!-- begin: (?P<name>\S+) -->\n)(?P<content>.*?)\n?(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -138,9 +139,9 @@ def stored_real() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("*-seed*.json"))}
 
 
-def stored_search() -> list[dict[str, Any]]:
-    """The lines of the recipe search on SmolLM2."""
-    return [json.loads(line) for line in SEARCH.read_text().splitlines()] if SEARCH.is_file() else []
+def stored_search(file: Path = SEARCH) -> list[dict[str, Any]]:
+    """The lines of a recipe search."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def stored_data() -> dict[str, dict[str, Any]]:
@@ -149,6 +150,7 @@ def stored_data() -> dict[str, dict[str, Any]]:
 
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
+    "pocket-search": lambda: comparisons.dev_search(stored_search(POCKET_SEARCH)),
     "see": lambda: runs.see(stored_runs()[FIRST]),
     "status": lambda: runs.status(stored_runs()[FIRST]),
     "pocket": lambda: runs.pocket_table(stored_runs()[FIRST]),
@@ -163,6 +165,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "sweep": lambda: _made(sweep_tables.markdown, stored_sweep()),
     "across": lambda: comparisons.across(restore(Across, json.loads(ACROSS.read_text()))),
     "compare": lambda: _made(comparisons.compared, stored_comparison()),
+    "compare-short": lambda: _made(comparisons.short, stored_comparison()),
     "contrast": lambda: _made(comparisons.contrast, stored_comparison()),
     "null": lambda: _made(comparisons.null, stored_comparison()),
     "winners": lambda: _made(comparisons.winners, stored_comparison()),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from blocks.table import table
 from ws.comparing import generalisation_page, page
 from ws.comparing.across import Across
-from ws.comparing.findings import Findings
+from ws.comparing.findings import KINDS, SIGNS, Findings
 from ws.comparing.generalisation import Generalisation
 from ws.comparing.tables import contrast_table, effect_text
 from ws.report import document
+from ws.report.cells import with_limits
 
 
 def compared(found: Findings) -> str:
@@ -37,6 +39,28 @@ def replicates_told(found: Findings) -> str:
 def contrast(found: Findings) -> str:
     """Whether the contrast and the training are needed: the table of differences at equal KL."""
     return document.to_markdown("", [contrast_table(found)]).split("\n", 2)[2].strip()
+
+
+def short(found: Findings) -> str:
+    """The best method of every kind at the budget of the headline, for the first page."""
+    budget = found.headline_budget
+    won = {sign: page.winner(found, sign, budget) for sign in SIGNS}
+    rows = []
+    for kind, name in found.best.items():
+        entry = found.equal_kl[budget].entry(name)
+        cells = [f"{KINDS[kind]}: {name}"]
+        for sign in SIGNS[::-1]:
+            side = entry.sides.get(sign) if entry else None
+            first = won[sign]
+            effect = "-" if side is None else with_limits(vars(side.own))
+            cells.append(f"**{effect}**" if first is not None and first.name == name else effect)
+        rows.append(cells)
+    note = (
+        f"{found.behaviour.capitalize()} on {found.model}, change in nats at equal KL ({budget} nats per token; prompts "
+        "at their own); 95 % over rows and calibration. Bold: moves furthest. The best of each kind was chosen on dev "
+        "rows."
+    )
+    return f"{table(['best of its kind', 'away from it', 'towards it'], rows)}\n\n*{note}*"
 
 
 def winners(found: Findings) -> str:
@@ -70,3 +94,22 @@ def generalisation(found: Sequence[Generalisation]) -> str:
         parts += [f"**{one.model}**, {one.adapter}. {generalisation_page.sentence(one)}",
                   document.to_markdown("", tables).split("\n", 2)[2].strip()]  # fmt: skip
     return "\n\n".join(parts)
+
+
+def dev_search(log: Sequence[Mapping[str, Any]]) -> str:
+    """The settings of a search on dev rows at equal KL, the one with the largest movement first."""
+    rows = sorted(log, key=lambda one: -_moved(one))
+    cells = [
+        [
+            f"{line['setting']['train']['layers'][0]:g} to {line['setting']['train']['layers'][1]:g}",
+            f"{line['setting']['train']['lr']:g}",
+            *(with_limits({**line["dev"][sign], "mean": line["dev"][sign]["change"]}) for sign in ("-1", "+1")),
+            f"{_moved(line):.2f}",
+        ]
+        for line in rows
+    ]  # fmt: skip
+    return table(["layers, of the depth", "rate", "dev rows at -", "dev rows at +", "half the difference"], cells)
+
+
+def _moved(line: Mapping[str, Any]) -> float:
+    return float(line["dev"]["+1"]["change"] - line["dev"]["-1"]["change"]) / 2
