@@ -56,8 +56,8 @@ def short(found: Findings) -> str:
             cells.append(f"**{effect}**" if first is not None and first.name == name else effect)
         rows.append(cells)
     note = (
-        f"{found.behaviour.capitalize()} on {found.model}, change in nats at equal KL ({budget} nats per token; prompts "
-        "at their own); 95 % over rows and calibration. Bold: moves furthest. The best of each kind was chosen on dev "
+        f"{found.behaviour.capitalize()} on {found.model}, change in nats at equal KL ({budget} nats per token; "
+        "prompts at their own); 95 % over rows and calibration. Bold: moves furthest. The best of each kind was chosen on dev "
         "rows."
     )
     return f"{table(['best of its kind', 'away from it', 'towards it'], rows)}\n\n*{note}*"
