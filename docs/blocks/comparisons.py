@@ -57,8 +57,8 @@ def short(found: Findings) -> str:
         rows.append(cells)
     note = (
         f"{found.behaviour.capitalize()} on {found.model}, change in nats at equal KL ({budget} nats per token; "
-        "prompts at their own); 95 % over rows and calibration. Bold: moves furthest. The best of each kind was chosen on dev "
-        "rows."
+        "prompts at their own); 95 % over rows and calibration. Bold: moves furthest. The best of each kind was chosen "
+        "on dev rows."
     )
     return f"{table(['best of its kind', 'away from it', 'towards it'], rows)}\n\n*{note}*"
 
