@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ws.adapters import diff
+from ws.algebra import random_like
 from ws.algebra.direction import Direction
 from ws.base.poles import POLES
 from ws.base.store import RunFolder, Shards, digest
@@ -177,7 +178,7 @@ def _of_weights(sources: Sources, name: str, kind: str, edits: Sequence[Edit], n
     control = f"random like {name}"
     effects = [edit.effect for edit in edits if isinstance(edit.effect, Direction)]
     draws = tuple(
-        Edit(control, controls.spectrum_like(effects[number % len(effects)], _draw_seed(name, number)), number)
+        Edit(control, random_like.spectrum_like(effects[number % len(effects)], _draw_seed(name, number)), number)
         for number in range(sources.draws if effects else 0)
     )
     return Method(name, kind, tuple(edits), note=note, control=Control(control, draws))
