@@ -19,7 +19,7 @@ from ws.baselines.prompts import Prompt
 from ws.baselines.repe import ActivationDirection, Unit
 from ws.edit.condition import PLAIN, Condition, Edit
 from ws.eval import side_effects
-from ws.measure.probe import Probe, is_dev
+from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model.loading import ChatModel
 from ws.report.summary import FACTS_LOST, LOW_MASS, Scores, accuracy
@@ -57,14 +57,6 @@ class Chosen(Generic[Option]):
     option: Option
     strength: float
     remark: str
-
-
-def split(probe: Probe, dev: bool) -> Probe:
-    """The dev or the test rows of a probe, whole clusters."""
-    rows = tuple(row for row in probe.rows if is_dev(row.cluster or row.row) == dev)
-    if not rows:
-        raise UserError(f"probe {probe.name!r} has no {'dev' if dev else 'test'} rows", "Use more rows.")
-    return Probe(probe.name, probe.kind, rows, probe.answers)
 
 
 def best_strength(

@@ -30,7 +30,7 @@ from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.run_settings import arithmetic
 from ws.fitting.stages import FittedRun
-from ws.measure.probe import Probe
+from ws.measure.probe import Probe, split
 from ws.model import architecture
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
@@ -217,7 +217,7 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
         found.append(_at_best_strength(sources, label, candidates, _said_of_variant, replicates))
     layers = tuple(range(model.layer_count))
     if JACOBIAN in variants:
-        whole = jacobian.fit(model, dev_split.split(sources.own, dev=True), behaviour, layers=layers)
+        whole = jacobian.fit(model, split(sources.own, dev=True), behaviour, layers=layers)
         found.append(_at_best_strength(sources, "Jacobian, best layers", _by_layers(whole), _said_of_layers, None))
     if TRAINED in variants:
         vectors = {

@@ -19,10 +19,10 @@ from ws.base.errors import UserError
 from ws.base.records import restore
 from ws.base.store import read_json
 from ws.comparing.compare import Plan
-from ws.comparing.dev_split import split
 from ws.comparing.findings import Effect, Findings
 from ws.eval import sycophancy
 from ws.fitting import behaviour
+from ws.measure.probe import split
 from ws.fitting.run_settings import Settings, run_path
 
 UNTRAINED = 6

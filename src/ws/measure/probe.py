@@ -107,3 +107,11 @@ class Probe:
         if self.kind != "choice":
             raise UserError(f"probe {self.name!r} is not a choice probe", "Use thoughts with choice probes only.")
         return replace(self, kind="guided", tokens=tokens)
+
+
+def split(probe: Probe, dev: bool) -> Probe:
+    """The dev or the test rows of a probe, whole clusters."""
+    rows = tuple(row for row in probe.rows if is_dev(row.cluster or row.row) == dev)
+    if not rows:
+        raise UserError(f"probe {probe.name!r} has no {'dev' if dev else 'test'} rows", "Use more rows.")
+    return replace(probe, rows=rows)
