@@ -14,7 +14,6 @@ from typing import Generic, TypeVar
 import polars as pl
 
 from ws.base import console
-from ws.base.errors import UserError
 from ws.baselines.prompts import Prompt
 from ws.baselines.repe import ActivationDirection, Unit
 from ws.edit.condition import PLAIN, Condition, Edit

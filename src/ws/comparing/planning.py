@@ -22,8 +22,8 @@ from ws.comparing.compare import Plan
 from ws.comparing.findings import Effect, Findings
 from ws.eval import sycophancy
 from ws.fitting import behaviour
-from ws.measure.probe import split
 from ws.fitting.run_settings import Settings, run_path
+from ws.measure.probe import split
 
 UNTRAINED = 6
 """Constructions without data, and biases alone, that every comparison has."""

@@ -1,4 +1,4 @@
-"""Ablations of trained directions: every lens, every variant, on the same rows (`subspace.variants`, `subspace.lenses`).
+"""Ablations of trained directions: every lens, every variant (`subspace.lenses`, `.variants`), the same rows.
 
 Each run (family, seed) and lens is a stage of `<behaviour>/ablate/`, so that a rerun measures only what is missing; a
 stage that was interrupted keeps the variants that it has scored. The base is scored once per model. Bases and sets are
@@ -33,10 +33,13 @@ from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model import architecture
 from ws.model.loading import ChatModel
+from ws.report import ablation_numbers, ablations
+from ws.report.ablation_numbers import Measured
+from ws.report.ablations import Report
 from ws.runs.replicate import Replication
 from ws.subspace import prompts
 from ws.subspace.lenses import Lens, Material, registry
-from ws.subspace.variants import Part, Subject, Variant, variants
+from ws.subspace.variants import Subject, Variant, variants
 
 ALPHAS = (1.0, -1.0)
 VERSION = 1
@@ -82,16 +85,6 @@ class Cell:
     def said(self) -> str:
         """Its name in messages."""
         return f"{self.family}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one lens found on one run: descriptions of its variants, and scores of those that are available."""
-
-    cell: Cell
-    lens: str
-    variants: tuple[dict[str, Any], ...]
-    scores: pl.DataFrame
 
 
 class Ablation:
@@ -161,7 +154,7 @@ class Ablation:
         edits = [Edit("on dev rows", direction, seed=number) for number, direction in enumerate(directions)]
         conditions = [Condition.of(edit, alpha) for edit in edits for alpha in ALPHAS]
         table = score(self.model, [split(self.own, dev=True)], conditions, shards=shards,
-                      base_shards=shared_base(self.model, self.settings.out), description="searching on dev")  # fmt: skip
+                      base_shards=shared_base(self.model, self.settings.out), description="dev rows")  # fmt: skip
         rows = table.filter((pl.col("metric") == "logratio") & (pl.col("edit") != BASE))
         signed = pl.col("value") * pl.col("label") * pl.col("alpha")
         means = dict(rows.group_by("seed").agg(signed.mean()).iter_rows())
@@ -184,7 +177,8 @@ class Ablation:
                                 if c.seed == cell.seed and c != cell}  # fmt: skip
 
         def make(shards: Shards) -> None:
-            described, tables = [], []
+            described: list[dict[str, Any]] = []
+            tables: list[pl.DataFrame] = []
             for portion in self._portions(lens, self.material(cell, shards)):
                 described += [one.record() for one in portion]
                 table = self._scored(portion, shards, f"{cell.said}: {lens.name}")
@@ -193,8 +187,8 @@ class Ablation:
             write_table(self.folder / files[0], pl.concat(tables))
 
         self.folder.build(stage, inputs, files, make)
-        return Measured(cell, lens.name, tuple(read_json(self.folder / files[1])),
-                        pl.read_parquet(self.folder / files[0]))  # fmt: skip
+        described = tuple(read_json(self.folder / files[1]))
+        return Measured(cell.family, cell.seed, lens.name, described, pl.read_parquet(self.folder / files[0]))
 
     def _portions(self, lens: Lens, material: Material) -> Iterator[list[Variant]]:
         pending: list[Variant] = []
@@ -261,3 +255,16 @@ def _cell(settings: Settings, subject: Behaviour) -> Cell:
     return Cell(settings.adapter, settings.seed, folder)
 
 
+def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> tuple[Report, Path]:
+    """Measure all lenses on all runs, write the tables and the page one level above the runs, and return both."""
+    with Ablation(settings, plan, model) as ablation:
+        found = ablation.run()
+        rows = ablation_numbers.table(found)
+        report = Report(
+            model=ablation.model.name, behaviour=ablation.behaviour.name, ability=ablation.ability,
+            questions={lens.name: lens.question for lens in ablation.lenses}, table=rows,
+            summary=ablation_numbers.summary(rows), own=ablation.own.name, dilemmas=dilemmas.NAME,
+            noun=ablation.dilemmas.noun, controls=plan.controls,
+        )  # fmt: skip
+        ablations.write(ablation.place, report)
+        return report, ablation.place

@@ -2,7 +2,7 @@
 
     keep         the part alone                                   is it enough?
     drop         the direction without the part                   is it needed?
-    matched      the part, scaled to the norm of the whole        one factor for all parameters: is only its size missing?
+    matched      the part, scaled to the norm of the whole        one factor for all parameters: does only size lack?
     complement   the rest of the whole, where the whole is only a piece of the direction (its residual writes)
     random       a random twin of the part: per parameter the same norm, and as many dimensions
     full         the whole direction

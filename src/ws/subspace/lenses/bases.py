@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -27,14 +28,14 @@ def projection(material: Material) -> Iterator[Part]:
     The differences are uncentred, and every prompt's is scaled to norm 1 first (spec 8.2).
     """
 
-    def basis(layer: int, k: int) -> Basis:
+    def basis(k: int, layer: int) -> Basis:
         rows = material.block_differences[layer]
         require(k <= min(rows.shape), f"{len(rows)} prompts give at most {min(rows.shape)} directions")
         rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         return torch.linalg.svd(rows, full_matrices=False)[2][:k].mT
 
     for k in RANKS:
-        yield _projected(material, f"K = {k}", k, lambda layer, k=k: basis(layer, k))
+        yield _projected(material, f"K = {k}", k, partial(basis, k))
 
 
 @lens("shared", "Inside a subspace that all other families share? The direction itself has no part in the basis.")
@@ -45,7 +46,7 @@ def shared(material: Material) -> Iterator[Part]:
     """
     grams: dict[int, Tensor] = {}
 
-    def basis(layer: int, k: int) -> Basis:
+    def basis(k: int, layer: int) -> Basis:
         require(bool(material.others), "it needs a second family: give two or more to --families")
         if layer not in grams:
             found = [_gram(material, other, layer) for other in material.others.values()]
@@ -57,7 +58,7 @@ def shared(material: Material) -> Iterator[Part]:
         return torch.linalg.eigh(grams[layer])[1].flip(1)[:, :k]
 
     for k in SHARED_RANKS:
-        yield _projected(material, f"K = {k}", k, lambda layer, k=k: basis(layer, k))
+        yield _projected(material, f"K = {k}", k, partial(basis, k))
 
 
 def _gram(material: Material, other: Direction, layer: int) -> Float[Tensor, "width width"] | None:
@@ -71,7 +72,7 @@ def _gram(material: Material, other: Direction, layer: int) -> Float[Tensor, "wi
     return total
 
 
-def _projected(material: Material, name: str, k: int, basis: Callable[[int, int], Basis]) -> Part:
+def _projected(material: Material, name: str, k: int, basis: Callable[[int], Basis]) -> Part:
     """A projection of the residual writes on a basis per layer; twins are projections on random bases."""
     subject = material.subject
 
@@ -84,7 +85,7 @@ def _projected(material: Material, name: str, k: int, basis: Callable[[int, int]
 
     def make() -> Pieces:
         require(bool(subject.writes.deltas), "the direction has no residual writes")
-        found = {layer: basis(layer, k) for layer in subject.writes.layer_numbers}
+        found = {layer: basis(layer) for layer in subject.writes.layer_numbers}
 
         def twin(seed: int) -> Direction:
             return on({
@@ -133,7 +134,7 @@ def own_svd(material: Material) -> Iterator[Part]:
         return Pieces(*split_each(material.direction, frozenset(material.sites), divide))
 
     for crop in (*QUARTERS, *ENERGIES):
-        yield Part(crop, lambda crop=crop: make(crop))
+        yield Part(crop, partial(make, crop))
 
 
 @lens("base-svd", "In the singular directions of the weights that it changes?")
@@ -150,4 +151,4 @@ def base_svd(material: Material) -> Iterator[Part]:
         return Pieces(*split_each(material.direction, frozenset(material.sites), divide))
 
     for crop in (*QUARTERS, *ENERGIES):
-        yield Part(crop, lambda crop=crop: make(crop))
+        yield Part(crop, partial(make, crop))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -61,9 +62,9 @@ def native(material: Material) -> Iterator[Part]:
         pieces = divide(material)
         return Pieces(*(pieces if first else pieces[::-1]))
 
-    yield Part(names[0], lambda: of(True))
+    yield Part(names[0], partial(of, True))
     if names[1]:
-        yield Part(names[1], lambda: of(False))
+        yield Part(names[1], partial(of, False))
 
 
 def _contrast(material: Material, divide: Divide) -> Halves:
@@ -119,7 +120,7 @@ def _delora(material: Material) -> Halves:
 def _rotated(material: Material) -> Halves:
     """`W R'`: R is a rotation only nearly (OFT), or is scaled as well (BOFT). Rotation: the nearest one to R."""
 
-    def divide(name: str, tau: Delta) -> parts.Split:
+    def divide(_name: str, tau: Delta) -> parts.Split:
         found = [term.mix for term in tau.base_terms if term.is_block_diagonal]
         require(len(found) == 1, "the rotation of this adapter has more than one factor")
         (gap,) = found

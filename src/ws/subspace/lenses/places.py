@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -30,11 +31,11 @@ def layers(material: Material) -> Iterator[Part]:
         return Pieces(material.direction.keep(layers=chosen), material.direction.drop(layers=chosen))
 
     for layer in touched:
-        yield Part(f"layer {layer}", lambda layer=layer: of(layer), layer=layer)
+        yield Part(f"layer {layer}", partial(of, layer), layer=layer)
     if len(touched) >= len(THIRDS):
         for number, name in enumerate(THIRDS):
             start, stop = (round(len(touched) * place / len(THIRDS)) for place in (number, number + 1))
-            yield Part(name, lambda some=tuple(touched[start:stop]): of(*some))
+            yield Part(name, partial(of, *touched[start:stop]))
 
 
 @lens("modules", "In which kinds of modules, on the reading and on the writing side?")
@@ -51,7 +52,7 @@ def modules(material: Material) -> Iterator[Part]:
         return Pieces(only(material.direction, names), without(material.direction, names))
 
     for name, roles in MODULES.items():
-        yield Part(name, lambda roles=roles: of(roles), module=name)
+        yield Part(name, partial(of, roles), module=name)
 
 
 @lens("heads", "In which attention heads? Rows of q, k, v and columns of o.")
@@ -88,4 +89,4 @@ def heads(material: Material) -> Iterator[Part]:
 
     for layer in material.direction.layer_numbers:
         for group in range(groups):
-            yield Part(f"layer {layer}, head {group}", lambda layer=layer, group=group: of(layer, group), layer=layer)
+            yield Part(f"layer {layer}, head {group}", partial(of, layer, group), layer=layer)

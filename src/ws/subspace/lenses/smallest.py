@@ -15,8 +15,8 @@ WANTED = 0.9
 
 @lens("smallest", "Which few matrices keep 90 % of the effect? Chosen on dev rows, reported on test rows.")
 def smallest(material: Material) -> Iterator[Part]:
-    """Matrices are ranked by what each does alone, at both signs. The shortest beginning of that list that keeps 90 % of
-    the effect is searched by halving; then every matrix that can be left out again is left out, weakest first."""
+    """Matrices are ranked by what each does alone, at both signs. The shortest beginning of that list that keeps 90 %
+    of the effect is searched by halving; then every matrix that can be left out again is left out, weakest first."""
     names = list(material.direction.deltas)
 
     def kept(*sets: list[str]) -> list[float]:
