@@ -31,7 +31,6 @@ from ws.fitting.behaviour import Behaviour
 from ws.fitting.run_settings import Settings, command, limit_of, recommended, run_path, scored_with, shared_base
 from ws.measure.probe import Probe, split
 from ws.measure.score import score
-from ws.model import architecture
 from ws.model.loading import ChatModel
 from ws.report import ablation_numbers, ablations
 from ws.report.ablation_numbers import Measured
@@ -129,10 +128,6 @@ class Ablation:
             for cell in self.cells
         }
 
-    @cached_property
-    def _writers(self) -> frozenset[str]:
-        return frozenset(site.parameter for site in architecture.sites(self.model.network) if site.writes_residual)
-
     def material(self, cell: Cell, shards: Shards | None = None) -> Material:
         """What the lenses may use of one run. Other families have the same seed."""
         direction = self._directions[cell.family, cell.seed]
@@ -141,7 +136,7 @@ class Ablation:
         sides = [cell.folder / pole for pole in POLES]
         return Material(
             model=self.model,
-            subject=Subject(direction, self._writers & direction.deltas.keys(), cell.name),
+            subject=Subject.on(self.model, direction, cell.name),
             family=cell.family,
             others=others,
             sides=lambda: (diff.task_vector(self.model, sides[0]), diff.task_vector(self.model, sides[1])),

@@ -29,6 +29,8 @@ from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.algebra.random_like import draws_like
 from ws.base import keyed_random
+from ws.model import architecture
+from ws.model.loading import ChatModel
 
 Operation = Literal["keep", "drop", "matched", "complement", "random", "full"]
 Whole = Literal["direction", "writes"]
@@ -126,6 +128,12 @@ class Subject:
     direction: Direction
     writers: frozenset[str]
     name: str = ""
+
+    @classmethod
+    def on(cls, model: ChatModel, direction: Direction, name: str = "") -> Subject:
+        """A direction of this model; unbound ones are bound."""
+        writers = (site.parameter for site in architecture.sites(model.network) if site.writes_residual)
+        return cls(direction.bind(model), frozenset(one for one in writers if one in direction.deltas), name)
 
     @cached_property
     def writes(self) -> Direction:
