@@ -9,8 +9,9 @@
 A ratio is suppressed, with the reason, where its denominator says nothing: its interval contains 0, or it lies inside
 the prediction band of random directions of its size (spec 8.2 and 11.46: such ratios were published and mean nothing).
 
-The null of a part that is kept are its random twins: as many dimensions, and per parameter the same norm. The null of
-all other variants, which are about as large as the whole, are random directions with the singular values of the whole.
+The null of a part that is kept are its random twins: as many dimensions, and per parameter the same norm; at the size
+of the whole, twins of that size. The null of all other variants, which are about as large as the whole, are random
+directions with the singular values of the whole (or of the residual writes, for what is a part of these).
 Nulls are 95 % prediction bands over draws, in nats.
 """
 
@@ -122,6 +123,7 @@ def _at_strength(run: Sequence[Measured], probe: str, seen: Changes, alpha: floa
     keys = list(present)
     intervals = {key: stats.over_clusters(seen.values[key][alpha], seen.clusters) for key in keys}
     bands, energies = _nulls(present, intervals)
+    grown, _ = _nulls(present, intervals, "random matched")
     matrix = np.stack([seen.values[key][alpha] for key in keys])
     ratios: dict[str, dict[Key, Interval]] = {}
     reasons: dict[str, str] = {}
@@ -140,9 +142,10 @@ def _at_strength(run: Sequence[Measured], probe: str, seen: Changes, alpha: floa
         if not one["available"]:
             yield row | {"unavailable": one["reason"]}
             continue
-        is_part = one["operation"] in ("keep", "random")
-        null = bands.get((lens, one["part"])) if is_part else None
-        null = null or bands.get((WHOLE, DIRECTION))
+        null = {"keep": bands, "random": bands, "matched": grown, "random matched": grown}.get(
+            one["operation"], {}).get((lens, one["part"]))  # fmt: skip
+        alike = WRITES if one["whole"] == "writes" and one["operation"] in ("matched", "complement") else DIRECTION
+        null = null or bands.get((WHOLE, alike))
         of_writes = one["whole"] == "writes" or (lens, one["part"]) == (WHOLE, WRITES)
         yield row | {
             "n": intervals[key].n, "clusters": intervals[key].clusters,
@@ -159,13 +162,13 @@ def _at_strength(run: Sequence[Measured], probe: str, seen: Changes, alpha: floa
 
 
 def _nulls(
-    present: Mapping[Key, Mapping[str, Any]], intervals: Mapping[Key, Interval]
+    present: Mapping[Key, Mapping[str, Any]], intervals: Mapping[Key, Interval], operation: str = "random"
 ) -> tuple[dict[tuple[str, str], Interval], dict[tuple[str, str], float]]:
     """By lens and part: the prediction band of its random twins, and their mean energy before norms are matched."""
     draws: dict[tuple[str, str], list[float]] = {}
     energies: dict[tuple[str, str], list[float]] = {}
     for key, one in present.items():
-        if one["operation"] == "random":
+        if one["operation"] == operation:
             part = (one["lens"], one["part"])
             draws.setdefault(part, []).append(intervals[key].mean)
             energies.setdefault(part, []).append(one["energy"])

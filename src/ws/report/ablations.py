@@ -31,6 +31,7 @@ class Report:
     """What the page is made from: the tables of `ablation_numbers`, and what was asked.
 
     questions: by lens, in the order of the page. own: name of the behaviour's probe. noun: what the dilemmas are.
+    controls: random twins per part. width: of the residual stream.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Report:
     dilemmas: str
     noun: str
     controls: int
+    width: int
 
     @property
     def families(self) -> list[str]:
@@ -83,9 +85,9 @@ def reading(part: str, keep: Line | None, rest: Line | None, matched: Line | Non
     both < 0.25                     neither is enough, so it needs both together
     otherwise                       divided
 
-    A part below 0.75 that reaches 0.75 at the size of the whole, and goes beyond its null there, is "potent when
-    amplified". A part that is kept and stays inside the band of its random twins is "no more than random parts of equal
-    norm". Without a ratio the sentence gives the reason.
+    A part below 0.75 that reaches 0.75 at the size of the whole, beyond the band of random parts of that size, is
+    "potent when amplified". A part that is kept and stays inside the band of its random twins is "no
+    more than random parts of equal norm". Without a ratio the sentence gives the reason.
     """
     inside, outside = (None if one is None else one[ratio] for one in (keep, rest))
     if keep is None or rest is None or inside is None or outside is None:
@@ -129,11 +131,11 @@ def _sentences(report: Report, family: str, probe: str) -> Iterator[str]:
 
     if known := _largest(report, family, "projection", probe):
         kept, rest, matched = (line("projection", known, name) for name in ("keep", "complement", "matched"))
-        place = f"the activation subspace ({known})"
+        place = f"the activation subspace ({known} of {report.width})"
         yield f"the residual writes act {reading(place, kept, rest, matched, 'of_writes')}"
     if known := _largest(report, family, "shared", probe):
         kept, rest, matched = (line("shared", known, name) for name in ("keep", "complement", "matched"))
-        place = f"the subspace shared by the other families ({known})"
+        place = f"the subspace shared by the other families ({known} of {report.width})"
         yield f"they act {reading(place, kept, rest, matched, 'of_writes')}"
     if (kept := line("whole", WRITES, "keep")) and kept["retained"] is not None:
         reads = line("whole", WRITES, "drop")
@@ -162,10 +164,13 @@ def _share(line: Line) -> str:
 
 
 def _largest(report: Report, family: str, lens: str, probe: str) -> str | None:
-    """The largest K of a projection that this family has."""
+    """The largest K of a projection that this family has, up to a quarter of the residual stream.
+
+    More than that is no small subspace: a random one would hold as large a share of everything.
+    """
     rows = report.summary.filter(
         (pl.col("family") == family) & (pl.col("lens") == lens) & (pl.col("probe") == probe)
-        & (pl.col("operation") == "keep") & pl.col("unavailable").is_null()
+        & (pl.col("operation") == "keep") & pl.col("unavailable").is_null() & (pl.col("k") <= report.width // 4)
     )  # fmt: skip
     return None if rows.is_empty() else str(rows.sort("k")["part"][-1])
 
@@ -181,22 +186,22 @@ def projection_table(report: Report, probe: str) -> Table:
         for alpha, said in SIDES.items():
             whole = report.line(family, "whole", DIRECTION, "full", probe, alpha)
             writes = report.line(family, "whole", WRITES, "keep", probe, alpha)
-            kept, matched, rest, twin = (
+            kept, matched, rest, twin, grown = (
                 None if known is None else report.line(family, "projection", known, operation, probe, alpha)
-                for operation in ("keep", "matched", "complement", "random")
+                for operation in ("keep", "matched", "complement", "random", "random matched")
             )
             rows.append([
                 family, said, _change(whole), _change(writes),
-                *(_ratio(one, "of_writes") for one in (kept, matched, rest, twin)),
+                *(_ratio(one, "of_writes") for one in (kept, twin, matched, grown, rest)),
                 reading(f"the activation subspace ({known})", kept, rest, matched, "of_writes"),
             ])  # fmt: skip
     return Table(
-        ["adapter", "alpha", "full change", "residual-write change", "raw / residual", "norm-matched / residual",
-         "complement / residual", "random twin / residual", "reading"], rows,
+        ["adapter", "alpha", "full change", "residual-write change", "raw / residual", "(random)",
+         "norm-matched / residual", "(random)", "complement / residual", "reading"], rows,
         f"{report.title(probe)}: the residual writes (o, down) projected on the principal directions of the change of "
         "activations that the direction itself causes in each layer, on FIT prompts. Raw: the projection. "
         "Norm-matched: the projection at the norm of the residual writes. Complement: the residual writes without it. "
-        "Random twin: a projection on a random subspace of as many dimensions, with the norms of the raw projection. "
+        "Random: projections on random subspaces of as many dimensions, with the norms of the column before. "
         "Both: half of the difference between +1 and -1. A dash in a ratio: the residual writes alone have no effect "
         "that is distinct from noise or from random directions, and the reading says which.",
     )  # fmt: skip
@@ -317,10 +322,16 @@ def write(place: Path, report: Report) -> None:
     write_text(place / "ablations.html", document.to_html(title, subtitle, content))
 
 
+_JSON = ("family", "lens", "part", "operation", "probe", "seeds", "n", "mean", "low", "high", "retained",
+         "retained_low", "retained_high", "null_mean", "null_low", "null_high", "energy", "null_energy",
+         "suppressed", "unavailable", "remark")  # fmt: skip
+"""Columns of `ablations.json`; the CSV file has all."""
+
+
 def as_json(report: Report) -> dict[str, Any]:
-    """The summary over seeds with its sentences, as plain data."""
+    """The sentences, and the main columns of the summary with both signs together, as plain data."""
     return {
         "model": report.model, "behaviour": report.behaviour, "families": report.families, "seeds": report.seeds,
         "instrument": report.ability.instrument, "sentences": sentences(report),
-        "summary": plain(report.summary.to_dicts()),
+        "summary": plain(report.summary.filter(pl.col("alpha").is_null()).select(_JSON).to_dicts()),
     }  # fmt: skip

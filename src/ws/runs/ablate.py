@@ -31,6 +31,7 @@ from ws.fitting.behaviour import Behaviour
 from ws.fitting.run_settings import Settings, command, limit_of, recommended, run_path, scored_with, shared_base
 from ws.measure.probe import Probe, split
 from ws.measure.score import score
+from ws.model import architecture
 from ws.model.loading import ChatModel
 from ws.report import ablation_numbers, ablations
 from ws.report.ablation_numbers import Measured
@@ -161,8 +162,10 @@ class Ablation:
         """Make and score all variants of a lens on a run, unless that is done."""
         stage = f"{cell.name}-{lens.name}"
         files = [f"{stage}.parquet", f"{stage}.json"]
+        asked = [[part.name, part.operations, part.twins(self.plan.controls)]
+                 for part in lens.parts(self.material(cell))]  # fmt: skip
         inputs: dict[str, Any] = {
-            "version": VERSION, "controls": self.plan.controls, "random": random_like.VERSION,
+            "version": VERSION, "parts": asked, "random": random_like.VERSION,
             "direction": digest(cell.folder / "direction.safetensors"),
             "probes": [probe.key for probe in self.probes],
             **scored_with(self.model),
@@ -260,6 +263,7 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> tuple
             questions={lens.name: lens.question for lens in ablation.lenses}, table=rows,
             summary=ablation_numbers.summary(rows), own=ablation.own.name, dilemmas=dilemmas.NAME,
             noun=ablation.dilemmas.noun, controls=plan.controls,
+            width=int(architecture.text_config(ablation.model.network).hidden_size),
         )  # fmt: skip
         ablations.write(ablation.place, report)
         return report, ablation.place

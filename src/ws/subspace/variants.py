@@ -5,6 +5,7 @@
     matched      the part, scaled to the norm of the whole        one factor for all parameters: does only size lack?
     complement   the rest of the whole, where the whole is only a piece of the direction (its residual writes)
     random       a random twin of the part: per parameter the same norm, and as many dimensions
+    random matched   such a twin, scaled to the norm of the whole like `matched`: would any part do at that size?
     full         the whole direction
 
 keep + drop (or keep + complement) is the whole. This is checked for every pair before it is measured.
@@ -32,7 +33,8 @@ from ws.base import keyed_random
 from ws.model import architecture
 from ws.model.loading import ChatModel
 
-Operation = Literal["keep", "drop", "matched", "complement", "random", "full"]
+Operation = Literal["keep", "drop", "matched", "complement", "random", "random matched", "full"]
+RANDOM: tuple[Operation, ...] = ("random", "random matched")
 Whole = Literal["direction", "writes"]
 Draw = Callable[[int], Direction]
 """A random twin of a part, before its norms are matched, as a function of the seed."""
@@ -79,7 +81,7 @@ class Part:
 
     def count(self, controls: int) -> int:
         """How many variants it has."""
-        return len(self.operations) - 1 + self.twins(controls) if "random" in self.operations else len(self.operations)
+        return sum(self.twins(controls) if one in RANDOM else 1 for one in self.operations)
 
     def twins(self, controls: int) -> int:
         """How many random twins it has."""
@@ -197,26 +199,25 @@ def variants(lens: str, part: Part, subject: Subject, controls: int) -> Iterator
             case "drop" if pieces.rest is not None:
                 rest = pieces.rest if part.whole == "direction" else joined(pieces.rest, subject.reads)
                 yield made("drop", rest)
-            case "random":
-                yield from _twins(lens, part, pieces, own_norms, subject, controls, made)
+            case "random" | "random matched":
+                factor = whole_norm / size if operation == "random matched" else 1.0
+                norms = {name: factor * norm for name, norm in own_norms.items()}
+                for number, twin, energy in _twins(lens, part, pieces, norms, subject, controls):
+                    one = made(operation, twin, factor * size, number)
+                    yield replace(one, energy=energy / subject.norm**2, energy_of_whole=energy / whole_norm**2)
 
 
 def _twins(
-    lens: str, part: Part, pieces: Pieces, norms: Mapping[str, float], subject: Subject, controls: int,
-    made: Callable[..., Variant],
-) -> Iterator[Variant]:  # fmt: skip
-    """Random twins with the norm of the part in every parameter; their energy is that of the draw before matching."""
+    lens: str, part: Part, pieces: Pieces, norms: Mapping[str, float], subject: Subject, controls: int
+) -> Iterator[tuple[int, Direction, float]]:
+    """Random twins with these norms by parameter, and the squared norm of each draw before its norms were matched."""
     draw = pieces.twin or draws_like(pieces.keep)
     for number in range(part.twins(controls)):
         twin = draw(seed_of(subject.name, lens, part.name, str(number)))
         own = twin.norms()
-        size = math.sqrt(sum(value**2 for value in own.values()))
-        factors = {name: norms[name] / own[name] if own[name] > 0 else 0.0 for name in own}
-        matched = replace(twin, deltas={name: delta * factors[name] for name, delta in twin.deltas.items()})
-        yield replace(
-            made("random", matched, math.sqrt(sum(norms[name] ** 2 for name in own)), number),
-            energy=(size / subject.norm) ** 2, energy_of_whole=(size / subject.of(part.whole)[1]) ** 2,
-        )  # fmt: skip
+        matched = {name: delta * (norms[name] / own[name] if own[name] > 0 else 0.0)
+                   for name, delta in twin.deltas.items()}  # fmt: skip
+        yield number, replace(twin, deltas=matched), sum(value**2 for value in own.values())
 
 
 def seed_of(*words: str) -> int:

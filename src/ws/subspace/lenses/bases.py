@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from ws.subspace.variants import Operation, Part, Pieces, split_each
 
 RANKS = (1, 2, 4, 8, 16, 32)
 SHARED_RANKS = (8, 32, 64)
-PROJECTED: tuple[Operation, ...] = ("keep", "matched", "complement", "drop", "random")
+PROJECTED: tuple[Operation, ...] = ("keep", "matched", "complement", "drop", "random", "random matched")
 Basis = Float[Tensor, "width k"]
 
 
@@ -72,28 +73,29 @@ def _gram(material: Material, other: Direction, layer: int) -> Float[Tensor, "wi
     return total
 
 
+def on_bases(material: Material, bases: Mapping[int, Basis]) -> Pieces:
+    """The residual writes projected on one basis per layer, and what they write outside of it."""
+
+    def divide(parameter: str, delta: Delta) -> parts.Split:
+        here = bases[material.sites[parameter].layer].to(delta.device)
+        return material.oriented(parameter, delta, lambda one, weight: parts.project(one, here, weight))
+
+    return Pieces(*split_each(material.subject.writes, material.subject.writers, divide))
+
+
 def _projected(material: Material, name: str, k: int, basis: Callable[[int], Basis]) -> Part:
     """A projection of the residual writes on a basis per layer; twins are projections on random bases."""
-    subject = material.subject
-
-    def on(bases: Mapping[int, Basis]) -> Pieces:
-        def divide(parameter: str, delta: Delta) -> parts.Split:
-            here = bases[material.sites[parameter].layer].to(delta.device)
-            return material.oriented(parameter, delta, lambda one, weight: parts.project(one, here, weight))
-
-        return Pieces(*split_each(subject.writes, subject.writers, divide))
+    writes = material.subject.writes
 
     def make() -> Pieces:
-        require(bool(subject.writes.deltas), "the direction has no residual writes")
-        found = {layer: basis(layer) for layer in subject.writes.layer_numbers}
+        require(bool(writes.deltas), "the direction has no residual writes")
+        found = {layer: basis(layer) for layer in writes.layer_numbers}
 
         def twin(seed: int) -> Direction:
-            return on({
-                layer: random_like.subspace(len(one), k, f"{seed}|layer {layer}") for layer, one in found.items()
-            }).keep  # fmt: skip
+            drawn = {layer: random_like.subspace(len(one), k, f"{seed}|layer {layer}") for layer, one in found.items()}
+            return on_bases(material, drawn).keep
 
-        pieces = on(found)
-        return Pieces(pieces.keep, pieces.rest, twin)
+        return replace(on_bases(material, found), twin=twin)
 
     return Part(name, make, PROJECTED, "writes", k=k)
 
