@@ -65,8 +65,8 @@ class Compare(RunOptions):
     """Data seeds. Every training seed is run with every data seed."""
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer", "paper", "jacobian",
                                     "trained")  # fmt: skip
-    """Kinds of activation steering. More kinds: pca-center, all-positions, response, residual-norm, and original (as in
-    the replicated work)."""
+    """Kinds of activation steering. More kinds: svd (inside the top write directions of a layer), pca-center,
+    all-positions, response, residual-norm, and original (as in the replicated work)."""
     peers: Annotated[UseAppendAction[tuple[str, ...]], arg(name="with", metavar="LIBRARY:FILE")] = ()
     """A vector that another library trained, to compare as activation steering: repeng:FILE.gguf, or
     steering-vectors:FILE. May be repeated."""

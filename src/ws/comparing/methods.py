@@ -19,7 +19,17 @@ from ws.algebra import random_like
 from ws.algebra.direction import Direction
 from ws.base.poles import POLES
 from ws.base.store import RunFolder, Shards, digest
-from ws.baselines import bias_only, controls, gradient, jacobian, prompts, repe, synthetic, trained_vector
+from ws.baselines import (
+    bias_only,
+    controls,
+    gradient,
+    jacobian,
+    prompts,
+    repe,
+    svd_steering,
+    synthetic,
+    trained_vector,
+)
 from ws.baselines.bias_only import OutputShift
 from ws.baselines.peer_vectors import PeerFile
 from ws.baselines.repe import ActivationDirection, RepeSettings
@@ -232,7 +242,28 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
             sources, "trained vector, best layers", _by_layers(vectors[sources.first[1]]), _said_of_layers,
             lambda option: {seed: one.on_layers(option) for seed, one in vectors.items()},
         ))  # fmt: skip
+    if SVD in variants:
+        found.append(_in_top_writes(sources, seeds))
     return found
+
+
+def _in_top_writes(sources: Sources, seeds: Sequence[int]) -> Method:
+    """The mean difference of one layer, projected on the layer's top write directions; layer and rank from dev rows."""
+    model, behaviour, setting = sources.model, sources.behaviour, RepeSettings(slice=(0.0, 1.0))
+    fitted = repe.fit_all(model, behaviour, [setting, *(replace(setting, seed=seed) for seed in seeds)])
+    layers = svd_steering.layers_to_try(model.layer_count)
+    norms = repe.residual_norms(model, behaviour, layers)
+    bases = {(layer, rank): basis for layer in layers for rank, basis in svd_steering.top_writes(model, layer).items()}
+
+    def of(option: tuple[int, int], seed: int | None = None) -> ActivationDirection:
+        whole = fitted[replace(setting, seed=seed)]
+        return svd_steering.in_top_writes(whole, option[0], bases[option], norms[option[0]])
+
+    return _at_best_strength(
+        sources, "RepE in top writes, best layer and rank", {option: of(option) for option in bases},
+        lambda option, one: f"layer {option[0]}, rank {option[1]}, strength {one.provenance['strength']:.3g}",
+        lambda option: {seed: of(option, seed) for seed in seeds},
+    )  # fmt: skip
 
 
 def _by_layers(whole: ActivationDirection) -> dict[tuple[int, ...], ActivationDirection]:
@@ -304,9 +335,9 @@ def _said_of_file(layers: tuple[int, ...], direction: ActivationDirection) -> st
     return f"file {direction.provenance['digest']}, {said}"
 
 
-JACOBIAN, TRAINED = "jacobian", "trained"
-"""Activation steering by the gradient of the log-ratio, and by vectors trained on the pairs."""
-ACTIVATIONS = (*repe.VARIANTS, JACOBIAN, TRAINED)
+JACOBIAN, TRAINED, SVD = "jacobian", "trained", "svd"
+"""Activation steering by the gradient of the log-ratio, by vectors trained on the pairs, and inside top writes."""
+ACTIVATIONS = (*repe.VARIANTS, JACOBIAN, TRAINED, SVD)
 _ONE_LAYER = {"single-layer": "mean", "original": "original", "paper": "mean from response"}
 """Variants that choose a layer -> their names in tables."""
 _RESPONSES = 200
