@@ -146,7 +146,7 @@ def test_the_page_has_the_table_of_the_replicated_work_and_every_lens(done: tupl
     assert "| adapter | alpha | full change | residual-write change | raw / residual |" in text
     for lens in ("whole", *LENSES):
         assert f"## {lens}: " in text
-    assert "<img" in (place / "ablations.html").read_text()
+    assert "cannot be told: the change of the residual writes is within" in text, "a random model has no effects"
     stored = json.loads((place / "ablations.json").read_text())
     assert stored == json.loads(json.dumps(ablations.as_json(report))) and stored["families"] == ["lora", "ia3"]
     csv = pl.read_csv(place / "ablations_summary.csv", infer_schema_length=None)
@@ -214,9 +214,9 @@ def measured(effects: Mapping[tuple[str, str, str, int | None], float], seed: in
 
 
 WHOLE = {
-    ("whole", "direction", "full", None): 2.0, ("whole", "direction", "random", 0): 0.1,
-    ("whole", "direction", "random", 1): -0.1, ("whole", "residual writes", "keep", None): 1.0,
-    ("whole", "residual writes", "random", 0): 0.05, ("whole", "residual writes", "random", 1): -0.05,
+    ("whole", "direction", "full", None): 2.0, ("whole", "residual writes", "keep", None): 1.0,
+    **{("whole", part, "random", draw): 0.05 * (-1) ** draw for part in ("direction", "residual writes")
+       for draw in range(6)},
 }  # fmt: skip
 PART = {
     ("projection", "K = 4", "keep", None): 0.25, ("projection", "K = 4", "complement", None): 0.75,
@@ -325,6 +325,20 @@ def test_a_part_within_its_twins_is_called_no_more_than_random() -> None:
     assert said == "mostly outside S; no more than random parts of equal norm"
     absent = {**weak, "retained": None, "unavailable": "it has no writes"}
     assert ablations.reading("S", absent, absent, None) == "cannot be told: it has no writes"
+
+
+def test_figures_show_every_family_and_are_left_out_without_numbers(tmp_path: Path) -> None:
+    lines = [
+        {"family": family, "lens": lens, "part": part, "operation": operation, "layer": layer, "retained": 0.5,
+         "retained_low": 0.4, "retained_high": None, "energy": 0.3, "frobenius": 0.5}
+        for family in ("lora", "delora") for operation in ("keep", "drop", "random")
+        for lens, part, layer in (("layers", "layer 1", 1), ("layers", "layer 2", 2), ("modules", "mlp", None))
+    ]  # fmt: skip
+    shown = pl.DataFrame(lines)
+    for name, draw, _ in ablations.FIGURES:
+        assert draw(shown, tmp_path / name) and (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert not draw(shown.with_columns(retained=pl.lit(None, dtype=pl.Float64)), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_missing_run_names_the_command_that_makes_it(settings: Settings, tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def _rows(run: Sequence[Measured]) -> Iterator[dict[str, Any]]:
 
 
 def _at_strength(run: Sequence[Measured], probe: str, seen: Changes, alpha: float | None) -> Iterator[dict[str, Any]]:
-    variants = [(measured.lens, one) for measured in run for one in measured.variants]
-    present = {(one["edit"], one["draw"]): one for _, one in variants if one["available"]}
+    variants = [one for measured in run for one in measured.variants]
+    present = {(one["edit"], one["draw"]): one for one in variants if one["available"]}
     keys = list(present)
     intervals = {key: stats.over_clusters(seen.values[key][alpha], seen.clusters) for key in keys}
     bands, energies = _nulls(present, intervals)
@@ -133,8 +133,8 @@ def _at_strength(run: Sequence[Measured], probe: str, seen: Changes, alpha: floa
         if not reasons[whole]:
             found = stats.ratios(matrix, seen.values[key][alpha], seen.clusters)
             ratios[whole] = dict(zip(keys, found, strict=True))
-    for lens, one in variants:
-        key = (one["edit"], one["draw"])
+    for one in variants:
+        lens, key = one["lens"], (one["edit"], one["draw"])
         row: dict[str, Any] = {
             "family": run[0].family, "seed": run[0].seed, "lens": lens, "probe": probe, "alpha": alpha,
             **{name: one[name] for name in ("part", "operation", "draw", "k", "layer", "module", "remark")},
