@@ -147,6 +147,8 @@ def test_the_page_has_the_table_of_the_replicated_work_and_every_lens(done: tupl
     for lens in ("whole", *LENSES):
         assert f"## {lens}: " in text
     assert "cannot be told: the change of the residual writes is within" in text, "a random model has no effects"
+    brief = ablations.in_brief(ablations.projection_table(report, report.own))
+    assert len(brief.rows) == 2 * 3 and {len(row) for row in brief.rows} == {len(brief.header)}
     stored = json.loads((place / "ablations.json").read_text())
     assert stored == json.loads(json.dumps(ablations.as_json(report))) and stored["families"] == ["lora", "ia3"]
     csv = pl.read_csv(place / "ablations_summary.csv", infer_schema_length=None)

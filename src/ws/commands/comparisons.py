@@ -182,7 +182,9 @@ class Ablate(RunOptions):
         for sentence in ablations.sentences(report):
             console.say(sentence)
         if report.parts("projection"):
-            terminal.show_cells(ablations.projection_table(report, report.dilemmas), report.title(report.dilemmas))
+            for probe in (report.own, report.dilemmas):
+                table = ablations.in_brief(ablations.projection_table(report, probe))
+                terminal.show_cells(table, f"{report.title(probe)}: changes, and shares of the residual writes")
         console.say(f"\npage        {place / 'ablations.html'}")
         console.say_next(console.command("subspace", "--model", self.model, "--behaviour", self.behaviour,
                                          "--adapter", self.families[0], "--out", self.out))  # fmt: skip

@@ -207,6 +207,12 @@ def projection_table(report: Report, probe: str) -> Table:
     )  # fmt: skip
 
 
+def in_brief(table: Table) -> Table:
+    """A projection table without intervals and readings, so that it fits into a terminal; the sentences have these."""
+    header = ("adapter", "alpha", "full", "writes", "raw", "(random)", "matched", "(random)", "rest")
+    return Table(header, [[cell.split(" [")[0] for cell in row[:-1]] for row in table.rows])
+
+
 def lens_table(report: Report, lens: str, probe: str) -> Table:
     """All parts of a lens for all families, with both signs together."""
     rows = []
