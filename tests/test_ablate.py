@@ -324,7 +324,7 @@ def test_readings_follow_the_rule(inside: float | None, outside: float, matched:
 def test_a_part_within_its_twins_is_called_no_more_than_random() -> None:
     weak = {"retained": 0.1, "beyond_null": False, "unavailable": None, "suppressed": None}
     said = ablations.reading("S", weak, {**weak, "retained": 0.9}, None)
-    assert said == "mostly outside S; no more than random parts of equal norm"
+    assert said == "mostly outside S; not distinct from random parts of equal norm"
     absent = {**weak, "retained": None, "unavailable": "it has no writes"}
     assert ablations.reading("S", absent, absent, None) == "cannot be told: it has no writes"
 

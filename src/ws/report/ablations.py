@@ -86,8 +86,8 @@ def reading(part: str, keep: Line | None, rest: Line | None, matched: Line | Non
     otherwise                       divided
 
     A part below 0.75 that reaches 0.75 at the size of the whole, beyond the band of random parts of that size, is
-    "potent when amplified". A part that is kept and stays inside the band of its random twins is "no
-    more than random parts of equal norm". Without a ratio the sentence gives the reason.
+    "potent when amplified". A part that is kept and stays inside the band of its random twins is "not distinct from
+    random parts of equal norm"; few twins make a wide band. Without a ratio the sentence gives the reason.
     """
     inside, outside = (None if one is None else one[ratio] for one in (keep, rest))
     if keep is None or rest is None or inside is None or outside is None:
@@ -107,7 +107,7 @@ def reading(part: str, keep: Line | None, rest: Line | None, matched: Line | Non
     if inside < MOSTLY and matched is not None and grown is not None and grown >= MOSTLY and matched["beyond_null"]:
         said += "; potent when amplified"
     if keep["beyond_null"] is False:
-        said += "; no more than random parts of equal norm"
+        said += "; not distinct from random parts of equal norm"
     return said
 
 
