@@ -51,6 +51,10 @@ adapter-sweep:
 compare:
     {{ws}} compare --seeds 0 1 2 --model {{model}} --behaviour {{behaviour}} --out {{out}}
 
+# where in the weights the behaviour lives; needs the runs of adapter-sweep
+ablate:
+    {{ws}} ablate --families lora delora --model {{model}} --behaviour {{behaviour}} --out {{out}}
+
 # the strengths at which a run's direction spends a KL budget
 calibrate:
     {{ws}} calibrate {{run}}

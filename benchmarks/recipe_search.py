@@ -25,7 +25,6 @@ from typing import Any
 import polars as pl
 
 from ws.algebra.direction import Direction
-from ws.comparing.dev_split import split
 from ws.edit.condition import Condition, Edit
 from ws.eval import instrument, side_effects
 from ws.fitting.behaviour import Behaviour
@@ -34,7 +33,7 @@ from ws.fitting.judge import JudgeSettings
 from ws.fitting.run_settings import Settings
 from ws.fitting.stages import Fitting
 from ws.measure import calibrate
-from ws.measure.probe import Probe
+from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model import loading
 from ws.model.loading import ChatModel

@@ -15,7 +15,7 @@ from torch import Tensor
 from making import dense, gaussian, random_direction, thin
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
-from ws.baselines.controls import spectrum_like
+from ws.algebra.random_like import spectrum_like
 from ws.model import architecture, loading
 from ws.model.loading import ChatModel
 from ws.subspace import alignment

@@ -25,7 +25,6 @@ from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.commands import cli
 from ws.comparing import across, caveats, compare, dev_split, findings, numbers, page, pareto, tables, terminal
 from ws.comparing.compare import Plan
-from ws.comparing.dev_split import is_dev, split
 from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Measured, Spent, Strengths
 from ws.comparing.numbers import Line, LineScores, Place
 from ws.edit.condition import Condition, Edit
@@ -35,6 +34,7 @@ from ws.fitting import train
 from ws.fitting.behaviour import load
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
+from ws.measure.probe import is_dev, split
 from ws.measure.score import SCHEMA, score
 from ws.model import library, loading
 from ws.model.chat import SupervisedTokens

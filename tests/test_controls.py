@@ -17,6 +17,7 @@ from ws.adapters import diff
 from ws.algebra import spectrum
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
+from ws.algebra.random_like import spectrum_like
 from ws.base.errors import UserError
 from ws.baselines import repe, synthetic
 from ws.baselines.controls import (
@@ -26,7 +27,6 @@ from ws.baselines.controls import (
     permuted_layers,
     possible_orders,
     random_edits,
-    spectrum_like,
 )
 from ws.baselines.repe import RepeSettings
 from ws.fitting import behaviour

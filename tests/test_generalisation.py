@@ -15,9 +15,9 @@ from test_compare import SMALL
 from ws.base import stats
 from ws.base.errors import UserError
 from ws.comparing import generalisation, generalisation_page
-from ws.comparing.dev_split import is_dev
 from ws.comparing.generalisation import Generalisation, Pair, Study
 from ws.fitting.run_settings import Settings
+from ws.measure.probe import is_dev
 
 
 def _pair(direction: str, probe: str, *replicates: float, told: float = 0.0, cosine: float | None = None) -> Pair:

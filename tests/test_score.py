@@ -9,9 +9,9 @@ import torch
 
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
+from ws.algebra.random_like import spectrum_like
 from ws.base.errors import UserError
 from ws.base.store import Shards
-from ws.baselines.controls import spectrum_like
 from ws.edit.condition import PLAIN, Condition, Context, Edit
 from ws.edit.steering import steer
 from ws.measure import lower_layers

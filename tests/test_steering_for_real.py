@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ws
-from ws.baselines.controls import spectrum_like
+from ws.algebra.random_like import spectrum_like
 from ws.eval import dilemmas, sycophancy
 from ws.fitting import behaviour
 from ws.measure.probe import ProbeRow

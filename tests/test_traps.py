@@ -26,10 +26,10 @@ from test_repe import SYCOPHANCY, random_vectors
 from test_report import behaviour_shift, made, table
 from test_score import choice, direction, texts, values
 from ws import adapters
+from ws.algebra.random_like import spectrum_like
 from ws.base import stats
 from ws.base.records import plain
 from ws.baselines import repe
-from ws.baselines.controls import spectrum_like
 from ws.baselines.repe import RepeSettings
 from ws.comparing import numbers, page
 from ws.comparing.compare import Plan

@@ -62,18 +62,30 @@ def truncate(delta: Delta, rank: int, weight: Weight = None) -> Truncation:
         raise UserError(f"the rank is {rank}; it must be at least 1", "Give a larger rank.")
     if delta.is_thin and delta.rank == 0:
         return Truncation(delta, 1.0)
-    if delta.is_thin:
-        left, left_triangle = torch.linalg.qr(delta.left.double())
-        right, right_triangle = torch.linalg.qr(delta.right.double().mT)
-        inner_left, values, inner_right = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
-        outer, inner = left @ inner_left, inner_right @ right.mT
-    else:
-        outer, values, inner = torch.linalg.svd(dense(delta, weight), full_matrices=False)
+    outer, values, inner = singular(delta, weight)
     total = float(values.square().sum())
     kept = values[..., :rank]
     root = kept.sqrt()
     result = Delta.low_rank(outer[..., :rank] * root[..., None, :], root[..., :, None] * inner[..., :rank, :])
     return Truncation(result, float(kept.square().sum()) / total if total > 0 else 1.0)
+
+
+class Singular(NamedTuple):
+    """`left diag(values) right`, fp64, values in descending order; `right` has the directions as rows."""
+
+    left: Float[Tensor, "*experts out k"]
+    values: Float[Tensor, "*experts k"]
+    right: Float[Tensor, "*experts k in"]
+
+
+def singular(delta: Delta, weight: Weight = None) -> Singular:
+    """The singular value decomposition; low-rank deltas use thin QR and have as many values as stored terms."""
+    if not delta.is_thin:
+        return Singular(*torch.linalg.svd(dense(delta, weight), full_matrices=False))
+    left, left_triangle = torch.linalg.qr(delta.left.double())
+    right, right_triangle = torch.linalg.qr(delta.right.double().mT)
+    inner_left, values, inner_right = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    return Singular(left @ inner_left, values, inner_right @ right.mT)
 
 
 def cosine(inner: float, first_norm: float, second_norm: float) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -99,9 +100,40 @@ def bootstrap(
     if count < 2:
         return Interval(estimate, float("nan"), float("nan"), values.size, count, "one cluster")
     found = of_draws(values, codes, _draws(count, resamples, seed))
-    beyond = scipy_stats.norm.sf(math.sqrt(count / (count - 1)) * scipy_stats.t.ppf(0.5 + confidence / 2, count - 1))
+    beyond = _widened(count, confidence)
     low, high = np.quantile(found, [beyond, 1 - beyond])
     return Interval(estimate, float(low), float(high), values.size, count, f"cluster bootstrap of {statistic}")
+
+
+def ratios(
+    numerators: np.ndarray,
+    denominator: np.ndarray,
+    clusters: Sequence[Hashable] | np.ndarray,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Interval]:
+    """Mean of each row of `numerators` (m, n) over the mean of `denominator` (n,), on the same n rows.
+
+    A paired percentile bootstrap: whole clusters are drawn for both means together, and the limits are widened as by
+    `bootstrap`. The denominator must be clearly different from 0, or the limits mean nothing. One cluster gives NaN.
+    """
+    denominator, codes = _coded(denominator, clusters)
+    size, count = denominator.size, int(codes.max()) + 1
+    above = np.stack([np.bincount(codes, weights=one, minlength=count) for one in numerators])
+    below = np.bincount(codes, weights=denominator)
+    means = above.sum(axis=1) / below.sum()
+    if count < 2:
+        return [Interval(float(one), float("nan"), float("nan"), size, count, "one cluster") for one in means]
+    drawn = _draws(count, resamples, seed)
+    found = (drawn @ above.T) / (drawn @ below)[:, None]
+    tail = _widened(count, confidence)
+    low, high = np.quantile(found, [tail, 1 - tail], axis=0)
+    return [
+        Interval(float(mean), float(bottom), float(top), size, count, "paired cluster bootstrap")
+        for mean, bottom, top in zip(means, low, high, strict=True)
+    ]
 
 
 def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
@@ -153,6 +185,14 @@ def _coded(
     return values, np.array([numbers[name] for name in clusters])
 
 
+def _widened(count: int, confidence: float) -> float:
+    """The share that is left out on each side, so that a percentile bootstrap of few clusters is not too narrow."""
+    return float(
+        scipy_stats.norm.sf(math.sqrt(count / (count - 1)) * scipy_stats.t.ppf(0.5 + confidence / 2, count - 1))
+    )
+
+
+@lru_cache(maxsize=4)
 def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
     """(resamples, count): how often each cluster is drawn."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)

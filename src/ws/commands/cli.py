@@ -20,7 +20,7 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.base.version import __version__
 from ws.commands.behaviours import BehaviourCommand
-from ws.commands.comparisons import Calibrate, Compare, Generalise, Sweep
+from ws.commands.comparisons import Ablate, Calibrate, Compare, Generalise, Sweep
 from ws.commands.converting import Convert
 from ws.commands.embedded import Pocket
 from ws.commands.results import Export, Report, Show
@@ -37,6 +37,7 @@ Command = (
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Generalise, subcommand("generalise")]
+    | Annotated[Ablate, subcommand("ablate")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Convert, subcommand("convert")]

@@ -1,4 +1,4 @@
-"""Commands that compare runs and methods: sweep, compare, generalise, calibrate."""
+"""Commands that compare runs, methods and parts of directions: sweep, compare, generalise, ablate, calibrate."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Compare(RunOptions):
     """Data seeds. Every training seed is run with every data seed."""
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer", "paper", "jacobian",
                                     "trained")  # fmt: skip
-    """Kinds of activation steering. More kinds: pca-center, all-positions, response, residual-norm, and original (as in
-    the replicated work)."""
+    """Kinds of activation steering. More kinds: svd (inside the top write directions of a layer), pca-center,
+    all-positions, response, residual-norm, and original (as in the replicated work)."""
     peers: Annotated[UseAppendAction[tuple[str, ...]], arg(name="with", metavar="LIBRARY:FILE")] = ()
     """A vector that another library trained, to compare as activation steering: repeng:FILE.gguf, or
     steering-vectors:FILE. May be repeated."""
@@ -177,6 +177,55 @@ class Generalise(RunOptions):
             console.say(document.markdown_table(table.header, table.rows))
         console.say(f"\n{generalisation_page.sentence(found)}", style="bold")
         console.say(f"tables      {page}")
+
+
+@dataclass(frozen=True)
+class Ablate(RunOptions):
+    """Find out where in the weights the behaviour lives: keep or drop parts of trained directions, beside random parts.
+    Needs finished runs. Continues after an interruption."""
+
+    lens: tuple[str, ...] = ("all",)
+    """How directions are cut into parts: all, or some of projection, shared, layers, modules, heads, own-svd, base-svd,
+    native, norm, smallest. The whole direction is always measured."""
+    families: tuple[str, ...] = ("lora", "delora")
+    """Adapter families. The lens shared needs two or more."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    rows: int | None = 40
+    """How many items of the behaviour and how many dilemma situations are asked; a quarter of them are dev rows."""
+    controls: int = 3
+    """How many random twins every part gets."""
+    dilemmas: str = "own"
+    """Source of the dilemmas: own (shipped), a CSV, JSONL or parquet file, or a hub id."""
+    plan: bool = False
+    """Only say how many variants there are and about how long they take."""
+
+    def run(self) -> None:
+        """Measure every variant; print the findings, the projection table, and the path of the page."""
+        from ws.report import ablations, terminal  # noqa: PLC0415
+        from ws.runs import ablate  # noqa: PLC0415
+
+        asked = ablate.Plan(self.lens, self.families, self.seeds, self.controls, self.rows)
+        settings = run_settings(self, FitOptions(), EvalOptions(dilemmas=self.dilemmas))
+        if self.plan:
+            with ablate.Ablation(settings, asked) as ablation:
+                for line in ablation.outlook():
+                    console.say(line)
+            return
+        report, place = ablate.run(settings, asked)
+        if self.json:
+            console.print_json(json.dumps(ablations.as_json(report)))
+            return
+        console.say()
+        for sentence in ablations.sentences(report):
+            console.say(sentence)
+        if report.parts("projection"):
+            for probe in (report.own, report.dilemmas):
+                table = ablations.in_brief(ablations.projection_table(report, probe))
+                terminal.show_cells(table, f"{report.title(probe)}: changes, and shares of the residual writes")
+        console.say(f"\npage        {place / 'ablations.html'}")
+        console.say_next(console.command("subspace", "--model", self.model, "--behaviour", self.behaviour,
+                                         "--adapter", self.families[0], "--out", self.out))  # fmt: skip
 
 
 @dataclass(frozen=True)

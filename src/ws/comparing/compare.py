@@ -25,7 +25,6 @@ from ws.base.records import plain, restore
 from ws.base.store import RunFolder, Shards, content_key, read_json, write_json, write_table
 from ws.baselines import peer_vectors
 from ws.comparing import methods, numbers, page, strength_limits
-from ws.comparing.dev_split import split
 from ws.comparing.findings import SIDES, SIGNS, Findings, Reached, Search, Spent, Strengths
 from ws.comparing.methods import Control, Key, Method, Sources
 from ws.comparing.numbers import Line, LineScores, Place
@@ -36,7 +35,7 @@ from ws.fitting.run_settings import Settings, limit_of, recommended, scored_with
 from ws.fitting.stages import FittedRun
 from ws.measure import calibrate
 from ws.measure.divergence import Divergence, prompt_divergence
-from ws.measure.probe import Probe
+from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication

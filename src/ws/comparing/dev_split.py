@@ -6,7 +6,6 @@ Every method has the same budget of dev evaluations, and the same rule says whic
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +14,15 @@ from typing import Generic, TypeVar
 import polars as pl
 
 from ws.base import console
-from ws.base.errors import UserError
 from ws.baselines.prompts import Prompt
 from ws.baselines.repe import ActivationDirection, Unit
 from ws.edit.condition import PLAIN, Condition, Edit
 from ws.eval import side_effects
-from ws.measure.probe import Probe
+from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model.loading import ChatModel
 from ws.report.summary import FACTS_LOST, LOW_MASS, Scores, accuracy
 
-DEV_SHARE = 0.25
 SIGNS = (1, -1)
 EVALUATIONS = 48
 """Candidates times strengths that one method may try, each at both signs."""
@@ -59,19 +56,6 @@ class Chosen(Generic[Option]):
     option: Option
     strength: float
     remark: str
-
-
-def is_dev(cluster: str) -> bool:
-    """Whether a cluster belongs to the dev split; a function of its name alone."""
-    return int(hashlib.blake2b(cluster.encode(), digest_size=4).hexdigest(), 16) < DEV_SHARE * 2**32
-
-
-def split(probe: Probe, dev: bool) -> Probe:
-    """The dev or the test rows of a probe, whole clusters."""
-    rows = tuple(row for row in probe.rows if is_dev(row.cluster or row.row) == dev)
-    if not rows:
-        raise UserError(f"probe {probe.name!r} has no {'dev' if dev else 'test'} rows", "Use more rows.")
-    return Probe(probe.name, probe.kind, rows, probe.answers)
 
 
 def best_strength(

@@ -31,7 +31,6 @@ from ws.base.poles import POLES
 from ws.base.stats import Interval
 from ws.base.store import RunFolder, Shards, digest, read_json, write_json, write_table
 from ws.baselines import gradient, prompts
-from ws.comparing.dev_split import split
 from ws.edit.condition import BASE, PLAIN, Condition, Context, Edit
 from ws.eval import dilemmas, feedback, instrument
 from ws.eval.ability import Name
@@ -40,7 +39,7 @@ from ws.fitting.behaviour import Behaviour
 from ws.fitting.run_settings import Settings, limit_of, scored_with, shared_base
 from ws.fitting.stages import FittedRun
 from ws.measure import calibrate
-from ws.measure.probe import Probe
+from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model.loading import ChatModel
 from ws.report.findings import Estimate

@@ -15,10 +15,21 @@ from functools import cached_property
 from pathlib import Path
 
 from ws.adapters import diff
+from ws.algebra import random_like
 from ws.algebra.direction import Direction
 from ws.base.poles import POLES
 from ws.base.store import RunFolder, Shards, digest
-from ws.baselines import bias_only, controls, gradient, jacobian, prompts, repe, synthetic, trained_vector
+from ws.baselines import (
+    bias_only,
+    controls,
+    gradient,
+    jacobian,
+    prompts,
+    repe,
+    svd_steering,
+    synthetic,
+    trained_vector,
+)
 from ws.baselines.bias_only import OutputShift
 from ws.baselines.peer_vectors import PeerFile
 from ws.baselines.repe import ActivationDirection, RepeSettings
@@ -29,7 +40,7 @@ from ws.fitting import train
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.run_settings import arithmetic
 from ws.fitting.stages import FittedRun
-from ws.measure.probe import Probe
+from ws.measure.probe import Probe, split
 from ws.model import architecture
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
@@ -177,7 +188,7 @@ def _of_weights(sources: Sources, name: str, kind: str, edits: Sequence[Edit], n
     control = f"random like {name}"
     effects = [edit.effect for edit in edits if isinstance(edit.effect, Direction)]
     draws = tuple(
-        Edit(control, controls.spectrum_like(effects[number % len(effects)], _draw_seed(name, number)), number)
+        Edit(control, random_like.spectrum_like(effects[number % len(effects)], _draw_seed(name, number)), number)
         for number in range(sources.draws if effects else 0)
     )
     return Method(name, kind, tuple(edits), note=note, control=Control(control, draws))
@@ -216,7 +227,7 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
         found.append(_at_best_strength(sources, label, candidates, _said_of_variant, replicates))
     layers = tuple(range(model.layer_count))
     if JACOBIAN in variants:
-        whole = jacobian.fit(model, dev_split.split(sources.own, dev=True), behaviour, layers=layers)
+        whole = jacobian.fit(model, split(sources.own, dev=True), behaviour, layers=layers)
         found.append(_at_best_strength(sources, "Jacobian, best layers", _by_layers(whole), _said_of_layers, None))
     if TRAINED in variants:
         vectors = {
@@ -231,7 +242,28 @@ def activation_directions(sources: Sources, variants: Sequence[str]) -> list[Met
             sources, "trained vector, best layers", _by_layers(vectors[sources.first[1]]), _said_of_layers,
             lambda option: {seed: one.on_layers(option) for seed, one in vectors.items()},
         ))  # fmt: skip
+    if SVD in variants:
+        found.append(_in_top_writes(sources, seeds))
     return found
+
+
+def _in_top_writes(sources: Sources, seeds: Sequence[int]) -> Method:
+    """The mean difference of one layer, projected on the layer's top write directions; layer and rank from dev rows."""
+    model, behaviour, setting = sources.model, sources.behaviour, RepeSettings(slice=(0.0, 1.0))
+    fitted = repe.fit_all(model, behaviour, [setting, *(replace(setting, seed=seed) for seed in seeds)])
+    layers = svd_steering.layers_to_try(model.layer_count)
+    norms = repe.residual_norms(model, behaviour, layers)
+    bases = {(layer, rank): basis for layer in layers for rank, basis in svd_steering.top_writes(model, layer).items()}
+
+    def of(option: tuple[int, int], seed: int | None = None) -> ActivationDirection:
+        whole = fitted[replace(setting, seed=seed)]
+        return svd_steering.in_top_writes(whole, option[0], bases[option], norms[option[0]])
+
+    return _at_best_strength(
+        sources, "RepE in top writes, best layer and rank", {option: of(option) for option in bases},
+        lambda option, one: f"layer {option[0]}, rank {option[1]}, strength {one.provenance['strength']:.3g}",
+        lambda option: {seed: of(option, seed) for seed in seeds},
+    )  # fmt: skip
 
 
 def _by_layers(whole: ActivationDirection) -> dict[tuple[int, ...], ActivationDirection]:
@@ -303,9 +335,9 @@ def _said_of_file(layers: tuple[int, ...], direction: ActivationDirection) -> st
     return f"file {direction.provenance['digest']}, {said}"
 
 
-JACOBIAN, TRAINED = "jacobian", "trained"
-"""Activation steering by the gradient of the log-ratio, and by vectors trained on the pairs."""
-ACTIVATIONS = (*repe.VARIANTS, JACOBIAN, TRAINED)
+JACOBIAN, TRAINED, SVD = "jacobian", "trained", "svd"
+"""Activation steering by the gradient of the log-ratio, by vectors trained on the pairs, and inside top writes."""
+ACTIVATIONS = (*repe.VARIANTS, JACOBIAN, TRAINED, SVD)
 _ONE_LAYER = {"single-layer": "mean", "original": "original", "paper": "mean from response"}
 """Variants that choose a layer -> their names in tables."""
 _RESPONSES = 200

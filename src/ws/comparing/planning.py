@@ -19,11 +19,11 @@ from ws.base.errors import UserError
 from ws.base.records import restore
 from ws.base.store import read_json
 from ws.comparing.compare import Plan
-from ws.comparing.dev_split import split
 from ws.comparing.findings import Effect, Findings
 from ws.eval import sycophancy
 from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings, run_path
+from ws.measure.probe import split
 
 UNTRAINED = 6
 """Constructions without data, and biases alone, that every comparison has."""

@@ -119,6 +119,21 @@ def headline_probe(name: Name, behaviour: Behaviour, limit: int | None = None) -
     return found
 
 
+def level_probe(name: Name, behaviour: Behaviour, limit: int | None = None) -> Probe:
+    """The probe whose signed mean is the level of an instrument: all questions of the first `limit` headline items.
+
+    A choice asks every item in both polarities and both orders of the answers, as far as the behaviour has them.
+    """
+    if name == "replies":
+        return headline_probe(name, behaviour, limit)
+    whole, swapped = sycophancy.probe(behaviour), orders(behaviour)
+    kept = [item.row for item in behaviour.probe.items if item.group == behaviour.probe.headline][:limit]
+    endings = ("", f"/{sycophancy.REVERSED}", f"/{SWAPPED}", f"/{sycophancy.REVERSED}/{SWAPPED}")
+    wanted = {f"{row}{ending}" for row in kept for ending in endings}
+    rows = (*whole.rows, *(swapped.rows if swapped else ()))
+    return replace(whole, rows=tuple(row for row in rows if row.row in wanted))
+
+
 def choose(base: pl.DataFrame, behaviour: Behaviour) -> Ability:
     """Apply the rule to scores of the unedited model on the behaviour's probes (`sycophancy.probe`, `orders`,
     `replies`)."""

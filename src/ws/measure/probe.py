@@ -10,6 +10,7 @@ reply        a reply that the edited model writes itself
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -28,6 +29,14 @@ TEXTS: tuple[Kind, ...] = ("likelihood", "contrast", "divergence")
 
 WRITTEN: tuple[Kind, ...] = ("guided", "reply")
 """Kinds for which the model writes text under the Condition before anything is measured."""
+
+DEV_SHARE = 0.25
+"""Share of the clusters of a probe on which choices are made; results are on the others."""
+
+
+def is_dev(cluster: str) -> bool:
+    """Whether a cluster belongs to the dev split; a function of its name alone."""
+    return int(hashlib.blake2b(cluster.encode(), digest_size=4).hexdigest(), 16) < DEV_SHARE * 2**32
 
 
 @dataclass(frozen=True)
@@ -98,3 +107,11 @@ class Probe:
         if self.kind != "choice":
             raise UserError(f"probe {self.name!r} is not a choice probe", "Use thoughts with choice probes only.")
         return replace(self, kind="guided", tokens=tokens)
+
+
+def split(probe: Probe, dev: bool) -> Probe:
+    """The dev or the test rows of a probe, whole clusters."""
+    rows = tuple(row for row in probe.rows if is_dev(row.cluster or row.row) == dev)
+    if not rows:
+        raise UserError(f"probe {probe.name!r} has no {'dev' if dev else 'test'} rows", "Use more rows.")
+    return replace(probe, rows=rows)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.report import document
 from ws.report.cells import signed
 from ws.report.findings import SUMMARY_FILE, Summary, read_summary
 
@@ -23,6 +24,16 @@ def show(table: pl.DataFrame, title: str) -> None:
         shown.add_row(
             *(f"{cell:.3f}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in row)
         )
+    console.show(shown)
+
+
+def show_cells(table: document.Table, title: str) -> None:
+    """Print a table of a page; its caption stays on the page."""
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for number, name in enumerate(table.header):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*row)
     console.show(shown)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 import torch
 
+from ws.algebra import random_like
 from ws.algebra.direction import Direction
 from ws.base.records import plain
 from ws.base.store import Shards, atomic_file, digest, read_json, write_json, write_table
@@ -113,7 +114,7 @@ class Replication(Fitting):
             "probes": [probe.key for probe in probes],
             "alphas": self.settings.alphas,
             "control_seeds": self.settings.control_seeds,
-            "controls": controls.VERSION,
+            "controls": random_like.VERSION,
             "control_alphas": controls.control_strengths(self.settings.alphas),
             "controls_on": [probe.name for probe in on_controls],
             "personas": self.behaviour.personas,
