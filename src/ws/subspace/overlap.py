@@ -138,7 +138,7 @@ def _specific(basis: Span, material: Material) -> Score | None:
         rest, moment, spectrum = material.once((run.name, "specific", layer), make)
     except Unavailable:
         return None
-    inside = spans.orthonormal(rest.T @ basis)
+    inside = spans.orthonormal(rest.T @ basis, least=spans.SMALL)  # of unit columns, so the limit is absolute
     rank, width = inside.shape[1], len(moment)
     if not rank:
         return None

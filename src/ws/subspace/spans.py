@@ -50,19 +50,20 @@ def unit_rows(rows: Float[Tensor, "n d"], floor: float = 0.0) -> Float[Tensor, "
     return rows.double() / (norms + floor * norms.median()).clamp(min=1e-300)
 
 
-def orthonormal(columns: Float[Tensor, "d n"]) -> Span:
-    """An orthonormal basis of the span of the columns, by SVD: dependent columns are dropped."""
+def orthonormal(columns: Float[Tensor, "d n"], least: float | None = None) -> Span:
+    """An orthonormal basis of the span of the columns, by SVD.
+
+    Directions whose singular value is not above `least` (default: `SMALL` times the largest) are dropped.
+    """
     vectors, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
-    if not values.numel():
-        return vectors
-    return vectors[:, values > SMALL * values[0].clamp(min=1e-300)]
+    if least is None:
+        least = SMALL * float(values.amax()) if values.numel() else 0.0
+    return vectors[:, values > least]
 
 
 def project_away(basis: Span, from_: Span) -> Span:
     """`orth((I - F F') B)`; directions of B that lie in F are dropped."""
-    rest = basis.double() - from_.double() @ (from_.double().mT @ basis.double())
-    vectors, values, _ = torch.linalg.svd(rest, full_matrices=False)
-    return vectors[:, values > SMALL]
+    return orthonormal(basis.double() - from_.double() @ (from_.double().mT @ basis.double()), least=SMALL)
 
 
 def left_away(matrix: Float[Tensor, "d n"], from_: Span, k: int) -> Span:
