@@ -8,7 +8,7 @@ from torch import Tensor
 
 SMALL = 1e-6
 """A singular value below this share of the largest one counts as zero."""
-Span = Float[Tensor, "d k"]
+Span = Float[Tensor, "d _"]
 
 
 def top_eigenvectors(gram: Float[Tensor, "d d"], k: int) -> Span:
