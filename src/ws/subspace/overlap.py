@@ -113,7 +113,7 @@ def _of_span(span: Span, material: Material, answers: tuple[list[int], list[int]
 
 
 def _on_axis(basis: Span, material: Material, axis: moments.Axis) -> Score | None:
-    key = (material.trained.name, "spectrum", axis, material.layer)
+    key = (material.trained, "spectrum", axis, material.layer)
     try:
         moment = material.moment(axis)
     except Unavailable:
@@ -135,7 +135,7 @@ def _specific(basis: Span, material: Material) -> Score | None:
         return rest, moment, moments.spectrum_of(moment)
 
     try:
-        rest, moment, spectrum = material.once((run.name, "specific", layer), make)
+        rest, moment, spectrum = material.once((run, "specific", layer), make)
     except Unavailable:
         return None
     inside = spans.orthonormal(rest.T @ basis, least=spans.SMALL)  # of unit columns, so the limit is absolute
@@ -146,14 +146,14 @@ def _specific(basis: Span, material: Material) -> Score | None:
         ("random, specific", layer, rank),
         lambda: _haar(width, rank, f"random|specific|{layer}|{rank}"),
     )
-    sd = material.once((run.name, "specific", layer, rank, "sd"), lambda: _spread(moment, drawn))
+    sd = material.once((run, "specific", layer, rank, "sd"), lambda: _spread(moment, drawn))
     return Score("specific", rank, moments.energy(inside, moment), rank / width, sd, float(spectrum[:rank].sum()))
 
 
 def _cosine_with_dw(basis: Span, material: Material) -> Score:
     """Mean cosine of the principal angles with the oracle of what dW writes; a diagnostic only."""
     rank = basis.shape[1]
-    key = (material.trained.name, "oracle", material.layer, rank)
+    key = (material.trained, "oracle", material.layer, rank)
     own = material.once(key, lambda: spans.top_eigenvectors(material.moment("written"), rank))
     random = material.once((*key, "random"), lambda: torch.linalg.svdvals(_random(material, rank).mT @ own).mean(dim=1))
     value = float(spans.principal_cosines(basis, own).mean())
@@ -211,7 +211,7 @@ def _on_readout(basis: Span, material: Material, answers: tuple[list[int], list[
             "lens": (states * answer[:, None]).sum(dim=2).abs().mean(dim=1),
         }
 
-    key = (material.trained.name, "readout", material.layer, rank)
+    key = (material.trained, "readout", material.layer, rank)
     random = material.once(key, lambda: measured(_random(material, rank)))
     own = measured(basis[None])
     return {

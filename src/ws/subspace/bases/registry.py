@@ -158,13 +158,13 @@ class Material:
     def steered(self, half: Literal["fit", "evaluation"], which: Literal["block", "cumulative"]) -> Tensor:
         """The difference of states between +1 and -1 of the run at this layer, (prompts, width) fp64."""
         difference = capture.block_difference if which == "block" else capture.cumulative_difference
-        key = (self.trained.name, half, which)
+        key = (self.trained, half, which)
         whole = self.background.once(key, lambda: difference(*getattr(self.trained, half)))
         return whole[self.layer]
 
     def moment(self, axis: moments.Axis) -> moments.Moment:
         """The second moment of the run on an axis; activations are those of the EVAL prompts."""
-        return self.once((self.trained.name, axis), lambda: self._moment(axis))
+        return self.once((self.trained, axis), lambda: self._moment(axis))
 
     def _moment(self, axis: moments.Axis) -> moments.Moment:
         if axis in ("block", "cumulative"):
