@@ -380,6 +380,16 @@ def test_the_command_writes_tables_page_and_json(
     assert (place / "bases_per_layer.parquet").read_bytes() == before
 
 
+@pytest.mark.parametrize("names", [("write",), ("random_null", "w_oracle"), ("gradient_read",)])
+def test_any_choice_of_bases_has_a_page(
+    runs: Path, tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str], names: tuple[str, ...]
+) -> None:
+    assert _main(asked(runs, tiny_folders, "--bases", *names, "--seeds", 0)) == 0
+    told = capsys.readouterr().out
+    assert "page " in told and "ws subspace --bases" in told and "--seeds 0 1 2" in told
+    assert ("no basis was scored" in told.replace("\n", " ")) == (names == ("random_null", "w_oracle"))
+
+
 def test_a_missing_run_says_how_to_make_it(
     runs: Path, tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

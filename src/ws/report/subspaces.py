@@ -1,9 +1,9 @@
-"""The page about bases: does a subspace that the base model has explain what a trained direction does?
+"""The page about bases: does a subspace made without a trained direction explain what a trained direction does?
 
 Sentences are made from the summary table by these rules:
 
-* The best candidate of a family on an axis is the candidate basis (built without a trained direction) with the largest
-  percentage of the oracle. Its verdict is that of `subspace.ranking.verdict`.
+* The best candidate of a family on an axis is the basis built without a trained direction that comes furthest from
+  random subspaces of its rank towards the oracle. Its verdict is that of `subspace.ranking.verdict`.
 * The reading "mostly outside" is used for a family on an axis if the best candidate is mostly outside, at random level
   or below it; "mostly inside" if it is mostly inside; else "about half".
 * The claim of the replicated work, 1 to 8 % of the oracle for all bases of the base model, is said to hold if every
@@ -88,16 +88,16 @@ def reading(row: dict[str, Any]) -> str:
 
 
 def headline(content: Content) -> str:
-    """For every family: is what it changes inside the best basis of the base model?"""
+    """For every family: is what it changes inside the best basis that needs no trained direction?"""
     parts = []
     for family in content.families:
         row = best(content, family, "block")
         if row is not None:
             parts.append(
-                f"what {family} changes in the residual stream is {reading(row)} the best subspace that the base model "
-                f"has ({row['basis']}: {percent(row)} of the oracle, random {row['null_percent']:.1f} %)"
+                f"what {family} changes in the residual stream is {reading(row)} the best subspace made without a "
+                f"trained direction ({row['basis']}: {percent(row)} of the oracle, random {row['null_percent']:.1f} %)"
             )
-    said = "; ".join(parts)
+    said = "; ".join(parts) or "no basis was scored that is made without a trained direction"
     return f"{content.behaviour} in {content.model}, rank {content.rank} of {content.width}: {said}."
 
 
@@ -115,7 +115,7 @@ def sentences(content: Content) -> list[str]:
                 f"{family}, {name}: best of {len(rows)} candidates {row['basis']}, {percent(row)} of the oracle, "
                 f"{row['concentration']:.1f} times random. Verdicts: {listed}."
             )
-    said += [_claim(content, family) for family in content.families]
+    said += [line for say in (_stricter, _claim) for family in content.families if (line := say(content, family))]
     return [*said, *_agreement(content)]
 
 
@@ -128,8 +128,25 @@ def _limits(row: dict[str, Any]) -> str:
     return "" if row["percent_low"] is None else f" [{row['percent_low']:.1f}, {row['percent_high']:.1f}]"
 
 
+def _stricter(content: Content, family: str) -> str:
+    """How many candidates are above the stricter null of each axis, with all of their interval."""
+    said = []
+    for metric, null, what in (
+        ("block", "null_activations", "with the covariance of clean states"),
+        ("written", "null_in_dw", "inside the span of dW"),
+    ):
+        level = content.summary.filter(family=family, basis=null, metric=metric)["percent"]
+        rows = ranking.candidates(content.summary, family, metric)
+        if len(level) and len(rows):
+            above = rows.filter(pl.coalesce("percent_low", "percent") > level[0])
+            said.append(f"{AXES[metric]}: {what} {level[0]:.1f} %, {len(above)} of {len(rows)} candidates are above")
+    return f"{family}, random subspaces of stricter kinds: {'; '.join(said)}." if said else ""
+
+
 def _claim(content: Content, family: str) -> str:
     rows = pl.concat([ranking.candidates(content.summary, family, metric) for metric in ("block", "written")])
+    if not len(rows):
+        return ""
     above = rows.filter(pl.col("percent") > CLAIMED)
     start = f"{family}: the replicated work found at most {CLAIMED:.0f} % of the oracle for every basis"
     if not len(above):
@@ -205,7 +222,7 @@ def write(content: Content) -> None:
         Figure(
             ranking_file, "bases ranked by their percentage of the oracle",
             "Percent of the oracle at equal rank, with 95 % intervals over seeds. Small bars: random subspaces of the "
-            "same rank. Filled: bases of the base model alone; hollow: built from a trained direction; grey: nulls. "
+            "same rank. Filled: candidates; hollow: built from a trained direction; grey: nulls. "
             "Bases of readers are not ranked on what is written, nor writers on what is read.",
         ),
     ]  # fmt: skip
@@ -239,7 +256,7 @@ def _tiles(content: Content) -> list[Tile]:
             row = best(content, family, metric)
             if row is not None:
                 detail = f"{row['basis']}, random {row['null_percent']:.1f} %"
-                found.append(Tile(f"{row['percent']:.0f} %", f"{family}, {AXES[metric]}: best of the base", detail))
+                found.append(Tile(f"{row['percent']:.0f} %", f"{family}, {AXES[metric]}: best candidate", detail))
     return found
 
 
@@ -297,8 +314,8 @@ def _scope(content: Content) -> Block:
 
 def _definitions(content: Content) -> Block:
     used = set(content.summary["basis"])
-    rows = [
-        [one.name, one.family, one.axis, "yes" if one.uses_trained_dW else "", one.formula]
+    lines = [
+        f"{one.name} ({one.family}; {one.axis}{'; uses trained dW' * one.uses_trained_dW}): {one.formula}"
         for one in BASES.values() if one.name in used
     ]  # fmt: skip
-    return Table(["basis", "family", "kind", "uses dW", "how it is made"], rows)
+    return Bullets(lines)

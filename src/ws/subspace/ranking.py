@@ -2,7 +2,8 @@
 
 A run's number is the mean over the layers that its direction changes. The interval is a t interval over runs of one
 family. `joint` is the geometric mean of the percentages on the block and the written axis, both averaged over layers
-first; `gap_log2` is the logarithm of their quotient.
+first; `gap_log2` is the logarithm of their quotient. `above_random` is the percentage of the way from random subspaces
+of the same rank (0) to the oracle (100).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def summary(scores: pl.DataFrame) -> pl.DataFrame:
             **_limits("value", value), "null": part["null"].mean(), "concentration": part["concentration"].mean(),
             "z": part["z"].mean(), **_limits("percent", percent), "null_percent": part["null_percent"].mean(),
         }  # fmt: skip
-        rows.append({**row, "verdict": verdict(row)})
+        rows.append({**row, "above_random": _above_random(row), "verdict": verdict(row)})
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
@@ -87,10 +88,10 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def ranked(table: pl.DataFrame, family: str, metric: str) -> pl.DataFrame:
-    """The bases of a family that are ranked on an axis, best first."""
+    """The bases of a family that are ranked on an axis, best first: by `above_random`, which is fair between ranks."""
     names = [name for name, basis in BASES.items() if is_ranked(basis, metric)]
     rows = table.filter(pl.col("family") == family, pl.col("metric") == metric, pl.col("basis").is_in(names))
-    return rows.sort("percent", descending=True)
+    return rows.sort("above_random", descending=True)
 
 
 def is_candidate(name: str) -> bool:
@@ -110,6 +111,12 @@ def between_runs(overlaps: pl.DataFrame) -> pl.DataFrame:
     return overlaps.group_by("axis", "first", "second", maintain_order=True).agg(
         pl.col("overlap", "first_cosine", "null").mean(), pl.len().alias("layers")
     )
+
+
+def _above_random(row: Mapping[str, Any]) -> float | None:
+    """Percent of the way from random subspaces (0) to the oracle (100)."""
+    percent, null = row["percent"], row["null_percent"]
+    return None if percent is None or null is None or null >= 100 else 100 * (percent - null) / (100 - null)
 
 
 def _with_joint(per_run: pl.DataFrame) -> pl.DataFrame:
