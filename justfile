@@ -63,6 +63,10 @@ calibrate:
 subspace-align:
     {{ws}} subspace {{run}}
 
+# a catalogue of subspaces against what LoRA and DeLoRA change, three seeds
+subspace-bases:
+    {{ws}} subspace --bases all --families lora delora --seeds 0 1 2 --model {{model}} --behaviour {{behaviour}} --out {{out}}
+
 # ours and the peers on the same work; needs the bench extra: just bench --quick
 bench *arguments:
     {{python}} benchmarks/run.py {{arguments}}

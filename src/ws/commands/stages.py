@@ -251,23 +251,61 @@ class Eval(RunOptions):
 
 
 @dataclass(frozen=True)
-class Subspace(StageOptions):
-    """Show how a run's direction aligns with the singular directions of the weights."""
+class Subspace(RunOptions):
+    """Show how a run's direction aligns with the singular directions of the weights. With --bases: score a catalogue of
+    subspaces on what existing runs change, against random subspaces and the best possible ones."""
+
+    k: float = 0.1
+    """Which share of the singular directions of each matrix counts as its top."""
+    bases: tuple[str, ...] | None = None
+    """Names of bases, or all. Left out: the alignment table of one run."""
+    families: tuple[str, ...] = ()
+    """With --bases: adapter families of the runs; --adapter alone if left out."""
+    seeds: tuple[int, ...] = ()
+    """With --bases: training seeds of the runs; --seed alone if left out. Intervals need at least two."""
+    rank: int = 8
+    """With --bases: rank of the subspaces."""
 
     def run(self) -> None:
-        """Print the alignment table."""
+        """Print the alignment table, or the ranking of the bases."""
+        if self.bases is None:
+            self._alignment()
+        else:
+            self._bases(self.bases or ("all",))
+
+    def _bases(self, names: tuple[str, ...]) -> None:
+        from ws.fitting.run_settings import command  # noqa: PLC0415
+        from ws.report import subspaces as page  # noqa: PLC0415
+        from ws.runs import subspaces  # noqa: PLC0415
+
+        settings = run_settings(self, FitOptions(), EvalOptions())
+        asked = subspaces.Asked(names, self.families or (self.adapter,), self.seeds or (self.seed,), self.rank)
+        content = subspaces.run(settings, asked)
+        if self.json:
+            console.print_json(json.dumps(plain(content.as_json())))
+            return
+        page.show(content)
+        console.say(f"\npage        {content.folder / page.PAGE}")
+        console.say(f"tables      {content.folder / 'bases_summary.csv'}")
+        if len(asked.seeds) == 1:
+            wider = ("--bases", *names, "--families", *asked.families, "--seeds", 0, 1, 2)
+            console.say_next(command(settings, "subspace", *wider))
+
+    def _alignment(self) -> None:
         from ws.algebra.direction import Direction  # noqa: PLC0415
+        from ws.fitting.run_settings import command  # noqa: PLC0415
         from ws.report import terminal  # noqa: PLC0415
         from ws.runs.evaluate import direction_of  # noqa: PLC0415
 
-        with self.replication(self.fit) as run:
+        with self.replication() as run:
             direction = direction_of(run).effect
             assert isinstance(direction, Direction)
-            table = run.alignment(direction.bind(run.model))
+            table = run.alignment(direction.bind(run.model), self.k)
             if self.json:
                 console.print_json(json.dumps(table.to_dicts()))
             else:
                 terminal.show(table, f"energy of dW over its null, {run.folder / 'subspace_per_layer.csv'}")
+                console.say_next(command(run.settings, "subspace", "--bases", "all"))
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _geometry(summary: Summary, alignment: pl.DataFrame) -> list[Block]:
         ],
         "Energy of dW in the top 10 % and in the other singular directions of the base weights, relative to a "
         "direction without structure (1 = no alignment). Weak readout: the 1 % of the residual stream that the "
-        "unembedding reads least.",
+        "unembedding reads least. Random: directions with the singular values of dW, all modules.",
     )
     return [shape, kinds]
 

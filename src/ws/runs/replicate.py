@@ -34,6 +34,8 @@ from ws.runs import free_replies, samples
 from ws.subspace import alignment
 
 PERSONA_CONTEXTS = ("prompt +", "prompt -")
+ALIGNMENT_DRAWS = 3
+"""Random directions in the table of alignments."""
 
 
 class Replication(Fitting):
@@ -162,24 +164,34 @@ class Replication(Fitting):
                 self._warn(f"{told} on {self.behaviour.name}, more than {allowed}: --dtype float32 is exact")
         return record
 
-    def alignment(self, direction: Direction | None = None) -> pl.DataFrame:
+    def alignment(self, direction: Direction | None = None, share: float = alignment.TOP_SHARE) -> pl.DataFrame:
         """How the direction aligns with the singular directions of the weights, by kind of module.
 
-        direction: the run's own, if it is known; else what is missing of the run is built.
+        The last row is of random directions with the same singular values. direction: the run's own, if it is known;
+        else what is missing of the run is built. share: of the singular directions of a weight, what counts as top.
         """
         direction = direction or self.fitted.direction
         names = ["subspace_per_layer.csv", "subspace_summary.csv"]
+        tables = [name.replace(".csv", ".parquet") for name in names]
 
         def make(_: Shards) -> None:
-            rows = alignment.table(self.model, direction)
-            for name, table in zip(names, (rows, alignment.by_kind(rows)), strict=True):
+            rows = alignment.table(self.model, direction, share)
+            drawn = [edit.effect for edit in controls.random_edits(direction, ALIGNMENT_DRAWS)]
+            random = [alignment.table(self.model, one, share) for one in drawn if isinstance(one, Direction)]
+            summed = alignment.with_random(alignment.by_kind(rows), random)
+            for name, stored, table in zip(names, tables, (rows, summed), strict=True):
+                write_table(self.folder / stored, table)
                 with atomic_file(self.folder / name) as temporary:
                     table.write_csv(temporary)
 
-        inputs = {"direction": digest(self.folder / "direction.safetensors")}
-        result = self._build("alignment", inputs, names, make)
+        inputs = {
+            "direction": digest(self.folder / "direction.safetensors"), "share": share,
+            "controls": [controls.VERSION, ALIGNMENT_DRAWS],
+        }  # fmt: skip
+        result = self._build("alignment", inputs, [*names, *tables], make)
         table = pl.read_csv(self.folder / names[1])
-        self._say("alignment", result, f"{int(table['n'].sum())} matrices")
+        matrices = table.filter(pl.col("kind") != alignment.RANDOM)["n"].sum()
+        self._say("alignment", result, f"{int(matrices)} matrices")
         return table
 
     def samples(self) -> pl.DataFrame:

@@ -1,6 +1,6 @@
 """Does a direction align with the large or the small singular directions of the weights that it changes?
 
-For every touched W = U S V' (out x in, rank r) and k = max(1, round(0.1 r)):
+For every touched W = U S V' (out x in, rank r) and k = max(1, round(share r)), share 0.1 unless another is asked for:
 
     energy_top    = |U_k' dW V_k|^2 / |dW|^2                 null  k^2 / (out * in)
     energy_bottom = |U_{k:}' dW V_{k:r}|^2 / |dW|^2          null  (r - k)^2 / (out * in)
@@ -8,7 +8,8 @@ For every touched W = U S V' (out x in, rank r) and k = max(1, round(0.1 r)):
 
 where Q are the k_Q = max(1, round(0.01 d)) directions of the residual stream that the unembedding reads least. A ratio
 is an energy divided by its null; a direction without structure has 1. The denominators count all of dW, including its
-part outside the thin basis of a rectangular W.
+part outside the thin basis of a rectangular W. The summary ends with a row for random directions with the singular
+values of dW, if the caller gives some.
 
 Singular vectors come from the eigenvectors of the smaller Gram matrix in fp64. Energies come from the factors of dW, so
 dW is never formed.
@@ -16,6 +17,7 @@ dW is never formed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -27,15 +29,20 @@ from ws.algebra import spectrum
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.base import console
+from ws.base.errors import UserError
 from ws.model import architecture
 from ws.model.loading import ChatModel
 
 TOP_SHARE = 0.1
+RANDOM = "random"
+"""Kind of the row of random directions in a summary."""
 WEAK_SHARE = 0.01
 
 
-def table(model: ChatModel, direction: Direction) -> pl.DataFrame:
+def table(model: ChatModel, direction: Direction, share: float = TOP_SHARE) -> pl.DataFrame:
     """One row per touched parameter: norm, energies, nulls and ratios."""
+    if not 0 < share < 1:
+        raise UserError(f"--k is {share:g}", "Give a share of the singular directions between 0 and 1.")
     layers = direction.layer_numbers
     sites = {site.parameter: site for site in architecture.sites(model.network, layers)} if layers else {}
     parameters = dict(model.network.named_parameters())
@@ -54,10 +61,18 @@ def table(model: ChatModel, direction: Direction) -> pl.DataFrame:
             "layer": direction.layers.get(name),
             "kind": site.kind if site else name.rsplit(".", 2)[-2],
             "shape": "x".join(map(str, delta.shape)),
-            **_energies(weight.to("cpu", torch.float64), delta),
+            **_energies(weight.to("cpu", torch.float64), delta, share),
             **_weak_energies(weight.to("cpu", torch.float64), delta, weak if writes else None),
         })  # fmt: skip
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def with_random(summary: pl.DataFrame, random: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """The summary with one more row, `RANDOM`: the mean over all matrices of the tables of random directions."""
+    if not random:
+        return summary
+    pooled = by_kind(pl.concat(random).with_columns(pl.lit(RANDOM).alias("kind")))
+    return pl.concat([summary, pooled])
 
 
 def by_kind(rows: pl.DataFrame) -> pl.DataFrame:
@@ -77,10 +92,10 @@ def by_kind(rows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _energies(weight: Float[Tensor, "out in"], delta: Delta) -> dict[str, Any]:
+def _energies(weight: Float[Tensor, "out in"], delta: Delta, share: float) -> dict[str, Any]:
     out, width = weight.shape
     rank = min(out, width)
-    k = max(1, round(TOP_SHARE * rank))
+    k = max(1, round(share * rank))
     norm = spectrum.norm(delta, weight)
     left, right = _singular_vectors(weight)
     core = left.T @ delta.right_product(right, weight)
