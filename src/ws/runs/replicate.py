@@ -186,7 +186,7 @@ class Replication(Fitting):
 
         inputs = {
             "direction": digest(self.folder / "direction.safetensors"), "share": share,
-            "controls": [controls.VERSION, ALIGNMENT_DRAWS],
+            "controls": [random_like.VERSION, ALIGNMENT_DRAWS],
         }  # fmt: skip
         result = self._build("alignment", inputs, [*names, *tables], make)
         table = pl.read_csv(self.folder / names[1])
