@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from cutting import made, material, of_lens
 from families import FAMILIES, make
 from making import random_direction, relative_error
-from ws import adapters
 from ws.adapters import diff
 from ws.algebra import spectrum
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
-from ws.fitting import behaviour
 from ws.model.loading import ChatModel
-from ws.subspace import prompts
 from ws.subspace.lenses import LENSES, Material, registry
-from ws.subspace.variants import Part, Pieces, Subject, Unavailable, Variant, mismatch, require_sum, variants
-
-
-def material(model: ChatModel, direction: Direction, family: str = "lora", pos: Path | None = None,
-             neg: Path | None = None, others: dict[str, Direction] | None = None) -> Material:  # fmt: skip
-    def sizes(directions: Sequence[Direction]) -> list[float]:
-        return [sum(one.norms().values()) for one in directions]
-
-    def sides() -> tuple[Direction, Direction]:
-        assert pos is not None and neg is not None
-        return diff.task_vector(model, pos), diff.task_vector(model, neg)
-
-    def folders() -> tuple[adapters.AdapterFolder, adapters.AdapterFolder]:
-        assert pos is not None and neg is not None
-        return adapters.read(pos), adapters.read(neg)
-
-    return Material(
-        model, Subject.on(model, direction, "test"), family, others or {}, sides, folders,
-        lambda: prompts.of(behaviour.load("sycophancy")).fit, sizes,
-    )  # fmt: skip
+from ws.subspace.variants import Part, Pieces, Unavailable, mismatch, require_sum, variants
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -56,21 +34,6 @@ def trained(request: pytest.FixtureRequest, qwen: ChatModel, tmp_path_factory: p
 def planted(qwen: ChatModel) -> Material:
     """A random direction on layers 1 and 2 of the tiny Qwen3."""
     return material(qwen, random_direction(qwen), others={"other": random_direction(qwen, seed=9)})
-
-
-def made(lens: str, source: Material) -> dict[str, Pieces]:
-    found = {}
-    for part in LENSES[lens].parts(source):
-        try:
-            found[part.name] = part.make()
-        except Unavailable:
-            continue
-    return found
-
-
-def of_lens(lens: str, source: Material, part: str, controls: int = 3) -> list[Variant]:
-    (wanted,) = [one for one in LENSES[lens].parts(source) if one.name == part]
-    return list(variants(lens, wanted, source.subject, controls))
 
 
 def dense(direction: Direction, name: str) -> torch.Tensor:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cutting import made, material, of_lens
 from planting import plant
-from test_lenses import made, material, of_lens
 from ws.algebra.direction import Direction
 from ws.edit.condition import BASE, Condition, Edit
 from ws.eval import instrument
