@@ -2,11 +2,12 @@
 
     python docs/update.py out/pocket/*/lora/seed0 out/pocket-gemma/*/lora/seed0 REBUILT_MODEL
     python docs/update.py out/pocket/sycophancy out/pocket/sycophancy/compare out/comparisons.json
-    python docs/update.py out/pocket/generalisation/lora
+    python docs/update.py out/pocket/generalisation/lora out/pocket/sycophancy/{subspace,ablations}.json
     python docs/update.py out/pocket/sycophancy/lora/seed0/subspace_per_layer.csv
 
 It stores the numbers of its arguments in docs/results: runs, an embedded model that was built again, a sweep, a
-comparison, the table over several comparisons, a study of generalisation, or the alignment of a run's direction. The
+comparison, the table over several comparisons, a study of generalisation, of bases or of ablations, or the alignment
+of a run's direction. The
 figure of the first sycophancy run on pocket goes to docs/images. Then it fills the blocks between `begin: NAME` and
 `end: NAME` comments, and writes the page of the comparison. Without arguments it uses the stored results.
 tests/test_update.py makes every block again and compares.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import polars as pl
-from blocks import checks, comparisons, rebuilds, runs, smollm2
+from blocks import checks, comparisons, location, rebuilds, runs, smollm2
 from blocks.alignment import alignment
 from blocks.fast_paths import fast_paths
 from blocks.llama_cpp import llama_cpp
@@ -59,6 +60,10 @@ SEARCH = REAL / "search.jsonl"
 POCKET_SEARCH = RESULTS / "pocket-search.jsonl"
 LARGEST_KEPT = 2_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
+RANKED_AXES = ("block", "written", "read")
+RANKED_COLUMNS = ("family", "basis", "metric", "runs", "percent", "percent_low", "percent_high", "null_percent", "z",
+                  "verdict")  # fmt: skip
+"""What is stored of a study of bases."""
 MARKED = re.compile(r"(<!-- begin: (?P<name>\S+) -->\n)(?P<content>.*?)\n?(<!-- end: (?P=name) -->)", re.DOTALL)
 
 
@@ -119,6 +124,12 @@ def stored_generalisations() -> list[Generalisation]:
     return [restore(Generalisation, json.loads(path.read_text())) for path in files]
 
 
+def stored_location(study: str) -> list[dict[str, Any]]:
+    """Studies of where directions live, `subspace` or `ablations`, by model; the real one first."""
+    files = sorted(RESULTS.glob(f"*-where/{study}.json"), key=lambda path: not path.parent.name.startswith(SMOLLM2))
+    return [json.loads(path.read_text()) for path in files]
+
+
 def stored_alignment() -> dict[str, list[dict[str, Any]]]:
     """The rows of `ws subspace` by run; empty before the first."""
     return json.loads(ALIGNMENT.read_text()) if ALIGNMENT.is_file() else {}
@@ -170,6 +181,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "null": lambda: _made(comparisons.null, stored_comparison()),
     "winners": lambda: _made(comparisons.winners, stored_comparison()),
     "generalisation": lambda: comparisons.generalisation(stored_generalisations()),
+    "bases": lambda: location.told(stored_location("subspace")),
+    "ablations": lambda: location.told(stored_location("ablations")),
+    "projections": lambda: location.projections(stored_location("ablations")),
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),
     "smollm2-shown": lambda: smollm2.shown(stored_real()),
@@ -211,6 +225,8 @@ def store(given: Path) -> None:
         _write(ACROSS, plain(restore(Across, json.loads(given.read_text()))))
     elif given.name.startswith("measures-"):
         _store_measures(given)
+    elif given.name in ("subspace.json", "ablations.json"):
+        _store_location(given)
     elif given.suffix == ".csv":
         _store_alignment(given)
     elif (given / "comparison.json").is_file():
@@ -233,6 +249,18 @@ def _store_measures(file: Path) -> None:
     record = json.loads(file.read_text())
     record["data"]["source"] = Path(record["data"]["source"]).name
     _write(REAL / f"data-{behaviour}-{probe}.json", record)
+
+
+def _store_location(file: Path) -> None:
+    """A study of bases or ablations: its numbers, its page as Markdown, and its figures."""
+    content = json.loads(file.read_text())
+    if file.stem == "subspace":  # the file of the run has every metric of every basis
+        ranked = [row for row in content["summary"] if row["metric"] in RANKED_AXES]
+        content["summary"] = [{name: row[name] for name in RANKED_COLUMNS} for row in ranked]
+    place = RESULTS / f"{content['model']}-{content['behaviour']}-where"
+    _write(place / file.name, content)
+    for one in (file.with_suffix(".md"), *file.parent.glob(f"{file.stem.rstrip('s')}*.png")):
+        shutil.copy(one, place / one.name)
 
 
 def _store_comparison(folder: Path) -> None:

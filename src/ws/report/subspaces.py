@@ -21,7 +21,8 @@ import polars as pl
 from rich import table as rich_table
 
 from ws.base import console
-from ws.base.store import write_text
+from ws.base.records import plain
+from ws.base.store import write_json, write_text
 from ws.report import document, subspace_figures
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Table, Tile, Tiles
 from ws.subspace import ranking
@@ -207,7 +208,7 @@ def show(content: Content) -> None:
 
 
 def write(content: Content) -> None:
-    """Write the figures and the page into the folder of the runs."""
+    """Write `subspace.html`, `.md`, `.json` and the figures into the folder of the runs."""
     ranking_file, overlap_file = content.folder / "subspace_ranking.png", content.folder / "subspace_overlap.png"
     subspace_figures.ranking(content.summary, content.families, ranking_file)
     blocks: list[Block] = [
@@ -246,7 +247,10 @@ def write(content: Content) -> None:
         blocks += [Heading("Not available here"), Bullets(missing)]
     subtitle = f"{', '.join(content.families)}; rank {content.rank} of {content.width}; {content.runs} seeds"
     title = f"Where {content.behaviour} lives in {content.model}"
-    write_text(content.folder / PAGE, document.to_html(title, subtitle, blocks))
+    page = content.folder / PAGE
+    write_json(page.with_suffix(".json"), plain(content.as_json()))
+    write_text(page.with_suffix(".md"), document.to_markdown(title, [Paragraph(subtitle, note=True), *blocks]))
+    write_text(page, document.to_html(title, subtitle, blocks))
 
 
 def _tiles(content: Content) -> list[Tile]:
