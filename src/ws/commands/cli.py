@@ -24,6 +24,7 @@ from ws.commands.comparisons import Calibrate, Compare, Sweep
 from ws.commands.converting import Convert
 from ws.commands.embedded import Pocket
 from ws.commands.results import Export, Report, Show
+from ws.commands.serving import Chat, Serve
 from ws.commands.stages import Data, Diff, Eval, Replicate, Smoke, Subspace, Train
 
 Command = (
@@ -41,6 +42,8 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Chat, subcommand("chat")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Pocket, subcommand("pocket")]
     | Annotated[BehaviourCommand, subcommand("behaviour")]
 )

@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ from ws.edit.dial import Dial, require_turnable
 from ws.measure.generate import Sampling, draw, uniforms
 from ws.model import architecture
 from ws.model.loading import ChatModel
-from ws.serving.prefixes import LEAST_SHARED, Key, Prefixes, Strengths, key_of, shared
+from ws.serving.prefixes import LEAST_SHARED, Prefixes, Strengths, key_of, shared
 from ws.serving.slots import Slots, require_slots
 from ws.serving.writing import CONTEXT, Writing
 
@@ -126,7 +126,7 @@ class Ticket:
 class Counts:
     """What the engine has done since it started; for `/metrics`."""
 
-    requests: dict[Finish, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0))
+    requests: dict[Finish, int] = field(default_factory=lambda: dict.fromkeys(get_args(Finish), 0))
     prompt_tokens: int = 0
     reused_tokens: int = 0
     written_tokens: int = 0
@@ -399,9 +399,7 @@ class Engine:
             self.counts.written_tokens += 1
             text = row.writing.add(token)
             told_token = _told(token, of_row, row.request.top)
-            finish: Finish | None = (
-                "stop" if row.writing.stopped else "length" if row.written >= row.limit else None
-            )
+            finish: Finish | None = "stop" if row.writing.stopped else "length" if row.written >= row.limit else None
             if finish is None:
                 row.ticket.deliver(Piece(text, (told_token,), watched=watched))
             else:
@@ -461,5 +459,3 @@ def _told(token: int, logprobs: Tensor | None, top: int | None) -> Token:
 
 def _most_tokens(model: ChatModel) -> int:
     return int(getattr(architecture.text_config(model.network), "max_position_embeddings", LONGEST))
-
-

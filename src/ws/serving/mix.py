@@ -64,7 +64,8 @@ def written(strengths: dict[str, float]) -> str:
     for name, strength in strengths.items():
         shown = name if re.fullmatch(r"[A-Za-z_./~][\w./~-]*", name) else f'"{name}"'
         terms.append(f"{'-' if strength < 0 else '+'} {float(abs(strength))!r}".removesuffix(".0") + f" {shown}")
-    return " ".join(terms).removeprefix("+ ") or "0"
+    whole = " ".join(terms)
+    return "-" + whole[2:] if whole.startswith("- ") else whole.removeprefix("+ ") or "0"
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:

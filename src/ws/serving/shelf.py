@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ws.algebra.direction import Direction
 from ws.base import console
@@ -24,6 +25,7 @@ from ws.model import loading
 from ws.model.loading import ChatModel, Dtype
 from ws.serving.prefixes import Strengths
 
+EXAMPLE = "out/pocket/sycophancy/lora/seed0"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,63}", re.ASCII)
 
 
@@ -41,7 +43,7 @@ class Source:
         if place.is_dir():
             file = place / DIRECTION_FILE
             if not (place / "config.json").is_file():
-                raise UserError(f"{place} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
+                raise UserError(f"{place} is not a run folder", f"Give a folder such as {EXAMPLE}.")
             if not file.is_file():
                 raise UserError(f"the run in {place} is not finished", f"Run: {console.command('report', place)}")
             behaviour = read_json(place / "config.json").get("behaviour")
@@ -60,6 +62,7 @@ class Shelf:
         self._like = like
         self._directions: dict[str, Direction] = {}
         self._sources: dict[str, Path] = {}
+        self._aliases: dict[str, str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -75,14 +78,14 @@ class Shelf:
     def put(self, name: str, source: Source) -> Direction:
         """Load a direction under a name that is free."""
         require_name(name)
-        if name in self._directions:
-            raise UserError(
-                f"two directions are named {name}: {self._sources[name]} and {source.file}",
-                f"Name one of them: {name}-2={source.run or source.file}",
-            )
         direction = Direction.load(source.file)
         require_turnable(self.model, direction)
         with self._lock:
+            if name in self._directions:
+                raise NameTakenError(
+                    f"two directions are named {name}: {self._sources[name]} and {source.file}",
+                    f"Name one of them: {name}-2={source.run or source.file}",
+                )
             self._directions[name], self._sources[name] = direction, source.file
         return direction
 
@@ -100,12 +103,12 @@ class Shelf:
         for name, alpha in mix.items():
             if not math.isfinite(alpha):
                 raise UserError(f"the strength of {name!r} is {alpha}", "Give a finite number.")
-            direction = self.directions.get(name)
+            direction = self.directions.get(self._aliases.get(name, name))
             if direction is None:
                 if not local:
                     raise self._unknown(name)
-                direction = self.put(self._free(name), self._nearby(name))
-                self._directions[name] = direction
+                self._aliases[name] = self._free(name)
+                direction = self.put(self._aliases[name], self._nearby(name))
             found[direction] = found.get(direction, 0.0) + alpha
         return found
 
@@ -116,7 +119,7 @@ class Shelf:
         root = self.root.resolve()
         wanted = (root / place).resolve()
         if not place or Path(place).is_absolute() or not wanted.is_relative_to(root) or wanted == root:
-            raise UserError(f"{place!r} is not a path below the folder of the runs", "Give one like honesty/lora/seed0.")
+            raise UserError(f"{place!r} is not below the folder of the runs", "Give a path like honesty/lora/seed0.")
         if _NAME.fullmatch(place) and wanted.is_dir() and not (wanted / "config.json").is_file():
             return self._of_behaviour(wanted)
         return Source.at(wanted)
@@ -153,6 +156,10 @@ class Shelf:
         return UnknownDirectionError(f"there is no direction {name!r}", loaded)
 
 
+class NameTakenError(UserError):
+    """A name that another direction has."""
+
+
 class UnknownDirectionError(UserError):
     """A name that is not on the shelf."""
 
@@ -178,7 +185,7 @@ def open_shelf(
     Options that are None come from the first run. Raises `UserError` if the directions belong to different models.
     """
     if not runs:
-        raise UserError("no run is given", "Give one or more: out/pocket/sycophancy/lora/seed0")
+        raise UserError("no run is given", f"Give one or more: {EXAMPLE}")
     found = []
     for run in runs:
         name, _, place = run.partition("=")
@@ -186,7 +193,7 @@ def open_shelf(
         source = Source.at(Path(place if named else run).expanduser())
         found.append((name if named else source.name, source))
     first = found[0][1]
-    stored = {} if first.run is None else _settings(first.run)
+    stored: dict[str, Any] = {} if first.run is None else _settings(first.run)
     base = model or stored.get("model") or Direction.load(first.file).provenance.get("base", {}).get("name")
     if not base:
         raise UserError(f"{first.file} does not say which model it belongs to", "Give the model with --model NAME.")
@@ -195,15 +202,15 @@ def open_shelf(
         thinking=stored.get("thinking", "off"), attention=attention or stored.get("attention", "auto"),
         revision=stored.get("revision"), trust_remote_code=trust_remote_code, cache_memory=cache_memory,
     )  # fmt: skip
-    place = first.file.resolve() if first.run is None else first.run.resolve()
-    root = place.parent if first.run is None else place.parents[2]  # <out>/<model>/<behaviour>/<adapter>/seed<k>
-    shelf = Shelf(loaded, root, None if first.run is None else place.relative_to(place.parents[1]))
+    home = (first.run or first.file).resolve()
+    root = home.parent if first.run is None else home.parents[2]  # <out>/<model>/<behaviour>/<adapter>/seed<k>
+    shelf = Shelf(loaded, root, None if first.run is None else home.relative_to(home.parents[1]))
     for name, source in found:
         shelf.put(name, source)
     return shelf
 
 
-def _settings(run: Path) -> dict[str, str]:
+def _settings(run: Path) -> dict[str, Any]:
     from ws.fitting.run_settings import stored_in  # noqa: PLC0415 - imports the whole of fitting
 
     return dict(stored_in(run))

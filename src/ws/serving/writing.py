@@ -35,19 +35,20 @@ class Writing:
 
     def end(self) -> str:
         """The rest of the text, if no token follows. Half a character becomes a replacement mark."""
+        given = self._given
         if not self.stopped:
             whole = self._decoded([*self._before, *self._ids])[len(self._decoded(self._before)) :]
             if whole.startswith(self._text):
                 self._text = whole
             self._certain()
-        piece, self._given = self._text[self._given :], len(self._text)
-        return piece
+        self._given = len(self._text)
+        return self._text[given:]
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _certain(self) -> str:
-        found = [place for stop in self._stops if (place := self._text.find(stop, max(0, self._given - len(stop)))) >= 0]
+        found = [place for stop in self._stops if (place := self._text.find(stop)) >= 0]
         if found:
             self._text, self.stopped = self._text[: min(found)], True
         certain = len(self._text) if self.stopped else len(self._text) - self._pending()
