@@ -39,7 +39,8 @@ def serving(shelf: Shelf, *, key: str | None = None, slots: int = 64, longest: i
     """A server in a thread, at a free port of this machine."""
     import uvicorn  # noqa: PLC0415 - optional extra
 
-    from ws.serving.server import Server, bound  # noqa: PLC0415
+    from ws.serving.addresses import bound  # noqa: PLC0415
+    from ws.serving.server import Server  # noqa: PLC0415
 
     with bound("127.0.0.1", 0) as listener, Engine(shelf.model, slots=slots, longest=longest) as engine:
         config = uvicorn.Config(Server(shelf, engine).app(key), log_level="critical", timeout_graceful_shutdown=1)

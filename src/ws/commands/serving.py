@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -112,20 +114,17 @@ class Serve(_Serving):
     def run(self) -> None:
         """Serve until interrupted."""
         key = self.api_key or os.environ.get(KEY_VARIABLE)
-        try:
-            import uvicorn  # noqa: F401, PLC0415
-
-            from ws.serving import server  # noqa: PLC0415 - optional extra, late
-        except ImportError as error:
-            raise UserError(f"{error.name} is not installed", "Run: pip install weight-steering[serve]") from error
+        _require("serve", "starlette", "uvicorn")
+        from ws.serving import server  # noqa: PLC0415
+        from ws.serving.addresses import bound, is_loopback  # noqa: PLC0415
         from ws.serving.engine import Engine  # noqa: PLC0415
 
-        if key is None and not server.is_loopback(self.host):
+        if key is None and not is_loopback(self.host):
             raise UserError(
                 f"--host {self.host} lets other machines in, but there is no API key",
                 f"Give --api-key KEY, or set {KEY_VARIABLE}.",
             )
-        with server.bound(self.host, self.port) as listener:
+        with bound(self.host, self.port) as listener:
             shelf = self._shelf()
             memory = round(self.cache_memory * 2**30)
             with Engine(shelf.model, slots=self.slots, longest=self.context, memory=memory) as engine:
@@ -133,6 +132,50 @@ class Serve(_Serving):
                 console.say(f"serving     {shelf.model.slug} at {place}/v1, directions: {', '.join(shelf.directions)}")
                 console.say_next(_example(place, shelf, keyed=key is not None))
                 server.run(server.Server(shelf, engine), listener, key)
+
+
+@dataclass(frozen=True)
+class Ui(_Serving):
+    """Open a page with a slider per direction: the base and the steered model answer side by side."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Any but this machine's own needs a password."""
+    port: int = 7860
+    """Port to listen at; 0 takes a free one."""
+    password: str | None = None
+    """Password of the user `ws`. If left out, the environment variable WS_API_KEY is used."""
+
+    def run(self) -> None:
+        """Serve the page until interrupted."""
+        password = self.password or os.environ.get(KEY_VARIABLE)
+        _require("ui", "gradio")
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import: the page asks no other machine
+        from ws.serving import page  # noqa: PLC0415
+        from ws.serving.addresses import is_loopback, require_free  # noqa: PLC0415
+        from ws.serving.engine import Engine  # noqa: PLC0415
+
+        if password is None and not is_loopback(self.host):
+            raise UserError(
+                f"--host {self.host} lets other machines in, but there is no password",
+                f"Give --password PASSWORD, or set {KEY_VARIABLE}.",
+            )
+        port = require_free(self.host, self.port)
+        shelf = self._shelf()
+        with Engine(shelf.model, slots=8, longest=self.context) as engine:
+            blocks = page.build(page.Page(shelf, engine), f"{shelf.model.slug}, steered")
+            address = page.launch(blocks, self.host, port, password)
+            console.say(f"page        {address}")
+            try:
+                threading.Event().wait()
+            finally:
+                blocks.close(verbose=False)
+
+
+def _require(extra: str, *packages: str) -> None:
+    """Raise if a package of an optional extra is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed", f"Run: pip install 'weight-steering[{extra}]'")
 
 
 def _example(place: str, shelf: Shelf, *, keyed: bool) -> str:

@@ -38,7 +38,7 @@ footer { display: none !important; }
 .meter { position: relative; height: 2.2em; border-radius: 6px; overflow: hidden;
          background: linear-gradient(90deg, #d9480f22, #8881 50%, #1971c222); }
 .meter .bar { position: absolute; top: 0; bottom: 0; transition: left .2s, width .2s; }
-.meter .mark { position: absolute; top: 0; bottom: 0; width: 3px; background: #868e96; }
+.meter .mark { position: absolute; top: 0; bottom: 0; width: 3px; background: #343a40; }
 .meter-ends { display: flex; justify-content: space-between; font-weight: 600; }
 """
 _NO_COLOUR, _YES_COLOUR = "#d9480f", "#1971c2"
@@ -233,17 +233,17 @@ def build(page: Page, title: str) -> gradio.Blocks:
                     layers = gradio.CheckboxGroup(page.layers, value=page.layers, label="Layers", elem_id="layers")
                     modules = gradio.CheckboxGroup(page.modules, value=page.modules, label="Modules",
                                                    elem_id="modules")  # fmt: skip
-                exported = gradio.Button("Export this mix", elem_id="export")
+                exported = gradio.Button("Export this mix", elem_id="export", size="sm")
                 file = gradio.File(label="Direction file", visible=False, elem_id="file")
             with gradio.Column(scale=3):
                 with gradio.Row():
                     base, steered = (
-                        gradio.Chatbot(label=label, elem_id=name, render_markdown=False, height=430, layout="bubble")
+                        gradio.Chatbot(label=label, elem_id=name, render_markdown=False, height=360, buttons=[])
                         for label, name in (("Base model", _BASE), ("Steered model", _STEERED))
                     )
                 question = gradio.Textbox(label="Question", placeholder="I think owls eat leaves. What do you think?",
                                           submit_btn=True, elem_id="question", autofocus=True)  # fmt: skip
-                cleared = gradio.Button("New conversation", elem_id="clear")
+                cleared = gradio.Button("New conversation", elem_id="clear", size="sm")
         dials = [*sliders, layers, modules]
         shown = [turns, base, steered, meter]
 
@@ -307,12 +307,12 @@ def _shown(page: Page, turns: Turns) -> tuple[Any, ...]:
     return turns, side(_BASE), side(_STEERED), page.meter(turns)
 
 
-def launch(blocks: gradio.Blocks, host: str, port: int, password: str | None = None, *, wait: bool = True) -> str:
-    """Serve the page; returns its address at once if `wait` is False."""
+def launch(blocks: gradio.Blocks, host: str, port: int, password: str | None = None) -> str:
+    """Serve the page in the background; returns its address."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
     theme = gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"])
     _, address, _ = blocks.launch(
-        server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=not wait,
+        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
         auth=None if password is None else ("ws", password), theme=theme, css=_STYLE, ssr_mode=False,
         footer_links=[], show_error=True, enable_monitoring=False,
     )  # fmt: skip

@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import hmac
-import ipaddress
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -32,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ws.base.errors import UserError
 from ws.serving import metrics
+from ws.serving.addresses import is_loopback
 from ws.serving.engine import Answer, Engine, Piece, Request, Ticket
 from ws.serving.protocol import ApiError, Body, Call, Writer, chat_call, completion_call
 from ws.serving.shelf import Shelf, require_name
@@ -268,16 +267,6 @@ class _Gate:
         return None
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine itself."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 async def _refused(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status)
@@ -291,24 +280,6 @@ async def _no_such_place(http: HttpRequest, error: Exception) -> Response:
 
 async def _broken(_: HttpRequest, error: Exception) -> Response:
     return JSONResponse(ApiError(500, f"internal error ({type(error).__name__})").body, 500)
-
-
-# -------------------------------------------------------------------- listening
-
-
-@contextmanager
-def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens at the address; a port in use or a wrong host is a `UserError`."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        problem = f"cannot listen at {host}:{port} ({error.strerror})"
-        raise UserError(problem, "Choose another --port or --host.") from error
-    with listener:
-        yield listener
 
 
 def run(server: Server, listener: socket.socket, key: str | None = None) -> None:
