@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_base_and_steered_answers_stream_side_by_side(page: Page) -> None:
     assert last.base.strip() == alone({})
     assert last.steered.strip() == alone({directions["left"]: 1.0, directions["right"]: -0.4})
     assert last.base != last.steered
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         assert after[-1].base.startswith(before[-1].base) and after[-1].steered.startswith(before[-1].steered)
 
 

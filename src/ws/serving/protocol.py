@@ -1,8 +1,9 @@
 """OpenAI's protocol: request bodies to engine requests, answers to response bodies, problems to error bodies.
 
-Two additions: `steer`, the strengths of a request, as an object {"sycophancy": -0.8} or a mix expression; and model
-names that hold them, `pocket@sycophancy=-0.8` or `pocket@0.3 honesty - 0.2 sycophancy`. Responses repeat the strengths
-that were applied. An argument that is not known is refused: a misspelled one must not be ignored in silence.
+Additions: `steer`, the strengths of a request, as an object {"sycophancy": -0.8} or a mix expression; model names that
+hold them, `pocket@sycophancy=-0.8` or `pocket@0.3 honesty - 0.2 sycophancy`; `ignore_eos`, as in vLLM. Responses repeat
+the strengths that were applied. An argument that is not known is refused: a misspelled one must not be ignored in
+silence.
 """
 
 from __future__ import annotations
@@ -36,7 +37,19 @@ _ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,), "suffix": ("",), "reasoning_effort": ("none",),
 }  # fmt: skip
 """Arguments that are accepted only with a value that changes nothing."""
-_SHARED = {"model", "temperature", "top_p", "n", "seed", "stop", "stream", "max_tokens", "logprobs", "steer"}
+_SHARED = {
+    "model",
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "stop",
+    "stream",
+    "max_tokens",
+    "logprobs",
+    "steer",
+    "ignore_eos",
+}
 _CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 _COMPLETION = _SHARED | {"prompt"}
 
@@ -183,6 +196,7 @@ def _call(
             prompt, strengths, max_tokens=limit, temperature=body.number("temperature", 1.0, 0, 2),
             top_p=body.number("top_p", 1.0, 1e-6, 1), seed=secrets.randbits(62) if seed is None else seed,
             key=str(choice), stops=_stops(body.get("stop")), top=top, continues=not is_chat,
+            ends=frozenset() if body.flag("ignore_eos") else None,
         )
         for prompt in prompts
         for choice in range(choices)
