@@ -33,7 +33,11 @@ def serving(stored: Sequence[Mapping[str, Any]]) -> str:
     threads, tokens = stored[0]["threads"], stored[0]["tokens"] // stored[0]["requests"]
     head = ["model", "tokens per second", "ws serve", "llama.cpp"]
     note = (
-        f"Medians of rounds in turn, with their range; {tokens} tokens per answer, fp32, {threads} thread per server, on "
-        "a machine that did other work too: only ratios mean something."
+        f"Medians of rounds in turn, with their range; {tokens} tokens per answer, fp32, {threads} thread per server, "
+        "on a machine that did other work too: only ratios mean something."
     )
     return "\n".join([table(head, lines), "", *notes, "", note])
+
+
+def _speed(row: Mapping[str, Any]) -> str:
+    return f"{row['tokens_per_second']:.0f} ({row['least']:.0f}-{row['most']:.0f})"
