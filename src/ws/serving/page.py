@@ -201,7 +201,7 @@ class Page:
         share, mark = 100 * steered.share, 100 * base.share
         left, colour = (50.0, _YES_COLOUR) if share >= 50 else (share, _NO_COLOUR)
         told = (
-            f"steered: Yes {100 * steered.yes:.0f} %, No {100 * steered.no:.0f} % &nbsp; "
+            f"steered: Yes {100 * steered.yes:.0f} %, No {100 * steered.no:.0f} %<br>"
             f"base: Yes {100 * base.yes:.0f} %, No {100 * base.no:.0f} %"
         )
         return (
@@ -277,7 +277,8 @@ def build(page: Page, title: str) -> gradio.Blocks:
                   trigger_mode="multiple", **open_to_all)  # fmt: skip
         expression.submit(mixed, expression, sliders, api_name="mix", **open_to_all)
         exported.click(export, dials, file, api_name="export", **open_to_all)
-        cleared.click(lambda: _shown(page, ()), None, shown, api_name="clear", **open_to_all)
+        gradio.on([cleared.click, base.clear, steered.clear], lambda: _shown(page, ()), None, shown, api_name="clear",
+                  **open_to_all)  # fmt: skip
     return blocks
 
 
