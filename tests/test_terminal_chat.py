@@ -52,8 +52,8 @@ class Typed:
 
     def __call__(self, *lines: str, alpha: float = 1.0) -> tuple[str, str]:
         out, errors = io.StringIO(), io.StringIO()
-        self._patch.setattr(console._out, "file", out)
-        self._patch.setattr(console._err, "file", errors)
+        self._patch.setattr(console._out, "_file", out)
+        self._patch.setattr(console._err, "_file", errors)
         with Engine(self.shelf.model, slots=2) as engine:
             Conversation(self.shelf, engine, {"left": alpha}, max_tokens=24).run(lines)
         return out.getvalue(), errors.getvalue()
@@ -124,7 +124,7 @@ def test_quit_ends_and_help_lists_every_command(typed: Typed) -> None:
 
 def test_control_characters_of_a_model_are_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(console._out, "file", out)
+    monkeypatch.setattr(console._out, "_file", out)
     console.write("a\x1b[2Jb\u202ec\n\td\x07é漢")
     assert out.getvalue() == "a\\x1b[2Jb\\u202ec\n\td\\x07é漢"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import gradio
 
@@ -215,6 +215,7 @@ class Page:
 # -------------------------------------------------------------------- the page itself
 
 
+@no_type_check  # gradio must see that its handlers are generators; a checked function does not show it
 def build(page: Page, title: str) -> gradio.Blocks:
     """The page. Events by name: `ask`, `turn`, `mix`, `export`."""
     with gradio.Blocks(title=title, analytics_enabled=False, fill_width=True) as blocks:
