@@ -205,6 +205,8 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "pocket", "messages": HELLO, "steer": [1]}, 400, "steer must be like"),
     ({"model": "pocket", "messages": HELLO, "steer": "left left"}, 400, "no + or - before"),
     ({"model": "pocket", "messages": HELLO, "steer": {"left": 1e999}}, 400, "finite"),
+    ({"model": "pocket", "messages": HELLO, "steer": {"left": 10**400}}, 400, "too large"),
+    ({"model": "pocket", "messages": HELLO, "steer": {"left": 1e30}}, 400, "from -1000 to 1000"),
     ({"model": "pocket", "messages": HELLO, "steeer": {"left": 1}}, 400, "'steeer'"),
     ({"model": "pocket"}, 400, "messages must be a list"),
     ({"model": "pocket", "messages": []}, 400, "messages must be a list"),

@@ -11,7 +11,6 @@ from any thread.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,11 @@ PROMPT_TOKENS = 1024
 """Most prompt tokens (padding included) of one pass, so that running answers never wait long for a new prompt."""
 LONGEST = 4096
 """Most tokens of prompt and answer, if the model allows more."""
+
+STRONGEST = 1000.0
+"""Largest strength; far beyond any use, and far from the limits of the number format."""
+LEAST_LOGPROB = -9999.0
+"""What a log-probability of minus infinity is told as, because JSON has no infinity."""
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -259,8 +263,8 @@ class Engine:
         if limit is not None and limit < 1:
             raise UserError(f"max_tokens is {limit}", "Give 1 or more.")
         for direction, alpha in request.strengths.items():
-            if not math.isfinite(alpha):
-                raise UserError(f"a strength is {alpha}", "Give a finite number.")
+            if not abs(alpha) <= STRONGEST:
+                raise UserError(f"a strength is {alpha}", f"Give a number from {-STRONGEST:g} to {STRONGEST:g}.")
             if direction not in self._known:
                 require_turnable(self.model, direction)
                 self._known.add(direction)
@@ -376,7 +380,7 @@ class Engine:
                 for direction, alpha in row.items():
                     if alpha:
                         of_row[self._mounted[direction]] = alpha
-            self._dial.turn(torch.tensor(numbers, device=self.model.device))
+            self._dial.turn(torch.tensor(numbers, dtype=torch.float32, device=self.model.device))
 
     def _take(self, rows: Sequence[_Row], logits: Float[Tensor, "rows vocabulary"]) -> None:
         """Choose the next token of every row and deliver it."""
@@ -453,8 +457,9 @@ class ContextError(UserError):
 def _told(token: int, logprobs: Tensor | None, top: int | None) -> Token:
     if logprobs is None or top is None:
         return Token(token)
-    values, ids = logprobs.topk(min(top, len(logprobs)))
-    return Token(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    values, ids = logprobs.clamp(min=LEAST_LOGPROB).topk(min(top, len(logprobs)))
+    own = max(LEAST_LOGPROB, float(logprobs[token]))
+    return Token(token, own, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _most_tokens(model: ChatModel) -> int:

@@ -297,12 +297,13 @@ def _told(answers: Callable[[], Iterator[Turns]]) -> Iterator[Turns]:
 
 def _shown(page: Page, turns: Turns) -> tuple[Any, ...]:
     def side(name: str) -> list[dict[str, str]]:
+        # escaped, because the component would render tags: an image in an answer must not be loaded, but shown as text
         return [
             message
             for turn in turns
             for message in (
-                {"role": "user", "content": turn.question},
-                {"role": "assistant", "content": getattr(turn, name)},
+                {"role": "user", "content": html.escape(turn.question, quote=False)},
+                {"role": "assistant", "content": html.escape(getattr(turn, name), quote=False)},
             )
         ]
 

@@ -224,7 +224,10 @@ def _steer(model: str, given: Any, shelf: Shelf) -> dict[str, float]:
     if not isinstance(given, dict) or any(type(value) not in (int, float) for value in given.values()):
         raise ApiError(400, 'steer must be like {"sycophancy": -0.8}, or a mix like "0.3 honesty - 0.2 sycophancy"',
                        "steer")  # fmt: skip
-    return {name: float(value) for name, value in given.items()}
+    try:
+        return {name: float(value) for name, value in given.items()}
+    except OverflowError:
+        raise ApiError(400, "a strength in steer is too large; give a finite number", "steer") from None
 
 
 def _named_strengths(text: str) -> dict[str, float]:
