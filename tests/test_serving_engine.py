@@ -170,6 +170,18 @@ def test_a_direction_that_is_loaded_again_is_another_key(qwen: ChatModel) -> Non
     assert key_of({one: 0.0}) == key_of({}) == frozenset()
 
 
+def test_a_direction_that_is_unloaded_leaves_nothing_behind(qwen: ChatModel) -> None:
+    direction, hooks = direction_of(qwen), hook_count(qwen.network)
+    request = Request(prompt_of(qwen, 1, 24), {direction: 1.0}, max_tokens=4, ends=NEVER)
+    with Engine(qwen) as engine:
+        wanted = ids(engine.answer(request))
+        assert engine.kept_bytes > 0 and hook_count(qwen.network) > hooks
+        engine.forget(direction)
+        engine.answer(Request(prompt_of(qwen, 2, 4), max_tokens=1, ends=NEVER))
+        assert engine.kept_bytes == 0 and hook_count(qwen.network) == hooks
+        assert ids(engine.answer(request)) == wanted  # who still holds the direction may ask for it again
+
+
 def test_prefixes_forget_the_oldest_and_what_a_direction_made(qwen: ChatModel) -> None:
     direction = direction_of(qwen)
     states = States([torch.zeros(2, 16, 4)], [torch.zeros(2, 16, 4)])

@@ -184,6 +184,7 @@ class Engine:
         self._prefixes = Prefixes(model.cache_memory if memory is None else memory)
         self._rows: list[_Row] = []
         self._waiting: deque[Ticket] = deque()
+        self._forgotten: deque[Direction] = deque()
         self._known: set[Direction] = set()
         self._mounted: dict[Direction, int] = {}
         self._dial: Dial | None = None
@@ -251,7 +252,9 @@ class Engine:
     def forget(self, direction: Direction) -> None:
         """Drop what is kept of a direction that nobody will ask for again. Running requests keep it to their end."""
         self._known.discard(direction)
-        self._prefixes.forget(direction)
+        with self._changed:
+            self._forgotten.append(direction)
+            self._changed.notify()
 
     def _require_answerable(self, request: Request) -> None:
         limit, room = request.max_tokens, self.longest - len(request.prompt)
@@ -274,7 +277,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._closing or self._rows or self._waiting):
+                while not (self._closing or self._rows or self._waiting or self._forgotten):
                     self._changed.wait()
                 if self._closing:
                     break
@@ -289,11 +292,21 @@ class Engine:
     @torch.no_grad()
     def round(self) -> None:
         """One round; see the module's description."""
+        while self._forgotten:
+            self._drop(self._forgotten.popleft())
         for row in [row for row in self._rows if row.ticket.cancelled]:
             self._end(row, "cancelled")
         self._admit()
         if self._rows:
             self._go_on()
+
+    def _drop(self, direction: Direction) -> None:
+        """Forget what was computed with a direction, and take it off the model unless a running request has it."""
+        self._prefixes.forget(direction)
+        if direction in self._mounted and not any(direction in row.request.strengths for row in self._rows):
+            assert self._dial is not None
+            self._dial.remove()
+            self._dial, self._mounted = None, {}
 
     def _admit(self) -> None:
         free = self._slots.count - len(self._rows)
@@ -443,9 +456,10 @@ class Engine:
 
     def _fail(self, problem: str) -> None:
         """End everything that runs or waits."""
-        tickets = [*(row.ticket for row in self._rows), *self._waiting]
+        tickets = [row.ticket for row in self._rows]
         self._rows.clear()
-        self._waiting.clear()
+        while self._waiting:
+            tickets.append(self._waiting.popleft())
         for ticket in tickets:
             self._close(ticket, Piece(finish="error", problem=problem))
 
