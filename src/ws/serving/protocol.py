@@ -345,19 +345,24 @@ class Writer:
         if self.call.requests[index].top is None:
             return None
         if self.call.is_chat:
-            return {"content": [
-                {**self._token(token.id, token.logprob), "top_logprobs": [self._token(*one) for one in token.likeliest]}
-                for token in tokens
-            ], "refusal": None}  # fmt: skip
+            return {"content": told_logprobs(tokens, self._tokenizer), "refusal": None}
         texts = [self._text(token.id) for token in tokens]
         offsets = [start + sum(map(len, texts[:number])) for number in range(len(texts))]
         likeliest = [{self._text(one): value for one, value in token.likeliest} for token in tokens]
         return {"tokens": texts, "token_logprobs": [token.logprob for token in tokens], "top_logprobs": likeliest,
                 "text_offset": offsets}  # fmt: skip
 
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
     def _text(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
+
+
+def told_logprobs(tokens: Sequence[Token], tokenizer: Any) -> list[dict[str, Any]]:
+    """The log-probabilities of an answer's tokens as OpenAI writes them."""
+
+    def told(token: int, logprob: float | None) -> dict[str, Any]:
+        text = str(tokenizer.decode([token]))
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return [
+        {**told(token.id, token.logprob), "top_logprobs": [told(*one) for one in token.likeliest]} for token in tokens
+    ]
