@@ -24,11 +24,12 @@ def serving(stored: Sequence[Mapping[str, Any]]) -> str:
                 [model, told, *(f"{r['tokens_per_second']:.0f} ({r['least']:.0f}-{r['most']:.0f})" for r in rows)]
             )
         per_second = {key: row["tokens_per_second"] for key, row in speeds.items()}
-        mixed = per_second["ws", "mixed"]
+        mixed, alone = per_second["ws", "mixed"], per_second["ws", "alone"]
         notes.append(
             f"- {model}: mixed strengths run at {mixed / per_second['ws', 'base']:.2f} of the speed without strengths, "
-            f"{mixed / per_second['ws', 'alone']:.1f} times as fast as one at a time, and "
-            f"{mixed / per_second['llama.cpp', 'mixed']:.1f} times as fast as llama.cpp's server on the same requests."
+            f"{mixed / alone:.1f} times as fast as one at a time, and {mixed / per_second['llama.cpp', 'mixed']:.1f} "
+            "times as fast as llama.cpp's server on the same requests. One at a time, llama.cpp is "
+            f"{per_second['llama.cpp', 'alone'] / alone:.1f} times as fast."
         )
     threads, tokens = stored[0]["threads"], stored[0]["tokens"] // stored[0]["requests"]
     head = ["model", "tokens per second", "ws serve", "llama.cpp"]
