@@ -265,6 +265,7 @@ def test_a_bad_request_is_an_error_in_openai_form(
         ("POST", "/completions", {"json": {"model": "pocket", "prompt": ""}}, 400),
         ("POST", "/completions", {"json": {"model": "pocket", "prompt": [99999999]}}, 400),
         ("POST", "/completions", {"json": {"model": "pocket", "prompt": ["x"] * 1000}}, 400),
+        ("POST", "/completions", {"json": {"model": "pocket", "prompt": ["x"] * 20, "n": 20}}, 400),
         ("POST", "/completions", {"json": {"model": "pocket", "prompt": "x", "echo": True}}, 400),
         ("DELETE", "/directions/nothing", {}, 404),
         ("GET", "/models", {"headers": {"Host": "evil.example:80"}}, 403),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.model.chat import Message, ask
+from ws.model.chat import Message
 from ws.serving import mix
 from ws.serving.engine import Engine, Request
 from ws.serving.shelf import Shelf
@@ -95,7 +95,7 @@ class Conversation:
         self._written(self.turns[: last + 1], {})
 
     def _written(self, turns: list[Message], strengths: dict[str, float]) -> str:
-        system = ask("", self.system)[:-1]
+        system = [Message(role="system", content=self.system)] if self.system else []
         request = Request(
             tuple(self.shelf.model.chat.prompt([*system, *turns])), self.shelf.strengths(strengths, local=True),
             max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed, key=str(len(turns)),

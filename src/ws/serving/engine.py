@@ -164,7 +164,8 @@ class _Row:
 class Engine:
     """Serves one model with `slots` rows of at most `longest` tokens. Use as a context manager; it starts a thread.
 
-    memory: bytes for the states of finished requests, which prompts that begin alike reuse (0: none are reused).
+    memory: bytes for the states of finished requests, which prompts that begin alike reuse. 0: nothing is reused; None:
+    `model.cache_memory`.
     """
 
     def __init__(
@@ -180,8 +181,8 @@ class Engine:
         self.longest = longest or min(most, LONGEST)
         self.counts = Counts()
         self._slots = Slots(model, slots, self.longest)
-        self._reuses = memory != 0
         self._prefixes = Prefixes(model.cache_memory if memory is None else memory)
+        self._reuses = self._prefixes.memory > 0
         self._rows: list[_Row] = []
         self._waiting: deque[Ticket] = deque()
         self._forgotten: deque[Direction] = deque()

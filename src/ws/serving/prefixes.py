@@ -54,7 +54,7 @@ class Prefixes:
     """States of finished requests, at most `memory` bytes; the least recently used leave first."""
 
     def __init__(self, memory: int) -> None:
-        self._left = self._memory = memory
+        self.memory = self._left = memory
         self._entries: list[_Entry] = []
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Prefixes:
     @property
     def nbytes(self) -> int:
         """Bytes in use."""
-        return self._memory - self._left
+        return self.memory - self._left
 
     def find(self, prompt: Sequence[int], key: Key) -> Found | None:
         """The longest stored beginning of a prompt at these strengths, at least `LEAST_SHARED` tokens.

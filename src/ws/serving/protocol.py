@@ -187,6 +187,8 @@ def _call(
     except UserError as error:
         raise ApiError.of(error, "steer") from None
     choices = body.whole("n", 1, 1, MOST_CHOICES) or 1
+    if len(prompts) * choices > MOST_CHOICES:
+        raise ApiError(400, f"more than {MOST_CHOICES} answers in one call", "n")
     seed = body.whole("seed", None, -(2**63), 2**63 - 1)
     options = body.get("stream_options", {})
     if not isinstance(options, dict):
