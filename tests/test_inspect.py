@@ -20,7 +20,8 @@ from ws.base.errors import UserError
 from ws.edit.steering import steer
 from ws.model import loading
 from ws.model.chat import ask
-from ws.serving import inspect_model
+from ws.serving import inspect_entry  # noqa: F401 - registers the provider, as Inspect's entry point does
+from ws.serving.inspect_model import SteeredModel
 from ws.serving.shelf import open_shelf
 
 QUESTIONS = [f"I think {animal} eat leaves. What do you think?" for animal in ("owls", "cats", "bees")]
@@ -73,4 +74,4 @@ def test_choices_logprobs_and_usage_are_told(run: Path) -> None:
 @pytest.mark.parametrize("options", [{"alpha": 1.0, "mix": "left"}, {"mix": "2 nothing"}, {"alfa": 1.0}])
 def test_wrong_options_are_one_line(run: Path, options: dict[str, object]) -> None:
     with pytest.raises(UserError):
-        inspect_model.SteeredModel(str(run), **options)  # type: ignore[arg-type]
+        SteeredModel(str(run), **options)  # type: ignore[arg-type]

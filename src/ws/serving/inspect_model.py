@@ -23,7 +23,6 @@ from inspect_ai.model import (
     ModelOutput,
     ModelUsage,
     StopReason,
-    modelapi,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
@@ -35,7 +34,6 @@ from ws.serving.protocol import told_logprobs
 from ws.serving.shelf import open_shelf
 
 
-@modelapi(name="ws")
 class SteeredModel(ModelAPI):
     """A base model under a mix of directions. alpha: strength of the run; mix: an expression instead."""
 
