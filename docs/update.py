@@ -29,6 +29,7 @@ from blocks import checks, comparisons, location, rebuilds, runs, smollm2
 from blocks.alignment import alignment
 from blocks.fast_paths import fast_paths
 from blocks.llama_cpp import llama_cpp
+from blocks.serving import serving
 
 from ws.base.records import plain, restore
 from ws.base.store import content_key
@@ -53,6 +54,7 @@ ACROSS = RESULTS / "comparisons.json"
 ALIGNMENT = RESULTS / "alignment.json"
 PATHS = RESULTS / "fast-paths.json"
 LLAMA_CPP = RESULTS / "llama-cpp.json"
+SERVING = RESULTS / "serving.json"
 REAL = RESULTS / "smollm2"
 REAL_SWEEP = REAL / "sweep.json"
 REAL_COMPARED = REAL / "sycophancy-compare"
@@ -145,6 +147,11 @@ def stored_agreements() -> list[dict[str, Any]]:
     return json.loads(LLAMA_CPP.read_text()) if LLAMA_CPP.is_file() else []
 
 
+def stored_throughputs() -> list[dict[str, Any]]:
+    """Throughput of servers at mixed strengths; empty before the first measurement."""
+    return json.loads(SERVING.read_text()) if SERVING.is_file() else []
+
+
 def stored_real() -> dict[str, dict[str, Any]]:
     """The summaries of runs on SmolLM2 by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("*-seed*.json"))}
@@ -206,6 +213,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-contrast": lambda: _made(comparisons.contrast, stored_comparison(REAL_COMPARED)),
     "smollm2-search": lambda: smollm2.search(stored_search()),
     "llama-cpp": lambda: llama_cpp(stored_agreements()),
+    "serving": lambda: serving(stored_throughputs()),
 }
 
 

@@ -239,7 +239,7 @@ DRAWS = 20_000
 
 def drawn(sampling: Sampling, logits: torch.Tensor = LOGITS) -> np.ndarray:
     draws = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tokens = generate._draw(logits.expand(DRAWS, -1), draws, sampling)
+    tokens = generate.draw(logits.expand(DRAWS, -1), draws, sampling)
     return np.bincount(tokens.numpy(), minlength=len(logits))
 
 
@@ -329,7 +329,7 @@ def test_no_draw_leaves_the_limits(
 ) -> None:
     row = torch.tensor([logits], dtype=torch.float32)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    (token,) = generate._draw(row, torch.tensor([draw], dtype=torch.float64), sampling).tolist()
+    (token,) = generate.draw(row, torch.tensor([draw], dtype=torch.float64), sampling).tolist()
     probabilities = (row[0] / temperature).double().softmax(-1)
     # logits that differ by less than fp32 resolves are as likely as each other
     likelier = probabilities > probabilities[token] * (1 + 1e-6)
@@ -347,22 +347,22 @@ def test_no_draw_leaves_the_limits(
 @settings(max_examples=50, deadline=None)
 def test_temperature_zero_takes_the_likeliest_whatever_the_draw(logits: list[float], draw: float) -> None:
     row = torch.tensor([logits], dtype=torch.float32)
-    (token,) = generate._draw(row, torch.tensor([draw], dtype=torch.float64), Sampling(temperature=0)).tolist()
+    (token,) = generate.draw(row, torch.tensor([draw], dtype=torch.float64), Sampling(temperature=0)).tolist()
     assert row[0, token] == row.max()
 
 
 def test_every_row_uses_its_own_draw_and_its_own_logits() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]))
     draws = torch.tensor([[0.4, 0.4, 0.4], [0.6, 0.6, 0.6]], dtype=torch.float64)
-    assert generate._draw(logits, draws[0], WARM).tolist() == [0, 1, 0]
-    assert generate._draw(logits, draws[1], WARM).tolist() == [1, 2, 2]
+    assert generate.draw(logits, draws[0], WARM).tolist() == [0, 1, 0]
+    assert generate.draw(logits, draws[1], WARM).tolist() == [1, 2, 2]
 
 
 def test_random_streams_are_uniform_and_belong_to_key_and_seed() -> None:
-    numbers = torch.cat([generate._uniforms(f"row/{number}", 0, 50) for number in range(100)])
+    numbers = torch.cat([generate.uniforms(f"row/{number}", 0, 50) for number in range(100)])
     assert scipy_stats.kstest(numbers.numpy(), "uniform").pvalue > 1e-4
-    assert torch.equal(generate._uniforms("a", 1, 20), generate._uniforms("a", 1, 20))
-    assert len({float(generate._uniforms(key, seed, 1)) for key in "abc" for seed in range(4)}) == 12
+    assert torch.equal(generate.uniforms("a", 1, 20), generate.uniforms("a", 1, 20))
+    assert len({float(generate.uniforms(key, seed, 1)) for key in "abc" for seed in range(4)}) == 12
 
 
 # ---------------------------------------------------------------- settings and plan

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ws.algebra import spectrum
+from ws.algebra import hub, spectrum
 from ws.algebra.delta import BaseTerm, Delta
 from ws.base.errors import BaseMismatchError, UserError
 from ws.base.store import atomic_file, canonical_json, content_key, tensors_key
@@ -236,6 +237,26 @@ class Direction:
         with atomic_file(Path(path)) as temporary:
             # only one key: several would be written in random order, and equal directions must give equal bytes
             save_file(self._tensors(), temporary, metadata={HEADER_KEY: canonical_json(header)})
+
+    def push_to_hub(
+        self, repo: str, *, private: bool = False, token: str | None = None, endpoint: str | None = None
+    ) -> str:
+        """Upload the direction with a model card to a repository of the Hugging Face hub; returns the commit's address.
+
+        The repository is made if it does not exist. token, endpoint: huggingface_hub's own defaults if None.
+        """
+        facts = {"parameters": str(len(self.deltas)), "layers": _span(self.layer_numbers), "rank": f"<= {self.rank}"}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / hub.FILE)
+            (Path(folder) / "README.md").write_text(hub.card(self.provenance, self.base, facts), encoding="utf-8")
+            return hub.upload(Path(folder), repo, private=private, token=token, endpoint=endpoint)
+
+    @classmethod
+    def from_pretrained(
+        cls, place: str | Path, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None
+    ) -> Direction:
+        """Load a direction from a repository of the hub, a folder that holds `direction.safetensors`, or a file."""
+        return cls.load(hub.find(place, revision=revision, token=token, endpoint=endpoint))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """All stored tensors by their names in the file."""

@@ -48,6 +48,13 @@ def say(text: str = "", style: str = "") -> None:
         _out.print(Text(text, style=style))
 
 
+def write(text: str) -> None:
+    """Print a piece of a text as it arrives, without a line end. Control characters are shown, never obeyed."""
+    shown = "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
+    _out.file.write(shown)
+    _out.file.flush()
+
+
 def command(*words: object) -> str:
     """A `ws` command, quoted so that it can be pasted into a shell."""
     return shlex.join(["ws", *map(str, words)])

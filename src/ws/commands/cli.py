@@ -24,6 +24,7 @@ from ws.commands.comparisons import Ablate, Calibrate, Compare, Generalise, Swee
 from ws.commands.converting import Convert
 from ws.commands.embedded import Pocket
 from ws.commands.results import Export, Report, Show
+from ws.commands.serving import Chat, Serve, Ui
 from ws.commands.stages import Data, Diff, Eval, Replicate, Smoke, Subspace, Train
 
 Command = (
@@ -43,6 +44,9 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Chat, subcommand("chat")]
+    | Annotated[Serve, subcommand("serve")]
+    | Annotated[Ui, subcommand("ui")]
     | Annotated[Pocket, subcommand("pocket")]
     | Annotated[BehaviourCommand, subcommand("behaviour")]
 )

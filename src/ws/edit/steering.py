@@ -151,6 +151,12 @@ def network_of(model: ChatModel | nn.Module) -> nn.Module:
 # -------------------------------------------------------------------- checks
 
 
+def require_fits(network: nn.Module, direction: Direction) -> None:
+    """Raise unless the direction belongs to this base and its shapes are those of the parameters."""
+    _require_base(direction, network, "refuse")
+    _require_parameters({name: [(delta, 1.0)] for name, delta in direction.deltas.items()}, network)
+
+
 _pristine: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 """Base values of the parameters that are currently edited, by network and name."""
 

@@ -147,8 +147,8 @@ def _sample_batch(
     owner = torch.repeat_interleave(rows_of_prompts, copies)
     cache = sample_cache.for_samples(prompts, owner, sampling.max_new_tokens)
     logits, mask = logits[owner], mask[owner]
-    uniforms = torch.stack([_uniforms(key, seed, sampling.max_new_tokens) for r in requests for key in r.keys])
-    uniforms = uniforms.to(device)
+    drawn = torch.stack([uniforms(key, seed, sampling.max_new_tokens) for r in requests for key in r.keys])
+    drawn = drawn.to(device)
     written: list[list[int]] = [[] for _ in range(len(owner))]
     ended: list[int | None] = [None] * len(owner)
     rows = torch.arange(len(owner), device=device)  # the sample of every row of the batch
@@ -158,7 +158,7 @@ def _sample_batch(
     with ExitStack() as stack:
         stack.enter_context(edited(owner.tolist()))
         for step in range(sampling.max_new_tokens):
-            tokens = _draw(logits, uniforms[rows, step], sampling)
+            tokens = draw(logits, drawn[rows, step], sampling)
             stopped = torch.isin(tokens, stops)
             for row, token, lives, stop in zip(*(one.tolist() for one in (rows, tokens, alive, stopped)), strict=True):
                 if lives and stop:
@@ -199,13 +199,15 @@ def _next_logits(
     )
 
 
-def _uniforms(key: str, seed: int, count: int) -> Float[Tensor, " count"]:
+def uniforms(key: str, seed: int, count: int) -> Float[Tensor, " count"]:
+    """The uniform numbers of a sample, one per token; fp64."""
     return torch.rand(count, generator=keyed_random.generator(f"{seed}|{key}"), dtype=torch.float64)
 
 
-def _draw(
+def draw(
     logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"], sampling: Sampling
 ) -> Int[Tensor, " rows"]:
+    """The next token of every row: the inverse of its cumulative distribution at its uniform number."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
