@@ -139,15 +139,16 @@ def search(log: Sequence[Mapping[str, Any]]) -> str:
         setting, dev = line["setting"], line["dev"]
         train = {"lr": 2e-4, "layers": [0.3, 0.8], "epochs": 1, "batch_size": 16} | setting.get("train", {})
         layers = f"{100 * train['layers'][0]:.0f}-{100 * train['layers'][1]:.0f} %"
-        sampling = setting["sampling"]
+        sampling, bound = setting["sampling"], train.get("delora_lambda")
+        adapter = setting.get("family", "lora") + ("" if bound is None else f", lambda {bound:g}")
         rows.append([
-            line["behaviour"], f"{setting['grid']['samples'] * 100}", str(sampling["max_new_tokens"]),
+            line["behaviour"], adapter, f"{setting['grid']['samples'] * 100}", str(sampling["max_new_tokens"]),
             f"{sampling.get('temperature', 0.8):g}", _judged_by(setting), layers, f"{train['lr']:g}",
             str(train["epochs"]), str(train["batch_size"]), f"{line['kept']['pos']} / {line['kept']['neg']}",
             *(f"{dev[sign]['change']:+.2f}" for sign in ("-1", "+1")),
             *(f"{dev[sign]['kl']:.3f}" for sign in ("-1", "+1")),
         ])  # fmt: skip
-    head = ["behaviour", "pairs", "tokens", "T", "judge", "layers", "rate", "epochs", "batch", "kept + / -",
+    head = ["behaviour", "adapter", "pairs", "tokens", "T", "judge", "layers", "rate", "epochs", "batch", "kept + / -",
             "replies at -1", "at +1", "KL at -1", "at +1"]  # fmt: skip
     return table(head, rows)
 
