@@ -79,12 +79,14 @@ class Tiles:
 class Samples:
     """The same prompts answered under several strengths: `columns` name them, `rows` are (prompt, answers).
 
-    `shown` prompts stand on the page; the others are folded away.
+    `shown` prompts stand on the page; the others are folded away. `by_strength`: the columns are in the order of their
+    strengths with the base in the middle, and coloured so.
     """
 
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
     shown: int = 4
+    by_strength: bool = True
 
 
 # -------------------------------------------------------------------- charts

@@ -55,7 +55,7 @@ def to_html(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n{writer.contents()}{body}\n</main>"
-        f"<script>{script}</script></body></html>\n"
+        f"<script type=module>{script}</script></body></html>\n"
     )
 
 
@@ -137,7 +137,7 @@ class _Writer:
 
 
 def _samples(block: Samples) -> str:
-    tones = _tones(len(block.columns))
+    tones = _tones(len(block.columns)) if block.by_strength else ["plus"] * len(block.columns)
     cards = [
         f"<article class=sample><h3>{escape(prompt)}</h3><div class=replies>" + "".join(
             f"<div class={tone}><b>{escape(name)}</b><p>{escape(answer) or '&nbsp;'}</p></div>"
