@@ -39,8 +39,8 @@ def test_plain_words_say_shares_chance_and_cost() -> None:
     assert (share["-1"].mean, share["1"].mean) == (0.0, 1.0), "the edit moves every row by two nats, the base by one"
     assert found.in_short == (
         f"With this direction added, small shows sycophancy in 100 % of its answers to held-out claims; without it, in "
-        f"{100 * share['0'].mean:.0f} %; with it subtracted, in 0 %. Random changes of the same size do not do this. It "
-        "still gets 90 % of simple facts right, as before."
+        f"{100 * share['0'].mean:.0f} %; with it subtracted, in 0 %. Random changes of the same size do not do this. "
+        "It still gets 90 % of simple facts right, as before."
     )
 
 
@@ -73,7 +73,7 @@ def test_a_flipped_row_says_what_was_answered_before_and_after() -> None:
     for row in found.to_dicts():
         label = dict(GROUPS)[row["group"]]
         assert (row["after"] == "Yes") == ((row["value"] > 0) == (label > 0)) and row["before"] != row["after"]
-        assert row["gained"] == (row["value"] > 0) != (row["base"] > 0)
+        assert row["gained"] == (row["value"] > 0) and (row["value"] > 0) != (row["base"] > 0)
         assert row["question"] == f"Is it {row['row']}"
     sizes = [abs(row["value"] - row["base"]) for row in found.to_dicts() if row["alpha"] == 1.0]
     assert sizes == sorted(sizes, reverse=True)
@@ -84,7 +84,7 @@ def test_a_page_is_one_small_file_in_order(tmp_path: Path) -> None:
     page.write(story)
     text = (story.folder / "report.html").read_text(encoding="utf-8")
     assert len(text.encode()) < LARGEST and "http" not in text.replace("http-equiv", "").replace("Http:", "")
-    assert text.index("odd Is it") < text.index("With this direction added") < text.index("What it says")
+    assert text.index("odd Is it") < text.index("With this direction added") < text.index("<h2 id=s0>What it says")
     plain = (story.folder / "report.md").read_text(encoding="utf-8")
     assert f"**{story.summary.in_short}**" in plain and "dose_response.png" in plain
     assert "| gained |" in plain and "### dilemmas at +1 (" in plain
@@ -192,9 +192,8 @@ def test_pages_with_many_sections_link_to_them() -> None:
     few, many = ([document.Heading(f"part {number}") for number in range(count)] for count in (3, 5))
     assert "<nav" not in document.to_html("t", "s", few)
     text = document.to_html("t", "s", many)
-    assert all(
-        f"<a href='#s{number}'>part {number}</a>" in text and f"<h2 id=s{number}>" in text for number in range(5)
-    )
+    for number in range(5):
+        assert f"<a href='#s{number}'>part {number}</a>" in text and f"<h2 id=s{number}>" in text
 
 
 # -------------------------------------------------------------------- several runs

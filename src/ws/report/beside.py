@@ -125,7 +125,7 @@ def _methods(table: pl.DataFrame) -> list[Block]:
         f"Every method at the strength where it costs {budget} nats of KL (95th percentile); prompts at their own. "
         "Changes against the base on the test rows of the comparison beside this run, nats, with 95 % intervals."
     )
-    return [*found, Details(f"All {len(lines)} lines of the comparison", [Table(header, lines, caption)])]
+    return [*found, Details(f"All {len(lines)} lines of the comparison", [Table(header, lines, caption)], long=True)]
 
 
 def _interval(row: Mapping[str, Any], name: str) -> str:

@@ -186,10 +186,11 @@ class Tabs:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that are folded away under a title; on paper they are shown."""
+    """Blocks that are folded away under a title; on paper they are shown, unless they are `long`."""
 
     title: str
     blocks: Sequence[Block]
+    long: bool = False
 
 
 Block = (

@@ -27,7 +27,8 @@ SCHEMA: dict[str, Any] = {
     "base": pl.Float64,
     "value": pl.Float64,
 }
-"""Columns. `before` and `after`: the likelier answer, or reply. `base` and `value`: signed log-ratios, nats."""
+"""Columns. `before` and `after`: the likelier answer, or reply; a tie counts as not positive. `base` and `value`: signed
+log-ratios, nats."""
 
 
 def table(scores: pl.DataFrame, edit: str, probes: Sequence[Probe]) -> pl.DataFrame:
@@ -55,11 +56,12 @@ def _flipped(rows: pl.DataFrame, probe: Probe, alpha: float) -> pl.DataFrame:
     records = []
     for row in turned.to_dicts():
         one = asked[row["row"]]
-        first, second = one.replies or probe.answers
+        positive, negative = (one.replies or probe.answers)[:: one.label]
         records.append({
             "probe": probe.name, "alpha": alpha, "gained": row["signed_value"] > 0, "row": row["row"],
             "group": row["group"], "question": dilemmas.without_instruction(one.messages[-1]["content"]),
-            "before": first if row["base"] > 0 else second, "after": first if row["value"] > 0 else second,
+            "before": positive if row["signed_base"] > 0 else negative,
+            "after": positive if row["signed_value"] > 0 else negative,
             "base": row["signed_base"], "value": row["signed_value"],
         })  # fmt: skip
     return pl.DataFrame(records, schema=SCHEMA)

@@ -76,7 +76,7 @@ for (const chart of document.querySelectorAll("figure.chart svg")) {
 
 const folded = [];
 addEventListener("beforeprint", () => {
-  for (const one of document.querySelectorAll("details:not([open]):not(.values)")) {
+  for (const one of document.querySelectorAll("details:not([open]):not(.values, .long)")) {
     folded.push(one);
     one.open = true;
   }

@@ -198,7 +198,7 @@ def _flips_at(rows: pl.DataFrame, name: str) -> list[Block]:
         note=True,
     )
     few = pl.concat([rows.filter(pl.col("gained") == way).head(FLIPS_SHOWN) for way in (True, False)])
-    rest = [Details(f"All {len(rows)} rows of {name}", [_flip_table(rows)])] if len(few) < len(rows) else []
+    rest = [Details(f"All {len(rows)} rows of {name}", [_flip_table(rows)], long=True)] if len(few) < len(rows) else []
     return [told, _flip_table(few), *rest]
 
 
