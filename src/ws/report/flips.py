@@ -27,8 +27,8 @@ SCHEMA: dict[str, Any] = {
     "base": pl.Float64,
     "value": pl.Float64,
 }
-"""Columns. `before` and `after`: the likelier answer, or reply; a tie counts as not positive. `base` and `value`: signed
-log-ratios, nats."""
+"""Columns. `before`, `after`: the likelier answer, or reply; a tie is not positive. `base`, `value`: signed log-ratios,
+nats."""
 
 
 def table(scores: pl.DataFrame, edit: str, probes: Sequence[Probe]) -> pl.DataFrame:

@@ -117,7 +117,8 @@ class _Writer:
                 lead = " lead" if any(isinstance(one, LineChart) and one.lead for one in blocks) else ""
                 return f"<div class='grid{lead}'>{self.all(blocks)}</div>"
             case Details(title, blocks, is_long):
-                return f"<details{' class=long' if is_long else ''}><summary>{escape(title)}</summary>{self.all(blocks)}</details>"
+                kind = " class=long" if is_long else ""
+                return f"<details{kind}><summary>{escape(title)}</summary>{self.all(blocks)}</details>"
             case Tabs():
                 return self._tabs(block)
 
