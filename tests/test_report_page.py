@@ -148,6 +148,8 @@ def test_tables_of_a_sweep_and_a_comparison_beside_the_run_are_shown(tmp_path: P
     assert "| oft | 3 | +1.50 [+1.25, +1.75] |" in text
     assert "| dW:lora + | weights | 1 | +3.00 [+3.00, +3.00] | +0.50 |" in text, "the middle budget is the headline"
     assert "Not measured beside this run" not in text
+    (place / "sweep_summary.csv").write_text("family,runs\nlora,3\n")
+    assert Story.read(folder).families is None, "a table of an earlier version is not shown"
 
 
 # -------------------------------------------------------------------- blocks

@@ -6,7 +6,7 @@ is then None or empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from ws.base.store import read_json
 from ws.report.findings import Summary, read_summary
 
 FLIPS_FILE = "flips.parquet"
+LOG_FILE = "train_log.csv"
+OF_FAMILIES = ("family", "runs", "delta", "delta_minus", "dd_delta", "facts_1", "kl_1", "norm", "trainable")
+OF_METHODS = ("strength", "method", "kind", "sign", "alpha", "own", "dd", "reached_p95", "pmass", "facts", "nll_delta")
+"""Columns that the report shows of the tables of a sweep and of a comparison; tables of earlier versions lack some."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Training:
     @classmethod
     def read(cls, folder: Path) -> Training:
         """Read the folder of an adapter."""
-        log = pl.read_csv(folder / "train_log.csv", infer_schema=False)
+        log = pl.read_csv(folder / LOG_FILE, infer_schema=False)
         numbers = pl.col("loss", "eval_loss", "lr", "grad_norm").cast(pl.Float64)
         return cls(read_json(folder / "train_result.json"), log.with_columns(pl.col("step").cast(pl.Int64), numbers))
 
@@ -71,9 +75,9 @@ class Story:
             alignment=_csv(folder / "subspace_summary.csv"),
             matrices=_csv(folder / "subspace_per_layer.csv"),
             flips=_parquet(folder / FLIPS_FILE),
-            training={pole: Training.read(folder / pole) for pole in POLES if (folder / pole).is_dir()},
-            families=_csv(behaviour_folder / "sweep_summary.csv"),
-            methods=_csv(behaviour_folder / "compare" / "comparison.csv"),
+            training={pole: Training.read(folder / pole) for pole in POLES if (folder / pole / LOG_FILE).is_file()},
+            families=_csv(behaviour_folder / "sweep_summary.csv", OF_FAMILIES),
+            methods=_csv(behaviour_folder / "compare" / "comparison.csv", OF_METHODS),
         )
 
     @property
@@ -94,5 +98,7 @@ def _parquet(path: Path) -> pl.DataFrame | None:
     return pl.read_parquet(path) if path.is_file() else None
 
 
-def _csv(path: Path) -> pl.DataFrame | None:
-    return pl.read_csv(path, infer_schema_length=None) if path.is_file() else None
+def _csv(path: Path, columns: Sequence[str] = ()) -> pl.DataFrame | None:
+    """A table with at least these columns; None without the file or one of them."""
+    found = pl.read_csv(path, infer_schema_length=None) if path.is_file() else None
+    return found if found is not None and set(columns) <= set(found.columns) else None
