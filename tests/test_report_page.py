@@ -113,6 +113,8 @@ def test_a_run_of_an_earlier_version_still_has_a_page(tmp_path: Path) -> None:
 def test_norms_by_layer_are_those_of_their_matrices(tmp_path: Path) -> None:
     story = finished_run(tmp_path / "small" / "sycophancy" / "lora" / "seed0")
     assert story.norms_by_layer == pytest.approx({3: 5.0, 4: 10.0})
+    stored = replace(story, config={**story.config, "direction": {"norms_by_layer": {"3": 6.0, "4": 11.0}}})
+    assert stored.norms_by_layer == {3: 6.0, 4: 11.0}, "what the run stored has biases and experts, too"
     grid = origin.geometry(story)[0]
     assert isinstance(grid, Grid)
     shades = grid.blocks[1]

@@ -22,19 +22,18 @@ def geometry(story: Story) -> list[Block]:
             [Line("|dW|", [Point(float(layer), norm) for layer, norm in by_layer.items()], strong=True)],
             limits=(0.0, 1.08 * max(by_layer.values())), form=".3g",
         )  # fmt: skip
-        found.append(Grid([chart, _by_matrix(story)]))
+        found.append(Grid([chart, *([] if story.matrices is None else [_by_matrix(story.matrices)])]))
     found.append(_shape(story.summary.geometry))
     if story.alignment is not None:
         found.append(_alignment(story.alignment))
     return found
 
 
-def _by_matrix(story: Story) -> Heat:
-    assert story.matrices is not None  # there are norms by layer
-    norms = story.matrices.drop_nulls("layer").group_by("layer", "kind").agg((pl.col("norm") ** 2).sum().sqrt())
+def _by_matrix(matrices: pl.DataFrame) -> Heat:
+    norms = matrices.drop_nulls("layer").group_by("layer", "kind").agg((pl.col("norm") ** 2).sum().sqrt())
     layers = sorted(norms["layer"].unique().to_list())
     known = {(layer, kind): norm for layer, kind, norm in norms.iter_rows()}
-    kinds = list(dict.fromkeys(story.matrices["kind"]))
+    kinds = list(dict.fromkeys(matrices["kind"]))
     return Heat(
         "size of the change by module and layer", kinds, [str(layer) for layer in layers],
         [[known.get((layer, kind)) for layer in layers] for kind in kinds],

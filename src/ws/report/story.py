@@ -87,7 +87,12 @@ class Story:
 
     @property
     def norms_by_layer(self) -> dict[int, float]:
-        """Layer -> Frobenius norm of the direction there, over its matrices; empty if it is not known."""
+        """Layer -> Frobenius norm of the direction there; empty if it is not known.
+
+        Runs of earlier versions stored only the norms of matrices, so biases and stacked experts are missing there.
+        """
+        if stored := self.config.get("direction", {}).get("norms_by_layer"):
+            return {int(layer): norm for layer, norm in stored.items()}
         if self.matrices is None or self.matrices["layer"].null_count() == len(self.matrices):
             return {}
         squared = self.matrices.drop_nulls("layer").group_by("layer").agg((pl.col("norm") ** 2).sum().sqrt())

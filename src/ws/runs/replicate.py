@@ -320,5 +320,6 @@ class Replication(Fitting):
             "direction": {
                 "layers": f"{direction.layer_numbers[0]}-{direction.layer_numbers[-1]} of {self.model.layer_count}",
                 "parameters": len(direction.deltas), "rank": direction.rank, "bytes": direction.stored_bytes,
+                "norms_by_layer": direction.norms_by_layer(),
             },
         }  # fmt: skip
