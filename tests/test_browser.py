@@ -102,7 +102,7 @@ def test_a_probe_is_picked_by_mouse_and_keyboard(browser: Any, run: Path) -> Non
         group = tab.locator("fieldset.tabs").first
         assert group.locator(".panel:visible").count() == 1
         group.get_by_text("dilemmas", exact=True).first.click()
-        assert "everyday dilemmas" in group.locator(".panel:visible").inner_text()
+        assert "dilemmas, held out" in group.locator(".panel:visible").inner_text()
         tab.keyboard.press("ArrowRight")
         assert "other behaviours" in group.locator(".panel:visible").inner_text()
 

@@ -101,21 +101,23 @@ def _frame(chart: LineChart) -> _Frame:
 
 def _axes(frame: _Frame, chart: LineChart) -> Iterator[str]:
     heights = nice_ticks(*frame.y)
-    form = ".0%" if chart.form.endswith("%") else f".{_digits(heights)}f"
+    form = ".0%" if chart.form.endswith("%") else _form(heights)
     for value in heights:
         y = frame.up(value)
         kind = "zero" if value == 0 else "grid"
         yield f"<path class={kind} d='M{frame.left} {y:.1f}H{frame.width - frame.right}'/>"
-        yield f"<text class=end x={frame.left - 7} y={y:.1f} dy=.35em>{number(value, form)}</text>"
+        label = number(value, form).replace("e\N{MINUS SIGN}0", "e\N{MINUS SIGN}") if value or form[-1] != "e" else "0"
+        yield f"<text class=end x={frame.left - 7} y={y:.1f} dy=.35em>{label}</text>"
     xs = sorted({point.x for line in chart.lines for point in line.points})
     for value in xs if len(xs) <= EXACT else nice_ticks(*frame.x):
         label = number(value, "g") if value <= 0 or min(xs) >= 0 else f"+{value:g}"
         yield f"<text class=mid x={frame.across(value):.1f} y={frame.height - 6}>{label}</text>"
 
 
-def _digits(ticks: Sequence[float]) -> int:
-    """Digits after the point that tell the ticks exactly."""
-    return next(count for count in range(13) if all(abs(round(value, count) - value) < 1e-12 for value in ticks))
+def _form(ticks: Sequence[float]) -> str:
+    """The shortest form that tells the ticks exactly; tiny numbers with an exponent."""
+    digits = next(count for count in range(13) if all(abs(round(value, count) - value) < 1e-12 for value in ticks))
+    return f".{digits}f" if digits <= 3 else ".1e"
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
