@@ -49,8 +49,7 @@ def write(stories: Sequence[Story]) -> Path:
 
 
 def names(stories: Sequence[Story]) -> list[str]:
-    """A name for each run: the parts of its identity in which the runs differ, and always model and behaviour if any
-    part would be left without a name."""
+    """A name for each run: the parts of its identity in which the runs differ; its folder if these do not tell it."""
     parts = [
         (one.model, one.behaviour, one.adapter, f"seed {one.seed}", f"data seed {one.data_seed}")
         for one in (story.summary for story in stories)
@@ -58,7 +57,7 @@ def names(stories: Sequence[Story]) -> list[str]:
     differing = [place for place, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
     if len({tuple(one[place] for place in differing) for one in parts}) < len(parts):
         return [str(story.folder) for story in stories]
-    return [", ".join(one[place] for place in differing or range(3)) for one in parts]
+    return [", ".join(one[place] for place in differing) for one in parts]
 
 
 def blocks(stories: Sequence[Story]) -> list[Block]:
