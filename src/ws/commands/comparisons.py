@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.commands.options import EvalOptions, FitOptions, RunOptions, run_settings
+from ws.commands.options import EvalOptions, FitOptions, RunOptions, Tracker, run_settings
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class Sweep(RunOptions):
     evaluation: OmitArgPrefixes[EvalOptions] = field(
         default_factory=lambda: EvalOptions(alphas=(-1.0, 0.0, 1.0), control_seeds=2)
     )
+    track: Tracker | None = None
+    """Send training curves and final numbers to an experiment tracker, with its own client and settings."""
 
     def run(self) -> None:
         """Run the missing cells and print the table. Failed cells are reported and make the exit code 2."""
-        from ws.runs import sweep, sweep_tables  # noqa: PLC0415
+        from ws.runs import sweep, sweep_tables, tracking  # noqa: PLC0415
 
+        tracking.require(self.track)
         settings = run_settings(self, self.fit, self.evaluation)
         outcomes, place = sweep.run(settings, self.families, self.seeds, self.data_seeds)
         if self.json:
@@ -43,6 +46,9 @@ class Sweep(RunOptions):
             console.say(f"\ntables      {place / 'sweep.md'}")
             finished = next(outcome.folder for outcome in outcomes if outcome.folder is not None)
             console.say_next(console.command("show", finished))
+        for outcome in outcomes:
+            if outcome.folder is not None:
+                tracking.send(self.track, outcome.folder)
         if failed := [outcome for outcome in outcomes if outcome.row is None]:
             raise UserError(f"{len(failed)} of {len(outcomes)} cells failed; the first, {failed[0].cell.name}: "
                             f"{failed[0].error}")  # fmt: skip

@@ -17,6 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "eager", "sdpa"]
 Judge = Literal["auto", "none", "persona", "local-logit", "http"]
 Engine = Literal["local", "openai"]
+Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class Export:
 
 @dataclass(frozen=True)
 class Report:
-    """Write the summary and the report of existing runs again. Stages that are missing are run first."""
+    """Write the summary and the report of existing runs again. Stages that are missing are run first. Several runs are
+    also compared on one page."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders."""
@@ -80,7 +81,9 @@ class Report:
     """Print the summaries as JSON, one per line, and nothing else."""
 
     def run(self) -> None:
-        """Rebuild what is missing and print each headline."""
+        """Rebuild what is missing, print each headline, and compare several runs."""
+        from ws.report import several_runs, terminal  # noqa: PLC0415
+        from ws.report.story import Story  # noqa: PLC0415
         from ws.runs.replicate import Replication  # noqa: PLC0415
 
         if not self.runs:
@@ -88,6 +91,12 @@ class Report:
         for path in self.runs:
             with Replication(self._settings(path)) as run:
                 finish(run, run.report(), self.json)
+        if len(self.runs) > 1:
+            stories = [Story.read(path) for path in self.runs]
+            page = several_runs.write(stories)
+            if not self.json:
+                terminal.show_several(stories)
+                console.say(f"\ntogether    {page}")
 
     def _settings(self, path: Path) -> Settings:
         """The settings of the run in a folder, overridden by the options."""

@@ -15,7 +15,7 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.base.poles import Pole
 from ws.base.records import plain
-from ws.commands.options import EvalOptions, FitOptions, RunOptions, StageOptions, run_settings
+from ws.commands.options import EvalOptions, FitOptions, RunOptions, StageOptions, Tracker, run_settings
 
 if TYPE_CHECKING:
     from ws.report.findings import Summary
@@ -29,13 +29,18 @@ class Replicate(RunOptions):
 
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
     evaluation: OmitArgPrefixes[EvalOptions] = field(default_factory=EvalOptions)
+    track: Tracker | None = None
+    """Send training curves and final numbers to an experiment tracker, with its own client and settings."""
 
     def run(self) -> None:
         """Run it and print the headline."""
+        from ws.runs import tracking  # noqa: PLC0415
         from ws.runs.replicate import Replication  # noqa: PLC0415
 
+        tracking.require(self.track)
         with Replication(run_settings(self, self.fit, self.evaluation)) as replication:
             finish(replication, replication.report(), self.json)
+            tracking.send(self.track, replication.folder.path)
 
 
 SHOWN = 2
@@ -104,13 +109,18 @@ class Train(StageOptions):
 
     sign: Pole = "pos"
     """Which adapter: pos or neg."""
+    track: Tracker | None = None
+    """Send training curves and final numbers to an experiment tracker, with its own client and settings."""
 
     def run(self) -> None:
         """Train the adapter and print its path."""
         from ws.fitting.run_settings import command  # noqa: PLC0415
+        from ws.runs import tracking  # noqa: PLC0415
 
+        tracking.require(self.track)
         with self.replication(self.fit) as run:
             record = run.train(self.sign)
+            tracking.send(self.track, run.folder.path)
             if self.json:
                 console.print_json(json.dumps(record))
                 return

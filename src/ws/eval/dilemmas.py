@@ -129,6 +129,11 @@ class Loaded:
         ))  # fmt: skip
 
 
+def without_instruction(question: str) -> str:
+    """The situation and the action of a question, for readers."""
+    return question.removeprefix(TEMPLATE.partition("Situation: ")[0])
+
+
 def probe(source: str = "own", limit: int | None = None) -> Probe:
     """The dilemma probe of a source: `own`, a file, or a hub id; `limit` keeps this many situations of each group."""
     return load(source, limit).probe()

@@ -108,6 +108,7 @@ class Instrument:
     meaning: what the level is, in a few words. per_token: the change per token of a reply; empty for choices. contexts:
     levels of the unedited model with a system prompt. bands and outside: random directions, where they were measured.
     wordings: every wording of the replies alone, by its number; the mean over wordings can hide that they disagree.
+    shares: share of rows that are answered on the positive side; summaries of earlier versions have none.
     """
 
     meaning: str
@@ -119,6 +120,7 @@ class Instrument:
     outside: Mapping[str, bool | None]
     contexts: Mapping[str, Estimate]
     wordings: Mapping[str, Wording] = field(default_factory=dict)
+    shares: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,8 @@ class Summary:
     in float32. ability: what the unedited model can answer, and the instrument of the headline that follows. judged:
     free replies by strength, by the model itself (`persona`) and, if one was given, by an endpoint (`http`). recipe:
     whose settings were used. other_claims: change of the reply log-ratio on the groups that the headline does not show,
-    such as true claims, by group and strength.
+    such as true claims, by group and strength. in_short: the result for readers without the field's terms; empty in
+    summaries of earlier versions.
     """
 
     model: str
@@ -262,6 +265,7 @@ class Summary:
     recipe: str = "own"
     other_claims: Mapping[str, Curve] = field(default_factory=dict)
     judged: Mapping[str, Mapping[str, Judged]] = field(default_factory=dict)
+    in_short: str = ""
 
     @property
     def measured(self) -> Instrument:

@@ -1,69 +1,65 @@
-"""The report of one run: effects and samples first, then side effects, then how the direction was made."""
+"""The report of one run: warnings, the result in plain words with its evidence, samples, then everything measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from ws.base.poles import Pole
 from ws.base.store import write_text
-from ws.eval import feedback
-from ws.fitting.train import FitResult
-from ws.report import document, effects, figures
+from ws.eval import feedback, instrument
+from ws.report import beside, document, dose, effects, figures, origin
+from ws.report.beside import tone
 from ws.report.cells import signed
-from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Samples, Table, Tile, Tiles
+from ws.report.document import (
+    Bar,
+    BarChart,
+    Block,
+    Bullets,
+    Details,
+    Figure,
+    Heading,
+    Paragraph,
+    Samples,
+    Table,
+    Tabs,
+    Texts,
+    Tile,
+    Tiles,
+)
 from ws.report.findings import DILEMMAS, Numbers, Summary
-from ws.report.sentences import facts_say_something
+from ws.report.sentences import facts_say_something, headline_strengths
+from ws.report.story import Story
 
 FIGURE_FILE = "dose_response.png"
+FLIPS_SHOWN = 4
+"""Rows that flip, by probe, strength and way, which stand on the page; the others are folded away."""
 
 
-def write(
-    folder: Path,
-    summary: Summary,
-    config: Mapping[str, Any],
-    samples: pl.DataFrame,
-    alignment: pl.DataFrame,
-    training: Mapping[Pole, FitResult],
-) -> None:
+def write(story: Story) -> None:
     """Write `dose_response.png`, `report.md` and `report.html` into the run folder."""
+    folder, summary = story.folder, story.summary
     figures.dose_response(summary, folder / FIGURE_FILE)
-    title = f"{summary.behaviour} in {summary.model}"
     subtitle = (
         f"{summary.adapter} direction, training seed {summary.seed}, data seed {summary.data_seed}, "
-        f"|dW| = {summary.direction_norm:.3g} over layers {config['direction']['layers']}"
+        f"|dW| = {summary.direction_norm:.3g} over layers {story.config['direction']['layers']}"
     )
-    blocks = _blocks(folder, summary, config, samples, alignment, training)
-    write_text(folder / "report.md", document.to_markdown(title, [Paragraph(subtitle, note=True), *blocks]))
-    write_text(folder / "report.html", document.to_html(title, subtitle, blocks))
+    drawn = Figure(
+        folder / FIGURE_FILE,
+        f"dose-response of {summary.behaviour} and of the {summary.numbers.title(DILEMMAS)}",
+        f"{dose.CAPTION} Below: probability of the two answers, and KL to the base on neutral text.",
+    )
+    text = document.to_markdown(story.title, [Paragraph(subtitle, note=True), *blocks(story, drawn)])
+    write_text(folder / "report.md", text)
+    write_text(folder / "report.html", document.to_html(story.title, subtitle, blocks(story, dose.tabs(summary))))
 
 
-def _blocks(
-    folder: Path,
-    summary: Summary,
-    config: Mapping[str, Any],
-    samples: pl.DataFrame,
-    alignment: pl.DataFrame,
-    training: Mapping[Pole, FitResult],
-) -> list[Block]:
-    behaviour = summary.behaviour
-    blocks: list[Block] = [
-        Paragraph(summary.sentence, strong=True),
-        Tiles(_tiles(summary)),
-    ]
-    if summary.warnings:
-        blocks.append(Bullets(summary.warnings, warning=True))
-    blocks += [
-        Figure(
-            folder / FIGURE_FILE,
-            f"dose-response of {behaviour} and of the {summary.numbers.title(DILEMMAS)}",
-            "Mean log-ratios with 95 % intervals over clusters of rows. Grey band: 95 % of random directions of this "
-            "norm are expected here; ticks show the measured ones. Dashed: persona prompts on the unedited model. "
-            "Below: probability of the two answers, and KL to the base on neutral text.",
-        ),
+def blocks(story: Story, dose_response: Block) -> list[Block]:
+    """The report in order; `dose_response` is a picture for Markdown and charts for the web page."""
+    summary, config = story.summary, story.config
+    return [
+        *([Bullets(summary.warnings, warning=True)] if summary.warnings else []),
+        *_in_short(story),
         Heading("What it says"),
         Paragraph(
             f"At positive alpha the model {config['behaviour']['positive_means']}. All strengths use the same prompts "
@@ -71,22 +67,58 @@ def _blocks(
             note=True,
         ),
         *_default_system(config["model"].get("default_system")),
-        _samples(samples),
+        *([] if story.samples is None else [_samples(story.samples)]),
         *effects.judged(summary),
-        Heading("Effects on held-out probes"),
+        Heading("Dose-response"),
+        dose_response,
+        Heading("Answers that flip"),
+        *_flips(story),
+        Heading("Other methods"),
+        *beside.blocks(story),
+        Heading("All effects"),
         *effects.instruments(summary),
         *effects.by_probe(summary),
-        Heading("Controls and prompts"),
+        Heading("Controls"),
         *effects.controls(summary),
         Heading("Side effects"),
         _side_effects(summary.numbers),
         *_other_behaviours(summary),
-        Heading("Geometry of the direction"),
-        *_geometry(summary, alignment),
+        Heading("Where it lies"),
+        *origin.geometry(story),
         Heading("How it was made"),
-        *_provenance(summary, config, training),
+        *origin.training(story),
+        *origin.provenance(story),
     ]
-    return blocks
+
+
+def _in_short(story: Story) -> list[Block]:
+    """The headline with its evidence: shares of answers, changes with intervals, and the sentence with all numbers."""
+    summary = story.summary
+    measured = summary.measured
+    if not summary.in_short:
+        return [Paragraph(summary.sentence, strong=True), Tiles(_tiles(summary))]
+    by_choice = summary.ability.instrument == "choice"
+    names = {1: "added, alpha ", -1: "subtracted, alpha ", 0: "unedited"}
+    bars = [
+        Bar(names[tone(key)] + ("" if key == "0" else signed(key)), share.mean, share.low, share.high, tone(key))
+        for key in headline_strengths(measured.levels)
+        if (share := measured.shares[key])
+    ]
+    what = "answers that show" if by_choice else "cases in which the likelier reply shows"
+    evidence = BarChart(
+        f"Share of {what} {summary.behaviour}", bars, (0.0, 1.0), ".0%",
+        f"{measured.levels['0'].n} rows on held-out {summary.noun}: "
+        f"{measured.meaning.removeprefix('balanced ') if by_choice else 'every wording of two opposite replies'}. "
+        "Intervals: 95 % over clusters of rows.",
+    )  # fmt: skip
+    means = f"{summary.behaviour.capitalize()} here: the model {story.config['behaviour']['positive_means']}."
+    return [
+        Paragraph(summary.in_short, strong=True),
+        Paragraph(means, note=True),
+        evidence,
+        Tiles(_tiles(summary)),
+        Details("The same with all numbers", [Paragraph(summary.sentence)]),
+    ]
 
 
 def _tiles(summary: Summary) -> list[Tile]:
@@ -136,6 +168,56 @@ def _samples(samples: pl.DataFrame) -> Block:
 
 def _alpha_name(alpha: float) -> str:
     return "alpha 0 (base)" if alpha == 0 else f"alpha {alpha:+g}"
+
+
+# -------------------------------------------------------------------- rows that flip
+
+
+def _flips(story: Story) -> list[Block]:
+    """At the strengths of the headline, the rows that change side, both ways; the largest changes first."""
+    flips, summary = story.flips, story.summary
+    if flips is None:
+        return [Paragraph("The texts of these rows are not stored in this run: write its report again.", note=True)]
+    shown = [float(key) for key in headline_strengths(summary.measured.levels) if key != "0"]
+    found: list[tuple[str, Sequence[Block]]] = []
+    for probe in flips["probe"].unique(maintain_order=True):
+        for alpha in shown:
+            rows = flips.filter((pl.col("probe") == probe) & (pl.col("alpha") == alpha))
+            by_replies = probe == instrument.replies_name(summary.behaviour)
+            shown_as = f"{summary.behaviour}, replies," if by_replies else summary.numbers.title(probe)
+            name = f"{shown_as} at {alpha:+g}"
+            found += [(f"{name} ({len(rows)})", _flips_at(rows, name))] if len(rows) else []
+    return [Tabs("Pick a probe and a strength", found)] if found else [Paragraph("No row changes side.")]
+
+
+def _flips_at(rows: pl.DataFrame, name: str) -> list[Block]:
+    gained = int(rows["gained"].sum())
+    told = Paragraph(
+        f"{gained} rows flip to the positive side, {len(rows) - gained} away from it. In brackets: log-ratio towards "
+        "the positive side, nats. The largest changes come first.",
+        note=True,
+    )
+    few = pl.concat([rows.filter(pl.col("gained") == way).head(FLIPS_SHOWN) for way in (True, False)])
+    rest = [Details(f"All {len(rows)} rows of {name}", [_flip_table(rows)], long=True)] if len(few) < len(rows) else []
+    return [told, _flip_table(few), *rest]
+
+
+def _flip_table(rows: pl.DataFrame) -> Texts:
+    return Texts(
+        ["way", "question", "before", "after"],
+        [
+            [
+                "gained" if row["gained"] else "lost",
+                row["question"],
+                f"{row['before']} ({row['base']:+.2f})",
+                f"{row['after']} ({row['value']:+.2f})",
+            ]
+            for row in rows.to_dicts()
+        ],
+    )
+
+
+# -------------------------------------------------------------------- side effects
 
 
 def _side_effects(numbers: Numbers) -> Block:
@@ -188,85 +270,4 @@ def _other_behaviours(summary: Summary) -> list[Block]:
     ]
 
 
-def _geometry(summary: Summary, alignment: pl.DataFrame) -> list[Block]:
-    g = summary.geometry
-    shape = Table(
-        ["|tau pos|", "|tau neg|", "|dW|", "cos(tau pos, tau neg)", "drift ratio", "cos(dW, M)"],
-        [
-            [
-                *(f"{g[n]:.3g}" for n in ("norm_pos", "norm_neg", "norm_dw")),
-                f"{-g['cos_anti']:+.3f}",
-                f"{g['drift_ratio']:.2f}",
-                f"{g['cos_dw_m']:.3f}",
-            ]
-        ],
-        "Frobenius norms. tau pos and tau neg: updates of the two fine-tunes. dW: their difference. M: the drift "
-        "that both share. Drift ratio: |M| / (|dW| / 2).",
-    )
-    kinds = Table(
-        ["module", "n", "mean |dW|", "top 10 %", "bottom 90 %", "weak readout"],
-        [
-            [
-                row["kind"],
-                str(row["n"]),
-                f"{row['mean_norm']:.3g}",
-                _ratio(row["mean_ratio_top"]),
-                _ratio(row["mean_ratio_bottom"]),
-                _ratio(row["mean_ratio_weak"]),
-            ]
-            for row in alignment.to_dicts()
-        ],
-        "Energy of dW in the top 10 % and in the other singular directions of the base weights, relative to a "
-        "direction without structure (1 = no alignment). Weak readout: the 1 % of the residual stream that the "
-        "unembedding reads least. Random: directions with the singular values of dW, all modules.",
-    )
-    return [shape, kinds]
-
-
-def _provenance(summary: Summary, config: Mapping[str, Any], training: Mapping[Pole, FitResult]) -> list[Block]:
-    data = config["data"]
-    fitted = [
-        [
-            pole,
-            str(data[pole]["kept"]),
-            str(data[pole]["unique"]),
-            f"{entry.first_loss:.3f}",
-            f"{entry.last_loss:.3f}",
-            str(entry.steps),
-            f"{entry.trainable_parameters:,}",
-        ]
-        for pole, entry in training.items()
-    ]
-    held_out = all(entry.measure == "eval_loss" for entry in training.values())
-    loss = "validation loss" if held_out else "training loss"
-    measured = "The loss is on held-out topics." if held_out else "No topic was held out."
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
-    base, asked = config["model"], config["dilemmas"]
-    pinned = f", commit {asked['revision']}" if asked["revision"] else ""
-    return [
-        Table(
-            ["branch", "kept", "unique", f"{loss} before", "after", "steps", "trainable"],
-            fitted,
-            f"{data['pairs']} pairs were sampled. {measured}",
-        ),
-        Paragraph(
-            f"Base {base['name']} ({base['architecture']}, {base['parameters']:,} parameters, fingerprint "
-            f"{base['fingerprint']}, {base['dtype']} on {base['device']}, sampled and trained in "
-            f"{config['fitted_in']}, {base['attention']} attention, thinking "
-            f"{base['thinking']}). {asked['noun'].capitalize()}: {asked['source']}{pinned} ({asked['rule']}; "
-            f"{asked['counted']} of {asked['read']} rows counted). Seconds per stage: {seconds}.",
-            note=True,
-        ),
-        Paragraph(
-            "This is one training seed: the intervals are over rows and do not show how another seed would come out. A "
-            "log-ratio at a forced answer is not free behaviour: read the samples too.",
-            note=True,
-        ),
-    ]
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-__all__: Sequence[str] = ["FIGURE_FILE", "write"]
+__all__: Sequence[str] = ["FIGURE_FILE", "blocks", "write"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,55 @@ def headline(numbers: Numbers, behaviour: str, noun: str, shown_by: Name) -> str
         costs = [f"{numbers.side_effects[key].nll_delta:+.3f} at {signed(key)}" for key in shown if key != "0"]
         said.append(f"change of the negative log-likelihood of neutral text {', '.join(costs)}")
     return "; ".join(said)
+
+
+def in_short(numbers: Numbers, model: str, behaviour: str, noun: str, shown_by: Name) -> str:
+    """The result for readers without the field's terms: how often, against what chance does, and at what cost."""
+    own = numbers.instruments[shown_by]
+    outer = [key for key in headline_strengths(own.levels) if key != "0"]
+    if shown_by == "choice":
+        what = f"{model} shows {behaviour} in {{}} of its answers to held-out {noun}"
+    else:
+        what = f"{model} finds the reply that shows {behaviour} likelier than its opposite in {{}} of the cases"
+    usual = f"without it, in {_percent(own.shares['0'])}"
+    times = {key: _percent(own.shares[key]) for key in outer}
+    added = [key for key in outer if not key.startswith("-")]
+    taken = [key for key in outer if key.startswith("-")]
+    said = [f"with this direction {_done('added', key)}, {what.format(times[key])}" for key in added]
+    said += [usual if said else f"without this direction, {what.format(_percent(own.shares['0']))}"]
+    said += [f"with it {_done('subtracted', key)}, in {times[key]}" for key in taken]
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}. {_against_chance(own, outer)} {_cost(numbers, outer)}"
+
+
+def _done(how: str, key: str) -> str:
+    size = key.removeprefix("-")
+    return how if size == "1" else f"{how} {size} times"
+
+
+def _percent(share: Estimate) -> str:
+    return f"{100 * share.mean:.0f} %"
+
+
+def _against_chance(own: Instrument, keys: list[str]) -> str:
+    verdicts = {key: own.outside.get(key) for key in keys}
+    inside = [key for key, is_outside in verdicts.items() if is_outside is False]
+    if inside:
+        where = f"At strength {_listed(inside)}"
+        return f"{where}, random changes of the same size move the answers about as much, so that may be chance."
+    if any(is_outside is None for is_outside in verdicts.values()):
+        return "Not all of this was compared with random changes of the same size, so chance is not ruled out."
+    return "Random changes of the same size do not do this."
+
+
+def _cost(numbers: Numbers, keys: list[str]) -> str:
+    costs = numbers.side_effects
+    if facts_say_something(numbers):
+        least, before = (f"{100 * share:.0f} %" for share in (min(costs[key].facts for key in keys), costs["0"].facts))
+        as_before = ", as before" if least == before else f" ({before} without it)"
+        return f"It still gets {least} of simple facts right{as_before}."
+    changes = ", ".join(f"{100 * math.expm1(costs[key].nll_delta):+.0f} % at {signed(key)}" for key in keys)
+    return f"Its perplexity on ordinary text changes by {changes}."
 
 
 def headline_strengths(curve: Mapping[str, Estimate]) -> list[str]:

@@ -104,6 +104,12 @@ def signed_change(rows: pl.DataFrame) -> Interval:
     return stats.over_clusters(change.to_numpy(), rows["cluster"].to_list())
 
 
+def positive_share(rows: pl.DataFrame) -> Interval:
+    """Share of rows whose answer is on the positive side, clustered."""
+    is_positive = (rows["value"] * rows["label"] > 0).cast(pl.Float64)
+    return stats.over_clusters(is_positive.to_numpy(), rows["cluster"].to_list())
+
+
 def accuracy(rows: pl.DataFrame) -> float:
     """Share of rows whose answer is on the side of their label."""
     return float((rows["value"] * rows["label"] > 0).mean())  # type: ignore[arg-type]
@@ -233,6 +239,7 @@ def measured(name: Name, table: pl.DataFrame, edit: str, behaviour: str, headlin
             number: _against_controls(rows.filter(pl.col("row").str.ends_with(f"/{number}")), name, edit)
             for number in numbers
         },
+        shares={key: Estimate.of(positive_share(part)) for key, part in at.items()},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -13,6 +13,7 @@ from ws.base.errors import UserError
 from ws.report import document
 from ws.report.cells import signed
 from ws.report.findings import SUMMARY_FILE, Summary, read_summary
+from ws.report.story import Story
 
 
 def show(table: pl.DataFrame, title: str) -> None:
@@ -38,15 +39,21 @@ def show_cells(table: document.Table, title: str) -> None:
 
 
 def show_run(path: Path) -> None:
-    """Print headline, effects by strength, and samples of a finished run."""
-    summary = read_summary(path)
-    console.say(summary.sentence, style="bold")
+    """Print what the report of a finished run tells: warnings, result, effects, flipped rows, training, replies."""
+    story = Story.read(path)
+    summary = story.summary
     for warning in summary.warnings:
         console.warn(warning)
+    if summary.in_short:
+        console.say(summary.in_short, style="bold")
+        console.say()
+    console.say(summary.sentence, style="" if summary.in_short else "bold")
+    shares = summary.measured.shares
     lines = [
         {
             "alpha": key,
             summary.behaviour: level.mean,
+            **({"share": f"{_bar(shares[key].mean)} {shares[key].mean:.0%}"} if key in shares else {}),
             summary.numbers.dilemma_counts.noun: summary.dilemmas[key].mean,
             "answer mass": summary.own[key].pmass,
             "facts": summary.numbers.side_effects[key].facts,
@@ -60,7 +67,76 @@ def show_run(path: Path) -> None:
     )
     console.say(seeds_line(path, summary))
     show_samples(path)
+    _show_flips(story)
+    _show_origin(story)
     console.say(f"\nreport  {path / 'report.html'}")
+
+
+BAR_CELLS = 6
+"""Width of a bar in a table."""
+FLIPS_SHOWN = 3
+"""Rows that flip, by probe, strength and way, in the terminal."""
+
+
+def _bar(share: float) -> str:
+    filled = round(share * BAR_CELLS)
+    return "█" * filled + "·" * (BAR_CELLS - filled)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values as a line of blocks, from the smallest to the largest."""
+    low, high = min(values), max(values)
+    steps = "▁▂▃▄▅▆▇█"
+    return "".join(steps[round((value - low) / ((high - low) or 1) * (len(steps) - 1))] for value in values)
+
+
+def _show_flips(story: Story) -> None:
+    """How many rows change side at -1 and +1, and the questions with the largest changes."""
+    if story.flips is None or story.flips.is_empty():
+        return
+    console.say("\nanswers that flip", style="bold")
+    near = story.flips.filter(pl.col("alpha").abs() == 1)
+    for (probe, alpha), rows in near.group_by("probe", "alpha", maintain_order=True):
+        gained = int(rows["gained"].sum())
+        console.say(f"  {story.summary.numbers.title(str(probe))} at {alpha:+g}: {gained} to the positive side, "
+                    f"{len(rows) - gained} away from it")  # fmt: skip
+        for way in (True, False):
+            for row in rows.filter(pl.col("gained") == way).head(FLIPS_SHOWN).iter_rows(named=True):
+                question = " ".join(row["question"].split())
+                console.say(f"    {'gained' if way else 'lost  '}  {question}  {row['before']} -> {row['after']}")
+
+
+def _show_origin(story: Story) -> None:
+    """The loss of both sides over training, and the size of the direction by layer."""
+    console.say()
+    for pole, one in story.training.items():
+        losses = [value for _, value in one.curve("loss")]
+        if losses:
+            first, last = one.result["first_loss"], one.result["last_loss"]
+            name = one.result["measure"].replace("eval_loss", "held-out loss")
+            console.say(f"training {pole}  {sparkline(_thinned(losses))}  {name} {first:.3f} -> {last:.3f}")
+    if by_layer := story.norms_by_layer:
+        norms = list(by_layer.values())
+        where = f"layers {min(by_layer)} to {max(by_layer)}, {min(norms):.3g} to {max(norms):.3g}"
+        console.say(f"|dW| by layer  {sparkline([0.0, *norms])[1:]}  {where}")
+
+
+def _thinned(values: Sequence[float], most: int = 60) -> Sequence[float]:
+    """At most `most` values: means over equal pieces."""
+    size = -(-len(values) // most)
+    pieces = [values[start : start + size] for start in range(0, len(values), size)]
+    return [sum(piece) / len(piece) for piece in pieces]
+
+
+def show_several(stories: Sequence[Story]) -> None:
+    """Print the table of several runs, and what of them cannot be compared."""
+    from ws.report import several_runs  # noqa: PLC0415 - slow import
+
+    found = several_runs.table(several_runs.names(stories), [story.summary for story in stories])
+    for doubt in several_runs.not_comparable([story.summary for story in stories]):
+        console.warn(doubt)
+    whole = pl.DataFrame(found.rows, schema=list(found.header), orient="row")
+    show(whole.select("run", "change at -1", "change at +1", "KL p95 at +1"), f"{len(stories)} runs side by side")
 
 
 def show_samples(path: Path, count: int | None = None) -> None:

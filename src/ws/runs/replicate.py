@@ -28,8 +28,9 @@ from ws.fitting.stages import FittedRun, Fitting
 from ws.measure import rounding
 from ws.measure.probe import Probe
 from ws.measure.score import score
-from ws.report import behaviours, page, sentences, summary
+from ws.report import behaviours, flips, page, sentences, summary
 from ws.report.findings import SUMMARY_FILE, Estimate, Summary
+from ws.report.story import FLIPS_FILE, Story
 from ws.runs import free_replies, samples
 from ws.subspace import alignment
 
@@ -277,15 +278,25 @@ class Replication(Fitting):
         """Run the missing stages and write `summary.json`, `config.json`, the figure and the two reports."""
         _ = self.dilemma_rows  # report a wrong source before anything is fitted
         run = self.fitted
-        scores, kinds, said, rounded = self.eval(), self.alignment(), self.samples(), self.rounding()
+        scores, rounded = self.eval(), self.rounding()
+        self.alignment()
+        self.samples()
         content, config = self._summary(run, scores, rounded, self.free_replies()), self._config(run)
         write_json(self.folder / "config.json", config)
         write_json(self.folder / SUMMARY_FILE, plain(content))
-        page.write(self.folder.path, content, config, said, kinds, run.records)
+        write_table(self.folder / FLIPS_FILE, flips.table(scores, self.edit_name, self._flipping_probes()))
+        page.write(Story.read(self.folder.path))
         self.behaviours_page = behaviours.write(
             self.folder.path.parents[2], self.settings.adapter, self.folder.path.name
         )
         return content
+
+    def _flipping_probes(self) -> list[Probe]:
+        """The probes whose flipped rows the report shows: the behaviour's Yes/No probe, its replies, the dilemmas."""
+        own = [sycophancy.probe(self.behaviour, self.limit("choice"))]
+        if self.ability.instrument == "replies" and (told := instrument.replies(self.behaviour, self.limit("replies"))):
+            own.insert(0, told)
+        return [*own, self.dilemma_rows.probe()]
 
     def _summary(
         self, run: FittedRun, scores: pl.DataFrame, rounded: dict[str, Any] | None, replies: pl.DataFrame | None
@@ -301,6 +312,7 @@ class Replication(Fitting):
             headline=sentences.headline(numbers, name, probe.noun, shown_by), rounding=rounded,
             ability=self.ability, judged={} if replies is None else free_replies.summarise(replies),
             recipe=self.settings.recipe, other_claims=self.other_claims(),
+            in_short=sentences.in_short(numbers, self.model.name, name, probe.noun, shown_by),
         )  # fmt: skip
 
     def _config(self, run: FittedRun) -> dict[str, Any]:
@@ -321,5 +333,6 @@ class Replication(Fitting):
             "direction": {
                 "layers": f"{direction.layer_numbers[0]}-{direction.layer_numbers[-1]} of {self.model.layer_count}",
                 "parameters": len(direction.deltas), "rank": direction.rank, "bytes": direction.stored_bytes,
+                "norms_by_layer": direction.norms_by_layer(),
             },
         }  # fmt: skip
