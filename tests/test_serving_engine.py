@@ -17,8 +17,9 @@ from ws.edit.steering import steer
 from ws.model import loading
 from ws.model.loading import ChatModel
 from ws.pocket import tiny
-from ws.serving.engine import Answer, ContextError, Engine, Piece, Request
+from ws.serving.engine import ContextError, Engine
 from ws.serving.prefixes import Prefixes, Strengths, key_of
+from ws.serving.requests import Answer, Piece, Request
 from ws.serving.slots import States
 from ws.serving.writing import Writing
 

@@ -9,7 +9,8 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.model.chat import Message
 from ws.serving import mix
-from ws.serving.engine import Engine, Request
+from ws.serving.engine import Engine
+from ws.serving.requests import Request
 from ws.serving.shelf import Shelf
 
 HELP = """\

@@ -29,8 +29,9 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from ws.base.errors import UnsupportedFeatureError, UserError
 from ws.model.chat import Message
 from ws.serving import mix
-from ws.serving.engine import Answer, Engine, Request
+from ws.serving.engine import Engine
 from ws.serving.protocol import told_logprobs
+from ws.serving.requests import Answer, Request
 from ws.serving.shelf import open_shelf
 
 

@@ -23,8 +23,9 @@ from ws.algebra.direction import Direction
 from ws.base.errors import UserError
 from ws.model.chat import Message
 from ws.serving import mix
-from ws.serving.engine import Engine, Piece, Request, Ticket
+from ws.serving.engine import Engine
 from ws.serving.prefixes import Strengths
+from ws.serving.requests import Piece, Request, Ticket
 from ws.serving.shelf import Shelf
 
 FARTHEST = 3.0

@@ -21,7 +21,8 @@ from ws.base.errors import UserError
 from ws.model.chat import Message
 from ws.model.loading import ChatModel
 from ws.serving import mix
-from ws.serving.engine import Answer, ContextError, Engine, Piece, Request, Token
+from ws.serving.engine import ContextError, Engine
+from ws.serving.requests import Answer, Piece, Request, Token
 from ws.serving.shelf import NameTakenError, Shelf, UnknownDirectionError
 
 MOST_CHOICES = 128

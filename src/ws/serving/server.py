@@ -31,8 +31,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ws.base.errors import UserError
 from ws.serving import metrics
 from ws.serving.addresses import is_loopback
-from ws.serving.engine import Answer, Engine, Piece, Request, Ticket
+from ws.serving.engine import Engine
 from ws.serving.protocol import ApiError, Body, Call, Writer, chat_call, completion_call
+from ws.serving.requests import Answer, Piece, Request, Ticket
 from ws.serving.shelf import Shelf, require_name
 
 MOST_BYTES = 4 * 2**20
