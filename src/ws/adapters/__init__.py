@@ -12,7 +12,7 @@ A feature of a configuration that has no exact form here is an error that names 
 """
 
 from ws.adapters.attach import FAMILIES, AdapterSettings, attach, require_family
-from ws.adapters.folder import AdapterFolder, is_adapter_folder, read
+from ws.adapters.folder import AdapterFolder, is_adapter_folder, read, sort_config
 from ws.adapters.meaning import deltas
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "is_adapter_folder",
     "read",
     "require_family",
+    "sort_config",
 ]

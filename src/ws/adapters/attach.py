@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ws.adapters.folder import PREFIX
+from ws.adapters.folder import PREFIX, sort_config
 from ws.adapters.low_rank import principal_factors, shifted_low_rank
 from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
@@ -94,6 +94,7 @@ class Attached:
                 self._save_as_lora(folder)
             else:
                 self.wrapped.save_pretrained(folder)
+        sort_config(folder)
         (folder / "README.md").unlink(missing_ok=True)
 
     def detach(self) -> None:

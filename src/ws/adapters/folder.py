@@ -104,6 +104,20 @@ def read(path: str | Path) -> AdapterFolder:
     return AdapterFolder(path, config, tensors)
 
 
+def sort_config(folder: Path) -> None:
+    """Sort the sets in an adapter's configuration, which PEFT writes in random order: equal runs give equal bytes."""
+    path = folder / _CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for option in _SETS:
+        if isinstance(config.get(option), list):
+            config[option] = sorted(config[option])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+_SETS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters")
+"""Options that PEFT keeps as sets."""
+
+
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name or its end, as in PEFT."""
     for pattern, value in (patterns or {}).items():

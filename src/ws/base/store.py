@@ -21,7 +21,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ws.base import console
+from ws.base import console, environment
 from ws.base.errors import BaseMismatchError, UserError
 
 if TYPE_CHECKING:
@@ -205,11 +205,28 @@ class StageResult(NamedTuple):
     seconds: float
 
 
+REPRODUCE_FILE = "reproduce.json"
+"""Everything that decided a run: settings, versions, and the digests of the inputs and outputs of every stage."""
+
+
+def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of the finished stages of a run folder, by name."""
+    found = {file.stem: read_json(file) for file in sorted((folder / "stages").glob("*.json"))}
+    for name, record in found.items():
+        parts = {"key": str, "inputs": dict, "outputs": dict}
+        if not isinstance(record, dict) or not all(isinstance(record.get(part), kind) for part, kind in parts.items()):
+            raise UserError(f"{folder / 'stages' / name}.json is not the record of a stage", "Delete it and run again.")
+    return found
+
+
 class RunFolder:
     """One run's folder with its identity, stage records and lock.
 
     `identity` describes the run (model fingerprint, behaviour ...). A folder with a different identity is refused.
+    `settings` are those of the run, for `reproduce.json`; None keeps the ones that it has.
     """
+
+    settings: Mapping[str, Any] | None = None
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
@@ -290,9 +307,27 @@ class RunFolder:
             "inputs": json.loads(canonical_json(inputs)),
             "outputs": {name: digest(self.path / name) for name in outputs},
             "seconds": round(seconds, 3),
+            "environment": environment.described(),
         })  # fmt: skip
+        self._write_reproduce_file()
         shards.discard()
         return StageResult(True, round(seconds, 3))
+
+    def _write_reproduce_file(self) -> None:
+        """Collect what decided the run; a stage that was built in another environment than this keeps its own."""
+        file, last, stages = self.path / REPRODUCE_FILE, environment.described(), {}
+        for name, record in stage_records(self.path).items():
+            built_in = record.get("environment")  # records of earlier versions have none
+            own = {} if built_in == last else {"environment": built_in}
+            stages[name] = {"inputs": record["inputs"], "outputs": record["outputs"], **own}
+        known = read_json(file) if file.is_file() else {}
+        write_json(file, environment.without_home({
+            "schema": 1,
+            "identity": self.identity,
+            "settings": known.get("settings") if self.settings is None else self.settings,
+            "environment": last,
+            "stages": stages,
+        }))  # fmt: skip
 
     def is_done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         """Whether the stage is recorded for these inputs and its outputs are unchanged."""

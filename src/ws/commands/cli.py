@@ -20,6 +20,7 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.base.version import __version__
 from ws.commands.behaviours import BehaviourCommand
+from ws.commands.checking import Reproduce, Verify
 from ws.commands.comparisons import Calibrate, Compare, Generalise, Sweep
 from ws.commands.converting import Convert
 from ws.commands.embedded import Pocket
@@ -42,6 +43,8 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Reproduce, subcommand("reproduce")]
     | Annotated[Pocket, subcommand("pocket")]
     | Annotated[BehaviourCommand, subcommand("behaviour")]
 )

@@ -12,6 +12,7 @@ from ws.base.errors import UserError
 from ws.base.settings import make as make_settings
 from ws.base.store import Shards, content_key, read_json
 from ws.base.version import __version__
+from ws.fitting import behaviour
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.data import Grid
 from ws.fitting.judge import JudgeSettings
@@ -166,6 +167,36 @@ def stored_in(folder: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{folder} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
     return dict(found)
+
+
+def settings_of(folder: Path, **loading_options: Any) -> Settings:
+    """The settings of the run in a folder; `loading_options` override those of `LOADING`.
+
+    The run must be where its settings say, because its other stages are looked for there.
+    """
+    stored = stored_in(folder)
+    place = folder.resolve()
+    if len(place.parents) < RUN_DEPTH:
+        raise UserError(f"{folder} is not inside a folder of runs", "Give a folder as ws replicate made it.")
+    try:
+        naming = {name: stored[name] for name in ("model", "behaviour", "adapter", "seed", "data_seed")}
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'} lacks the setting {error}", "Run ws replicate again.") from error
+    naming["recipe"] = stored.get("recipe", "own")  # runs of earlier versions have none
+    given = {name: stored[name] for name in LOADING if name in stored and name not in _NOT_STORED}
+    out = place.parents[RUN_DEPTH - 1]
+    settings = restore_settings(stored, Settings(**naming, **{**given, **loading_options}, out=out))
+    expected = run_path(settings, behaviour.load(settings.behaviour))
+    if expected.resolve() != place:
+        raise UserError(
+            f"{folder} was moved: its settings are those of {expected.relative_to(settings.out)}",
+            "Give it that place again, in any folder.",
+        )
+    return settings
+
+
+RUN_DEPTH = 4
+"""Folders from `--out` down to a run: <model>/<behaviour>/<adapter>/seed<k>."""
 
 
 def stored_settings(settings: Settings) -> dict[str, Any]:

@@ -278,7 +278,8 @@ class Fitting:
         """
         file = self.folder / "config.json"
         known = read_json(file) if file.is_file() else {}
-        write_json(file, {**known, "settings": stored_settings(self.settings)})
+        self.folder.settings = stored_settings(self.settings)
+        write_json(file, {**known, "settings": self.folder.settings})
 
     # ---------------------------------------------------------------- progress and warnings
 

@@ -15,10 +15,9 @@ from __future__ import annotations
 import csv
 import math
 import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -114,7 +113,6 @@ class FitResult:
     measure    "eval_loss": the loss on held-out topics before the first and after the last step. Without held-out
                topics "loss": the mean training loss over the first and over the last steps (see `_first_and_last`)
     skipped    optimiser steps that were skipped because a scaled fp16 gradient overflowed
-    seconds    wall-clock time of the whole fit
     """
 
     steps: int
@@ -128,7 +126,6 @@ class FitResult:
     warnings: tuple[str, ...]
     trainable_parameters: int
     settings: TrainSettings
-    seconds: float = 0.0
 
     @classmethod
     def read(cls, folder: Path) -> FitResult:
@@ -153,7 +150,6 @@ def fit(
     folder: Path,
 ) -> FitResult:
     """Fit one adapter, save it as a PEFT folder with its log and result, and leave the model as it was."""
-    started = time.perf_counter()
     data = examples(model, pairs, pole, chosen, data_seed)
     with restored(model.network), ExitStack() as stack:
         model.network.eval()
@@ -166,7 +162,6 @@ def fit(
             model, data, attached.trainable, chosen, seed=seed, first_layer=attached.first_layer,
             description=f"training {pole}",
         )  # fmt: skip
-        result = replace(result, seconds=round(time.perf_counter() - started, 3))
         with atomic_folder(folder) as temporary:
             attached.save(temporary)
             _write_log(temporary / LOG_FILE, log)
