@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from ws.base import console
+from ws.base import console, memory
 from ws.base.errors import UserError
 from ws.base.version import __version__
 from ws.commands.behaviours import BehaviourCommand
@@ -49,6 +50,8 @@ Command = (
     | Annotated[BehaviourCommand, subcommand("behaviour")]
 )
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of the signal."""
 _DISK_PROBLEMS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EIO,
     errno.ENAMETOOLONG,
@@ -57,7 +60,12 @@ _DISK_PROBLEMS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run a command; turn every expected failure into one line and an exit code."""
-    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+    code = _main(list(sys.argv[1:] if arguments is None else arguments))
+    if code == INTERRUPTED:  # at once: threads that wait for a server would hold the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main_as(command: str) -> None:
@@ -69,8 +77,9 @@ def _main(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         console.say(f"weight-steering {__version__}")
         return 0
+    command: Any = None
     try:
-        command: Any = _parse(arguments)
+        command = _parse(arguments)
         with console.quiet(getattr(command, "json", False)):
             command.run()
     except UserError as error:
@@ -78,7 +87,7 @@ def _main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         console.fail("interrupted; run the same command again to continue")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output is gone, so print nothing more
         return 0
@@ -86,8 +95,15 @@ def _main(arguments: list[str]) -> int:
         if error.errno not in _DISK_PROBLEMS:
             raise
         place = error.filename or "the output folder"
+        other = "another --out" if hasattr(command, "out") else "another folder"
+        console.fail(f"cannot write {place}: {error.strerror}. Free space or choose {other}; run again to continue")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_exhausted(error):
+            raise
         console.fail(
-            f"cannot write {place}: {error.strerror}. Free space or choose another --out; run again to continue"
+            f"not enough memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). Close other programs, "
+            "lower --cache-memory, or use --dtype bfloat16 or a smaller model; run again to continue"
         )
         return 2
     return 0

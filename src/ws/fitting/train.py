@@ -18,6 +18,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from ws import adapters
 from ws.adapters import AdapterSettings
-from ws.base import console, settings
+from ws.base import console, memory, settings
 from ws.base.errors import UserError
 from ws.base.poles import Pole
 from ws.base.store import atomic_file, atomic_folder, read_json, write_json
@@ -206,7 +207,7 @@ class _Fit:
         first_layer: int,
     ) -> None:  # fmt: skip
         self.model, self.data, self.parameters, self.chosen = model, data, parameters, chosen
-        self.first_layer = first_layer
+        self.first_layer, self.micro_tokens = first_layer, chosen.micro_tokens
         self.order = random.Random(f"order/{seed}")
         self.steps_per_epoch = math.ceil(len(data.train) / chosen.batch_size)
         self.steps = self.steps_per_epoch * chosen.epochs
@@ -309,6 +310,11 @@ class _Fit:
 
     def _backward(self, rows: Sequence[_Row]) -> float:
         """Accumulate the gradient of a step's mean loss per supervised token, and return that loss."""
+        return memory.halving(self.micro_tokens, "training batches", partial(self._accumulate, rows))
+
+    def _accumulate(self, rows: Sequence[_Row], micro_tokens: int) -> float:
+        self.micro_tokens = micro_tokens  # later steps keep what fitted
+        self.optimiser.zero_grad()  # an attempt that failed may have left a part
         count = sum(len(row.tokens.ids) - row.tokens.prompt_length for row in rows)
         parts = []
         for micro in self._micro(rows):
@@ -323,7 +329,7 @@ class _Fit:
         if not self.validation:
             return None
         self.model.network.eval()
-        losses = torch.cat([self._token_losses(micro).cpu() for micro in self._micro(self.validation)])
+        losses = memory.halving(self.micro_tokens, "validation batches", self._validation_losses)
         self.model.network.train()
         loss = float(losses.double().mean())
         if math.isfinite(loss):
@@ -333,13 +339,17 @@ class _Fit:
         dtype = str(self.model.dtype).removeprefix("torch.")
         raise UserError(f"the loss of {self.model.name} in {dtype} is {loss} before training", "Try --dtype float32.")
 
+    def _validation_losses(self, micro_tokens: int) -> Tensor:
+        self.micro_tokens = micro_tokens
+        return torch.cat([self._token_losses(micro).cpu() for micro in self._micro(self.validation)])
+
     def _rows(self, rows: Sequence[SupervisedTokens]) -> list[_Row]:
         with self._precision():
             states = lower_layers.entering(self.model, self.first_layer, [ids for ids, _ in rows]) if rows else None
         return [_Row(one, states[index] if states else None) for index, one in enumerate(rows)]
 
     def _micro(self, rows: Sequence[_Row]) -> list[list[_Row]]:
-        plan = forward.plan_batches([len(row.tokens.ids) for row in rows], self.chosen.micro_tokens)
+        plan = forward.plan_batches([len(row.tokens.ids) for row in rows], self.micro_tokens)
         return [[rows[index] for index in part] for part in plan]
 
     def _token_losses(self, rows: Sequence[_Row]) -> Tensor:

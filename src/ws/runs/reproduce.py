@@ -79,6 +79,7 @@ def reproduce(run: Path, out: Path | None = None, **loading_options: Any) -> Rep
 
 
 def compared(stage: str, run: Path, folder: Path, first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
+    """One stage of two runs by their records and files; `first` is empty if the first run does not have it."""
     one, other = first.get("inputs", {}), second["inputs"]
     inputs = tuple(name for name in dict.fromkeys((*one, *other)) if one.get(name) != other.get(name))
     outputs = tuple(name for output in second["outputs"] for name in _different(run, folder, output))
