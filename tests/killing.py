@@ -1,4 +1,4 @@
-"""Commands of `ws` in processes of their own, which a test can kill: a server has imported everything and forks them."""
+"""Commands of `ws` in processes of their own, which a test can kill: a server that has imported all forks them."""
 
 from __future__ import annotations
 

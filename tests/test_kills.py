@@ -26,7 +26,7 @@ COMMANDS = {
     "replicate": ("replicate", *QUICK),
     "sweep": ("sweep", "--families", "lora", "ia3", *QUICK),
     "eval": ("eval", "dilemmas", "--rows", 8, "--alphas", -3, -2, 2, 3),
-    "compare": ("compare", *FIT, "--rows", 2, "--families", "lora", "--activations", "mean", "--steps", 1,
+    "compare": ("compare", *FIT, "--rows", 4, "--families", "lora", "--activations", "mean", "--steps", 1,
                 "--draws", 2, "--shuffles", 0, "--budgets", 0.5),
 }  # fmt: skip
 KILLS = {"replicate": 7, "sweep": 6, "eval": 4, "compare": 5}

@@ -31,7 +31,18 @@ SMALL: dict[str, Any] = {
     "grid": Grid(topics=2, personas=1, samples=2), "train": {"rank": 2}, "sampling": {"max_new_tokens": 4},
     "alphas": (-1.0, 0.0, 1.0), "control_seeds": 1, "rows": 2, "samples": 1, "judged": 1,
 }  # fmt: skip
-STAGES = {"data", "train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies", "other-replies"}
+STAGES = {
+    "personas",
+    "data",
+    "train-pos",
+    "train-neg",
+    "diff",
+    "eval",
+    "alignment",
+    "samples",
+    "replies",
+    "other-replies",
+}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -145,13 +146,22 @@ def _one_line(complaint: str) -> str:
             paragraphs[-1].append(text)
     if "╭" not in complaint and len(paragraphs) > 1:
         del paragraphs[0]  # without box characters the title is a separate paragraph
-    problem = " ".join(paragraphs[0]) or "the arguments cannot be read"
+    problem = _shortened(" ".join(paragraphs[0])) or "the arguments cannot be read"
     for first, *rest in filter(None, paragraphs[1:]):
         if first.startswith("Perhaps you meant") and rest:
             return f"{problem.rstrip('.')}; did you mean {rest[0].split()[0]}?"
         if first.startswith("Available subcommands"):
             return f"{problem.rstrip('.')}. {' '.join([first, *rest])}"
     return problem
+
+
+def _shortened(problem: str) -> str:
+    """Without the attempts that the parser lists for every type that an option can have."""
+    found = re.match(r"Error parsing (\S+): no type matching (\S+) could be instantiated from \[(.*?)\]", problem)
+    if found is None:
+        return problem
+    kinds = [kind.strip("{}") for kind in found[2].split("|")]
+    return f"{found[1]} is {found[3]}; it takes {' or '.join(kind for kind in kinds if kind != 'None')}"
 
 
 def _help_for(arguments: Sequence[str]) -> str:

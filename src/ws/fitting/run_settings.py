@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -72,6 +73,16 @@ class Settings:
     judged: int = 24
     recipe: Recipe = "own"
     fit_dtype: Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "data_seed": 0, "control_seeds": 0, "samples": 0, "judged": 0, "rows": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                option = {"samples": "shown"}.get(name, name).replace("_", "-")
+                raise UserError(f"--{option} is {value}", f"Give {smallest} or more.")
+        if not all(math.isfinite(alpha) for alpha in self.alphas):
+            raise UserError(f"--alphas has {', '.join(f'{a:g}' for a in self.alphas)}", "Give finite numbers.")
 
     def load(self) -> ChatModel:
         """Load the model as the settings say."""

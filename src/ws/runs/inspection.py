@@ -23,6 +23,7 @@ class Inspection(Replication):
         """Recorded stage -> names of its inputs that are not what they were when it was built."""
         self._changed: dict[str, list[str]] = {}
         ways: dict[str, Callable[[], object]] = {
+            "personas": self.personas,
             "data": self.data,
             **{f"train-{pole}": partial(self.train, pole) for pole in POLES},
             "diff": self.diff,
