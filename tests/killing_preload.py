@@ -3,7 +3,8 @@
 import importlib
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("BEARTYPE", None)  # as users run it, and quicker
 
 for _name in ("torch", "transformers", "peft", "polars", "scipy.stats", "matplotlib.figure", "gguf",
               "ws.commands.cli", "ws.runs.sweep", "ws.runs.evaluate", "ws.comparing.compare", "ws.comparing.page",

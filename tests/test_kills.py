@@ -32,7 +32,7 @@ COMMANDS = {
     "compare": ("compare", *FIT, "--topics", 4, "--rows", 4, "--families", "lora", "--activations", "--steps",
                 "--draws", 2, "--shuffles", 0, "--budgets", 0.005),
 }  # fmt: skip
-KILLS = {"replicate": 7, "sweep": 6, "eval": 4, "compare": 5}
+KILLS = {"replicate": 7, "sweep": 5, "eval": 5, "compare": 3}
 """How often each command is killed at a random moment."""
 
 
@@ -96,7 +96,7 @@ def test_kills_at_random_moments_change_nothing(name: str, whole: Undisturbed, t
     places: Iterator[Path] = (tmp_path / f"out{number}" for number in range(100))
     out = begun(name, whole, next(places))
     while kills < KILLS[name]:
-        moment = rng.uniform(0.05, 0.8) * whole.seconds[name]
+        moment = rng.uniform(0.05, 0.6) * whole.seconds[name]
         if killing.killed_when(whole.words(name, out), tmp_path / "log", lambda now: now > moment):  # noqa: B023
             kills += 1
         else:  # it came to its end before: the next kills hit a new run
@@ -134,7 +134,7 @@ def error_of(log: Path) -> str:
     return errors[0]
 
 
-@pytest.mark.parametrize("moment", ["personas.json", "pairs.parquet", "direction.safetensors"])
+@pytest.mark.parametrize("moment", ["personas.json", "direction.safetensors"])
 def test_ctrl_c_stops_and_says_how_to_continue(moment: str, whole: Undisturbed, tmp_path: Path) -> None:
     words, log = whole.words("replicate", tmp_path / "out"), tmp_path / "log"
     process = killing.start(words, log)
@@ -157,7 +157,7 @@ def test_two_runs_in_one_folder_do_not_meet(whole: Undisturbed, tmp_path: Path) 
     assert_same(tmp_path / "out", whole.out("replicate"))
 
 
-@pytest.mark.parametrize("limit", [2_000, 20_000, 60_000])
+@pytest.mark.parametrize("limit", [2_000, 60_000])
 def test_a_file_that_cannot_grow_is_one_line_and_a_rerun_continues(
     limit: int, whole: Undisturbed, tmp_path: Path
 ) -> None:

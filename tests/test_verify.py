@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,3 +288,15 @@ def test_changed_inputs_are_named(finished: Path, tiny_folders: dict[str, Path],
         first, second = stage_records(finished)["data"], stage_records(other.folder.path)["data"]
         found = reproduce.compared("data", finished, other.folder.path, first, second)
     assert found.inputs == ("sampling",) and found.outputs == ("pairs.parquet",) and not found.is_identical
+
+
+# ---------------------------------------------------------------- the list of promises
+
+
+def test_every_test_on_the_list_of_promises_exists() -> None:
+    tests = Path(__file__).parent
+    rows = [row for row in (tests.parent / "docs" / "reliability.md").read_text().splitlines() if row.startswith("| ")]
+    named = [re.findall(r"`(test_\w+\.py)::(test_\w+)`", row) for row in rows if "| test |" not in row]
+    assert len(named) > 25 and all(named), "every promise has a test"
+    for file, name in {pair for pairs in named for pair in pairs}:
+        assert f"def {name}(" in (tests / file).read_text(encoding="utf-8"), f"{file}::{name}"

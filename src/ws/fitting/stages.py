@@ -158,8 +158,7 @@ class Fitting:
             rater = judge.make_judge(self.judge, self.behaviour, self.fitting_model)
             write_table(path, judge.judged(pairs, self.behaviour, self.judge, rater, shards))
 
-        siblings = sorted(self.folder.path.parents[1].glob("*/seed*"))  # other families and training seeds
-        result = self._build("data", inputs, ["pairs.parquet"], make, siblings)
+        result = self._build("data", inputs, ["pairs.parquet"], make, self._siblings)
         pairs = pl.read_parquet(path)
         counts = data.describe(pairs)
         self._say(
@@ -176,6 +175,11 @@ class Fitting:
         if counts["identical"] > MANY_IDENTICAL * counts["pairs"]:
             self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
         return pairs
+
+    @property
+    def _siblings(self) -> list[Path]:
+        """The runs of other families and seeds, which may have the same data."""
+        return sorted(self.folder.path.parents[1].glob("*/seed*"))
 
     def personas(self) -> Mapping[str, float]:
         """How often both sides of a persona pair get the same greedy answer, before anything is sampled or trained.
@@ -197,7 +201,7 @@ class Fitting:
                 self.fitting_model, self.behaviour, settings.grid.personas, self.sampling.max_new_tokens
             ))  # fmt: skip
 
-        result = self._build("personas", inputs, [file.name], make)
+        result = self._build("personas", inputs, [file.name], make, self._siblings)
         shares: dict[str, float] = read_json(file)
         told = ", ".join(f"{share:.0%}" for share in shares.values())
         self._say("personas", result, f"answers that are the same on both sides: {told}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ws.base import environment
+from ws.base import console, environment
 from ws.base.errors import UserError
 from ws.base.store import digest, read_json, stage_records
 from ws.fitting.run_settings import settings_of
@@ -61,7 +61,8 @@ def reproduce(run: Path, out: Path | None = None, **loading_options: Any) -> Rep
     """
     settings = settings_of(run, **loading_options)
     if not (run / SUMMARY_FILE).is_file():
-        raise UserError(f"the run in {run} is not finished", f"Continue it with: ws report {run}")
+        remedy = f"Continue it with: {console.command('report', run)}"
+        raise UserError(f"the run in {run} is not finished", remedy)
     place = out or settings.out.with_name(f"{settings.out.name}-reproduced")
     if place.resolve() == settings.out.resolve():
         raise UserError(f"{place} is the folder of the run itself", "Choose another folder with --out.")

@@ -16,6 +16,7 @@ import polars as pl
 from ws import adapters
 from ws.adapters import diff
 from ws.algebra.direction import Direction
+from ws.base import console
 from ws.base.errors import UserError
 from ws.base.poles import POLES
 from ws.base.store import digest, stage_records
@@ -77,7 +78,7 @@ Passed = Iterator[tuple[str, str]]
 
 
 def _of_run(folder: Path) -> Passed:
-    again = f"Build it again with: ws report {folder}"
+    again = f"Build it again with: {console.command('report', folder)}"
     settings = settings_of(folder)
     recorded = stage_records(folder)
     if not recorded:
