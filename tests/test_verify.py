@@ -135,6 +135,19 @@ def test_an_export_reloads(finished: Path, tmp_path: Path, capsys: pytest.Captur
     assert "PEFT loads it to the same model" in capsys.readouterr().out
 
 
+def test_whole_models_are_checked_too(
+    finished: Path, tmp_path: Path, tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, name in (("merged", "merged"), ("gguf", "model.gguf")):
+        assert run("export", finished, "--format", kind, "--out", tmp_path / name) == 0
+        assert run("verify", tmp_path / name) == 0
+    capsys.readouterr()
+    broken = tmp_path / "merged" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-50])
+    assert run("verify", tmp_path / "merged") == 2
+    assert "model.safetensors" in one_line(capsys)
+
+
 def cut_scores(run: Path) -> None:
     file = run / "scores.parquet"
     file.write_bytes(file.read_bytes()[:-9])

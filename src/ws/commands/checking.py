@@ -14,10 +14,10 @@ from ws.base.errors import UserError
 
 @dataclass(frozen=True)
 class Verify:
-    """Check a run, a direction or an adapter: are its files what was built, up to date, sound, and not empty?"""
+    """Check a run, a direction, an adapter or a model: are the files as built, up to date, sound, and not empty?"""
 
     target: Positional[Path]
-    """A run folder, a direction file, or a PEFT adapter folder."""
+    """A run folder, a direction file, a PEFT adapter folder, a model folder, or a GGUF model."""
     model: str | None = None
     """Base model of a direction or an adapter, if the file does not name it, or names another place."""
     json: bool = False
@@ -28,7 +28,7 @@ class Verify:
         from ws.runs import verify  # noqa: PLC0415
 
         if not self.target.exists():
-            raise UserError(f"there is no {self.target}", "Give a run folder, a direction file or an adapter folder.")
+            raise UserError(f"there is no {self.target}", "Give a run folder, or the path of a result.")
         checks = []
         for check in verify.verify(self.target, self.model):
             checks.append(check)

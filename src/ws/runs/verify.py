@@ -1,4 +1,4 @@
-"""Check a run, a direction or an adapter folder: are the files what was built, up to date, whole, and not empty?
+"""Check a run, a direction, an adapter folder or a model: are the files as built, up to date, whole, and not empty?
 
 A target is checked in steps, from its files to its meaning. A later step needs the earlier ones, so the first failure
 ends the check.
@@ -24,9 +24,9 @@ from ws.export.lora import logit_error
 from ws.fitting.run_settings import settings_of
 from ws.model import loading
 from ws.model.loading import ChatModel
+from ws.model.weight_files import CONFIG
 from ws.runs.inspection import Inspection
 
-CONFIG = "config.json"
 ROUNDING = 1e-5
 """Relative gap between a stored direction and the difference of its adapters: sums in another order."""
 
@@ -45,12 +45,14 @@ class Check:
 
 
 def verify(target: Path, model: str | None = None) -> Iterator[Check]:
-    """The checks of a run folder, a direction file or an adapter folder, one by one; the last one may have failed.
+    """The checks of a run folder, a direction file, an adapter folder or a model, one by one; the last may have failed.
 
     model: the base of a direction or adapter, if it is not the one that the file names. It has no effect on runs.
     """
-    if (target / CONFIG).is_file():
+    if (target / "identity.json").is_file():
         found = _of_run(target)
+    elif (target / CONFIG).is_file() or target.suffix == ".gguf":
+        found = _of_model(target)
     elif target.is_dir():
         found = _of_adapter(target, model)
     else:
@@ -133,6 +135,11 @@ def _not_empty(name: str, direction: Direction, remedy: str) -> Passed:
     if not math.isfinite(norm) or norm == 0:
         raise _FailedError(name, f"its norm is {norm:g}: it changes nothing", remedy)
     yield name, f"{len(direction.deltas)} parameters, norm {norm:.4g}"
+
+
+def _of_model(place: Path) -> Passed:
+    model = loading.load(str(place))  # a tensor that is missing, odd or not finite is an error
+    yield "model", f"{model.parameter_count:,} parameters, finite logits, fingerprint {model.fingerprint}"
 
 
 def _of_direction(file: Path, model: str | None) -> Passed:
