@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import torch
 
 from ws import adapters
 from ws.adapters import diff
@@ -30,7 +31,7 @@ from ws.runs.inspection import Inspection
 ROUNDING = 1e-5
 """Relative gap between a stored direction and the difference of its adapters: sums in another order."""
 
-LOGITS = 0.01
+LOGITS, HALF_PRECISION_LOGITS = 0.01, 0.5
 """Largest error of a logit of the adapter loaded by PEFT; the forward passes round differently."""
 
 
@@ -119,6 +120,7 @@ def _adapters_and_direction(run: Inspection, again: str) -> Passed:
     for pole, folder in sides.items():
         tasks[pole] = diff.task_vector(run.model, folder)
         yield from _not_empty(f"adapter {pole}", tasks[pole], again)
+        yield from _reloads(f"adapter {pole}", run.model, tasks[pole], folder)
     file = run.folder / "direction.safetensors"
     if not file.is_file():
         return
@@ -163,11 +165,11 @@ def _of_adapter(folder: Path, model: str | None) -> Passed:
     tau = diff.task_vector(base, folder)
     yield "base", f"every tensor belongs to {named}"
     yield from _not_empty("adapter", tau, "Train or export it again.")
-    yield from _reloads(base, tau, folder)
+    yield from _reloads("adapter", base, tau, folder)
 
 
-def _reloads(base: ChatModel, tau: Direction, folder: Path) -> Passed:
+def _reloads(name: str, base: ChatModel, tau: Direction, folder: Path) -> Passed:
     error = logit_error(base, tau, 1.0, folder)["max"]
-    if not error <= LOGITS:
-        raise _FailedError("reload", f"the logits of PEFT differ by {error:.2g}", "Train or export the adapter again.")
-    yield "reload", f"PEFT loads it to the same model (largest logit error {error:.1g})"
+    if not error <= (LOGITS if base.dtype == torch.float32 else HALF_PRECISION_LOGITS):
+        raise _FailedError(name, f"the logits of PEFT differ by {error:.2g}", "Train or export the adapter again.")
+    yield name, f"PEFT loads it to the same model (largest logit error {error:.1g})"
