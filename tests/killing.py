@@ -69,7 +69,7 @@ def killed_when(arguments: Sequence[object], log: Path, is_time: Callable[[float
             process.kill()
             process.join()
             return process.exitcode == -signal.SIGKILL
-        process.join(0.002)
+        process.join(0.01)
     assert process.exitcode == 0, log.read_text()
     return False
 
@@ -86,4 +86,4 @@ def wait_for(pattern: str, folder: Path, process: BaseProcess) -> None:
     started = time.monotonic()
     while process.is_alive() and not any(folder.rglob(pattern)):
         assert time.monotonic() - started < PATIENCE, f"{pattern} does not appear"
-        process.join(0.005)
+        process.join(0.01)

@@ -18,8 +18,9 @@ PROMPTS = 8
 """Training prompts that are asked, spread over all of them."""
 LONGEST = 48
 """Tokens of an answer that are compared."""
-COLLAPSED = 0.5
-"""Share of identical answers above which a warning says that a persona pair hardly matters."""
+COLLAPSED = 0.8
+"""Share of identical answers above which a warning says that a persona pair hardly matters. In the embedded models,
+sycophancy has 0, refusal up to 0.25, and honesty, where many prompts have one short answer, up to 0.75."""
 
 
 def same_answers(model: ChatModel, behaviour: Behaviour, personas: int | None, longest: int) -> dict[str, float]:
