@@ -9,6 +9,8 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,20 @@ def _command(arguments: Sequence[str], log: str, largest_file: int | None) -> No
     cli.main(list(arguments))
 
 
+@cache
+def _serve() -> None:
+    """Start the server with this folder on its path; without it, what it should import is silently left out."""
+    known = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([known] if known else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if known is None else os.environ.update(PYTHONPATH=known)
+
+
 def start(arguments: Sequence[object], log: Path, largest_file: int | None = None) -> BaseProcess:
     """A command that runs by itself; what it prints is appended to `log`. largest_file: limit in bytes."""
+    _serve()
     process = _context.Process(target=_command, args=([str(one) for one in arguments], str(log), largest_file))
     process.start()
     return process

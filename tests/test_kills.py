@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 
 import killing
-from ws.base.store import digest
+from ws.base.store import digest, read_json, stage_records
 from ws.pocket import tiny
 
 pytestmark = pytest.mark.slow
@@ -88,6 +88,10 @@ def assert_same(out: Path, reference: Path) -> None:
             assert pl.read_parquet(found[name]).equals(pl.read_parquet(file)), name
         assert digest(found[name]) == digest(file), name
     assert not [file for file in out.rglob("*") if ".partial" in file.parts and file.is_file()]
+    assert not [file for file in out.rglob("*.tmp") if "base" not in file.parts], "pieces of the base have no lock"
+    for file in out.rglob("reproduce.json"):
+        recorded = {stage: record["outputs"] for stage, record in stage_records(file.parent).items()}
+        assert {stage: part["outputs"] for stage, part in read_json(file)["stages"].items()} == recorded
 
 
 @pytest.mark.parametrize("name", COMMANDS)
