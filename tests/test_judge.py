@@ -387,20 +387,15 @@ def test_an_http_judge_that_fails_midway_continues_without_asking_again(
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "given",
     [
-        JudgeSettings("http"),
-        JudgeSettings("http", url="http://localhost/v1"),
-        JudgeSettings("http", model="m"),
-        JudgeSettings("http", url="localhost/v1", model="m"),
-        JudgeSettings("http", url="file:///etc/passwd", model="m"),
+        {}, {"url": "http://localhost/v1"}, {"model": "m"}, {"url": "localhost/v1", "model": "m"},
+        {"url": "file:///etc/passwd", "model": "m"},
     ],
-)
-def test_the_http_judge_needs_an_endpoint_and_a_model(
-    sycophancy: Behaviour, qwen: ChatModel, settings: JudgeSettings
-) -> None:
+)  # fmt: skip
+def test_the_http_judge_needs_an_endpoint_and_a_model(given: dict[str, str]) -> None:
     with pytest.raises(UserError, match="--judge-url"):
-        judge.make_judge(settings, sycophancy, qwen)
+        JudgeSettings("http", **given)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, 50.0, float("nan")])

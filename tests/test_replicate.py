@@ -233,7 +233,18 @@ def stages_built(folder: Path, run: Replication) -> set[str]:
         ({"judged": 0}, set()),
         (
             {"attention": "sdpa"},
-            {"data", "train-pos", "train-neg", "diff", "eval", "alignment", "samples", "replies", "other-replies"},
+            {
+                "personas",
+                "data",
+                "train-pos",
+                "train-neg",
+                "diff",
+                "eval",
+                "alignment",
+                "samples",
+                "replies",
+                "other-replies",
+            },
         ),
     ],
 )

@@ -125,6 +125,13 @@ def test_a_new_folder_outside_of_a_run_recovers_too(tmp_path: Path) -> None:
     assert listing(tmp_path) == {"f", "f/whole"}
 
 
+def test_what_a_killed_process_left_half_written_goes_when_the_run_is_opened_again(tmp_path: Path) -> None:
+    for name in ("run/.pairs.parquet.123.tmp", "run/sub/.pos.7.tmp/part", "beside/.x.1.tmp"):
+        store.write_text(tmp_path / name, "half")
+    RunFolder(tmp_path / "run", {}).close()
+    assert listing(tmp_path) == {"run", "run/sub", "run/.lock", "run/identity.json", "beside", "beside/.x.1.tmp"}
+
+
 # ---------------------------------------------------------------- json and digests
 
 

@@ -232,7 +232,7 @@ def test_a_result_is_read_back_as_it_was_written(qwen: ChatModel, tmp_path: Path
     chosen = replace(SMALL, epochs=1, adapter=replace(SMALL.adapter, roles=("q", "up")))
     found = train.fit(qwen, pairs(), "neg", chosen, seed=0, data_seed=0, folder=tmp_path / "neg")
     assert FitResult.read(tmp_path / "neg") == found
-    assert found.settings == chosen and found.trainable_parameters > 0 and found.seconds > 0
+    assert found.settings == chosen and found.trainable_parameters > 0
     stored = tmp_path / "neg" / train.RESULT_FILE
     older = {k: v for k, v in json.loads(stored.read_text()).items() if k != "skipped"} | {"fitted_together": 2}
     stored.write_text(json.dumps(older))

@@ -11,8 +11,8 @@ of a folder are read in fp32 and converted to the deltas that its forward pass a
 A feature of a configuration that has no exact form here is an error that names the feature.
 """
 
-from ws.adapters.attach import FAMILIES, AdapterSettings, attach, require_family
-from ws.adapters.folder import AdapterFolder, is_adapter_folder, read
+from ws.adapters.attach import FAMILIES, AdapterSettings, attach, require_family, require_sites
+from ws.adapters.folder import AdapterFolder, is_adapter_folder, read, sort_config
 from ws.adapters.meaning import deltas
 
 __all__ = [
@@ -24,4 +24,6 @@ __all__ = [
     "is_adapter_folder",
     "read",
     "require_family",
+    "require_sites",
+    "sort_config",
 ]

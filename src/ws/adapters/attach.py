@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ws.adapters.folder import PREFIX
+from ws.adapters.folder import PREFIX, sort_config
 from ws.adapters.low_rank import principal_factors, shifted_low_rank
 from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
@@ -94,6 +94,7 @@ class Attached:
                 self._save_as_lora(folder)
             else:
                 self.wrapped.save_pretrained(folder)
+        sort_config(folder)
         (folder / "README.md").unlink(missing_ok=True)
 
     def detach(self) -> None:
@@ -131,17 +132,7 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
     """
     import peft  # noqa: PLC0415 - heavy import, late
 
-    require_family(settings.family)
-    _require_positive(settings)
-    prefix, blocks = architecture.decoder_layers(network)
-    everywhere = settings.family == "ia3" and settings.ia3_all_layers
-    layers = range(len(blocks)) if everywhere else architecture.layer_slice(len(blocks), *settings.layers)
-    roles = settings.roles
-    if roles is None and settings.family == "ia3":  # only roles that the architecture has: fused experts have no down
-        present = {role for site in architecture.sites(network, layers) for role in site.roles}
-        roles = tuple(role for role in _IA3_ROLES if role in present)
-    chosen = architecture.sites(network, layers, roles)
-    _require_adaptable(settings, chosen)
+    prefix, layers, chosen = _chosen(network, settings)
     if settings.roles is None and (missed := architecture.linear_maps_without_role(network, layers)):
         console.warn(f"{name}: these maps have no known role and are not adapted: {', '.join(missed)}")
     config = _configuration(settings, chosen, prefix, layers)
@@ -168,6 +159,27 @@ def attach(network: Any, settings: AdapterSettings, name: str) -> Attached:
             ) from error
         raise
     return attached
+
+
+def require_sites(network: Any, settings: AdapterSettings) -> None:
+    """Raise for settings that choose no layer or no matrix of this network, before anything long is run."""
+    _chosen(network, settings)
+
+
+def _chosen(network: Any, settings: AdapterSettings) -> tuple[str, range, list[Site]]:
+    """The place of the decoder layers, the chosen ones, and their sites."""
+    require_family(settings.family)
+    _require_positive(settings)
+    prefix, blocks = architecture.decoder_layers(network)
+    everywhere = settings.family == "ia3" and settings.ia3_all_layers
+    layers = range(len(blocks)) if everywhere else architecture.layer_slice(len(blocks), *settings.layers)
+    roles = settings.roles
+    if roles is None and settings.family == "ia3":  # only roles that the architecture has: fused experts have no down
+        present = {role for site in architecture.sites(network, layers) for role in site.roles}
+        roles = tuple(role for role in _IA3_ROLES if role in present)
+    chosen = architecture.sites(network, layers, roles)
+    _require_adaptable(settings, chosen)
+    return prefix, layers, chosen
 
 
 def _taking_off(network: nn.Module) -> Callable[[], None]:

@@ -93,6 +93,7 @@ def read(path: str | Path) -> AdapterFolder:
     config = read_json(path / _CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{path / _CONFIG} is not a JSON object", "Give a folder saved by PEFT.")
+    _require_kinds(path, config)
     try:
         raw = load_file(path / _WEIGHTS)
     except SafetensorError as error:
@@ -102,6 +103,52 @@ def read(path: str | Path) -> AdapterFolder:
         if not all_finite(tensor):
             raise UserError(f"{path / _WEIGHTS}: {name} holds NaN or infinite values", "Train the adapter again.")
     return AdapterFolder(path, config, tensors)
+
+
+def _require_kinds(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise for an option that is not of the kind that PEFT writes, and for a name that is no regular expression."""
+
+    def is_list_of(kind: type, value: Any) -> bool:
+        return isinstance(value, list) and all(type(one) is kind for one in value)
+
+    for option in ("peft_type", "base_model_name_or_path", "revision"):
+        if not isinstance(config.get(option), str | None):
+            raise UserError(f"{path / _CONFIG}: {option} is {config[option]!r}", "It must be a text.")
+    for option in (*_SETS, "layers_pattern"):
+        value = config.get(option)
+        if not (value is None or isinstance(value, str) or is_list_of(str, value)):
+            raise UserError(f"{path / _CONFIG}: {option} is {value!r}", "It must be a text or a list of texts.")
+    layers = config.get("layers_to_transform")
+    if not (layers is None or type(layers) is int or is_list_of(int, layers)):
+        raise UserError(f"{path / _CONFIG}: layers_to_transform is {layers!r}", "It must be a list of whole numbers.")
+    for option in ("rank_pattern", "alpha_pattern", "lambda_pattern"):
+        if not isinstance(config.get(option), dict | None):
+            raise UserError(f"{path / _CONFIG}: {option} is {config[option]!r}", "It must hold numbers by name.")
+    patterns = [
+        name for option in ("rank_pattern", "alpha_pattern", "lambda_pattern") for name in config.get(option) or ()
+    ]
+    whole = [value for option in _SETS if isinstance(value := config.get(option), str)]
+    for pattern in (*patterns, *whole):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(
+                f"{path / _CONFIG}: {pattern!r} is not a regular expression ({error})", "Save the adapter again."
+            ) from error
+
+
+def sort_config(folder: Path) -> None:
+    """Sort the sets in an adapter's configuration, which PEFT writes in random order: equal runs give equal bytes."""
+    path = folder / _CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for option in _SETS:
+        if isinstance(config.get(option), list):
+            config[option] = sorted(config[option])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+_SETS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters")
+"""Options that PEFT keeps as sets."""
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

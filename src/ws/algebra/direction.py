@@ -318,6 +318,8 @@ def _read_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     kinds = {"format": str, "base": str, "layers": dict, "provenance": dict}
     if not isinstance(header, dict) or not all(isinstance(header.get(n), kind) for n, kind in kinds.items()):
         raise UserError(f"{path} is damaged: its header lacks an entry", "Make the direction again.")
+    if not all(type(layer) is int for layer in header["layers"].values()):
+        raise UserError(f"{path} is damaged: its layers are not whole numbers", "Make the direction again.")
     if header["format"] != FORMAT:
         raise UserError(f"{path} has format {header['format']!r}, but this version reads {FORMAT!r}", "Make it again.")
     return header

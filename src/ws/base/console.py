@@ -6,12 +6,13 @@ seconds shows a progress bar, on stderr, so it never mixes with results.
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -26,8 +27,24 @@ from rich.text import Text
 
 T = TypeVar("T")
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters except tab and line feed (terminals obey them), and marks that reverse the order of a text."""
+
+
+def visible(text: str) -> str:
+    """The text with control characters spelled out: what a model or a file says cannot steer the terminal."""
+    return _HIDDEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+class _PlainConsole(Console):
+    """A console that takes no markup and no emoji codes, and shows control characters instead of obeying them."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+_out = _PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
+_err = _PlainConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 _quiet = False
 
 
@@ -45,7 +62,7 @@ def quiet(on: bool = True) -> Iterator[None]:
 def say(text: str = "", style: str = "") -> None:
     """Print one message for people on stdout, as plain text without markup."""
     if not _quiet:
-        _out.print(Text(text, style=style))
+        _out.print(Text(visible(text), style=style))
 
 
 def write(text: str) -> None:
@@ -79,12 +96,12 @@ def print_json(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print one warning on stderr."""
-    _err.print(Text.assemble(("warning: ", "yellow"), text))
+    _err.print(Text.assemble(("warning: ", "yellow"), visible(text)))
 
 
 def fail(text: str) -> None:
     """Print one error line on stderr."""
-    _err.print(Text.assemble(("ws: ", "red bold"), text))
+    _err.print(Text.assemble(("ws: ", "red bold"), visible(text)))
 
 
 class Bar:
@@ -119,12 +136,12 @@ def progress(description: str, total: float) -> Iterator[Bar]:
         yield Bar(description, total, None)
         return
     live = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=_err,
         transient=True,
         refresh_per_second=4,

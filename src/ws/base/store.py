@@ -21,7 +21,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ws.base import console
+from ws.base import console, environment
 from ws.base.errors import BaseMismatchError, UserError
 
 if TYPE_CHECKING:
@@ -205,11 +205,30 @@ class StageResult(NamedTuple):
     seconds: float
 
 
+REPRODUCE_FILE = "reproduce.json"
+"""Everything that decided a run: settings, versions, and the digests of the inputs and outputs of every stage."""
+
+
+def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of the finished stages of a run folder, by name."""
+    return {file.stem: _record(file) for file in sorted((folder / "stages").glob("*.json"))}
+
+
+def _record(file: Path) -> dict[str, Any]:
+    found, parts = read_json(file), {"key": str, "inputs": dict, "outputs": dict, "seconds": float | int}
+    if not isinstance(found, dict) or not all(isinstance(found.get(part), kind) for part, kind in parts.items()):
+        raise UserError(f"{file} is not the record of a stage", "Delete it and run again.")
+    return found
+
+
 class RunFolder:
     """One run's folder with its identity, stage records and lock.
 
     `identity` describes the run (model fingerprint, behaviour ...). A folder with a different identity is refused.
+    `settings` are those of the run, for `reproduce.json`; None keeps the ones that it has.
     """
+
+    settings: Mapping[str, Any] | None = None
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
@@ -224,6 +243,8 @@ class RunFolder:
         try:
             for aside in path.rglob(f".*{_ASIDE}"):
                 recover_folder(aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE)))
+            for left in [*path.rglob(".*.tmp")]:  # of a process that was killed: the lock says that nobody writes here
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
             self._check_identity()
         except BaseException:
             self.close()
@@ -272,7 +293,8 @@ class RunFolder:
         """
         record_file, key = self._record_file(stage), content_key(stage, inputs)
         if self.is_done(stage, inputs):
-            return StageResult(False, read_json(record_file)["seconds"])
+            self._tidy(stage, inputs)
+            return StageResult(False, _record(record_file)["seconds"])
         if changed := self.changed_inputs(stage, inputs):
             console.say(f"{stage}: rebuilding, because {', '.join(changed)} changed")
         record_file.unlink(missing_ok=True)
@@ -290,14 +312,41 @@ class RunFolder:
             "inputs": json.loads(canonical_json(inputs)),
             "outputs": {name: digest(self.path / name) for name in outputs},
             "seconds": round(seconds, 3),
+            "environment": environment.described(),
         })  # fmt: skip
-        shards.discard()
+        self._tidy(stage, inputs)
         return StageResult(True, round(seconds, 3))
+
+    def _tidy(self, stage: str, inputs: Mapping[str, Any]) -> None:
+        """What follows the record of a stage; a kill may come between, so it is also done for a finished stage."""
+        file = self.path / REPRODUCE_FILE
+        known = read_json(file) if file.is_file() else {}
+        if known != (collected := self._collected(known)):
+            write_json(file, collected)
+        self.shards(stage, inputs).discard()
+
+    def _collected(self, known: Mapping[str, Any]) -> Any:
+        """What decided the run, for `reproduce.json`; `known` is its content so far.
+
+        The environment is that of the last stage that was built. A stage of another environment keeps its own.
+        """
+        records = stage_records(self.path)
+        environments = {name: record.get("environment") for name, record in records.items()}  # earlier versions: None
+        now = environment.described()
+        last = now if now in environments.values() else known.get("environment", now)
+        stages = {
+            name: {"inputs": record["inputs"], "outputs": record["outputs"],
+                   **({} if environments[name] == last else {"environment": environments[name]})}
+            for name, record in records.items()
+        }  # fmt: skip
+        settings = known.get("settings") if self.settings is None else self.settings
+        whole = {"schema": 1, "identity": self.identity, "settings": settings, "environment": last, "stages": stages}
+        return json.loads(canonical_json(environment.without_home(json.loads(canonical_json(whole)))))
 
     def is_done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         """Whether the stage is recorded for these inputs and its outputs are unchanged."""
         record_file = self._record_file(stage)
-        record = read_json(record_file) if record_file.exists() else None
+        record = _record(record_file) if record_file.exists() else None
         return record is not None and record["key"] == content_key(stage, inputs) and self._outputs_intact(record)
 
     def shards(self, stage: str, inputs: Mapping[str, Any]) -> Shards:
@@ -313,7 +362,7 @@ class RunFolder:
             record_file = sibling / "stages" / f"{stage}.json"
             if sibling == self.path or not record_file.is_file():
                 continue
-            record = read_json(record_file)
+            record = _record(record_file)
             if record["key"] == key and all(
                 (sibling / name).is_file() and digest(sibling / name) == known
                 for name, known in record["outputs"].items()
@@ -335,7 +384,7 @@ class RunFolder:
         record_file = self._record_file(stage)
         if not record_file.exists():
             return []
-        known = read_json(record_file)["inputs"]
+        known = _record(record_file)["inputs"]
         fresh = json.loads(canonical_json(inputs))
         return sorted(name for name in {*known, *fresh} if known.get(name) != fresh.get(name))
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -16,10 +18,11 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from ws.base import console
+from ws.base import console, memory
 from ws.base.errors import UserError
 from ws.base.version import __version__
 from ws.commands.behaviours import BehaviourCommand
+from ws.commands.checking import Reproduce, Verify
 from ws.commands.comparisons import Ablate, Calibrate, Compare, Generalise, Sweep
 from ws.commands.converting import Convert
 from ws.commands.embedded import Pocket
@@ -44,6 +47,8 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Reproduce, subcommand("reproduce")]
     | Annotated[Chat, subcommand("chat")]
     | Annotated[Serve, subcommand("serve")]
     | Annotated[Ui, subcommand("ui")]
@@ -51,15 +56,22 @@ Command = (
     | Annotated[BehaviourCommand, subcommand("behaviour")]
 )
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of the signal."""
 _DISK_PROBLEMS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EIO,
-    errno.ENAMETOOLONG,
+    errno.ENAMETOOLONG, errno.EFBIG,
 }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run a command; turn every expected failure into one line and an exit code."""
-    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+    code = _main(list(sys.argv[1:] if arguments is None else arguments))
+    if code == INTERRUPTED:  # at once: threads that wait for a server would hold the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main_as(command: str) -> None:
@@ -71,8 +83,9 @@ def _main(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         console.say(f"weight-steering {__version__}")
         return 0
+    command: Any = None
     try:
-        command: Any = _parse(arguments)
+        command = _parse(arguments)
         with console.quiet(getattr(command, "json", False)):
             command.run()
     except UserError as error:
@@ -80,7 +93,7 @@ def _main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         console.fail("interrupted; run the same command again to continue")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output is gone, so print nothing more
         return 0
@@ -88,8 +101,15 @@ def _main(arguments: list[str]) -> int:
         if error.errno not in _DISK_PROBLEMS:
             raise
         place = error.filename or "the output folder"
+        other = "another --out" if hasattr(command, "out") else "another folder"
+        console.fail(f"cannot write {place}: {error.strerror}. Free space or choose {other}; run again to continue")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_exhausted(error):
+            raise
         console.fail(
-            f"cannot write {place}: {error.strerror}. Free space or choose another --out; run again to continue"
+            f"not enough memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). Close other programs, "
+            "lower --cache-memory, or use --dtype bfloat16 or a smaller model; run again to continue"
         )
         return 2
     return 0
@@ -131,13 +151,22 @@ def _one_line(complaint: str) -> str:
             paragraphs[-1].append(text)
     if "╭" not in complaint and len(paragraphs) > 1:
         del paragraphs[0]  # without box characters the title is a separate paragraph
-    problem = " ".join(paragraphs[0]) or "the arguments cannot be read"
+    problem = _shortened(" ".join(paragraphs[0])) or "the arguments cannot be read"
     for first, *rest in filter(None, paragraphs[1:]):
         if first.startswith("Perhaps you meant") and rest:
             return f"{problem.rstrip('.')}; did you mean {rest[0].split()[0]}?"
         if first.startswith("Available subcommands"):
             return f"{problem.rstrip('.')}. {' '.join([first, *rest])}"
     return problem
+
+
+def _shortened(problem: str) -> str:
+    """Without the attempts that the parser lists for every type that an option can have."""
+    found = re.match(r"Error parsing (\S+): no type matching (\S+) could be instantiated from \[(.*?)\]", problem)
+    if found is None:
+        return problem
+    kinds = [kind.strip("{}") for kind in found[2].split("|")]
+    return f"{found[1]} is {found[3]}; it takes {' or '.join(kind for kind in kinds if kind != 'None')}"
 
 
 def _help_for(arguments: Sequence[str]) -> str:

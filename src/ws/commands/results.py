@@ -100,20 +100,12 @@ class Report:
 
     def _settings(self, path: Path) -> Settings:
         """The settings of the run in a folder, overridden by the options."""
-        from ws.fitting.run_settings import Settings, restore_settings, stored_in  # noqa: PLC0415
+        from ws.fitting.run_settings import settings_of  # noqa: PLC0415
 
-        stored = stored_in(path)
-        naming = {name: stored[name] for name in ("model", "behaviour", "adapter", "seed", "data_seed")}
-        naming["recipe"] = stored.get("recipe", "own")  # runs of earlier versions have none
-        given = {
-            name: getattr(self, name) or stored[name]
-            for name in ("dtype", "device", "attention", "revision")
-            if getattr(self, name) or name in stored
+        chosen = {
+            name: value for name in ("dtype", "device", "attention", "revision") if (value := getattr(self, name))
         }
-        return restore_settings(stored, Settings(
-            **naming, **given, out=path.resolve().parents[3],  # <out>/<model>/<behaviour>/<adapter>/seed<k>
-            trust_remote_code=self.trust_remote_code, cache_memory=self.cache_memory,
-        ))  # fmt: skip
+        return settings_of(path, **chosen, trust_remote_code=self.trust_remote_code, cache_memory=self.cache_memory)
 
 
 @dataclass(frozen=True)

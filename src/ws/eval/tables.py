@@ -60,7 +60,7 @@ def from_hub(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"data set {name!r} cannot be loaded ({reason})",
-            "Check the id and the network, or give a local file.",
+            "Check the id and the network. Without a network, give a local CSV, JSONL or parquet file.",
         ) from error
     parts = list(loaded.values()) if split is None else [loaded]
     found = commit(parts[0])

@@ -135,6 +135,7 @@ def write_peft(
     }
     with atomic_folder(folder) as temporary, console.library_noise_muted():
         config.save_pretrained(temporary)
+        adapters.sort_config(temporary)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         _require_same(temporary, network, {form.module: form.delta * alpha for form in forms})
         write_json(temporary / RECORD_FILE, record)

@@ -61,6 +61,8 @@ class JudgeSettings:
             raise UserError(f"the judge threshold is {self.threshold}", "Set --judge-threshold from 0 to 1.")
         if self.retries < 1:
             raise UserError(f"the judge setting retries is {self.retries}", "Set it to 1 or more.")
+        if self.backend == "http":
+            self.endpoint()  # reports a missing url or model before anything is sampled
 
     def endpoint(self) -> ChatEndpoint:
         """The endpoint of the http judge; a missing url or model is a UserError."""
@@ -193,9 +195,6 @@ class HttpJudge:
 
     settings: JudgeSettings
     behaviour: Behaviour
-
-    def __post_init__(self) -> None:
-        self.settings.endpoint()  # reports a missing url or model before any request
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[float]:
         """Judge one exchange after the other; an answer that is neither Yes nor No counts as 0.5."""

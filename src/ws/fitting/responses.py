@@ -131,13 +131,16 @@ def _from_endpoint(
         return Response(reply.text.strip(), _FINISH.get(reason, reason), reply.tokens)
 
     found = []
-    pool = ThreadPoolExecutor(CONNECTIONS)
+    pool, is_interrupted = ThreadPoolExecutor(CONNECTIONS), False
     try:
         for response in pool.map(one, [(wanted, key) for wanted in asked for key in wanted.keys]):
             found.append(response)
             advance(1)
-    finally:
-        pool.shutdown(cancel_futures=True)  # no more requests after a failure
+    except KeyboardInterrupt:
+        is_interrupted = True
+        raise
+    finally:  # no more requests after a failure; those that are out may take minutes
+        pool.shutdown(wait=not is_interrupted, cancel_futures=True)
     if sampling.temperature > 0:
         _warn_of_greedy(endpoint, asked, found)
     return found

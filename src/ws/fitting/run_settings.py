@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from ws.base.errors import UserError
 from ws.base.settings import make as make_settings
 from ws.base.store import Shards, content_key, read_json
 from ws.base.version import __version__
+from ws.fitting import behaviour
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.data import Grid
 from ws.fitting.judge import JudgeSettings
@@ -71,6 +73,16 @@ class Settings:
     judged: int = 24
     recipe: Recipe = "own"
     fit_dtype: Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "data_seed": 0, "control_seeds": 0, "samples": 0, "judged": 0, "rows": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                option = {"samples": "shown"}.get(name, name).replace("_", "-")
+                raise UserError(f"--{option} is {value}", f"Give {smallest} or more.")
+        if not all(math.isfinite(alpha) for alpha in self.alphas):
+            raise UserError(f"--alphas has {', '.join(f'{a:g}' for a in self.alphas)}", "Give finite numbers.")
 
     def load(self) -> ChatModel:
         """Load the model as the settings say."""
@@ -166,6 +178,36 @@ def stored_in(folder: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{folder} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
     return dict(found)
+
+
+def settings_of(folder: Path, **loading_options: Any) -> Settings:
+    """The settings of the run in a folder; `loading_options` override those of `LOADING`.
+
+    The run must be where its settings say, because its other stages are looked for there.
+    """
+    stored = stored_in(folder)
+    place = folder.resolve()
+    if len(place.parents) < RUN_DEPTH:
+        raise UserError(f"{folder} is not inside a folder of runs", "Give a folder as ws replicate made it.")
+    try:
+        naming = {name: stored[name] for name in ("model", "behaviour", "adapter", "seed", "data_seed")}
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'} lacks the setting {error}", "Run ws replicate again.") from error
+    naming["recipe"] = stored.get("recipe", "own")  # runs of earlier versions have none
+    given = {name: stored[name] for name in LOADING if name in stored and name not in _NOT_STORED}
+    out = place.parents[RUN_DEPTH - 1]
+    settings = restore_settings(stored, Settings(**naming, **{**given, **loading_options}, out=out))
+    expected = run_path(settings, behaviour.load(settings.behaviour))
+    if expected.resolve() != place:
+        raise UserError(
+            f"{folder} was moved: its settings are those of {expected.relative_to(settings.out)}",
+            "Give it that place again, in any folder.",
+        )
+    return settings
+
+
+RUN_DEPTH = 4
+"""Folders from `--out` down to a run: <model>/<behaviour>/<adapter>/seed<k>."""
 
 
 def stored_settings(settings: Settings) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ws.base.errors import UserError
 from ws.base.poles import POLES, Pole
 from ws.base.settings import make as make_settings
 from ws.base.store import RunFolder, Shards, StageResult, digest, read_json, write_json, write_table
-from ws.fitting import behaviour, data, judge, learning_rate, train, train_settings
+from ws.fitting import behaviour, data, judge, learning_rate, persona_check, train, train_settings
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.learning_rate import RateChoice
 from ws.fitting.responses import LOCAL
@@ -71,6 +71,7 @@ class Fitting:
             self.settings = replace(self.settings, alphas=tuple(sorted({0.0, *self.settings.alphas})))
         given = {name: value for name, value in settings.train.items() if (name, value) != ("lr", "auto")}
         self.training: TrainSettings = train_settings.resolve(self.model, settings.adapter, given, self.behaviour.name)
+        adapters.require_sites(self.model.network, self.training.adapter)
         self.lr_is_open = settings.train.get("lr") == "auto"
         self.sampling = _resolve_sampling(self.model, settings.sampling)
         # the model folder recommends a judge for sampled responses, not for given pairs
@@ -140,6 +141,7 @@ class Fitting:
         if settings.engine != LOCAL:  # no key for the local engine, so that earlier runs stay valid
             inputs["engine"] = settings.engine
         path = self.folder / "pairs.parquet"
+        self.personas()
 
         def make(shards: Shards) -> None:
             pairs = self.given_pairs
@@ -156,8 +158,7 @@ class Fitting:
             rater = judge.make_judge(self.judge, self.behaviour, self.fitting_model)
             write_table(path, judge.judged(pairs, self.behaviour, self.judge, rater, shards))
 
-        siblings = sorted(self.folder.path.parents[1].glob("*/seed*"))  # other families and training seeds
-        result = self._build("data", inputs, ["pairs.parquet"], make, siblings)
+        result = self._build("data", inputs, ["pairs.parquet"], make, self._siblings)
         pairs = pl.read_parquet(path)
         counts = data.describe(pairs)
         self._say(
@@ -174,6 +175,42 @@ class Fitting:
         if counts["identical"] > MANY_IDENTICAL * counts["pairs"]:
             self._warn(f"{counts['identical']} of {counts['pairs']} pairs are identical: the personas hardly matter")
         return pairs
+
+    @property
+    def _siblings(self) -> list[Path]:
+        """The runs of other families and seeds, which may have the same data."""
+        return sorted(self.folder.path.parents[1].glob("*/seed*"))
+
+    def personas(self) -> Mapping[str, float]:
+        """How often both sides of a persona pair get the same greedy answer, before anything is sampled or trained.
+
+        Not for pairs that the user gives, and not for an endpoint.
+        """
+        settings = self.settings
+        if self.given_pairs is not None or settings.engine != LOCAL:
+            return {}
+        file = self.folder / "personas.json"
+        inputs = {
+            "model": self.model.fingerprint, **self._arithmetic, "rendering": self.model.chat.rendering_key,
+            "behaviour": self.behaviour.key, "personas": settings.grid.personas,
+            "max_new_tokens": self.sampling.max_new_tokens,
+        }  # fmt: skip
+
+        def make(_: Shards) -> None:
+            write_json(file, persona_check.same_answers(
+                self.fitting_model, self.behaviour, settings.grid.personas, self.sampling.max_new_tokens
+            ))  # fmt: skip
+
+        result = self._build("personas", inputs, [file.name], make, self._siblings)
+        shares: dict[str, float] = read_json(file)
+        told = ", ".join(f"{share:.0%}" for share in shares.values())
+        self._say("personas", result, f"answers that are the same on both sides: {told}")
+        for number, share in shares.items():
+            if share > persona_check.COLLAPSED:
+                self._warn(
+                    f"persona pair {number} hardly matters: {share:.0%} of the answers are the same on both sides"
+                )
+        return shares
 
     def choose_lr(self) -> RateChoice:
         """Try the family's learning rates, keep the best for both signs, and write `lr_sweep.json`."""
@@ -267,7 +304,8 @@ class Fitting:
         direction, geometry = self.diff()
         pairs = pl.read_parquet(self.folder / "pairs.parquet")
         return FittedRun(
-            self.folder.path, self.behaviour, direction, geometry, pairs, data.describe(pairs), self.training,
+            self.folder.path, self.behaviour, direction, geometry, pairs,
+            {**data.describe(pairs), "same_answers": dict(self.personas())}, self.training,
             {pole: FitResult.read(self.folder / pole) for pole in POLES},
         )  # fmt: skip
 
@@ -278,7 +316,8 @@ class Fitting:
         """
         file = self.folder / "config.json"
         known = read_json(file) if file.is_file() else {}
-        write_json(file, {**known, "settings": stored_settings(self.settings)})
+        self.folder.settings = stored_settings(self.settings)
+        write_json(file, {**known, "settings": self.folder.settings})
 
     # ---------------------------------------------------------------- progress and warnings
 

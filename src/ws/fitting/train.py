@@ -15,10 +15,10 @@ from __future__ import annotations
 import csv
 import math
 import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ws import adapters
 from ws.adapters import AdapterSettings
-from ws.base import console, settings
+from ws.base import console, memory, settings
 from ws.base.errors import UserError
 from ws.base.poles import Pole
 from ws.base.store import atomic_file, atomic_folder, read_json, write_json
@@ -114,7 +114,6 @@ class FitResult:
     measure    "eval_loss": the loss on held-out topics before the first and after the last step. Without held-out
                topics "loss": the mean training loss over the first and over the last steps (see `_first_and_last`)
     skipped    optimiser steps that were skipped because a scaled fp16 gradient overflowed
-    seconds    wall-clock time of the whole fit
     """
 
     steps: int
@@ -128,7 +127,6 @@ class FitResult:
     warnings: tuple[str, ...]
     trainable_parameters: int
     settings: TrainSettings
-    seconds: float = 0.0
 
     @classmethod
     def read(cls, folder: Path) -> FitResult:
@@ -153,7 +151,6 @@ def fit(
     folder: Path,
 ) -> FitResult:
     """Fit one adapter, save it as a PEFT folder with its log and result, and leave the model as it was."""
-    started = time.perf_counter()
     data = examples(model, pairs, pole, chosen, data_seed)
     with restored(model.network), ExitStack() as stack:
         model.network.eval()
@@ -166,7 +163,6 @@ def fit(
             model, data, attached.trainable, chosen, seed=seed, first_layer=attached.first_layer,
             description=f"training {pole}",
         )  # fmt: skip
-        result = replace(result, seconds=round(time.perf_counter() - started, 3))
         with atomic_folder(folder) as temporary:
             attached.save(temporary)
             _write_log(temporary / LOG_FILE, log)
@@ -211,7 +207,7 @@ class _Fit:
         first_layer: int,
     ) -> None:  # fmt: skip
         self.model, self.data, self.parameters, self.chosen = model, data, parameters, chosen
-        self.first_layer = first_layer
+        self.first_layer, self.micro_tokens = first_layer, chosen.micro_tokens
         self.order = random.Random(f"order/{seed}")
         self.steps_per_epoch = math.ceil(len(data.train) / chosen.batch_size)
         self.steps = self.steps_per_epoch * chosen.epochs
@@ -315,6 +311,11 @@ class _Fit:
 
     def _backward(self, rows: Sequence[_Row]) -> float:
         """Accumulate the gradient of a step's mean loss per supervised token, and return that loss."""
+        return memory.halving(self.micro_tokens, "training batches", partial(self._accumulate, rows))
+
+    def _accumulate(self, rows: Sequence[_Row], micro_tokens: int) -> float:
+        self.micro_tokens = micro_tokens  # later steps keep what fitted
+        self.optimiser.zero_grad()  # an attempt that failed may have left a part
         count = sum(len(row.tokens.ids) - row.tokens.prompt_length for row in rows)
         parts = []
         for micro in self._micro(rows):
@@ -329,7 +330,7 @@ class _Fit:
         if not self.validation:
             return None
         self.model.network.eval()
-        losses = torch.cat([self._token_losses(micro).cpu() for micro in self._micro(self.validation)])
+        losses = memory.halving(self.micro_tokens, "validation batches", self._validation_losses)
         self.model.network.train()
         loss = float(losses.double().mean())
         if math.isfinite(loss):
@@ -339,13 +340,17 @@ class _Fit:
         dtype = str(self.model.dtype).removeprefix("torch.")
         raise UserError(f"the loss of {self.model.name} in {dtype} is {loss} before training", "Try --dtype float32.")
 
+    def _validation_losses(self, micro_tokens: int) -> Tensor:
+        self.micro_tokens = micro_tokens
+        return torch.cat([self._token_losses(micro).cpu() for micro in self._micro(self.validation)])
+
     def _rows(self, rows: Sequence[SupervisedTokens]) -> list[_Row]:
         with self._precision():
             states = lower_layers.entering(self.model, self.first_layer, [ids for ids, _ in rows]) if rows else None
         return [_Row(one, states[index] if states else None) for index, one in enumerate(rows)]
 
     def _micro(self, rows: Sequence[_Row]) -> list[list[_Row]]:
-        plan = forward.plan_batches([len(row.tokens.ids) for row in rows], self.chosen.micro_tokens)
+        plan = forward.plan_batches([len(row.tokens.ids) for row in rows], self.micro_tokens)
         return [[rows[index] for index in part] for part in plan]
 
     def _token_losses(self, rows: Sequence[_Row]) -> Tensor:

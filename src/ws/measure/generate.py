@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ws.base import keyed_random
+from ws.base import console, keyed_random, memory
 from ws.base.errors import UserError
 from ws.model import architecture
 from ws.model.loading import ChatModel
@@ -84,11 +84,23 @@ def sample(
     ending = model.chat.stop_ids if stops is None else stops
     results: list[list[Sample]] = [[] for _ in requests]
     most = affordable_tokens(model) if cache_tokens is None else cache_tokens
-    for batch in _plan(requests, sampling.max_new_tokens, most):
-        done = _sample_batch(
-            model, [requests[index] for index in batch], sampling, seed, ending,
-            _of_requests(edited, batch),
-        )  # fmt: skip
+    waiting = _plan(requests, sampling.max_new_tokens, most)[::-1]
+    while waiting:
+        batch, fits = waiting.pop(), True
+        try:
+            done = _sample_batch(
+                model, [requests[index] for index in batch], sampling, seed, ending,
+                _of_requests(edited, batch),
+            )  # fmt: skip
+        except (MemoryError, RuntimeError) as error:
+            if len(batch) == 1 or not memory.is_exhausted(error):
+                raise
+            fits = False
+        if not fits:  # outside of the handler, so that the failed attempt no longer holds its tensors
+            half = len(batch) // 2
+            console.warn(f"not enough memory to sample {len(batch)} prompts at once: going on with {half}")
+            waiting += [batch[half:], batch[:half]]
+            continue
         for index, samples in zip(batch, done, strict=True):
             results[index] = samples
         advance(sum(len(samples) for samples in done))

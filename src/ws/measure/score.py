@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ws.base import console
+from ws.base import console, memory
 from ws.base.errors import UserError
 from ws.base.store import Shards, content_key, write_table
 from ws.edit.condition import Condition
@@ -38,7 +38,7 @@ from ws.edit.steering import Mode, under, under_each
 from ws.measure import choice, divergence, shared_prefix
 from ws.measure.choice import Choices
 from ws.measure.generate import Request, Sample, Sampling, sample
-from ws.measure.plan import Plan, PlannedCondition, PreparedProbe
+from ws.measure.plan import Plan, PlannedCondition, PreparedProbe, default_token_budget
 from ws.measure.probe import JSON, Probe
 from ws.measure.shared_prefix import Texts
 from ws.model import forward
@@ -87,9 +87,19 @@ def score(
     of layers below the edits; 0 runs every layer for every Condition. per_pass: how many Conditions share a pass, if
     they can (None: as many as fill `SHARED_PASS` tokens on a half-precision model, otherwise one).
     """
-    plan = Plan.of(
-        model, conditions, mode=mode, token_budget=token_budget, cache_memory=cache_memory, per_pass=per_pass
-    )
+    wanted = tuple(conditions)
+
+    def within(budget: int) -> pl.DataFrame:
+        plan = Plan.of(model, wanted, mode=mode, token_budget=budget, cache_memory=cache_memory, per_pass=per_pass)
+        return _score_all(model, probes, plan, shards, base_shards, description)
+
+    return memory.halving(token_budget or default_token_budget(model), "batches", within)
+
+
+def _score_all(
+    model: ChatModel, probes: Sequence[Probe], plan: Plan, shards: Shards | None, base_shards: Shards | None,
+    description: str,
+) -> pl.DataFrame:  # fmt: skip
     pieces: list[pl.DataFrame] = []
     with console.progress(description, total=plan.condition_count * len(probes)) as bar:
         for context, group in plan.contexts:

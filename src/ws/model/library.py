@@ -59,7 +59,8 @@ def explain(name: str, place: str, part: str, error: Exception) -> UserError:
         return UserError(
             f"model {name!r} is neither {' nor '.join(map(repr, (*POCKET_MODELS, SMOLLM2)))}, a folder, a GGUF file, "
             f"nor a hub id that can be downloaded ({cause})",
-            "Check the spelling and the network, or give a local folder.",
+            "Check the spelling and the network. Without a network, use "
+            f"--model {', '.join(POCKET_MODELS)} or {SMOLLM2}, a local folder, or a GGUF file.",
         )
     return UserError(f"the model {name!r} cannot be loaded, because of its {part} ({cause})", _REMEDIES[part])
 

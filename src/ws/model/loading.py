@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from ws.base import console, precision
 from ws.base.errors import UserError
@@ -179,8 +180,8 @@ def _from_folder(name: str, place: str, choices: dict[str, Any], remote: dict[st
     except Exception as error:  # a try without weights finds a bad configuration or choice
         without_weights(place, name, **remote)
         without_weights(place, name, part="attention", attn_implementation=choices["attn_implementation"], **remote)
-        if isinstance(error, RuntimeError) and Path(place).is_dir():
-            # the library's report is muted; reading the files raises an error that names the tensor
+        if isinstance(error, RuntimeError | SafetensorError) and Path(place).is_dir():
+            # the library's report is muted; reading the files raises an error that names the file and the tensor
             weight_files.Checkpoint(Path(place)).fingerprint()
         raise explain(name, place, "weights", error) from error
     if getattr(network, "_hf_peft_config_loaded", False):

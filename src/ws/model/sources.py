@@ -123,7 +123,8 @@ def _downloaded(hub_id: str, file: str, revision: str | None) -> Source:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"the file {file} of the hub id {hub_id!r} is not on this machine and cannot be downloaded ({reason})",
-            "Check the spelling and the network, or give a local file.",
+            "Check the spelling and the network. Without a network, use "
+            f"--model {', '.join(POCKET_MODELS)} or {SMOLLM2}, a local folder, or a GGUF file.",
         ) from error
     parts = path.parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision

@@ -59,6 +59,8 @@ def names_in(folder: Path) -> list[str]:
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX} is damaged", "Copy or download the model again.") from error
     for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{folder / INDEX} lists {name!r}, which is not in its folder", "Use a trusted copy.")
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}, which {INDEX} lists", "Copy or download the model again.")
     return files

@@ -169,9 +169,8 @@ def harness_task(
     run: Replication, task: str, alphas: Sequence[float], limit: int | None, task_folder: Path | None
 ) -> pl.DataFrame:
     """Run a task of lm-evaluation-harness (`lm-eval:NAME`) at every strength and write `lm-eval-<NAME>.json`."""
-    if not task.startswith(harness.PREFIX):
-        raise UserError(f"--task {task} does not start with {harness.PREFIX}", f"Write --task {harness.PREFIX}NAME.")
-    edit, name, strengths = direction_of(run), task.removeprefix(harness.PREFIX), sorted({0.0, *alphas})
+    name = task_name(task)
+    edit, strengths = direction_of(run), sorted({0.0, *alphas})
     path = run.folder / f"lm-eval-{name}.json"
     inputs = {
         "direction": digest(run.folder / "direction.safetensors"),
@@ -194,6 +193,16 @@ def harness_task(
 
     run.folder.build(f"lm-eval-{name}", inputs, [path.name], make)
     return pl.DataFrame(read_json(path), schema_overrides={"stderr": pl.Float64}).sort("task", "metric", "alpha")
+
+
+def task_name(task: str) -> str:
+    """The name in `lm-eval:NAME`; it becomes part of a file name, so it must not be a path."""
+    if not task.startswith(harness.PREFIX):
+        raise UserError(f"--task {task} does not start with {harness.PREFIX}", f"Write --task {harness.PREFIX}NAME.")
+    name = task.removeprefix(harness.PREFIX)
+    if not name or Path(name).name != name:
+        raise UserError(f"{name!r} is not the name of a task", f"Write --task {harness.PREFIX}NAME.")
+    return name
 
 
 _COLUMNS = ("task", "metric", "alpha", "value", "stderr")

@@ -134,5 +134,5 @@ def _row(cell: Cell, summary: Summary, run: FittedRun) -> dict[str, Any]:
         **{name: summary.geometry[name] for name in ("cos_anti", "asymmetry", "drift_ratio", "cos_dw_m")},
         "lr": run.training.lr,
         "trainable": run.records["pos"].trainable_parameters,
-        "seconds": sum(record.seconds for record in run.records.values()) + summary.seconds.get("eval", 0.0),
+        "seconds": sum(summary.seconds.get(stage, 0.0) for stage in ("train-pos", "train-neg", "eval")),
     }
