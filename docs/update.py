@@ -7,8 +7,7 @@
 
 It stores the numbers of its arguments in docs/results: runs, an embedded model that was built again, a sweep, a
 comparison, the table over several comparisons, a study of generalisation, of bases or of ablations, or the alignment
-of a run's direction. The
-figure of the first sycophancy run on pocket goes to docs/images. Then it fills the blocks between `begin: NAME` and
+of a run's direction. Then it fills the blocks between `begin: NAME` and
 `end: NAME` comments, and writes the page of the comparison. Without arguments it uses the stored results.
 tests/test_update.py makes every block again and compares.
 """
@@ -309,8 +308,6 @@ def _store_run(folder: Path) -> None:
         _write(REAL / f"{name.removeprefix('smollm2-')}.json", summary)
         return
     _write(RESULTS / f"{name}.json", summary)
-    if name == FIRST:
-        shutil.copy(folder / "dose_response.png", DOCS / "images" / "dose_response.png")
 
 
 def _name_of(summary: runs.Summary) -> str:
