@@ -32,7 +32,7 @@ class Verify:
         checks = []
         for check in verify.verify(self.target, self.model):
             checks.append(check)
-            console.say(f"{'ok' if check.passed else 'FAILED':<8}{check.name:<24}{check.detail}")
+            console.say(f"{'ok' if check.passed else 'FAILED':<8}{check.name:<28}  {check.detail}")
         if self.json:
             console.print_json(json.dumps([asdict(check) for check in checks]))
         if not checks[-1].passed:
