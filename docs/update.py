@@ -108,9 +108,9 @@ def stored_rebuilds() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("rebuild-*.json"))]
 
 
-def stored_comparison(folder: Path = COMPARED) -> Findings | None:
+def stored_comparison(folder: Path | None = None) -> Findings | None:
     """The comparison on pocket, or the one on the real model; None before it was made."""
-    file = folder / "comparison.json"
+    file = (folder or COMPARED) / "comparison.json"
     return restore(Findings, json.loads(file.read_text())) if file.is_file() else None
 
 

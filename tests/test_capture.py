@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -32,12 +33,13 @@ def probe() -> Probe:
 
 def one_by_one(model: ChatModel, probe: Probe, system: str = "") -> Captured:
     """The slow twin: every row alone through the library, read from its hidden states at the last token."""
+    network = copy.deepcopy(model.network)  # the library leaves hooks where it has recorded hidden states
     before, after = [], []
     for row in probe.rows:
         turns = [{"role": "system", "content": system}] if system else []
         ids = torch.tensor([model.chat.prompt([*turns, *row.messages], row.continuation)])
         with torch.no_grad():
-            states = model.network(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+            states = network(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
         before.append(torch.stack([state[0, -1] for state in states[:-1]]))
         after.append(torch.stack([state[0, -1] for state in states[1:]]))
     return Captured(torch.stack(before, dim=1), torch.stack(after, dim=1), None, (), ())

@@ -41,17 +41,15 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_a_page_shows_a_text_and_never_obeys_it(text: str) -> None:
-    blocks = [
-        Heading(text), Paragraph(text), Paragraph(text, note=True), Bullets([text]), Bullets([text], warning=True),
-        HtmlTable([text], [[text]], text), Tiles([Tile(text, text, text)]), Samples([text], [(text, [text])]),
-    ]  # fmt: skip
-    empty = to_html("", "", [
-        Heading(""), Paragraph(""), Paragraph("", note=True), Bullets([""]), Bullets([""], warning=True),
-        HtmlTable([""], [[""]], "x"), Tiles([Tile("", "", "")]), Samples([""], [("", [""])]),
-    ])  # fmt: skip
-    page = to_html(text, text, blocks)
-    assert re.findall(r"</?\w+", page) == re.findall(r"</?\w+", empty), "no tag comes from the text"
-    for mark in ("<script", "<img", "onerror=alert(1)>"):
+    def made(said: str) -> str:
+        return to_html(said, said, [
+            Heading(said), Paragraph(said), Paragraph(said, note=True), Bullets([said]), Bullets([said], warning=True),
+            HtmlTable([said], [[said]], said), Tiles([Tile(said, said, said)]), Samples([said], [(said, [said])]),
+        ])  # fmt: skip
+
+    page, harmless = made(text), made("harmless")
+    assert re.findall(r"</?\w+", page) == re.findall(r"</?\w+", harmless), "no tag comes from the text"
+    for mark in ("<script>alert", "<img", "onerror=alert(1)>"):
         assert mark not in page
 
 

@@ -58,5 +58,5 @@ def test_an_earlier_comparison_gives_the_spreads(tmp_path: Path) -> None:
 def test_the_command_says_it_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli._main(["compare", "--plan", "--seeds", "0", "1", "2", "--out", str(tmp_path)])
     said = " ".join(capsys.readouterr().out.split())
-    assert "It fits 28 missing runs" in said and "80 % power" in said and TYPICAL.source in said
+    assert "It fits 54 missing runs" in said and "80 % power" in said and TYPICAL.source in said
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import torch
 
 import ws
 from ws.algebra.direction import Direction
+from ws.base import console
 from ws.base.errors import BaseMismatchError, UserError
 from ws.base.poles import Pole
 from ws.base.records import plain
@@ -127,7 +128,9 @@ def test_the_command_ends_with_seeds_and_with_replies_before_and_after(
     samples = pl.read_parquet(folder / "samples.parquet")
     prompts = samples["prompt"].unique(maintain_order=True).to_list()
     assert [prompt in said for prompt in prompts] == [True, True, *[False] * (len(prompts) - 2)]
-    base, steered = (samples.filter(prompt=prompts[0], alpha=alpha)["response"].item() for alpha in (0.0, 1.0))
+    base, steered = (
+        console.visible(samples.filter(prompt=prompts[0], alpha=alpha)["response"].item()) for alpha in (0.0, 1.0)
+    )
     assert " ".join(f"{prompts[0]} -1".split()) in said
     assert " ".join(f"+0 {base}".split()) in said and " ".join(f"+1 {steered}".split()) in said
 

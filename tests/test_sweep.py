@@ -207,7 +207,7 @@ def test_learning_rates_are_tried_and_the_best_is_kept(tiny_folders: dict[str, P
         run.diff()
         record = json.loads((run.folder / "lr_sweep.json").read_text())
         assert run.training.lr == record["chosen"] == min(record["tried"], key=lambda row: row["mean"])["lr"]
-        assert [row["lr"] for row in record["tried"]] == [1e-6, 2e-2]
+        assert [row["lr"] for row in record["tried"]][:2] == [1e-6, 2e-2], "beyond the last one only while it is best"
         result = json.loads((run.folder / "pos" / "train_result.json").read_text())
         assert result["settings"]["lr"] == record["chosen"]
 

@@ -80,7 +80,7 @@ class Compare(RunOptions):
     """How many gradient steps the untrained directions take; one method per number."""
     draws: int = 10
     """How many random controls every method gets. A verdict needs at least two."""
-    shuffles: int = 5
+    shuffles: int = 3
     """How many directions are trained on shuffled personas, as controls."""
     budgets: tuple[float, ...] = (0.1, 0.5, 1.0)
     """KL to the base that every direction may cost: 95th percentile, nats per token. The headline takes the middle

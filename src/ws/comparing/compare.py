@@ -63,7 +63,7 @@ class Plan:
     steps: tuple[int, ...] = (1, 4, 16)
     draws: int = 10
     permutations: int = 20
-    shuffles: int = 5
+    shuffles: int = 3
     budgets: tuple[float, ...] = BUDGETS
     calibration_prompts: int = 16
     calibration_tokens: int = 30

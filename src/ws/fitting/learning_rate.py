@@ -64,13 +64,14 @@ class RateChoice:
 
 FURTHER = 3
 """How many rates beyond the given ones are tried while the best is the lowest or the highest so far."""
+LARGEST_RATIO = 5.0
 
 
 def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Pole, float]]) -> RateChoice:
     """Fit both signs at every rate with `losses_at`, which returns each sign's last loss; skip rates that diverge.
 
     If the best rate is the lowest or the highest, up to `FURTHER` more are tried beyond it, each in the ratio of the
-    last two at that end.
+    last two at that end, at most `LARGEST_RATIO`.
     """
     tried = sorted((_try(rate, losses_at) for rate in rates), key=lambda one: one.lr)
     for _ in range(FURTHER):
@@ -78,7 +79,8 @@ def choose(rates: Sequence[float], losses_at: Callable[[float], Mapping[Pole, fl
         if best is None or len(tried) < 2 or best not in (tried[0], tried[-1]):
             break
         end, neighbour = tried[:2] if best is tried[0] else tried[:-3:-1]
-        further = _try(float(f"{end.lr**2 / neighbour.lr:.4g}"), losses_at)
+        ratio = min(max(end.lr / neighbour.lr, 1 / LARGEST_RATIO), LARGEST_RATIO)
+        further = _try(float(f"{end.lr * ratio:.4g}"), losses_at)
         tried = sorted([*tried, further], key=lambda one: one.lr)
     if (best := _best(tried)) is None:
         listed = ", ".join(f"{rate:g}" for rate in rates)

@@ -60,6 +60,10 @@ class Counts:
     first_tokens: int = 0
 
 
+FAILURES = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, UserError)
+"""What a pass through the model can raise. The requests in flight get it as their problem."""
+
+
 class _Row:
     """An active request: its tokens so far, and how many of them are in the cache."""
 
@@ -204,7 +208,7 @@ class Engine:
                     break
             try:
                 self.round()
-            except Exception as error:  # a bug or no memory: those in flight fail, the engine goes on
+            except FAILURES as error:  # a bug or no memory: those in flight fail, the engine goes on
                 self._fail(f"{type(error).__name__}: {error}")
         self._fail("the engine was closed")
         if self._dial is not None:
