@@ -187,6 +187,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "null": lambda: _made(comparisons.null, stored_comparison()),
     "winners": lambda: _made(comparisons.winners, stored_comparison()),
     "generalisation": lambda: comparisons.generalisation(stored_generalisations()),
+    "where-short": lambda: location.short(stored_location("subspace")),
     "bases": lambda: location.told(stored_location("subspace")),
     "ablations": lambda: location.told(stored_location("ablations")),
     "projections": lambda: location.projections(stored_location("ablations")),

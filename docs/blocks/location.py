@@ -20,6 +20,20 @@ def told(stored: Iterable[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def short(stored: Iterable[Mapping[str, Any]]) -> str:
+    """The headline of the first study, for the first page."""
+    for one in stored:
+        said = str(one["headline"])
+        return f"{said[0].upper()}{said[1:]}"
+    return "Not measured yet."
+
+
+def claims(stored: Iterable[Mapping[str, Any]], model: str) -> str:
+    """What became of the claim that no basis reaches more than 8 % of the oracle; empty if it was not measured."""
+    return " ".join(sentence for one in stored if one["model"] == model for sentence in one["sentences"]
+                    if "the replicated work found" in sentence)  # fmt: skip
+
+
 def projections(stored: Iterable[Mapping[str, Any]]) -> str:
     """Shares of the effect that the projected residual writes keep, by K, on the behaviour's own probe."""
     rows = []

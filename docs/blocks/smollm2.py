@@ -211,6 +211,7 @@ def replication(
     alignment: Sequence[Mapping[str, Any]],
     sweep: SweepTables | None,
     compared: Findings | None,
+    bases: str,
 ) -> str:
     """The rows of the original's tables that were measured on SmolLM2, with the figures of this model."""
     runs = of_behaviour(stored, "sycophancy")
@@ -250,6 +251,7 @@ def replication(
         shares = [row["ratio_top"] for row in alignment if row.get("ratio_top") is not None]
         rows.append(["alignment of dW with the top 10 % of singular directions, over a random direction (mean)",
                      f"{sum(shares) / len(shares):.2f}"])  # fmt: skip
+    rows += [["mechanistic bases 1-8 % of the oracle", bases]] if bases else []
     rows += [] if sweep is None else _family_rows(sweep)
     rows += [] if compared is None else _method_rows(compared)
     return table(["row of the original", "SmolLM2-135M"], rows)
