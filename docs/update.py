@@ -206,6 +206,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         stored_alignment().get("smollm2-sycophancy-lora-seed0", []),
         stored_sweep(REAL_SWEEP),
         stored_comparison(REAL_COMPARED),
+        location.claims(stored_location("subspace"), SMOLLM2),
     ),
     "smollm2-sweep": lambda: _made(sweep_tables.markdown, stored_sweep(REAL_SWEEP)),
     "smollm2-compare": lambda: _made(comparisons.compared, stored_comparison(REAL_COMPARED)),
