@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blocks.table import table
+from ws.report.cells import with_limits
 
 BOTH_RATIOS = (("keep", "raw"), ("random", "random of that size"), ("matched", "at the norm of the whole"),
                ("random matched", "random at that norm"), ("complement", "rest"))  # fmt: skip
@@ -54,9 +55,7 @@ def projections(stored: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _mean(line: Mapping[str, Any] | None) -> str:
-    if line is None or line["mean"] is None:
-        return "-"
-    return f"{line['mean']:+.2f} [{line['low']:+.2f}, {line['high']:+.2f}]"
+    return "-" if line is None or line["mean"] is None else with_limits(line)
 
 
 def _seeds(seeds: Iterable[int]) -> str:
