@@ -17,7 +17,7 @@ import torch
 from making import in_fp64, random_direction
 from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
-from ws.base import stats
+from ws.base import changes, power, stats
 from ws.base.errors import UserError
 from ws.base.records import restore
 from ws.baselines import controls, gradient, prompts, repe, synthetic
@@ -693,7 +693,7 @@ def test_p_is_that_of_sign_flips_over_clusters_and_the_table_counts_its_tests() 
                         pl.col("probe") == "dilemmas").select("row", base="value")  # fmt: skip
     joined = rows.join(base, on="row")
     change = ((joined["value"] - joined["base"]) * joined["label"]).to_numpy()
-    expected = stats.sign_flip_p(change, joined["cluster"].to_list())
+    expected = changes.sign_flip_p(change, joined["cluster"].to_list())
     assert entry.sides["+"].dilemmas.p == pytest.approx(expected) and 0.001 < expected < 0.9
     shown = tables.effects_table(found, ("weights",), found_of(found).base, "sycophancy", "dilemmas", "")
     assert shown.rows[1][8] == f"{expected:.4f}" and "Of the 4 p values" in shown.caption and "0.0125" in shown.caption
@@ -841,7 +841,7 @@ def test_power_says_how_many_seeds_would_tell_the_first_two_apart() -> None:
     apart = found_of(numbers.measure(reader(pl.concat([table, far])), lines),
                      best={"weights": "edit", "variants": "tau_pos"})  # fmt: skip
     spread = ((0.02 + 0.08) / 2) ** 0.5
-    assert f"differ by 0.90: {stats.seeds_needed(0.9, spread)} seeds each" in (page.power_sentence(apart) or "")
+    assert f"differ by 0.90: {power.seeds_needed(0.9, spread)} seeds each" in (page.power_sentence(apart) or "")
     assert page.power_sentence(found_of(all_of(lambda label, alpha: alpha * label))) is None
 
 

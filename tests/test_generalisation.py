@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from test_compare import SMALL
-from ws.base import stats
+from ws.base import rankings
 from ws.base.errors import UserError
 from ws.comparing import generalisation, generalisation_page
 from ws.comparing.generalisation import Generalisation, Pair, Study
@@ -43,24 +43,24 @@ def test_rank_correlation_is_that_of_scipy_with_the_interval_of_bonett_and_wrigh
     rng = np.random.default_rng(count)
     x = rng.normal(size=count).round(1)  # rounded, so that there are ties
     y = x + rng.normal(size=count)
-    found = stats.spearman(x, y)
+    found = rankings.spearman(x, y)
     assert found.mean == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     error = math.sqrt((1 + found.mean**2 / 2) / (count - 3))
     assert math.atanh(found.high) - math.atanh(found.low) == pytest.approx(2 * scipy.stats.norm.ppf(0.975) * error)
 
 
 def test_rank_correlations_without_an_interval_have_none() -> None:
-    assert math.isnan(stats.spearman([1, 2, 3], [1, 3, 2]).low)
-    assert stats.spearman([1, 2, 3, 4], [1, 2, 3, 4]).mean == pytest.approx(1)
-    assert math.isnan(stats.spearman([1, 2, 3, 4], [1, 2, 3, 4]).high)
-    assert math.isnan(stats.spearman([1, 1, 1, 1], [1, 2, 3, 4]).mean)
+    assert math.isnan(rankings.spearman([1, 2, 3], [1, 3, 2]).low)
+    assert rankings.spearman([1, 2, 3, 4], [1, 2, 3, 4]).mean == pytest.approx(1)
+    assert math.isnan(rankings.spearman([1, 2, 3, 4], [1, 2, 3, 4]).high)
+    assert math.isnan(rankings.spearman([1, 1, 1, 1], [1, 2, 3, 4]).mean)
 
 
 def test_the_interval_of_a_rank_correlation_covers_the_truth() -> None:
     """Bivariate normal with r = .6, whose population Spearman is 6/pi asin(r/2); 12 pairs, 2,000 draws."""
     rng, truth = np.random.default_rng(0), 6 / math.pi * math.asin(0.3)
     drawn = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=(2000, 12))
-    found = [stats.spearman(one[:, 0], one[:, 1]) for one in drawn]
+    found = [rankings.spearman(one[:, 0], one[:, 1]) for one in drawn]
     assert 0.92 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.98
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from test_compare import LINES, found_of, reader, seeds_of
-from ws.base import stats
+from ws.base import power
 from ws.base.errors import UserError
 from ws.base.records import plain
 from ws.base.store import write_json
@@ -29,8 +29,8 @@ def test_more_seeds_find_smaller_effects_and_one_seed_says_nothing(tmp_path: Pat
     )
     assert math.isinf(one.alone) and math.isinf(one.apart) and "cannot be said" in " ".join(planning.told(one))
     assert two.alone > six.alone > 0 and two.apart > six.apart > 0 and six.replicates == 6
-    assert six.alone == stats.detectable(TYPICAL.rows, six.clusters, TYPICAL.seeds, 6)
-    assert stats.seeds_needed(six.apart, TYPICAL.seeds) <= 6 < stats.seeds_needed(0.99 * six.apart, TYPICAL.seeds)
+    assert six.alone == power.detectable(TYPICAL.rows, six.clusters, TYPICAL.seeds, 6)
+    assert power.seeds_needed(six.apart, TYPICAL.seeds) <= 6 < power.seeds_needed(0.99 * six.apart, TYPICAL.seeds)
 
 
 def test_the_cost_counts_runs_that_are_there(tmp_path: Path) -> None:

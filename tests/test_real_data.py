@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 
 from conftest import SHARED_DATA
 from making import assert_one_line
-from ws.base import stats
+from ws.base import rankings
 from ws.base.errors import UserError
 from ws.base.store import read_json
 from ws.commands import cli
@@ -280,7 +280,7 @@ def test_auroc_is_the_share_of_ordered_pairs() -> None:
     values = np.round(draw.normal(size=80) + labels * 0.4, 1)  # with ties
     positive, negative = values[labels > 0], values[labels < 0]
     pairs = np.sign(positive[:, None] - negative[None, :])
-    found = stats.auroc(values, labels)
+    found = rankings.auroc(values, labels)
     assert found.mean == pytest.approx((pairs.mean() + 1) / 2) and found.n == 80
     by_scipy = scipy_stats.mannwhitneyu(positive, negative).statistic / (positive.size * negative.size)
     assert found.mean == pytest.approx(by_scipy)
@@ -294,7 +294,7 @@ def test_the_interval_of_an_auroc_covers_as_often_as_it_says() -> None:
     labels = np.repeat([1, -1], 60)
     truth = float(scipy_stats.norm.cdf(1 / math.sqrt(2)))
     for _ in range(400):
-        found = stats.auroc(draw.normal(size=120) + (labels > 0), labels)
+        found = rankings.auroc(draw.normal(size=120) + (labels > 0), labels)
         hits += found.low <= truth <= found.high
     assert 0.91 < hits / 400 < 0.98
 
@@ -304,15 +304,15 @@ def test_a_change_of_auroc_is_paired() -> None:
     labels = np.repeat([1, -1], 50)
     before = draw.normal(size=100) + labels * 0.3
     after = before + labels * 0.05
-    found = stats.auroc_change(before, after, labels)
-    assert found.mean == pytest.approx(stats.auroc(after, labels).mean - stats.auroc(before, labels).mean)
-    one = stats.auroc(after, labels)
+    found = rankings.auroc_change(before, after, labels)
+    assert found.mean == pytest.approx(rankings.auroc(after, labels).mean - rankings.auroc(before, labels).mean)
+    one = rankings.auroc(after, labels)
     assert found.high - found.low < 0.3 * (one.high - one.low)
-    same = stats.auroc_change(before, before * 3 + 1, labels)
+    same = rankings.auroc_change(before, before * 3 + 1, labels)
     assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="both labels"):
-        stats.auroc(before, np.ones(100))
-    assert math.isnan(stats.auroc(np.array([1.0, 0.0, 2.0]), np.array([1, -1, -1])).low)
+        rankings.auroc(before, np.ones(100))
+    assert math.isnan(rankings.auroc(np.array([1.0, 0.0, 2.0]), np.array([1, -1, -1])).low)
 
 
 # -------------------------------------------------------------------- questions with a belief

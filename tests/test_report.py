@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 from scipy.stats import t
 
+from ws.base.changes import sign_flip_p
 from ws.base.errors import UserError
 from ws.base.records import plain, restore
-from ws.base.stats import sign_flip_p
 from ws.base.store import write_json
 from ws.commands import cli
 from ws.eval.ability import Ability, Name, Share

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from ws.base import stats
+from ws.base import changes, power, stats
 
 FEW, MANY = 12, 60
 
@@ -198,15 +198,15 @@ def test_ignoring_clusters_would_cover_too_little(clusters: int) -> None:
 
 
 def test_sign_flips_of_few_clusters_are_enumerated() -> None:
-    assert stats.sign_flip_p([1.0, 1.0, 1.0], ["a", "b", "c"]) == pytest.approx(2 / 8)
-    assert stats.sign_flip_p([1.0, -1.0], ["a", "b"]) == 1.0
+    assert changes.sign_flip_p([1.0, 1.0, 1.0], ["a", "b", "c"]) == pytest.approx(2 / 8)
+    assert changes.sign_flip_p([1.0, -1.0], ["a", "b"]) == 1.0
     # rows of one cluster flip together
-    assert stats.sign_flip_p([1.0, 1.0, 1.0, 1.0], ["a", "a", "b", "b"]) == pytest.approx(2 / 4)
+    assert changes.sign_flip_p([1.0, 1.0, 1.0, 1.0], ["a", "a", "b", "b"]) == pytest.approx(2 / 4)
 
 
 def test_sign_flips_agree_with_scipy_on_single_rows() -> None:
     values = np.random.default_rng(1).normal(0.4, 1.0, size=40)
-    ours = stats.sign_flip_p(values, np.arange(40), resamples=20_000)
+    ours = changes.sign_flip_p(values, np.arange(40), resamples=20_000)
     theirs = scipy_stats.permutation_test(
         (values,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(2)
     ).pvalue
@@ -215,7 +215,7 @@ def test_sign_flips_agree_with_scipy_on_single_rows() -> None:
 
 def test_p_values_of_no_effect_are_uniform() -> None:
     generator = np.random.default_rng(0)
-    found = [stats.sign_flip_p(generator.normal(size=30), np.arange(30), resamples=500) for _ in range(300)]
+    found = [changes.sign_flip_p(generator.normal(size=30), np.arange(30), resamples=500) for _ in range(300)]
     assert 0.02 <= np.mean(np.array(found) < 0.05) <= 0.09
 
 
@@ -230,30 +230,31 @@ LABELS = np.array([1, 1, 1, -1, -1, -1])
     ],
 )
 def test_informedness_in_closed_form(base: list[int], plus: list[int], minus: list[int], score: float) -> None:
-    found = stats.surgical_informedness(*(np.array(v, dtype=float) for v in (base, plus, minus)), LABELS)
+    found = changes.surgical_informedness(*(np.array(v, dtype=float) for v in (base, plus, minus)), LABELS)
     assert found.score == pytest.approx(score)
     assert (found.rows_right, found.rows_wrong) == (4, 2)
 
 
 def test_informedness_where_everything_breaks() -> None:
     base = LABELS.astype(float)
-    found = stats.surgical_informedness(base, -base, None, LABELS)
+    found = changes.surgical_informedness(base, -base, None, LABELS)
     assert np.isnan(found.fixed) and found.broken == 1.0 and found.rows_wrong == 0
     mixed = np.array([1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
-    found = stats.surgical_informedness(mixed, -np.abs(mixed) * LABELS, None, LABELS)
+    found = changes.surgical_informedness(mixed, -np.abs(mixed) * LABELS, None, LABELS)
     assert found.forward == pytest.approx(-200) and np.isnan(found.score)
-    assert stats.surgical_informedness(mixed, -np.abs(mixed) * LABELS, None, LABELS, k=1).forward == pytest.approx(-100)
+    once = changes.surgical_informedness(mixed, -np.abs(mixed) * LABELS, None, LABELS, k=1)
+    assert once.forward == pytest.approx(-100)
 
 
 def test_answer_mass_scales_the_score_and_a_yes_bias_has_no_balanced_informedness() -> None:
     base = np.array([1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
     plus, minus = LABELS.astype(float), -LABELS.astype(float)
-    assert stats.surgical_informedness(base, plus, minus, LABELS, mass=(0.5, 0.9)).score == pytest.approx(25.0)
+    assert changes.surgical_informedness(base, plus, minus, LABELS, mass=(0.5, 0.9)).score == pytest.approx(25.0)
     biased = base + 10
-    found = stats.surgical_informedness(base, biased, minus, LABELS)
+    found = changes.surgical_informedness(base, biased, minus, LABELS)
     assert found.balanced == pytest.approx(-100 * (2 / 3 - 1 / 3)), "all say Yes: nothing is told apart any more"
     even = np.array([1.0, -1.0, 1.0, -1.0])
-    found = stats.surgical_informedness(even, even + 10, None, np.array([1, 1, -1, -1]))
+    found = changes.surgical_informedness(even, even + 10, None, np.array([1, 1, -1, -1]))
     assert found.balanced == 0.0
 
 
@@ -261,23 +262,23 @@ def test_decomposition_tells_truth_bias_and_confidence_apart() -> None:
     generator = np.random.default_rng(0)
     labels = np.tile([1, -1], 50)
     base = 1.5 * labels + generator.normal(size=100)
-    truth = stats.decompose(base, base + 0.8 * labels, labels)
+    truth = changes.decompose(base, base + 0.8 * labels, labels)
     assert truth.truth == pytest.approx(0.8) and truth.bias == pytest.approx(0.0)
     assert truth.scale == pytest.approx(1.0) and truth.beyond_scale == pytest.approx(0.8), "the base is right mostly"
-    bias = stats.decompose(base, base + 0.8, labels)
+    bias = changes.decompose(base, base + 0.8, labels)
     assert bias.truth == pytest.approx(0.0) and bias.bias == pytest.approx(0.8) and bias.scale == pytest.approx(1.0)
-    louder = stats.decompose(base, 1.4 * base, labels)
+    louder = changes.decompose(base, 1.4 * base, labels)
     assert louder.scale == pytest.approx(1.4) and louder.truth > 0.5
     assert louder.beyond_scale == pytest.approx(0.0, abs=1e-9)
-    both = stats.decompose(base, 1.4 * base + 0.8 * labels + 0.3, labels)
+    both = changes.decompose(base, 1.4 * base + 0.8 * labels + 0.3, labels)
     assert both.scale == pytest.approx(1.4) and both.beyond_scale == pytest.approx(0.8)
-    one_label = stats.decompose(base, 1.4 * base + 0.8, np.ones(100))
+    one_label = changes.decompose(base, 1.4 * base + 0.8, np.ones(100))
     assert one_label.scale == pytest.approx(1.4) and one_label.beyond_scale == pytest.approx(0.8)
-    assert np.isnan(stats.decompose(1.5 * labels, base, labels).scale), "the label says it all"
+    assert np.isnan(changes.decompose(1.5 * labels, base, labels).scale), "the label says it all"
 
 
 @pytest.mark.parametrize(
-    ("changes", "slope", "r2", "monotone"),
+    ("moved", "slope", "r2", "monotone"),
     [
         ([-2.0, -1.0, 1.0, 2.0], 1.0, 1.0, True),
         ([2.0, 1.0, -1.0, -2.0], -1.0, 1.0, True),
@@ -285,8 +286,8 @@ def test_decomposition_tells_truth_bias_and_confidence_apart() -> None:
         ([2.0, 1.0, 1.0, 2.0], 0.0, 0.0, False),
     ],
 )
-def test_dose_response_in_closed_form(changes: list[float], slope: float, r2: float, monotone: bool) -> None:
-    found = stats.dose_response([-2.0, -1.0, 1.0, 2.0], changes)
+def test_dose_response_in_closed_form(moved: list[float], slope: float, r2: float, monotone: bool) -> None:
+    found = changes.dose_response([-2.0, -1.0, 1.0, 2.0], moved)
     assert found.slope == pytest.approx(slope) and found.r2 == pytest.approx(r2, abs=1e-3)
     assert found.monotone is monotone
 
@@ -391,11 +392,11 @@ def test_bootstrap_intervals_of_skewed_values_cover_the_truth(statistic: stats.S
 
 @pytest.mark.parametrize(("difference", "seeds"), [(2.0, 6), (1.0, 17), (0.8, 26), (0.5, 64), (-0.2, 394), (100.0, 2)])
 def test_the_seeds_needed_are_those_of_published_tables(difference: float, seeds: int) -> None:
-    assert stats.seeds_needed(difference, 1.0) == stats.seeds_needed(3 * difference, 3.0) == seeds  # G*Power 3.1
+    assert power.seeds_needed(difference, 1.0) == power.seeds_needed(3 * difference, 3.0) == seeds  # G*Power 3.1
 
 
 def test_as_many_seeds_as_needed_find_the_difference_four_times_in_five() -> None:
-    count, generator = stats.seeds_needed(1.6, 1.0), np.random.default_rng(0)
+    count, generator = power.seeds_needed(1.6, 1.0), np.random.default_rng(0)
 
     def found(seeds: int) -> float:
         one, other = generator.normal(0.0, 1.0, (20_000, seeds)), generator.normal(1.6, 1.0, (20_000, seeds))
@@ -407,14 +408,14 @@ def test_as_many_seeds_as_needed_find_the_difference_four_times_in_five() -> Non
 @pytest.mark.parametrize(("difference", "sd"), [(0.0, 1.0), (math.nan, 1.0), (1.0, -1.0), (1.0, math.inf)])
 def test_differences_that_no_number_of_seeds_shows_are_refused(difference: float, sd: float) -> None:
     with pytest.raises(ValueError, match="no number of seeds"):
-        stats.seeds_needed(difference, sd)
-    assert stats.seeds_needed(0.1, 0.0) == 2
+        power.seeds_needed(difference, sd)
+    assert power.seeds_needed(0.1, 0.0) == 2
 
 
 @pytest.mark.parametrize(("rows", "seeds"), [((2.0, 112), (0.3, 3)), ((2.0, 20), (0.4, 6)), ((1.0, 50), (0.0, 1))])
 def test_the_detectable_effect_is_found_four_times_in_five(rows: tuple[float, int], seeds: tuple[float, int]) -> None:
     (sd_rows, n_rows), (sd_seeds, n_seeds) = rows, seeds
-    effect, generator, trials = stats.detectable(*rows, *seeds), np.random.default_rng(0), 40_000
+    effect, generator, trials = power.detectable(*rows, *seeds), np.random.default_rng(0), 40_000
     parts = [(sd_rows**2 / n_rows, n_rows - 1)] + [(sd_seeds**2 / n_seeds, n_seeds - 1)] * (sd_seeds > 0)
     mean = effect + sum(generator.normal(0, math.sqrt(part), trials) for part, _ in parts)
     seen = [part * generator.chisquare(freedom, trials) / freedom for part, freedom in parts]
@@ -424,9 +425,9 @@ def test_the_detectable_effect_is_found_four_times_in_five(rows: tuple[float, in
 
 
 def test_detectable_effects_have_a_floor_that_only_seeds_lower() -> None:
-    floor = stats.detectable(2.0, 10**9, 0.3, 5)
-    assert floor == pytest.approx(stats.detectable(0.0, 1, 0.3, 5), rel=1e-3)
-    assert stats.detectable(2.0, 100, 0.3, 5) > floor > stats.detectable(2.0, 10**9, 0.3, 10)
-    assert stats.detectable(2.0, 100, 0.3, 1) == math.inf and stats.detectable(0.0, 5, 0.0, 1) == 0.0
+    floor = power.detectable(2.0, 10**9, 0.3, 5)
+    assert floor == pytest.approx(power.detectable(0.0, 1, 0.3, 5), rel=1e-3)
+    assert power.detectable(2.0, 100, 0.3, 5) > floor > power.detectable(2.0, 10**9, 0.3, 10)
+    assert power.detectable(2.0, 100, 0.3, 1) == math.inf and power.detectable(0.0, 5, 0.0, 1) == 0.0
     with pytest.raises(ValueError, match="no standard error"):
-        stats.detectable(1.0, 0, 1.0, 3)
+        power.detectable(1.0, 0, 1.0, 3)

@@ -27,7 +27,7 @@ from test_report import behaviour_shift, made, table
 from test_score import choice, direction, texts, values
 from ws import adapters
 from ws.algebra.random_like import spectrum_like
-from ws.base import stats
+from ws.base import changes
 from ws.base.records import plain
 from ws.baselines import repe
 from ws.baselines.repe import RepeSettings
@@ -339,7 +339,7 @@ def test_informedness_is_shown_at_both_penalties_and_balanced() -> None:
     turned = torch.tensor([n < 3 or 10 <= n < 18 for n in range(50)]).numpy()
     base = (2.0 * right - 1) * labels
     plus = torch.where(torch.from_numpy(turned), -1.0, 1.0).numpy() * base
-    found = {k: stats.surgical_informedness(base, plus, base, labels, k=k) for k in (1, 2)}
+    found = {k: changes.surgical_informedness(base, plus, base, labels, k=k) for k in (1, 2)}
     assert found[1].forward == pytest.approx(10) and found[2].forward == pytest.approx(-10), "a no-op has 0"
     assert found[1].balanced == pytest.approx(-20)
     shown = answers_table(numbers.measure(reader(known(lambda label, alpha: alpha * label)), LINES[:1]).entries)

@@ -69,7 +69,7 @@ class Effect(Estimate):
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a mean change (`stats.decompose`), and how many answers flip.
+    """The parts of a mean change (`changes.decompose`), and how many answers flip.
 
     balanced: towards the right answer, with equal weight on rows whose right answer is Yes and No; None if one kind is
     missing. up, down: rows whose answer flips to the right answer, and away from it.

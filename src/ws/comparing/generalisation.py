@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 
 from ws.algebra.direction import Direction
-from ws.base import console, stats
+from ws.base import console, rankings, stats
 from ws.base.errors import UserError
 from ws.base.poles import POLES
 from ws.base.stats import Interval
@@ -88,7 +88,7 @@ class Agreement:
 
     @classmethod
     def of(cls, name: str, found: Interval) -> Agreement:
-        """From an interval of `stats.spearman`."""
+        """From an interval of `rankings.spearman`."""
         low, high = (None if math.isnan(one) else one for one in (found.low, found.high))
         return cls(name, found.n, found.mean, low, high)
 
@@ -124,13 +124,13 @@ class Generalisation:
     def ceiling(self) -> list[Agreement]:
         """Mean rank correlation between two replicates, without limits; nothing with one replicate."""
         columns = np.array([pair.replicates for pair in self.others]).T
-        found = [stats.spearman(a, b).mean for a, b in itertools.combinations(columns, 2)]
+        found = [rankings.spearman(a, b).mean for a, b in itertools.combinations(columns, 2)]
         return [Agreement("another replicate", len(self.others), float(np.mean(found)), None, None)] if found else []
 
 
 def _agreement(label: str, prediction: str, pairs: Sequence[Pair]) -> Agreement:
     predicted = [getattr(pair, prediction) for pair in pairs]
-    return Agreement.of(label, stats.spearman(predicted, [pair.effect.mean for pair in pairs]))
+    return Agreement.of(label, rankings.spearman(predicted, [pair.effect.mean for pair in pairs]))
 
 
 # -------------------------------------------------------------------- measuring

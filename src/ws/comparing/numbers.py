@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from ws.base import stats
+from ws.base import changes, stats
 from ws.base.errors import UserError
 from ws.comparing.findings import (
     KINDS,
@@ -144,7 +144,7 @@ class LineScores:
         seeds = tuple(rows.group_by(REPLICATE, maintain_order=True).agg(pl.mean("change"))["change"].to_list())
         return Effect(
             **vars(Estimate.of(stats.over_clusters(values, clusters))),
-            p=stats.sign_flip_p(values, clusters),
+            p=changes.sign_flip_p(values, clusters),
             seeds=seeds,
             over_seeds=Estimate.of(stats.over_seeds(seeds)) if len(seeds) > 1 else None,
         )
@@ -160,7 +160,7 @@ class LineScores:
         """Shares of dilemma answers that flip to honest and to wrong, and this sign's half of SI."""
         found = []
         for part in self._replicates(line, sign):
-            one = {k: stats.surgical_informedness(part.base, part.value, None, part.label, k=k) for k in PENALTIES}
+            one = {k: changes.surgical_informedness(part.base, part.value, None, part.label, k=k) for k in PENALTIES}
             gain, loss = one[1].fixed, one[1].broken
             halves = [100 * (gain - k * loss if sign == "+" else loss - k * gain) for k in PENALTIES]
             found.append([gain, loss, one[1].balanced, *halves])
@@ -171,7 +171,7 @@ class LineScores:
         """Surgical Informedness of the dilemmas (+ is the honest side) and its two halves: means over replicates."""
         found = []
         for plus, minus in zip(self._replicates(line, "+"), self._replicates(line, "-"), strict=True):
-            both = stats.surgical_informedness(
+            both = changes.surgical_informedness(
                 plus.base, plus.value, minus.value, plus.label, k=k, mass=(plus.mass, minus.mass)
             )
             found.append((both.score, both.forward, both.reverse))
@@ -250,7 +250,7 @@ class _Replicate(NamedTuple):
 
 def _parts(rows: pl.DataFrame) -> Parts:
     """The parts of a mean change; `up` and `down` count the rows that flip to the right answer and away from it."""
-    change, turned = stats.decompose(*(rows[name].to_numpy() for name in ("base", "value", "label"))), parts(rows)
+    change, turned = changes.decompose(*(rows[name].to_numpy() for name in ("base", "value", "label"))), parts(rows)
     return Parts(
         change.truth, change.bias, None if math.isnan(change.scale) else change.scale, change.beyond_scale,
         turned.balanced, turned.yes_bias, turned.up, turned.down, turned.n,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ws.base import stats
+from ws.base import power
 from ws.base.records import plain
 from ws.base.store import atomic_file, write_json, write_text
 from ws.comparing import caveats, pareto
@@ -100,7 +100,7 @@ def power_sentence(found: Findings) -> str | None:
         (first, a), (second, b) = ranked
         spread = math.sqrt((np.var(a.seeds, ddof=1) + np.var(b.seeds, ddof=1)) / 2)
         gap = abs(a.mean - b.mean)
-        needed = "no number of" if gap < _NO_GAP * spread else str(stats.seeds_needed(gap, spread))
+        needed = "no number of" if gap < _NO_GAP * spread else str(power.seeds_needed(gap, spread))
         said.append(f"at {sign}, {first} and {second} differ by {gap:.2f}: {needed} seeds each would tell them apart")
     if not said:
         return None

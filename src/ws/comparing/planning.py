@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats as scipy_stats
 
-from ws.base import stats
+from ws.base import power
 from ws.base.errors import UserError
 from ws.base.records import restore
 from ws.base.store import read_json
@@ -89,7 +89,7 @@ def outlook(settings: Settings, plan: Plan) -> Outlook:
     known = spread_of(runs[0].parents[1] / "compare" / "comparison.json")
     return Outlook(
         missing + 2 * shuffled, searches, conditions, clusters, len(pairs),
-        stats.detectable(known.rows, clusters, known.seeds, len(pairs)) if len(pairs) > 1 else math.inf,
+        power.detectable(known.rows, clusters, known.seeds, len(pairs)) if len(pairs) > 1 else math.inf,
         _apart(known.seeds, len(pairs)), known,
     )  # fmt: skip
 
@@ -99,11 +99,11 @@ def _apart(sd: float, seeds: int) -> float:
     if seeds < 2:
         return math.inf
     low, high = 0.0, 1.0
-    while stats.seeds_needed(high, sd) > seeds:
+    while power.seeds_needed(high, sd) > seeds:
         high *= 2
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if stats.seeds_needed(middle, sd) <= seeds else (middle, high)
+        low, high = (low, middle) if power.seeds_needed(middle, sd) <= seeds else (middle, high)
     return high
 
 

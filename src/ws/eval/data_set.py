@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ws.base import console, stats
+from ws.base import console, rankings, stats
 from ws.base.errors import UserError
 from ws.base.stats import Interval
 from ws.measure.probe import Probe
@@ -56,11 +56,11 @@ class Ranking:
 
     def level(self) -> Interval:
         """The AUROC."""
-        return stats.auroc(self.values, self.labels)
+        return rankings.auroc(self.values, self.labels)
 
     def change(self, base: Ranking) -> Interval:
         """The difference of both AUROCs."""
-        return stats.auroc_change(base.values, self.values, self.labels)
+        return rankings.auroc_change(base.values, self.values, self.labels)
 
 
 Measures = Mapping[tuple[str, str], Measured]

@@ -23,7 +23,7 @@ import numpy as np
 
 from ws import world
 from ws.algebra.direction import Direction
-from ws.base import stats as statistics
+from ws.base import stats
 from ws.base.errors import UserError
 from ws.edit.condition import Effect
 from ws.measure.divergence import TOKENS, Divergence, divergences, greedy, mean_distinct
@@ -262,13 +262,11 @@ def interval(
     simulations with 16 prompts a nominal 95 % covers 92-94 %. If a few prompts make up the whole tail, it covers
     85-90 %, and the true strength is then smaller than `low`.
     """
-    from scipy import stats  # noqa: PLC0415 - slow import
-
     ordered = sorted(measured, key=lambda seen: abs(seen.alpha))
     count = len(ordered[0].by_prompt)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     heights = np.stack([
-        statistics.percentiles(
+        stats.percentiles(
             np.concatenate([np.asarray(one, dtype=np.float64) for one in seen.by_prompt]),
             np.repeat(np.arange(count), [len(one) for one in seen.by_prompt]), draws,
         )
@@ -277,7 +275,7 @@ def interval(
     heights = np.log(np.maximum(heights, 1e-12) / target)
     places = np.log([abs(seen.alpha) for seen in ordered])
     crossings = np.exp([_crossing(places, column) for column in heights.T])
-    beyond = stats.norm.sf(math.sqrt(count / (count - 1)) * stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1))
+    beyond = stats.widened_tail(count, CONFIDENCE)
     limits = np.quantile(crossings, [beyond, 1 - beyond])
     low, high = sorted(math.copysign(1.0, ordered[-1].alpha) * limits)
     return float(low), float(high)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ws.base import stats
+from ws.base import changes, stats
 from ws.base.errors import UserError
 from ws.base.stats import Interval
 from ws.baselines.controls import RANDOM
@@ -275,18 +275,18 @@ def by_group(table: pl.DataFrame, edit: str, probe: str) -> dict[str, dict[str, 
 def sign_flip_p(rows: pl.DataFrame) -> float:
     """Two-sided p of no signed change, by flipping the signs of whole clusters."""
     change = (rows["value"] - rows["base"]) * rows["label"]
-    return stats.sign_flip_p(change.to_numpy(), rows["cluster"].to_list())
+    return changes.sign_flip_p(change.to_numpy(), rows["cluster"].to_list())
 
 
-def dose_response(changes: Curve) -> Dose:
+def dose_response(curve: Curve) -> Dose:
     """Slope, linearity and order of the mean changes over strengths; None if undefined."""
-    found = stats.dose_response([float(key) for key in changes], [entry.mean for entry in changes.values()])
-    several = len(changes) > 1
+    found = changes.dose_response([float(key) for key in curve], [entry.mean for entry in curve.values()])
+    several = len(curve) > 1
     return Dose(
         slope=None if math.isnan(found.slope) else found.slope,
         r2=found.r2 if several and not math.isnan(found.r2) else None,
         monotone=found.monotone if several else None,
-        strengths=len(changes),
+        strengths=len(curve),
     )
 
 
