@@ -353,11 +353,11 @@ def test_top_k_is_refused(server: Server, qwen: ChatModel) -> None:
 @pytest.mark.parametrize(
     ("given", "mentioned"),
     [
-        (("openai",), "--engine-url"),
-        (("openai", "http://localhost/v1"), "--engine-model"),
-        (("openai", "", "m"), "--engine-url"),
-        (("openai", "localhost/v1", "m"), "--engine-url"),
-        (("local", "http://localhost/v1", "m"), "--engine openai"),
+        (("openai",), "--responses-url"),
+        (("openai", "http://localhost/v1"), "--responses-model"),
+        (("openai", "", "m"), "--responses-url"),
+        (("openai", "localhost/v1", "m"), "--responses-url"),
+        (("local", "http://localhost/v1", "m"), "--responses openai"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(given: tuple[Any, ...], mentioned: str) -> None:
@@ -401,10 +401,10 @@ def test_the_command_line_takes_an_engine(
     server: Server, tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["data", "--model", tiny_folders["qwen3"], "--out", tmp_path, "--topics", 1, "--personas", 1,
-                 "--samples", 2, "--json", "--engine", "openai"]  # fmt: skip
+                 "--samples", 2, "--json", "--responses", "openai"]  # fmt: skip
     assert cli._main([str(one) for one in arguments]) == 2
-    assert "--engine-url" in capsys.readouterr().err
-    arguments += ["--engine-url", server.url, "--engine-model", "served"]
+    assert "--responses-url" in capsys.readouterr().err
+    arguments += ["--responses-url", server.url, "--responses-model", "served"]
     assert cli._main([str(one) for one in arguments]) == 0
     assert json.loads(capsys.readouterr().out)["pairs"] == 2
     assert len(server.bodies) == 4

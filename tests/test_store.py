@@ -6,7 +6,6 @@ import contextlib
 import errno
 import itertools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ def test_a_failed_folder_leaves_what_was_there(tmp_path: Path, before: bool, err
 
 
 def test_leftovers_of_a_killed_process_do_not_enter_a_new_folder(tmp_path: Path) -> None:
-    leftover = tmp_path / f".f.{os.getpid()}.tmp"
+    leftover = store._beside(tmp_path / "f")
     leftover.mkdir()
     (leftover / "stale").write_text("x")
     with atomic_folder(tmp_path / "f") as temporary:

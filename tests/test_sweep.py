@@ -20,9 +20,9 @@ from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
 from ws.fitting.train import FitResult
 from ws.report.findings import read_summary
-from ws.runs import sweep, sweep_tables
+from ws.runs import cells, sweep, sweep_tables
+from ws.runs.cells import Cell
 from ws.runs.replicate import Replication
-from ws.runs.sweep import Cell
 from ws.runs.sweep_tables import Failure, SweepTables, by_family, rank_stability
 
 SMALL: dict[str, Any] = {
@@ -37,13 +37,13 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def done(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[sweep.Outcome]]:
+def done(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[cells.Outcome]]:
     settings = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path_factory.mktemp("runs"), **SMALL)
     outcomes, place = sweep.run(settings, ("lora", "ia3", "oft"), (0, 1), (0,))
     return place, outcomes
 
 
-def test_every_cell_is_a_run_folder_and_shares_its_data(done: tuple[Path, list[sweep.Outcome]]) -> None:
+def test_every_cell_is_a_run_folder_and_shares_its_data(done: tuple[Path, list[cells.Outcome]]) -> None:
     place, outcomes = done
     assert [(o.cell.family, o.cell.seed) for o in outcomes] == [
         (family, seed) for family in ("lora", "ia3", "oft") for seed in (0, 1)
@@ -53,7 +53,7 @@ def test_every_cell_is_a_run_folder_and_shares_its_data(done: tuple[Path, list[s
     assert (place / "lora" / "seed0" / "summary.json").is_file()
 
 
-def test_the_tables_hold_what_the_runs_found(done: tuple[Path, list[sweep.Outcome]]) -> None:
+def test_the_tables_hold_what_the_runs_found(done: tuple[Path, list[cells.Outcome]]) -> None:
     place, outcomes = done
     rows = list(csv.DictReader((place / "sweep_per_run.csv").open()))
     assert len(rows) == len(outcomes) == 6
@@ -69,7 +69,7 @@ def test_the_tables_hold_what_the_runs_found(done: tuple[Path, list[sweep.Outcom
     assert "| lora | 2 |" in (place / "sweep.md").read_text()
 
 
-def test_the_seconds_of_a_cell_count_its_fits(done: tuple[Path, list[sweep.Outcome]]) -> None:
+def test_the_seconds_of_a_cell_count_its_fits(done: tuple[Path, list[cells.Outcome]]) -> None:
     _, outcomes = done
     for outcome in outcomes:
         assert outcome.folder is not None and outcome.row is not None
@@ -87,7 +87,7 @@ def test_a_sweep_keeps_what_an_earlier_run_was_measured_at(tiny_folders: dict[st
     after = pl.read_parquet(outcomes[0].folder / "scores.parquet")
     assert set(after["alpha"]) == {-2.0, -1.0, 0.0, 1.0, 2.0}
     assert after.filter(edit="random")["seed"].unique().sort().to_list() == [0, 1, 2]
-    assert sweep._settings_of(asked, Cell("lora", 1, 0)).control_seeds == SMALL["control_seeds"]
+    assert cells.settings_of(asked, Cell("lora", 1, 0)).control_seeds == SMALL["control_seeds"]
 
 
 def test_the_first_cell_of_a_family_chooses_its_learning_rate_and_the_others_use_it(
@@ -104,7 +104,7 @@ def test_the_first_cell_of_a_family_chooses_its_learning_rate_and_the_others_use
     assert FitResult.read(second / "pos").steps == FitResult.read(first / "pos").steps
 
 
-def test_the_changes_of_a_sweep_are_those_of_the_headline(done: tuple[Path, list[sweep.Outcome]]) -> None:
+def test_the_changes_of_a_sweep_are_those_of_the_headline(done: tuple[Path, list[cells.Outcome]]) -> None:
     for outcome in done[1]:
         assert outcome.folder is not None and outcome.row is not None
         found = read_summary(outcome.folder)
@@ -125,7 +125,7 @@ def test_a_missing_file_of_dilemmas_is_told_before_anything_is_fitted(
 
 
 def test_a_second_sweep_builds_nothing(
-    done: tuple[Path, list[sweep.Outcome]], tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    done: tuple[Path, list[cells.Outcome]], tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     place, _ = done
     stamps = {path: path.stat().st_mtime_ns for path in place.rglob("stages/*.json")}

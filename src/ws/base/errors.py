@@ -16,6 +16,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class FolderInUseError(UserError):
+    """Another process works in the folder."""
+
+
 class BaseMismatchError(UserError):
     """A Direction or a run folder belongs to a different base model."""
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ws.base import console, environment
-from ws.base.errors import BaseMismatchError, UserError
+from ws.base.errors import BaseMismatchError, FolderInUseError, UserError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -72,7 +73,7 @@ def digest(path: Path) -> str:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`. On success flush and rename it, else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         with _problems_of_the_system(path):
             yield temporary
@@ -87,7 +88,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`. On success it replaces the whole of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -99,6 +100,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         move_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_PROCESS = f"{os.getpid()}-{secrets.token_hex(4)}"
+"""A name of this process that no process on another machine has, for folders that several machines share."""
+
+
+def _beside(path: Path) -> Path:
+    """The temporary name under which a file or folder is made."""
+    return path.with_name(f".{path.name}.{_PROCESS}.tmp")
 
 
 def move_folder(source: Path, target: Path) -> None:
@@ -408,5 +418,5 @@ def _lock(path: Path) -> Any:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.close()
-        raise UserError(f"another ws process is using {path}", "Wait for it, or use another --out.") from error
+        raise FolderInUseError(f"another ws process is using {path}", "Wait for it, or use another --out.") from error
     return handle

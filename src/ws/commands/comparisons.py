@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.commands.options import EvalOptions, FitOptions, RunOptions, Tracker, run_settings
+from ws.commands.options import EngineOptions, EvalOptions, FitOptions, RunOptions, Tracker, run_settings
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Sweep(RunOptions):
     evaluation: OmitArgPrefixes[EvalOptions] = field(
         default_factory=lambda: EvalOptions(alphas=(-1.0, 0.0, 1.0), control_seeds=2)
     )
+    engines: OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
     track: Tracker | None = None
     """Send training curves and final numbers to an experiment tracker, with its own client and settings."""
 
@@ -38,7 +39,7 @@ class Sweep(RunOptions):
 
         tracking.require(self.track)
         settings = run_settings(self, self.fit, self.evaluation)
-        outcomes, place = sweep.run(settings, self.families, self.seeds, self.data_seeds)
+        outcomes, place = sweep.run(settings, self.families, self.seeds, self.data_seeds, self.engines.workplace())
         if self.json:
             console.print_json((place / "sweep.json").read_text(encoding="utf-8").strip())
         else:
@@ -95,12 +96,13 @@ class Compare(RunOptions):
     rows: int | None = None
     """Use only the first rows of every probe, for a quick look."""
     fit: OmitArgPrefixes[FitOptions] = field(default_factory=FitOptions)
+    engines: OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def run(self) -> None:
         """Compare on every model and behaviour; print the tables, the headlines, and the paths of the pages."""
         from dataclasses import replace  # noqa: PLC0415
 
-        from ws.comparing import across, compare, page, planning, terminal  # noqa: PLC0415
+        from ws.comparing import across, compare, many, page, planning, terminal  # noqa: PLC0415
 
         if self.peers and (len(self.models) > 1 or len(self.behaviours) > 1):
             raise UserError("--with takes a vector of one model and one behaviour", "Compare them one at a time.")
@@ -113,11 +115,11 @@ class Compare(RunOptions):
                 for line in planning.told(planning.outlook(replace(settings, behaviour=name), chosen)):
                     console.say(line)
             return
-        found = [
-            compare.run(replace(settings, model=model, behaviour=name), chosen)
+        found = many.run([
+            replace(settings, model=model, behaviour=name)
             for model in self.models or (self.model,)
             for name in self.behaviours or (self.behaviour,)
-        ]
+        ], chosen, self.engines.workplace())  # fmt: skip
         together = across.write(self.out, [result.found for result in found]) if len(found) > 1 else None
         if self.json:
             console.print_json(json.dumps([page.as_json(result.found) for result in found]))

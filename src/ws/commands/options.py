@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes
 if TYPE_CHECKING:
     from ws.fitting.run_settings import Settings
     from ws.model.loading import ChatModel
+    from ws.runs.cells import Workplace
     from ws.runs.replicate import Replication
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -103,11 +104,11 @@ class FitOptions:
     """Sampling temperature; 0 always takes the most likely token."""
     top_p: float | None = None
     """Sample only from the most likely tokens that together have this probability."""
-    engine: Engine = "local"
+    responses: Engine = "local"
     """Source of the responses: the loaded model (local), or an OpenAI-compatible endpoint such as vLLM (openai)."""
-    engine_url: str = ""
+    responses_url: str = ""
     """Address of the endpoint, up to and including /v1."""
-    engine_model: str = ""
+    responses_model: str = ""
     """Model name at the endpoint. Serve the same model as --model: training on another model's responses is
     distillation."""
     judge: Judge = "auto"
@@ -171,6 +172,31 @@ class EvalOptions:
     """How many held-out prompts get free replies that the model itself judges; 0 skips them."""
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """Where many runs are worked on. See docs/scale.md."""
+
+    engine: Literal["local", "ray"] = "local"
+    """local: one run after the other, on this machine. ray: on a Ray cluster (extra: ray)."""
+    address: str = ""
+    """A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Left out, Ray is started on this machine."""
+    cpus_per_run: float = 1.0
+    """Ray: CPUs, and so threads, of each run. A fraction shares one."""
+    gpus_per_run: float = 0.0
+    """Ray: GPUs of each run. A fraction shares one."""
+    retries: int = 2
+    """Ray: how often a run is tried again if it fails, or if its node is lost."""
+    store: str = ""
+    """Copy run folders to and from this folder or URL, such as s3://bucket/sweep. Left out, all nodes must share
+    --out."""
+
+    def workplace(self) -> Workplace:
+        """The workplace that the options name."""
+        from ws.runs.cells import Workplace  # noqa: PLC0415
+
+        return Workplace(self.engine, self.address, self.cpus_per_run, self.gpus_per_run, self.retries, self.store)
+
+
 def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Settings:
     """The settings that the options give."""
     from ws.fitting.data import Grid  # noqa: PLC0415
@@ -192,7 +218,7 @@ def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> S
             **({"ia3_all_layers": True} if fit.ia3_all_layers else {}),
         },
         judge=JudgeSettings(fit.judge, fit.judge_threshold, fit.judge_url, fit.judge_model),
-        engine=EngineSettings(fit.engine, fit.engine_url, fit.engine_model),
+        engine=EngineSettings(fit.responses, fit.responses_url, fit.responses_model),
         fit_dtype=fit.fit_dtype, recipe=run.recipe, judged=evaluation.judged,
         pairs=fit.pairs, alphas=tuple(evaluation.alphas), control_seeds=evaluation.control_seeds,
         dilemmas=evaluation.dilemmas, rows=evaluation.rows, samples=evaluation.shown,

@@ -118,7 +118,7 @@ class ComparisonRun:
         reference = next(iter(runs.values()))
         self.behaviour = reference.behaviour
         place = reference.folder.parents[1]
-        self.folder = RunFolder(place / _folder_name(settings.dilemmas), {
+        self.folder = RunFolder(place / folder_name(settings.dilemmas), {
             "model": self.model.slug, "fingerprint": self.model.fingerprint, "behaviour": self.behaviour.name,
         })  # fmt: skip
         assert self.ability is not None  # every run knows it
@@ -437,7 +437,7 @@ def _reached(seen: Divergence) -> Reached:
     return Reached(**seen.as_record())
 
 
-def _folder_name(source: str) -> str:
+def folder_name(source: str) -> str:
     """`compare`, or `compare-<source>-<digest>` if the dilemmas are not the project's own."""
     if source == "own":
         return "compare"

@@ -48,7 +48,7 @@ class EngineSettings:
         if self.kind == "openai":
             self.endpoint()  # reports a missing url or model before a model is loaded
         elif self.url or self.model:
-            raise UserError("an endpoint is given, but --engine is local", "Add --engine openai.")
+            raise UserError("an endpoint is given, but --responses is local", "Add --responses openai.")
 
     def endpoint(self) -> ChatEndpoint:
         """The endpoint of the openai engine; a missing url or model is a UserError."""
@@ -115,7 +115,7 @@ def _from_endpoint(
     if sampling.top_k:
         raise UserError(
             f"the sampling setting top_k is {sampling.top_k}, but the OpenAI protocol has no top_k",
-            "Set top_k to 0 here and configure it on the server, or use --engine local.",
+            "Set top_k to 0 here and configure it on the server, or use --responses local.",
         )
     options: dict[str, Any] = {
         "temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens,

@@ -53,7 +53,8 @@ def grouped(
 
 
 @cache
-def _register() -> None:
+def register() -> None:
+    """Make the grouped form known to transformers, in this process."""
     from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415 - heavy import, late
     from transformers.masking_utils import eager_mask  # noqa: PLC0415
 
@@ -64,7 +65,7 @@ def _register() -> None:
 @torch.no_grad()
 def use_grouped(network: Any) -> bool:
     """Switch a network from eager attention to the grouped form, unless its outputs change; whether it did."""
-    _register()
+    register()
     before = _outputs(network)
     with console.library_noise_muted():
         network.set_attn_implementation(GROUPED)

@@ -22,7 +22,7 @@ from ws.base import console, precision
 from ws.base.errors import UserError
 from ws.base.store import read_json
 from ws.model import architecture, forward, gguf_file, sources, weight_files
-from ws.model.attention import EAGER, use_grouped
+from ws.model.attention import EAGER, register, use_grouped
 from ws.model.chat import Chat, Thinking
 from ws.model.fingerprint import fingerprint
 from ws.model.forward import SplitForward
@@ -51,6 +51,11 @@ class ChatModel:
     revision: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     cache_memory: int = CACHE_MEMORY
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that comes from another process needs the attention function in this one."""
+        register()
+        self.__dict__.update(state)
 
     @property
     def device(self) -> torch.device:

@@ -87,6 +87,8 @@ class SweepTables:
     by_family: tuple[Family, ...]
     rank_stability: RankStability
     failed: tuple[Failure, ...] = ()
+    mixed: tuple[str, ...] = ()
+    """What differs between the environments of the runs; empty if all are alike."""
 
     @property
     def instrument(self) -> str:
@@ -204,17 +206,22 @@ def markdown(tables: SweepTables) -> str:
         "probability on the two answers. Log-ratios are in nats. Brackets: 95 % t interval over seeds (a single run "
         "has no interval). NLL: change on neutral text. Seconds: both adapters and the evaluation.",
         *([] if rho is None else [f"Order of the families between seeds: mean Spearman rho {rho:.2f}."]),
+        *(["\n".join(f"- different environment ({one})" for one in tables.mixed)] if tables.mixed else []),
         *(["\n".join(f"- failed: {one.cell}: {one.error}" for one in tables.failed)] if tables.failed else []),
     ]
     return "\n\n".join(parts)
 
 
+FILES = ("sweep.json", "sweep.md", "sweep_per_run.csv", "sweep_summary.csv")
+
+
 def write(folder: Path, tables: SweepTables) -> None:
-    """Write `sweep.json`, `sweep.md`, `sweep_per_run.csv` and `sweep_summary.csv`."""
-    write_json(folder / "sweep.json", plain(tables))
-    write_text(folder / "sweep.md", f"# Adapter families\n\n{markdown(tables)}\n")
-    _write_csv(folder / "sweep_per_run.csv", tables.per_run)
-    _write_csv(folder / "sweep_summary.csv", [_flat(line) for line in tables.by_family])
+    """Write the `FILES`."""
+    whole, readable, per_run, summary = (folder / name for name in FILES)
+    write_json(whole, plain(tables))
+    write_text(readable, f"# Adapter families\n\n{markdown(tables)}\n")
+    _write_csv(per_run, tables.per_run)
+    _write_csv(summary, [_flat(line) for line in tables.by_family])
 
 
 def _flat(line: Family) -> dict[str, Any]:

@@ -1,0 +1,294 @@
+"""One run as a task of an engine: the same function on this machine and on a cluster.
+
+A cell is an adapter family, a training seed and a data seed. The runs of a data seed share their responses, so a task
+of its own samples them first. With `--lr auto`, the first run of a family chooses the rate, and the others take it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ws.base import environment
+from ws.base.errors import FolderInUseError, UserError
+from ws.base.store import REPRODUCE_FILE, content_key, read_json
+from ws.engines import Engine, Local, Task
+from ws.engines.ray_cluster import RayCluster
+from ws.engines.store_mirror import StoreMirror
+from ws.engines.tasks import Shared
+from ws.fitting import behaviour
+from ws.fitting.run_settings import Settings, run_path, stored_in
+from ws.fitting.stages import FittedRun
+from ws.model import library
+from ws.model.loading import ChatModel
+from ws.model.sources import model_slug
+from ws.report.findings import Summary
+from ws.runs.replicate import Replication
+
+T = TypeVar("T")
+POLL = 2.0
+"""Seconds between looks at a folder that another process uses."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    family: str
+    seed: int
+    data_seed: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Cell:
+        """The cell of a run."""
+        return cls(settings.adapter, settings.seed, settings.data_seed)
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        return f"{self.family}, seed {self.seed}, data seed {self.data_seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished cell with its row of the table and the environment that built it, or the error that ended it."""
+
+    cell: Cell
+    row: Mapping[str, Any] | None
+    folder: Path | None = None
+    error: str = ""
+    environment: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where runs are worked on, and by whom.
+
+    engine: as `--engine`. store: URL to which run folders are copied, or "". The others: see `RayCluster`.
+    """
+
+    engine: Literal["local", "ray"] = "local"
+    address: str = ""
+    cpus: float = 1.0
+    gpus: float = 0.0
+    retries: int = 2
+    store: str = ""
+
+    def __post_init__(self) -> None:
+        if self.engine == "local" and (self.address or self.gpus):
+            raise UserError("--address and --gpus-per-run are for a cluster", "Add --engine ray.")
+
+    def opened(self, settings: Settings) -> Engine:
+        """The engine for runs with these settings, once their folder or store is known to be writable."""
+        if self.store:
+            StoreMirror(self.store, settings.out).require_writable()
+        if self.engine == "local":
+            return Local()
+        settings.out.mkdir(parents=True, exist_ok=True)
+        files = (settings.model, settings.behaviour, settings.dilemmas, settings.pairs or "")
+        return RayCluster(
+            self.address, self.cpus, self.gpus, self.retries,
+            () if self.store else (str(settings.out),), tuple(str(one) for one in files if Path(one).is_absolute()),
+        )  # fmt: skip
+
+    def settings(self, given: Settings) -> Settings:
+        """Settings that mean the same on every machine: paths of the user are absolute."""
+        if self.engine == "local":
+            return given
+
+        def absolute(name: str, is_name: bool) -> str:
+            path = Path(name).expanduser()
+            return name if is_name or not path.exists() else str(path.resolve())
+
+        return replace(
+            given,
+            model=absolute(given.model, given.model in (*library.POCKET_MODELS, library.SMOLLM2)),
+            behaviour=absolute(given.behaviour, given.behaviour in behaviour.names()),
+            dilemmas=absolute(given.dilemmas, given.dilemmas == "own"),
+            pairs=given.pairs.expanduser().resolve() if given.pairs else None,
+            out=given.out.expanduser().resolve(),
+        )
+
+    def model(self, settings: Settings) -> Callable[[], ChatModel | None]:
+        """Loads what the tasks share; with GPUs nothing, because dtype and device depend on the node."""
+        return (lambda: None) if self.gpus else settings.load
+
+    @property
+    def _out(self) -> Path | None:
+        """Where a worker of a cluster keeps copies of what is in the store; None: where the settings say."""
+        in_its_own = self.engine == "ray" and self.store
+        return Path(tempfile.gettempdir()) / "weight-steering" / content_key(self.store) if in_its_own else None
+
+    @contextmanager
+    def of(
+        self, settings: Settings, folder: Path, data: Sequence[Path] = (), runs: Sequence[Path] = ()
+    ) -> Iterator[Settings]:
+        """A folder to work in, and the settings with which it is found.
+
+        Of the folders `data` only the responses are needed, of `runs` everything.
+        """
+        here = replace(settings, out=self._out or settings.out)
+        if not self.store:
+            yield here
+            return
+        mirror, base = StoreMirror(self.store, here.out), here.out / model_slug(here.model) / "base"
+        for needed, names in ((base, ()), *((one, _DATA) for one in data), *((one, ()) for one in runs)):
+            mirror.pull(here.out / needed.relative_to(settings.out if needed != base else here.out), only=names)
+        try:
+            with mirror.working_in(here.out / folder.relative_to(settings.out)):
+                yield here
+        finally:
+            mirror.push(base, is_shared=True)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """The result of `call`; on a cluster, another sweep may have the folder, and its result is waited for."""
+        while True:
+            try:
+                return call()
+            except FolderInUseError:
+                if self.engine == "local":
+                    raise
+                time.sleep(POLL)
+
+    def fetch(self, folder: Path, out: Path) -> None:
+        """Bring a finished folder from the store to this machine."""
+        if self.store:
+            StoreMirror(self.store, out).pull(folder)
+
+    def keep(self, files: Sequence[Path], out: Path) -> None:
+        """Bring files of this machine, such as tables, to the store."""
+        if self.store:
+            StoreMirror(self.store, out).put(files)
+
+
+_DATA = ("pairs.parquet", "personas.json", "identity.json", "stages/data.json", "stages/personas.json")
+
+
+def folder_of(settings: Settings) -> Path:
+    """The run folder of settings."""
+    return run_path(settings, behaviour.load(settings.behaviour))
+
+
+# -------------------------------------------------------------------- tasks
+
+
+def tasks_of(settings: Settings, cells: Sequence[Cell], place: Workplace) -> tuple[list[Task], Shared]:
+    """The tasks of whole runs in their order: each after the sampling of its data, and after the choice of its rate."""
+    found, first = list[Task](), dict[str, str]()
+    for task in _with_sampling(settings, cells, place, measured):
+        if task.function is measured and task.arguments[0].train.get("lr") == "auto":
+            family = task.arguments[0].adapter
+            leader = (first[family],) if family in first else ()
+            first.setdefault(family, task.name)
+            found.append(replace(task, after=(*task.after, *leader)))
+        else:
+            found.append(task)
+    return found, {settings.model: place.model(settings)}
+
+
+def fits_of(settings: Settings, cells: Sequence[Cell], place: Workplace) -> list[Task]:
+    """The tasks of runs up to their Directions."""
+    return [replace(task, name=f"{settings.behaviour}: {task.name}", after=tuple(
+        f"{settings.behaviour}: {name}" for name in task.after
+    )) for task in _with_sampling(settings, cells, place, fitted)]  # fmt: skip
+
+
+def _with_sampling(
+    settings: Settings, cells: Sequence[Cell], place: Workplace, function: Callable[..., Any]
+) -> Iterator[Task]:
+    sampling: dict[int, Task] = {}
+    for cell in cells:
+        wanted, data = settings_of(settings, cell), cell.data_seed
+        if data not in sampling:
+            sampling[data] = Task(f"responses, data seed {data}", sampled, (wanted, place), settings.model)
+            yield sampling[data]
+        source = folder_of(sampling[data].arguments[0])
+        yield Task(cell.name, function, (wanted, place, source), settings.model, (sampling[data].name,))
+
+
+def sampled(model: ChatModel | None, settings: Settings, place: Workplace) -> None:
+    """Make the pairs of a data seed, in the folder of the first run that needs them."""
+    with place.of(settings, folder_of(settings)) as here, place.patiently(lambda: Replication(here, model)) as run:
+        run.data()
+
+
+def measured(
+    model: ChatModel | None, settings: Settings, place: Workplace, data: Path, _: None, first: Outcome | None = None
+) -> Outcome:
+    """A whole run. first: the first run of the family, which has chosen the learning rate."""
+    if first is not None and first.row is not None:
+        settings = replace(settings, train={**settings.train, "lr": first.row["lr"]})
+    with (
+        place.of(settings, folder_of(settings), [data]) as here,
+        place.patiently(lambda: Replication(here, model)) as run,
+    ):
+        row = row_of(Cell.of(settings), run.report(), run.fitted)
+        built = read_json(run.folder / REPRODUCE_FILE)["environment"]
+        return Outcome(Cell.of(settings), row, folder_of(settings), environment=built)
+
+
+def fitted(model: ChatModel | None, settings: Settings, place: Workplace, data: Path, _: None) -> None:
+    """A run up to its Direction."""
+    with (
+        place.of(settings, folder_of(settings), [data]) as here,
+        place.patiently(lambda: Replication(here, model)) as run,
+    ):
+        run.diff()
+
+
+def settings_of(settings: Settings, cell: Cell) -> Settings:
+    """The settings of a cell, including the strengths and control seeds that an earlier run there already used."""
+    wanted = replace(settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed)
+    config = folder_of(wanted) / "config.json"
+    if not config.is_file():
+        return wanted
+    earlier = stored_in(config.parent)
+    return replace(
+        wanted,
+        alphas=tuple(sorted({*wanted.alphas, *earlier["alphas"]})),
+        control_seeds=max(wanted.control_seeds, earlier["control_seeds"]),
+    )
+
+
+def mixed(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """What differs between the environments of the runs, a line per environment that is not that of the first."""
+    known = [outcome for outcome in outcomes if outcome.environment is not None]
+    found: dict[tuple[str, ...], list[str]] = {}
+    for outcome in known[1:]:
+        assert known[0].environment is not None and outcome.environment is not None
+        if different := environment.differences(known[0].environment, outcome.environment):
+            found.setdefault(tuple(different), []).append(outcome.cell.name)
+    return tuple(f"{', '.join(what)}: {'; '.join(names)}" for what, names in found.items())
+
+
+def row_of(cell: Cell, summary: Summary, run: FittedRun) -> dict[str, Any]:
+    """The columns of the replicated work's tables, with side effects and geometry."""
+    numbers, moral = summary.numbers, summary.dilemmas
+    changes, costs = summary.measured.change, numbers.side_effects["1"]
+    return {
+        "family": cell.family,
+        "seed": cell.seed,
+        "data_seed": cell.data_seed,
+        "dilemmas": numbers.dilemma_counts.noun,
+        "instrument": summary.ability.instrument,
+        "delta": changes["1"].mean,
+        "delta_minus": changes["-1"].mean,
+        "yes_no": numbers.change[summary.behaviour]["1"].mean,
+        "min_pmass": min(level.pmass for level in summary.own.values()),
+        **{f"dilemmas_{key}": moral[key].mean for key in ("-1", "0", "1")},
+        "dd_delta": numbers.dd_delta["1"].mean,
+        "pmass_1": moral["1"].pmass,
+        "facts_1": costs.facts,
+        "kl_1": costs.kl,
+        "nll_1": costs.nll_delta,
+        "norm": summary.direction_norm,
+        **{name: summary.geometry[name] for name in ("cos_anti", "asymmetry", "drift_ratio", "cos_dw_m")},
+        "lr": run.training.lr,
+        "trainable": run.records["pos"].trainable_parameters,
+        "seconds": sum(summary.seconds.get(stage, 0.0) for stage in ("train-pos", "train-neg", "eval")),
+    }
