@@ -376,12 +376,15 @@ def memory() -> tuple[float, float]:
 
 
 def test_a_client_address_works_like_a_cluster_address() -> None:
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=10098", "--num-cpus=1",
-             "--ray-client-server-port=10099", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
-    head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=6398", "--num-cpus=1",
+             "--ray-client-server-port=6399", "--runtime-env-agent-port=6397", "--node-ip-address=127.0.0.1",
+             "--include-dashboard=false",
+             "--disable-usage-stats"]  # fmt: skip
+    open_to_all = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=open_to_all)
     try:
-        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", 10099)) == 0, 60)
-        (done,) = RayCluster("ray://127.0.0.1:10099").run([Task("one", squared, (3,))], {})
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", 6399)) == 0, 60)
+        (done,) = RayCluster("ray://127.0.0.1:6399").run([Task("one", squared, (3,))], {})
         assert done.value == 9
     finally:
         head.terminate()
