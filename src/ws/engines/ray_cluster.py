@@ -72,8 +72,8 @@ class RayCluster:
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise UserError(
                 f"cannot use the Ray cluster {self.address or 'on this machine'!r} ({_first_line(error)})",
-                "Start one with: ray start --head. If it asks for a token, set RAY_AUTH_TOKEN. Leave out --address to use "
-                "this machine alone.",
+                "Start one with: ray start --head. If it asks for a token, set RAY_AUTH_TOKEN. Without "
+                "--address this machine works alone.",
             ) from error
         try:
             yield
