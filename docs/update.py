@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -28,6 +29,7 @@ from blocks import checks, comparisons, location, rebuilds, runs, smollm2
 from blocks.alignment import alignment
 from blocks.fast_paths import fast_paths
 from blocks.llama_cpp import llama_cpp
+from blocks.scale import scale
 from blocks.serving import serving
 
 from ws.base.records import plain, restore
@@ -54,6 +56,7 @@ ALIGNMENT = RESULTS / "alignment.json"
 PATHS = RESULTS / "fast-paths.json"
 LLAMA_CPP = RESULTS / "llama-cpp.json"
 SERVING = RESULTS / "serving.json"
+SCALE = RESULTS / "scale.json"
 REAL = RESULTS / "smollm2"
 REAL_SWEEP = REAL / "sweep.json"
 REAL_COMPARED = REAL / "sycophancy-compare"
@@ -151,6 +154,17 @@ def stored_throughputs() -> list[dict[str, Any]]:
     return json.loads(SERVING.read_text()) if SERVING.is_file() else []
 
 
+def stored_scale() -> dict[str, Any] | None:
+    """Costs of many runs on Ray; None before the first measurement."""
+    return json.loads(SCALE.read_text()) if SCALE.is_file() else None
+
+
+def run_minutes() -> float:
+    """Minutes of one run of the sweep on SmolLM2, which used one thread."""
+    rows = [] if (found := stored_sweep(REAL_SWEEP)) is None else found.per_run
+    return statistics.mean(row["seconds"] for row in rows) / 60 if rows else float("nan")
+
+
 def stored_real() -> dict[str, dict[str, Any]]:
     """The summaries of runs on SmolLM2 by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("*-seed*.json"))}
@@ -215,6 +229,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-search": lambda: smollm2.search(stored_search()),
     "llama-cpp": lambda: llama_cpp(stored_agreements()),
     "serving": lambda: serving(stored_throughputs()),
+    "scale": lambda: scale(stored_scale(), run_minutes()),
 }
 
 

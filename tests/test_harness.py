@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from making import assert_one_line, hook_count, random_direction, weights_digest
+from served import made_run
 from ws.base.errors import UserError
 from ws.edit.condition import Condition, Edit
+from ws.edit.steering import under
 from ws.eval import harness
+from ws.model import loading
 from ws.model.loading import ChatModel
+from ws.serving.shelf import open_shelf
 
 TASK = """
 task: own_colors
@@ -82,3 +90,52 @@ def test_without_the_library_the_error_says_what_to_install(qwen: ChatModel, mon
     with pytest.raises(UserError) as caught:
         list(harness.evaluate(qwen, "own_colors", [Condition()]))
     assert_one_line(caught.value, "weight-steering[lm-eval]")
+
+
+def test_the_command_line_of_the_harness_runs_on_a_steered_model(task_folder: Path, tmp_path: Path) -> None:
+    """The harness's own program gives the accuracy that `ws eval` gives, at the strength that its arguments name."""
+    pytest.importorskip("lm_eval")
+    run, found = made_run(loading.load("pocket"), tmp_path / "runs", "left"), {}
+    for alpha in (-1.0, 0.0, 1.0):
+        out = tmp_path / f"results{alpha}"
+        words = ["run", "--model", "ws", "--model_args", f"run={run},alpha={alpha}", "--tasks", "own_colors",
+                 "--include_path", str(task_folder), "--output_path", str(out), "--batch_size", "4"]  # fmt: skip
+        subprocess.run([sys.executable, "-m", "ws.serving.lm_eval_model", *words], check=True, capture_output=True)
+        (file,) = out.rglob("results_*.json")
+        found[alpha] = json.loads(file.read_text())["results"]["own_colors"]["acc,none"]
+    shelf = open_shelf([str(run)])
+    edit = Edit("left", shelf.directions["left"])
+    for alpha, accuracy in found.items():
+        condition = Condition.of(edit, alpha)
+        network = shelf.model.network
+        with under(shelf.model, condition):
+            assert accuracy == reference_accuracy(network, shelf.model.chat.tokenizer, task_folder)
+
+
+def reference_accuracy(network: Any, tokenizer: Any, folder: Path) -> float:
+    """The share of documents whose first answer is the more likely one, straight from the model."""
+    right = []
+    for line in (folder / "documents.jsonl").read_text().splitlines():
+        question = json.loads(line)["question"]
+        scores = []
+        for answer in ("red", "blue"):
+            asked, whole = (tokenizer(text)["input_ids"] for text in (question, f"{question} {answer}"))
+            with torch.no_grad():
+                logs = network(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logs[at - 1, whole[at]]) for at in range(len(asked), len(whole))))
+        right.append(scores[0] > scores[1])
+    return sum(right) / len(right)
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({}, "no run is given"), ({"run": "x"}, "give the strength once"),
+    ({"run": "x", "alpha": 1, "mix": "x"}, "give the strength once"),
+    ({"run": "x", "alpha": 1, "pretrained": "y"}, "the run decides pretrained"),
+    ({"run": "nowhere", "alpha": 1}, "nowhere"),
+])  # fmt: skip
+def test_wrong_arguments_of_the_model_are_told(options: dict[str, Any], told: str) -> None:
+    pytest.importorskip("lm_eval")
+    from ws.serving.lm_eval_model import SteeredLM  # noqa: PLC0415 - needs the extra
+
+    with pytest.raises(UserError, match=told):
+        SteeredLM(**options)

@@ -38,7 +38,3 @@ def serving(stored: Sequence[Mapping[str, Any]]) -> str:
         "on a machine that did other work too: only ratios mean something."
     )
     return "\n".join([table(head, lines), "", *notes, "", note])
-
-
-def _speed(row: Mapping[str, Any]) -> str:
-    return f"{row['tokens_per_second']:.0f} ({row['least']:.0f}-{row['most']:.0f})"
