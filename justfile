@@ -79,6 +79,10 @@ check:
     .venv/bin/lint-imports
     .venv/bin/python -m pytest -q
 
+# known vulnerabilities of the pinned packages; needs pip-audit and the internet
+audit:
+    pip-audit --no-deps --disable-pip -r constraints.txt
+
 # remove runs
 clean:
     rm -rf {{out}}
