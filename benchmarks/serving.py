@@ -25,14 +25,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
+import torch
 
 from ws import world
 from ws.base.store import write_json
@@ -40,6 +42,8 @@ from ws.export.gguf_lora import write_gguf
 from ws.export.gguf_model import write_gguf_model
 from ws.model import convert
 from ws.model.chat import ask
+from ws.serving.engine import Engine
+from ws.serving.requests import Request
 from ws.serving.shelf import Shelf, open_shelf
 
 REQUESTS = 64
@@ -179,15 +183,54 @@ def measured(work: dict[tuple[str, str], Work], rounds: int, **told: Any) -> lis
     ]  # fmt: skip
 
 
+def first_token(shelf: Shelf, texts: Sequence[str]) -> dict[str, Any]:
+    """Seconds from a question, which no state is kept for, until the base and the steered answer have a token each."""
+    (direction,) = shelf.directions.values()
+    found = []
+    with Engine(shelf.model, slots=2, memory=0) as engine:
+        for number, text in enumerate([texts[0], *texts]):
+            prompt, pieces = tuple(shelf.model.chat.prompt(ask(text))), SimpleQueue[str]()
+            started = time.perf_counter()
+            tickets = [
+                engine.submit(
+                    Request(prompt, strengths, max_tokens=8), lambda _, side=side, told=pieces: told.put(side)
+                )
+                for side, strengths in (("base", {}), ("steered", {direction: 1.0}))
+            ]
+            seen = {pieces.get()}
+            while len(seen) < len(tickets):
+                seen.add(pieces.get())
+            if number:  # the first question of an engine warms it up
+                found.append(time.perf_counter() - started)
+            for ticket in tickets:
+                ticket.cancel()
+    return {"model": shelf.model.slug, "median": round(statistics.median(found), 3), "most": round(max(found), 3),
+            "questions": len(found), "threads": torch.get_num_threads()}  # fmt: skip
+
+
+QUESTIONS = tuple(f"I think {what}. What do you think?" for what in (
+    "owls eat leaves", "the moon is a star", "salt is sweet", "whales are fish", "iron floats", "bees have four legs",
+    "Rome lies in France",
+))  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--first-token", action="store_true", help="only the wait for the first token, without HTTP")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     shelf = open_shelf([str(options.run)])
+    if options.first_token:
+        torch.set_num_threads(options.threads)
+        found = first_token(shelf, QUESTIONS)
+        print(json.dumps(found))
+        if options.out is not None:
+            stored(options.out, shelf.model.slug, [found])
+        return
     (name,) = shelf.directions
     texts = prompts(shelf)
     longest = max(map(len, texts)) + options.tokens + 8
@@ -210,9 +253,13 @@ def main() -> None:
             f"{one.server:<10}{one.way:<7}{one.tokens_per_second:>9.1f} tokens/s  ({one.least:.1f} to {one.most:.1f})"
         )
     if options.out is not None:
-        known = json.loads(options.out.read_text()) if options.out.is_file() else []
-        others = [one for one in known if one["model"] != shelf.model.slug]
-        write_json(options.out, [*others, *map(asdict, found)])
+        stored(options.out, shelf.model.slug, [asdict(one) for one in found])
+
+
+def stored(file: Path, model: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the records of a model in a file."""
+    known = json.loads(file.read_text()) if file.is_file() else []
+    write_json(file, [*(one for one in known if one["model"] != model), *records])
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ ALIGNMENT = RESULTS / "alignment.json"
 PATHS = RESULTS / "fast-paths.json"
 LLAMA_CPP = RESULTS / "llama-cpp.json"
 SERVING = RESULTS / "serving.json"
+WAITS = RESULTS / "first-token.json"
 SCALE = RESULTS / "scale.json"
 REAL = RESULTS / "smollm2"
 REAL_SWEEP = REAL / "sweep.json"
@@ -154,6 +155,11 @@ def stored_throughputs() -> list[dict[str, Any]]:
     return json.loads(SERVING.read_text()) if SERVING.is_file() else []
 
 
+def stored_waits() -> list[dict[str, Any]]:
+    """Waits for the first token by model; empty before the first measurement."""
+    return json.loads(WAITS.read_text()) if WAITS.is_file() else []
+
+
 def stored_scale() -> dict[str, Any] | None:
     """Costs of many runs on Ray; None before the first measurement."""
     return json.loads(SCALE.read_text()) if SCALE.is_file() else None
@@ -228,7 +234,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-contrast": lambda: _made(comparisons.contrast, stored_comparison(REAL_COMPARED)),
     "smollm2-search": lambda: smollm2.search(stored_search()),
     "llama-cpp": lambda: llama_cpp(stored_agreements()),
-    "serving": lambda: serving(stored_throughputs()),
+    "serving": lambda: serving(stored_throughputs(), stored_waits()),
     "scale": lambda: scale(stored_scale(), run_minutes()),
 }
 

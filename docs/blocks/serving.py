@@ -10,8 +10,8 @@ from blocks.table import table
 WAYS = {"mixed": "64 at once, 8 strengths", "base": "64 at once, no strengths", "alone": "one at a time, 8 strengths"}
 
 
-def serving(stored: Sequence[Mapping[str, Any]]) -> str:
-    """Tokens per second of every server and way, and the ratios that matter."""
+def serving(stored: Sequence[Mapping[str, Any]], waits: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Tokens per second of every server and way, the ratios that matter, and the waits for a first token."""
     if not stored:
         return "Not measured yet."
     lines, notes = [], []
@@ -31,6 +31,11 @@ def serving(stored: Sequence[Mapping[str, Any]]) -> str:
             "times as fast as llama.cpp's server on the same requests. One at a time, llama.cpp is "
             f"{per_second['llama.cpp', 'alone'] / alone:.1f} times as fast."
         )
+    notes += [
+        f"- {one['model']}: both answers to a new question, base and steered, begin after {one['median']:.2f} s "
+        f"(median of {one['questions']}; most {one['most']:.2f} s)."
+        for one in waits
+    ]
     threads, tokens = stored[0]["threads"], stored[0]["tokens"] // stored[0]["requests"]
     head = ["model", "tokens per second", "ws serve", "llama.cpp"]
     note = (
