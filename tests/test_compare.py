@@ -20,6 +20,7 @@ from ws.algebra.direction import Direction
 from ws.base import changes, power, stats
 from ws.base.errors import UserError
 from ws.base.records import restore
+from ws.base.store import RunFolder
 from ws.baselines import controls, gradient, prompts, repe, synthetic
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.commands import cli
@@ -425,11 +426,11 @@ def test_a_strength_that_costs_too_much_is_not_chosen(
 
 def test_many_candidates_share_the_budget_of_dev_evaluations(qwen: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate is tried once; those that move furthest for their KL get all strengths."""
-    asked: list[tuple[str, float]] = []
+    scored: list[tuple[str, str, float]] = []
 
     def scoring(_: ChatModel, probes: Any, conditions: list[Condition], **__: Any) -> pl.DataFrame:
         records = []
-        asked.extend((one.key()["edit"], one.key()["alpha"]) for one in conditions)
+        scored.extend((probe.name, one.key()["edit"], one.key()["alpha"]) for one in conditions for probe in probes)
         for probe, condition in itertools.product(probes, [Condition(), *conditions]):
             key = condition.key()
             gain = float(key["edit"].split()[-1]) if key["alpha"] else 0.0
@@ -449,9 +450,39 @@ def test_many_candidates_share_the_budget_of_dev_evaluations(qwen: ChatModel, mo
     own = sycophancy.headline_probe(load("sycophancy"))
     chosen = dev_split.best_strength(qwen, own, "pushed", fitted)
     assert chosen.option == (29,) and chosen.strength == 8.0 and chosen.remark == "the largest tried"
-    assert len(asked) == len(set(asked)) <= 2 * dev_split.EVALUATIONS, "no pair twice, both signs of each"
+    asked = {(name, alpha) for _, name, alpha in scored}
+    assert len(scored) == len(set(scored)), "nothing is scored twice"
+    assert len(asked) <= 2 * dev_split.EVALUATIONS, "both signs of each"
     assert {name for name, _ in asked} == {f"pushed {number}" for number in range(30)}
     assert {name for name, alpha in asked if alpha == 8.0} == {"pushed 29", "pushed 28"}
+    facts = {name for probe, name, _ in scored if probe == side_effects.FACTS}
+    assert facts == {"pushed 29", "pushed 28"}, "the first round measures the movement and the KL alone"
+
+
+def test_a_choice_is_kept_and_a_killed_one_goes_on(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vector = torch.ones(qwen.network.config.hidden_size)
+    fitted = {(n,): ActivationDirection({1: (n + 1.0) * vector}, qwen.fingerprint) for n in range(2)}
+    whole = sycophancy.headline_probe(load("sycophancy"))
+    own = replace(whole, rows=tuple(whole.rows[:40]))
+    expected = dev_split.best_strength(qwen, own, "pushed", fitted)
+    real, calls = dev_split.score, []
+
+    def counting(*arguments: Any, **more: Any) -> pl.DataFrame:
+        calls.append(len(list(more["shards"].folder.glob("*"))) if more["shards"].folder.is_dir() else 0)
+        table = real(*arguments, **more)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return table
+
+    monkeypatch.setattr(dev_split, "score", counting)
+    with RunFolder(tmp_path, {}) as folder:
+        with pytest.raises(KeyboardInterrupt):
+            dev_split.best_strength(qwen, own, "pushed", fitted, folder)
+        assert dev_split.best_strength(qwen, own, "pushed", fitted, folder) == expected
+        assert calls[0] == 0 < calls[1], "the second call finds what the first has scored"
+        assert dev_split.best_strength(qwen, own, "pushed", fitted, folder) == expected and len(calls) == 2
 
 
 def test_a_split_of_replies_keeps_them() -> None:

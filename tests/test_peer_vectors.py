@@ -272,7 +272,7 @@ def test_layers_and_strength_of_a_file_are_chosen_on_dev_rows(
     file = PeerFile.parse(f"repeng:{path}")
     asked: dict[Any, ActivationDirection] = {}
 
-    def choose(_model: Any, _own: Any, name: str, fitted: Any) -> dev_split.Chosen[Any]:
+    def choose(_model: Any, _own: Any, name: str, fitted: Any, *_: Any) -> dev_split.Chosen[Any]:
         assert name == "repeng v.gguf"
         asked.update(fitted)
         return dev_split.Chosen((1, 2), 0.5, "the largest tried")

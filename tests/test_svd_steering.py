@@ -79,7 +79,7 @@ def test_layer_and_rank_are_chosen_on_dev_rows_and_seeds_are_replicates(
 ) -> None:
     tried: dict[tuple[int, int], ActivationDirection] = {}
 
-    def choose(_model: Any, _own: Any, _name: str, fitted: Any) -> dev_split.Chosen[Any]:
+    def choose(_model: Any, _own: Any, _name: str, fitted: Any, *_: Any) -> dev_split.Chosen[Any]:
         tried.update(fitted)
         return dev_split.Chosen((1, 4), 0.2, "")
 

@@ -81,6 +81,8 @@ class Compare(RunOptions):
     """How many gradient steps the untrained directions take; one method per number."""
     draws: int = 10
     """How many random controls every method gets. A verdict needs at least two."""
+    permutations: int = 20
+    """How many orders of the layers of every family are measured, as controls."""
     shuffles: int = 3
     """How many directions are trained on shuffled personas, as controls."""
     budgets: tuple[float, ...] = (0.1, 0.5, 1.0)
@@ -141,6 +143,7 @@ _QUICK: Mapping[str, Any] = MappingProxyType(
         "activations": ("mean", "single-layer"),
         "steps": (1,),
         "draws": 4,
+        "permutations": 4,
         "shuffles": 0,
         "budgets": (0.5,),
         "rows": 40,

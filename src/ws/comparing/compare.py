@@ -322,6 +322,7 @@ def run(settings: Settings, plan: Plan, model: ChatModel | None = None) -> Resul
             seconds = read_json(file).get("seconds", seconds)
         found = replace(found, seconds={phase: round(value, 3) for phase, value in seconds.items()})
         page.write(comparison.folder.path, found)
+        comparison.sources.kept_directions.discard()
         return Result(found, comparison.folder.path)
 
 

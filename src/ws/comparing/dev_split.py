@@ -7,6 +7,7 @@ Every method has the same budget of dev evaluations, and the same rule says whic
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -14,10 +15,12 @@ from typing import Generic, TypeVar
 import polars as pl
 
 from ws.base import console
+from ws.base.store import RunFolder, Shards, read_json, write_json
 from ws.baselines.prompts import Prompt
 from ws.baselines.repe import ActivationDirection, Unit
 from ws.edit.condition import PLAIN, Condition, Edit
 from ws.eval import side_effects
+from ws.fitting.run_settings import scored_with
 from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model.loading import ChatModel
@@ -59,7 +62,11 @@ class Chosen(Generic[Option]):
 
 
 def best_strength(
-    model: ChatModel, own: Probe, name: str, fitted: Mapping[Option, ActivationDirection]
+    model: ChatModel,
+    own: Probe,
+    name: str,
+    fitted: Mapping[Option, ActivationDirection],
+    folder: RunFolder | None = None,
 ) -> Chosen[Option]:
     """The candidate and strength that move the behaviour furthest, both signs together.
 
@@ -67,16 +74,38 @@ def best_strength(
     `EVALUATIONS`, every candidate is first tried at its middle strength, and those that move furthest for their KL get
     the rest.
 
-    own: the probe that measures the behaviour. A strength is admissible (`_Dev.is_admissible`) or not at both signs
-    together. If none is, the first candidate at its smallest strength is used, with a warning.
+    own: the probe that measures the behaviour. folder: keeps the choice and, until it is made, its scores. A strength
+    is admissible (`_Dev.is_admissible`) or not at both signs together. If none is, the first candidate at its smallest
+    strength is used, with a warning.
     """
-    dev = _Dev(model, own, name, fitted)
+    file = f"choice-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+    dev, options = _Dev(model, own, name, fitted), list(fitted)
+    if folder is None:
+        return _best(dev, fitted)
+    inputs = {
+        "candidates": [one.content_key for one in fitted.values()], "probes": [probe.key for probe in dev.probes],
+        "strengths": STRENGTHS, "limits": [EVALUATIONS, MOST_P95, MOST_RMS, MOST_NLL, MASS_LOST, FACTS_LOST, LOW_MASS],
+        **scored_with(model),
+    }  # fmt: skip
+
+    def make(shards: Shards) -> None:
+        dev.shards = shards
+        found = _best(dev, fitted)
+        write_json(folder / file, {"candidate": options.index(found.option), "strength": found.strength,
+                                   "remark": found.remark})  # fmt: skip
+
+    folder.build(file.removesuffix(".json"), inputs, [file], make)
+    known = read_json(folder / file)
+    return Chosen(options[known["candidate"]], known["strength"], known["remark"])
+
+
+def _best(dev: _Dev[Option], fitted: Mapping[Option, ActivationDirection]) -> Chosen[Option]:
     strengths = {option: STRENGTHS[one.unit] for option, one in fitted.items()}
     kept = list(fitted)
     most = max(len(some) for some in strengths.values())
     if len(kept) * most > EVALUATIONS:
         tried = {option: strengths[option][len(strengths[option]) // 2 - 1] for option in kept}
-        dev.measure(tried.items())
+        dev.screen(tried.items())
         kept = sorted(kept, key=lambda option: -dev.moved_per_cost(option, tried[option]))
         kept = kept[: max(1, (EVALUATIONS - len(fitted)) // most)]
     dev.measure([(option, strength) for option in kept for strength in strengths[option]])
@@ -84,7 +113,7 @@ def best_strength(
     if not allowed:
         option = kept[0]
         smallest = strengths[option][0]
-        console.warn(f"{name}: on the dev split every strength costs too much; using {smallest:g}")
+        console.warn(f"{dev.name}: on the dev split every strength costs too much; using {smallest:g}")
         return Chosen(option, smallest, "none admissible")
     option, strength = max(allowed, key=lambda one: dev.moved(*one))
     return Chosen(option, strength, "the largest tried" if strength == strengths[option][-1] else "")
@@ -100,16 +129,34 @@ class _Dev(Generic[Option]):
             split(own, dev=True), split(side_effects.facts(), dev=True),
             *side_effects.neutral(NEUTRAL_TEXTS, held_out=False),
         ]  # fmt: skip
+        self.shards: Shards | None = None
+        self._first: pl.DataFrame | None = None
+        self._screened: dict[tuple[Option, float], Scores] = {}
         self._tables: dict[tuple[Option, float], Scores] = {}
 
+    def screen(self, tried: Iterable[tuple[Option, float]]) -> None:
+        """Score candidates on the probes that `moved_per_cost` reads, at strengths of both signs; once, before all."""
+        asked = list(tried)
+        self._first = self._score(asked, [probe for probe in self.probes if probe.name in self._of_movement])
+        self._screened = dict.fromkeys(asked, Scores(self._first))
+
     def measure(self, tried: Iterable[tuple[Option, float]]) -> None:
-        """Score candidates at strengths of both signs; those that were measured before are left out."""
-        new = [one for one in tried if one not in self._tables]
-        if not new:
-            return
-        conditions = [Condition.of(self.edits[option], sign * s) for option, s in new for sign in SIGNS]
-        scores = Scores(score(self.model, self.probes, conditions, description=f"choosing {self.name}"))
-        self._tables |= dict.fromkeys(new, scores)
+        """Score candidates on all probes at strengths of both signs; what was screened is not scored again."""
+        asked = list(tried)
+        if new := [one for one in asked if one not in self._screened]:
+            self._tables |= dict.fromkeys(new, Scores(self._score(new, self.probes)))
+        if known := [one for one in asked if one in self._screened]:
+            rest = self._score(known, [probe for probe in self.probes if probe.name not in self._of_movement])
+            assert self._first is not None
+            self._tables |= dict.fromkeys(known, Scores(pl.concat([self._first, rest])))
+
+    @property
+    def _of_movement(self) -> tuple[str, str]:
+        return (self.own.name, side_effects.NEUTRAL_KL)
+
+    def _score(self, tried: Sequence[tuple[Option, float]], probes: Sequence[Probe]) -> pl.DataFrame:
+        conditions = [Condition.of(self.edits[option], sign * s) for option, s in tried for sign in SIGNS]
+        return score(self.model, probes, conditions, shards=self.shards, description=f"choosing {self.name}")
 
     def moved(self, option: Option, strength: float) -> float:
         """Mean change of the behaviour over both signs, nats."""
@@ -149,7 +196,8 @@ class _Dev(Generic[Option]):
         return True
 
     def _rows(self, option: Option, alpha: float, probe: str, metric: str) -> pl.DataFrame:
-        return self._tables[option, abs(alpha)].rows(probe, metric, self.edits[option].name, alpha)
+        key = (option, abs(alpha))
+        return (self._tables.get(key) or self._screened[key]).rows(probe, metric, self.edits[option].name, alpha)
 
 
 def best_prompts(model: ChatModel, own: Probe, pool: Sequence[Prompt]) -> dict[int, Prompt]:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from ws.adapters import diff
 from ws.algebra import random_like
 from ws.algebra.direction import Direction
 from ws.base.poles import POLES
-from ws.base.store import RunFolder, Shards, digest
+from ws.base.store import RunFolder, Shards, content_key, digest
 from ws.baselines import (
     bias_only,
     controls,
@@ -125,6 +126,18 @@ class Sources:
         """The runs of the reference's family."""
         return self.of_family(self.first[0])
 
+    def kept(self, direction_of: Callable[[], Direction], name: str, inputs: Mapping[str, Any]) -> Direction:
+        """A direction that takes long to make, kept until the comparison is finished (`forget`), bound to its base."""
+        file = self.kept_directions.path(f"{name}-{content_key(inputs)}.safetensors")
+        if not file.is_file():
+            direction_of().save(file)
+        return Direction.load(file).bind(self.model)
+
+    @property
+    def kept_directions(self) -> Shards:
+        """Directions that are made again if the comparison is repeated."""
+        return Shards(self.folder.path / ".partial" / "directions")
+
     def examples(self, run: FittedRun, data_seed: int) -> tuple[list[SupervisedTokens], list[SupervisedTokens]]:
         """The training rows of a run's two sides."""
         pos, neg = (train.examples(self.model, run.pairs, pole, run.training, data_seed).train for pole in POLES)
@@ -163,10 +176,10 @@ def untrained_directions(sources: Sources, counts: Sequence[int]) -> list[Method
         edits = []
         for (_, seed, data_seed), run in sources.replicates.items():
             pos, neg = (rows[:: max(1, len(rows) // (_STEP_ROWS * count))] for rows in sources.examples(run, data_seed))
-            step = gradient.steps(
-                sources.model, pos, neg, count=count, seed=seed, norm=run.direction.norm(), layers=slice_
-            )
-            edits.append(Edit(name, step, seed, data_seed))
+            chosen: dict[str, Any] = {"count": count, "seed": seed, "norm": run.direction.norm(), "layers": slice_}
+            make = partial(gradient.steps, sources.model, pos, neg, **chosen)
+            inputs = {**chosen, "rows": [pos, neg], **arithmetic(sources.model)}
+            edits.append(Edit(name, sources.kept(make, "steps", inputs), seed, data_seed))
         found.append(_of_weights(sources, name, "untrained", edits, f"norm of dW:{sources.first[0]}"))
     model, norm = sources.model, sources.reference.direction.norm()
     activation = repe.fit(model, sources.behaviour, RepeSettings(slice=slice_))
@@ -306,7 +319,7 @@ def _at_best_strength(
 
     said: what the note says about them. replicates: the chosen candidate by seed; None if it has no seeds.
     """
-    chosen = dev_split.best_strength(sources.model, sources.own, label, fitted)
+    chosen = dev_split.best_strength(sources.model, sources.own, label, fitted, sources.folder)
     direction = fitted[chosen.option].times(chosen.strength)
     note = ", ".join(part for part in (said(chosen.option, direction), chosen.remark) if part)
     every = {None: direction} if replicates is None else {
