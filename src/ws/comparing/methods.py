@@ -130,7 +130,7 @@ class Sources:
         """A direction that takes long to make, kept until the comparison is finished (`forget`), bound to its base."""
         file = self.kept_directions.path(f"{name}-{content_key(inputs)}.safetensors")
         if not file.is_file():
-            direction_of().save(file)
+            replace(direction_of(), base=self.model.fingerprint).save(file)
         return Direction.load(file).bind(self.model)
 
     @property
@@ -177,8 +177,8 @@ def untrained_directions(sources: Sources, counts: Sequence[int]) -> list[Method
         for (_, seed, data_seed), run in sources.replicates.items():
             pos, neg = (rows[:: max(1, len(rows) // (_STEP_ROWS * count))] for rows in sources.examples(run, data_seed))
             chosen: dict[str, Any] = {"count": count, "seed": seed, "norm": run.direction.norm(), "layers": slice_}
-            make = partial(gradient.steps, sources.model, pos, neg, **chosen)
-            inputs = {**chosen, "rows": [pos, neg], **arithmetic(sources.model)}
+            make = partial(gradient.steps, sources.fitting_model, pos, neg, **chosen)  # in the dtype of the fits
+            inputs = {**chosen, "rows": [pos, neg], **arithmetic(sources.fitting_model)}
             edits.append(Edit(name, sources.kept(make, "steps", inputs), seed, data_seed))
         found.append(_of_weights(sources, name, "untrained", edits, f"norm of dW:{sources.first[0]}"))
     model, norm = sources.model, sources.reference.direction.norm()
