@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,14 +133,82 @@ def test_a_copy_that_was_cut_short_is_built_again(tmp_path: Path) -> None:
     assert not (other / "out.txt").exists() and stage(other, "x")
 
 
-def test_what_a_folder_no_longer_has_leaves_the_store_unless_others_write_there(tmp_path: Path) -> None:
+def test_what_a_folder_no_longer_has_leaves_the_store_and_files_of_others_stay(tmp_path: Path) -> None:
     here, there = mirrors(tmp_path)
-    for mirror, name in ((here, "a"), (there, "b")):
-        write_text(mirror.root / "base" / name, name)
-        mirror.push(mirror.root / "base", is_shared=True)
-    assert {file.name for file in (tmp_path / "store/base").iterdir()} == {"a", "b", "manifest.json"}
-    there.push(there.root / "base")
-    assert {file.name for file in (tmp_path / "store/base").iterdir()} == {"b", "manifest.json"}
+    folder, other = here.root / "base", there.root / "base"
+    for mirror, names in ((here, "ab"), (there, "c")):
+        for name in names:
+            write_text(mirror.root / "base" / name, name)
+        mirror.push(mirror.root / "base")
+    (folder / "b").unlink()
+    here.push(folder)
+    assert {file.name for file in (tmp_path / "store/base").iterdir()} == {"a", "c", "manifest.json"}
+    there.pull(other)
+    assert (other / "a").is_file() and not (other / "b").exists()
+
+
+def test_newer_work_of_this_machine_is_not_replaced(tmp_path: Path) -> None:
+    here, there = mirrors(tmp_path)
+    folder, other = here.root / "run", there.root / "run"
+    stage(folder, "x")
+    here.push(folder)
+    stage(folder, "longer")  # without the store
+    here.pull(folder)
+    assert (folder / "out.txt").read_text() == "longer" and not stage(folder, "longer")
+    here.push(folder)
+    there.pull(other)
+    assert not stage(other, "longer")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"../../escape": "x", "/abs": "y", "gone": "z"}'])
+def test_a_damaged_manifest_is_one_of_an_empty_folder(tmp_path: Path, content: bytes) -> None:
+    here, there = mirrors(tmp_path)
+    stage(here.root / "run", "x")
+    here.push(here.root / "run")
+    (tmp_path / "store/run/manifest.json").write_bytes(content)
+    there.pull(there.root / "run")
+    assert not list(tmp_path.glob("escape")) and stage(there.root / "run", "x")
+    here.push(here.root / "run")
+    manifest = json.loads((tmp_path / "store/run/manifest.json").read_text())
+    assert {"out.txt", "stages/one.json", "identity.json"} <= set(manifest)
+
+
+def test_a_store_inside_the_runs_is_refused(tmp_path: Path) -> None:
+    for url in (tmp_path / "out", tmp_path / "out/store"):
+        with pytest.raises(UserError, match="lies in --out"):
+            StoreMirror(str(url), tmp_path / "out").require_usable()
+    StoreMirror(str(tmp_path / "store"), tmp_path / "out").require_usable()
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_a_run_that_did_not_arrive_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did not arrive"):
+        Workplace("ray", store=f"file://{tmp_path}/store").fetch(tmp_path / "out/run", tmp_path / "out", "summary.json")
+
+
+def test_a_folder_on_a_file_system_without_locks_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert stage(tmp_path / "run", "x")
+
+
+def test_a_value_that_is_given_twice_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, told in ((["sweep", "--seeds", "0", "0"], "--seeds names 0 twice"),
+                        (["sweep", "--families", "oft", "oft"], "--families names oft twice"),
+                        (["compare", "--data-seeds", "1", "1"], "--data-seeds names 1 twice"),
+                        (["compare", "--models", "pocket", "pocket"], "names sycophancy in pocket twice")):  # fmt: skip
+        assert _main([*words, "--out", str(tmp_path)]) == 2
+        assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_fits_of_several_comparisons_have_different_names(tmp_path: Path) -> None:
+    wanted = [Settings(model=model, behaviour=name, out=tmp_path) for model in ("pocket", "pocket-gemma")
+              for name in ("sycophancy", "honesty")]  # fmt: skip
+    names = [task.name for one in wanted for task in cells.fits_of(one, [Cell("lora", 0, 0)], Workplace())]
+    assert len(names) == len(set(names)) == 8
 
 
 def test_a_store_that_fails_in_the_middle_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +228,9 @@ def test_a_store_that_fails_in_the_middle_is_told_in_one_line(tmp_path: Path, mo
     (["--store", "file:///proc/none"], "cannot write to file:///proc/none"),
     (["--address", "auto"], "--engine ray"),
     (["--gpus-per-run", "1"], "--engine ray"),
-    (["--engine", "ray", "--cpus-per-run", "0"], "--cpus-per-run above 0"),
+    (["--engine", "ray", "--cpus-per-run", "0"], "a run cannot use 0 CPUs"),
+    (["--engine", "ray", "--gpus-per-run", "1.5"], "a run cannot use 1.5 GPUs"),
+    (["--cpus-per-run", "nan"], "a run cannot use nan CPUs"),
     (["--engine", "ray", "--retries", "-1"], "--retries is -1"),
 ])  # fmt: skip
 def test_a_wrong_workplace_is_told_before_anything_runs(
@@ -185,7 +256,7 @@ def test_paths_of_the_user_are_absolute_on_a_cluster(tmp_path: Path, monkeypatch
     given = Settings(behaviour="mine.toml", out=Path("out"))
     there = Workplace(engine="ray").settings(given)
     assert (there.behaviour, there.out) == (str(tmp_path / "mine.toml"), tmp_path / "out")
-    assert Workplace(engine="ray").settings(Settings(out=tmp_path)) == Settings(out=tmp_path)
+    assert Workplace(engine="ray").settings(Settings(out=tmp_path)) == Settings(out=tmp_path, device="cpu")
     assert Workplace().settings(given) == given
 
 

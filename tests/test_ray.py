@@ -102,9 +102,9 @@ def refused(engine: RayCluster) -> str:
 def test_what_the_cluster_lacks_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "no node of the cluster has 8 CPUs: the largest of 2 has 1" in refused(RayCluster(cluster.address, cpus=8))
     assert re.search("has 1 GPUs: .* has 0. Lower --gpus-per-run", refused(RayCluster(cluster.address, gpus=1)))
-    nowhere, absent = str(tmp_path / "none"), str(tmp_path / "none.toml")
-    assert f"cannot write in {nowhere}" in refused(RayCluster(cluster.address, folders=(nowhere,)))
+    absent = str(tmp_path / "none.toml")
     assert f"has no {absent}" in refused(RayCluster(cluster.address, files=(absent,)))
+    assert "does not see it" in refused(RayCluster(cluster.address, check=lambda: "does not see it"))
     monkeypatch.setattr(ray_cluster, "__version__", "9.9")
     told = refused(RayCluster(cluster.address))
     assert "this machine 9.9" in told and "Install the same version everywhere" in told
@@ -113,6 +113,17 @@ def test_what_the_cluster_lacks_is_named(cluster: Cluster, monkeypatch: pytest.M
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:none"])
 def test_an_address_without_a_cluster_is_told(address: str) -> None:
     assert "Ray cluster" in refused(RayCluster(address))
+
+
+def test_a_port_of_something_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "HEALTH_PATIENCE", 15.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert "is not a Ray cluster" in refused(RayCluster(f"127.0.0.1:{other.getsockname()[1]}"))
+
+
+def test_tasks_that_wait_for_each_other_are_a_bug_and_no_endless_wait(cluster: Cluster) -> None:
+    with pytest.raises(ValueError, match="never ends: one"):
+        list(RayCluster(cluster.address).run([Task("one", squared, (1,), after=("one",))], {}))
 
 
 def test_a_cluster_of_another_version_is_told(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

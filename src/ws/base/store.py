@@ -405,7 +405,7 @@ def _short(value: Any) -> str:
 
 
 def _lock(path: Path) -> Any:
-    """Hold an advisory lock on the folder for the life of the process; None if the platform has no locks."""
+    """Hold an advisory lock on the folder for the life of the process; None where there are no locks."""
     try:
         import fcntl  # noqa: PLC0415 - absent on Windows
     except ImportError:
@@ -416,7 +416,10 @@ def _lock(path: Path) -> Any:
         raise UserError(f"cannot write in {path}: {error.strerror}", "Choose another folder with --out.") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         handle.close()
         raise FolderInUseError(f"another ws process is using {path}", "Wait for it, or use another --out.") from error
+    except OSError:  # some network file systems have no locks
+        handle.close()
+        return None
     return handle

@@ -192,9 +192,11 @@ class EngineOptions:
 
     def workplace(self) -> Workplace:
         """The workplace that the options name."""
+        from ws.engines import store_mirror  # noqa: PLC0415
         from ws.runs.cells import Workplace  # noqa: PLC0415
 
-        return Workplace(self.engine, self.address, self.cpus_per_run, self.gpus_per_run, self.retries, self.store)
+        store = store_mirror.absolute(self.store)
+        return Workplace(self.engine, self.address, self.cpus_per_run, self.gpus_per_run, self.retries, store)
 
 
 def run_settings(run: RunOptions, fit: FitOptions, evaluation: EvalOptions) -> Settings:

@@ -38,6 +38,7 @@ from ws.measure.divergence import Divergence, prompt_divergence
 from ws.measure.probe import Probe, split
 from ws.measure.score import score
 from ws.model.loading import ChatModel
+from ws.runs import cells
 from ws.runs.replicate import Replication
 
 SMALLEST_BAND = 2
@@ -90,6 +91,7 @@ class Plan:
         for name in ("permutations", "shuffles"):
             if (count := getattr(self, name)) < 0:
                 raise UserError(f"{name} is {count}", f"Give --{name} 0 or more.")
+        cells.require_different(families=self.families, seeds=self.seeds, data_seeds=self.data_seeds)
         for family in self.families:
             adapters.require_family(family)
         for name in self.activations:
@@ -443,4 +445,6 @@ def folder_name(source: str) -> str:
     if source == "own":
         return "compare"
     readable = re.sub(r"[^\w.-]+", "-", Path(source.partition("@")[0]).stem).strip("-")
-    return f"compare-{readable}-{content_key(source)[:6]}"
+    place = Path(source).expanduser()
+    named = str(place.resolve()) if place.exists() else source  # the same name from every working directory
+    return f"compare-{readable}-{content_key(named)[:6]}"

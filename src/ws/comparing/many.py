@@ -20,24 +20,34 @@ def run(wanted: Sequence[Settings], plan: Plan, place: Workplace | None = None) 
     """One comparison per settings, in their order. A cluster first fits the missing runs, each as a task of its own."""
     place = place or Workplace()
     wanted = [place.settings(settings) for settings in wanted]
-    engine = place.opened(wanted[0])
+    cells.require_different(models_and_behaviours=[f"{one.behaviour} in {one.model}" for one in wanted])
+    peers = [(library, str(Path(file).expanduser().resolve())) for library, _, file in (
+        peer.partition(":") for peer in plan.peers
+    )]  # fmt: skip
+    plan = replace(plan, peers=tuple(f"{library}:{file}" for library, file in peers))
     tasks, shared = list[Task](), {}
     for settings in wanted:
         fits = cells.fits_of(settings, _cells(plan), place) if place.engine == "ray" else []
-        runs = [cells.folder_of(cells.settings_of(settings, cell)) for cell in _cells(plan)]
+        runs = [
+            cells.folder_of(replace(settings, adapter=one.family, seed=one.seed, data_seed=one.data_seed))
+            for one in _cells(plan)
+        ]
         folder = runs[0].parents[1] / compare.folder_name(settings.dilemmas)
         comparison = Task(f"{settings.behaviour} in {settings.model}", compared, (settings, plan, place, folder, runs),
                           settings.model, tuple(task.name for task in fits))  # fmt: skip
         tasks += [*fits, comparison]
         shared[settings.model] = place.model(settings)
     found: dict[str, Result] = {}
-    for done in engine.run(tasks, shared):
-        if done.error:
-            raise UserError(f"{done.task.name}: {done.error}" if place.engine == "ray" else done.error)
-        if done.task.function is compared:
-            settings, *_, folder, _ = done.task.arguments
-            place.fetch(folder, settings.out)
-            found[done.task.name] = replace(done.value, folder=folder)
+    with place.opened(wanted, [file for _, file in peers]) as engine:
+        for done in engine.run(tasks, shared):
+            if done.error:
+                raise UserError(f"{done.task.name}: {done.error}" if place.engine == "ray" else done.error)
+            if done.task.function is compared:
+                settings, *_, folder, runs = done.task.arguments
+                place.fetch(folder, settings.out, "comparison.json")
+                for run in runs:
+                    place.fetch(run, settings.out, "direction.safetensors")
+                found[done.task.name] = replace(done.value, folder=folder)
     return [found[task.name] for task in tasks if task.function is compared]
 
 

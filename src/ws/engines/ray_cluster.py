@@ -7,20 +7,24 @@ store once, and every task gets a copy of its own. A small actor hears which tas
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ws.base import console
+from ws.base import console, memory
 from ws.base.errors import UserError
 from ws.base.version import __version__
 from ws.engines.tasks import Done, Shared, Task, ended, values_before
 
-PATIENCE = 5.0
-"""Seconds until an address counts as unreachable."""
+PATIENCE, HEALTH_PATIENCE = 5.0, 30.0
+"""Seconds until an address counts as unreachable, and until what answers there must say that it is Ray."""
+SMALLEST_SHARE = 0.01
+"""The smallest fraction of a CPU that a task may ask for."""
 NODE_PATIENCE = 120.0
 """Seconds within which every node must answer the first question."""
 
@@ -30,21 +34,23 @@ class RayCluster:
     """A Ray cluster and what each task may use of it.
 
     address: "" starts Ray on this machine, "auto" finds a running one, `host:port` and `ray://host:port` name one.
-    cpus, gpus: per task; fractions share one. retries: how often a lost or failed task is tried again. folders:
-    where every node must be able to write. files: what every node must be able to read.
+    cpus, gpus: per task; fractions share one. retries: how often a lost or failed task is tried again. files: what
+    every node must be able to read. check: called on every node before any task; returns a complaint or "".
     """
 
     address: str = ""
     cpus: float = 1.0
     gpus: float = 0.0
     retries: int = 2
-    folders: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    check: Callable[[], str] | None = None
 
     def __post_init__(self) -> None:
-        if self.cpus <= 0 or self.gpus < 0:
-            raise UserError(f"a run cannot use {self.cpus:g} CPUs and {self.gpus:g} GPUs",
-                            "Give --cpus-per-run above 0, and --gpus-per-run 0 or more.")  # fmt: skip
+        shares = [("CPUs", self.cpus, "cpus", SMALLEST_SHARE), ("GPUs", self.gpus, "gpus", 0.0)]
+        for unit, count, option, least in shares:
+            if not (math.isfinite(count) and count >= least and (count <= 1 or count == int(count))):
+                raise UserError(f"a run cannot use {count:g} {unit}",
+                                f"Give --{option}-per-run a whole number, or a fraction of 1.")  # fmt: skip
         if self.retries < 0:
             raise UserError(f"--retries is {self.retries}", "Give 0 or more.")
 
@@ -69,11 +75,11 @@ class RayCluster:
         try:
             with console.library_noise_muted():
                 ray.init(address=self.address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+            told = " ".join(str(error).split())[:300]
             raise UserError(
-                f"cannot use the Ray cluster {self.address or 'on this machine'!r} ({_first_line(error)})",
-                "Start one with: ray start --head. If it asks for a token, set RAY_AUTH_TOKEN. Without "
-                "--address this machine works alone.",
+                f"cannot use the Ray cluster {self.address or 'on this machine'!r} ({told})",
+                "Use the versions of the cluster. If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.",
             ) from error
         try:
             yield
@@ -89,7 +95,23 @@ class RayCluster:
             socket.create_connection((host, int(port)), timeout=PATIENCE).close()
         except (OSError, ValueError) as error:
             raise UserError(f"no Ray cluster answers at {self.address} ({_first_line(error)})",
-                            "Check --address with: ray status --address HOST:PORT.") from error  # fmt: skip
+                            "Check --address; start a cluster with: ray start --head") from error  # fmt: skip
+        if not self.address.startswith("ray://"):
+            self._require_healthy()
+
+    def _require_healthy(self) -> None:
+        """Ask Ray's own program whether the address is one of a cluster, because `ray.init` waits for ever if not."""
+        words = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", self.address]
+        try:
+            code = subprocess.run(words, capture_output=True, timeout=HEALTH_PATIENCE, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = 1
+        if code:
+            raise UserError(
+                f"what answers at {self.address} is not a Ray cluster that this machine may use",
+                "Give the port of its head (6379 by default), or ray://HOST:10001. If it asks for a token, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.",
+            )
 
     def _require_resources(self, ray: Any) -> None:
         """A task that fits on no node would wait for ever."""
@@ -106,38 +128,44 @@ class RayCluster:
                             "Lower --cpus-per-run or --gpus-per-run, or add a node.")  # fmt: skip
 
     def _require_nodes(self, ray: Any) -> None:
-        """Every node has this version of the package, and sees the folders."""
+        """Every node has this version of the package, sees the files, and has no complaint."""
         place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         asked = {}
         for node in ray.nodes():
             if node["Alive"]:
                 at = place(node["NodeID"], soft=False)
                 question = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=at)(_state_of_node)
-                asked[question.remote(self.folders, self.files)] = node["NodeManagerAddress"]
+                asked[question.remote(self.files, self.check)] = node["NodeManagerAddress"]
         answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_PATIENCE)
         if silent:
             raise UserError(f"the node {asked[silent[0]]} does not answer", "Remove it: ray stop, on that machine.")
         for reference in answered:
             node = asked[reference]
             try:
-                version, unwritable, unseen = ray.get(reference)
-            except ray.exceptions.RayError as error:
+                version, unseen, complaint = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
                 raise UserError(f"the node {node} cannot run weight-steering ({_cause(error)})",
                                 "Install the same version there, with the extra ray.") from error  # fmt: skip
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"the node {node} was lost ({explained(ray, error)})", "Run the command again."
+                ) from error
             if version != __version__:
                 raise UserError(f"the node {node} has weight-steering {version}, this machine {__version__}",
                                 "Install the same version everywhere.")  # fmt: skip
-            if unwritable:
-                raise UserError(f"the node {node} cannot write in {unwritable[0]}",
-                                "Give a folder that all nodes share as --out, or a --store.")  # fmt: skip
             if unseen:
                 raise UserError(f"the node {node} has no {unseen[0]}", "Put it in a folder that all nodes share.")
+            if complaint:
+                raise UserError(f"the node {node} {complaint}",
+                                "Give a folder that all nodes share as --out, or a --store.")  # fmt: skip
 
 
 class _Submission:
     """One list of tasks on a connected cluster."""
 
     def __init__(self, ray: Any, cluster: RayCluster, tasks: Sequence[Task], shared: Shared) -> None:
+        if len({task.name for task in tasks}) < len(tasks):
+            raise ValueError("two tasks have the same name")
         self.ray, self.cluster, self.tasks, self.shared = ray, cluster, tasks, shared
         self.stored: dict[str, Any] = {}
         self.done: dict[str, Done] = {}
@@ -150,9 +178,11 @@ class _Submission:
 
     def results(self) -> Iterator[Done]:
         try:
-            with console.progress("runs", len(self.tasks)) as bar:
+            with console.progress("tasks", len(self.tasks)) as bar:
                 while self.waiting or self.flying:
                     self._submit_ready()
+                    if not self.flying:
+                        raise ValueError(f"tasks wait for what never ends: {', '.join(self.waiting)}")
                     ready, _ = self.ray.wait(list(self.flying), timeout=1.0)
                     for reference in ready:
                         if (finished := self._finished(reference)) is not None:
@@ -228,10 +258,9 @@ def _called(
         return function(value, *arguments, *before)
 
 
-def _state_of_node(folders: Sequence[str], files: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """Runs on a node: its version of the package, the folders in which it cannot write, and the files it lacks."""
-    unwritable = [one for one in folders if not (Path(one).is_dir() and os.access(one, os.W_OK))]
-    return __version__, unwritable, [one for one in files if not Path(one).exists()]
+def _state_of_node(files: Sequence[str], check: Callable[[], str] | None) -> tuple[str, list[str], str]:
+    """Runs on a node: its version of the package, the files that it lacks, and its complaint."""
+    return __version__, [one for one in files if not Path(one).exists()], check() if check else ""
 
 
 def explained(ray: Any, error: Exception) -> str:
@@ -243,8 +272,10 @@ def explained(ray: Any, error: Exception) -> str:
         cause = error.cause
         if isinstance(cause, UserError):
             return str(cause)
-        if isinstance(cause, MemoryError):
+        if memory.is_exhausted(cause):
             return "it ran out of memory. Use larger nodes, or a smaller --batch-size"
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return f"{cause.filename or 'a file'}: {cause.strerror}"
         return f"a bug: {type(cause).__name__}: {_first_line(cause)}"
     if isinstance(error, kinds.NodeDiedError | kinds.ObjectLostError | kinds.OwnerDiedError):
         return "its node was lost"

@@ -6,15 +6,17 @@ of its own samples them first. With `--lr auto`, the first run of a family choos
 
 from __future__ import annotations
 
+import getpass
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ws.base import environment
+from ws.base import console, environment
 from ws.base.errors import FolderInUseError, UserError
 from ws.base.store import REPRODUCE_FILE, content_key, read_json
 from ws.engines import Engine, Local, Task
@@ -82,36 +84,48 @@ class Workplace:
     def __post_init__(self) -> None:
         if self.engine == "local" and (self.address or self.gpus):
             raise UserError("--address and --gpus-per-run are for a cluster", "Add --engine ray.")
+        self._cluster((), None)  # refuses what makes no sense, whatever the engine
 
-    def opened(self, settings: Settings) -> Engine:
-        """The engine for runs with these settings, once their folder or store is known to be writable."""
+    def _cluster(self, files: Sequence[str], check: Callable[[], str] | None) -> RayCluster:
+        return RayCluster(self.address, self.cpus, self.gpus, self.retries, tuple(files), check)
+
+    @contextmanager
+    def opened(self, wanted: Sequence[Settings], more_files: Sequence[str] = ()) -> Iterator[Engine]:
+        """The engine for runs with these settings, once their folder or store is known to be usable."""
+        out = wanted[0].out
         if self.store:
-            StoreMirror(self.store, settings.out).require_writable()
+            StoreMirror(self.store, out).require_usable()
         if self.engine == "local":
-            return Local()
-        settings.out.mkdir(parents=True, exist_ok=True)
-        files = (settings.model, settings.behaviour, settings.dilemmas, settings.pairs or "")
-        return RayCluster(
-            self.address, self.cpus, self.gpus, self.retries,
-            () if self.store else (str(settings.out),), tuple(str(one) for one in files if Path(one).is_absolute()),
-        )  # fmt: skip
+            yield Local()
+            return
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be a folder ({error.strerror})", "Choose another one.") from error
+        files = {name for one in wanted for name in (one.model, one.behaviour, one.dilemmas, str(one.pairs or ""))}
+        absolute = sorted(one for one in (*files, *more_files) if Path(one).is_absolute())
+        shared = StoreMirror(self.store or str(out), out)
+        with shared.marked() as mark:
+            yield self._cluster(absolute, partial(_complaint, shared, mark))
 
     def settings(self, given: Settings) -> Settings:
         """Settings that mean the same on every machine: paths of the user are absolute."""
         if self.engine == "local":
             return given
 
-        def absolute(name: str, is_name: bool) -> str:
+        def place_of(name: str, is_name: bool) -> str:
             path = Path(name).expanduser()
             return name if is_name or not path.exists() else str(path.resolve())
 
         return replace(
             given,
-            model=absolute(given.model, given.model in (*library.POCKET_MODELS, library.SMOLLM2)),
-            behaviour=absolute(given.behaviour, given.behaviour in behaviour.names()),
-            dilemmas=absolute(given.dilemmas, given.dilemmas == "own"),
+            model=place_of(given.model, given.model in (*library.POCKET_MODELS, library.SMOLLM2)),
+            behaviour=place_of(given.behaviour, given.behaviour in behaviour.names()),
+            dilemmas=place_of(given.dilemmas, given.dilemmas == "own"),
             pairs=given.pairs.expanduser().resolve() if given.pairs else None,
             out=given.out.expanduser().resolve(),
+            # without GPUs of its own, a run must not use one that this machine happens to have
+            device="cpu" if given.device == "auto" and not self.gpus else given.device,
         )
 
     def model(self, settings: Settings) -> Callable[[], ChatModel | None]:
@@ -121,8 +135,9 @@ class Workplace:
     @property
     def _out(self) -> Path | None:
         """Where a worker of a cluster keeps copies of what is in the store; None: where the settings say."""
-        in_its_own = self.engine == "ray" and self.store
-        return Path(tempfile.gettempdir()) / "weight-steering" / content_key(self.store) if in_its_own else None
+        if self.engine == "local" or not self.store:
+            return None
+        return Path(tempfile.gettempdir()) / f"weight-steering-{getpass.getuser()}" / content_key(self.store)
 
     @contextmanager
     def of(
@@ -130,35 +145,46 @@ class Workplace:
     ) -> Iterator[Settings]:
         """A folder to work in, and the settings with which it is found.
 
-        Of the folders `data` only the responses are needed, of `runs` everything.
+        Of the folders `data` only the responses are needed, of `runs` everything; they go back to the store, too.
         """
         here = replace(settings, out=self._out or settings.out)
         if not self.store:
             yield here
             return
         mirror, base = StoreMirror(self.store, here.out), here.out / model_slug(here.model) / "base"
-        for needed, names in ((base, ()), *((one, _DATA) for one in data), *((one, ()) for one in runs)):
-            mirror.pull(here.out / needed.relative_to(settings.out if needed != base else here.out), only=names)
+        needed = [here.out / one.relative_to(settings.out) for one in runs]
+        for one in (base, *needed):
+            mirror.pull(one)
+        for one in data:
+            mirror.pull(here.out / one.relative_to(settings.out), only=_DATA)
         try:
             with mirror.working_in(here.out / folder.relative_to(settings.out)):
                 yield here
         finally:
-            mirror.push(base, is_shared=True)
+            for one in (base, *needed):
+                mirror.push(one)
 
     def patiently(self, call: Callable[[], T]) -> T:
         """The result of `call`; on a cluster, another sweep may have the folder, and its result is waited for."""
+        told = False
         while True:
             try:
                 return call()
-            except FolderInUseError:
+            except FolderInUseError as error:
                 if self.engine == "local":
                     raise
+                if not told:
+                    console.warn(f"{error} Waiting for it.")
+                told = True
                 time.sleep(POLL)
 
-    def fetch(self, folder: Path, out: Path) -> None:
-        """Bring a finished folder from the store to this machine."""
-        if self.store:
-            StoreMirror(self.store, out).pull(folder)
+    def fetch(self, folder: Path, out: Path, proof: str) -> None:
+        """Bring a finished folder from the store to this machine; `proof` is a file that it must have."""
+        if not self.store:
+            return
+        StoreMirror(self.store, out).pull(folder)
+        if not (folder / proof).is_file():
+            raise UserError(f"{folder} did not arrive in {self.store}", "Check that all nodes reach the same store.")
 
     def keep(self, files: Sequence[Path], out: Path) -> None:
         """Bring files of this machine, such as tables, to the store."""
@@ -166,7 +192,26 @@ class Workplace:
             StoreMirror(self.store, out).put(files)
 
 
+def _complaint(shared: StoreMirror, mark: str) -> str:
+    """Runs on a node: what is wrong with the folder or store that all nodes share, or nothing."""
+    try:
+        if not shared.sees(mark):
+            return f"does not see the {shared.url} of this machine"
+        with shared.marked():
+            return ""
+    except UserError as error:
+        return f"cannot use {shared.url}: {error}"
+
+
 _DATA = ("pairs.parquet", "personas.json", "identity.json", "stages/data.json", "stages/personas.json")
+
+
+def require_different(**values: Sequence[object]) -> None:
+    """Raise if one of several options names a value twice: a run cannot be its own replicate."""
+    for name, some in values.items():
+        for number, value in enumerate(some):
+            if value in some[:number]:
+                raise UserError(f"--{name.replace('_', '-')} names {value} twice", "Give each value once.")
 
 
 def folder_of(settings: Settings) -> Path:
@@ -193,9 +238,11 @@ def tasks_of(settings: Settings, cells: Sequence[Cell], place: Workplace) -> tup
 
 def fits_of(settings: Settings, cells: Sequence[Cell], place: Workplace) -> list[Task]:
     """The tasks of runs up to their Directions."""
-    return [replace(task, name=f"{settings.behaviour}: {task.name}", after=tuple(
-        f"{settings.behaviour}: {name}" for name in task.after
-    )) for task in _with_sampling(settings, cells, place, fitted)]  # fmt: skip
+    prefix = f"{settings.behaviour} in {settings.model}: "
+    return [
+        replace(task, name=prefix + task.name, after=tuple(prefix + name for name in task.after))
+        for task in _with_sampling(settings, cells, place, fitted)
+    ]
 
 
 def _with_sampling(
@@ -203,7 +250,8 @@ def _with_sampling(
 ) -> Iterator[Task]:
     sampling: dict[int, Task] = {}
     for cell in cells:
-        wanted, data = settings_of(settings, cell), cell.data_seed
+        wanted = replace(settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed)
+        data = cell.data_seed
         if data not in sampling:
             sampling[data] = Task(f"responses, data seed {data}", sampled, (wanted, place), settings.model)
             yield sampling[data]
@@ -225,7 +273,7 @@ def measured(
         settings = replace(settings, train={**settings.train, "lr": first.row["lr"]})
     with (
         place.of(settings, folder_of(settings), [data]) as here,
-        place.patiently(lambda: Replication(here, model)) as run,
+        place.patiently(lambda: Replication(settings_of(here, Cell.of(here)), model)) as run,
     ):
         row = row_of(Cell.of(settings), run.report(), run.fitted)
         built = read_json(run.folder / REPRODUCE_FILE)["environment"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from ws import adapters
 from ws.base import console
 from ws.base.errors import UserError
+from ws.engines import Done
 from ws.eval import dilemmas
 from ws.fitting.run_settings import Settings
 from ws.runs import cells, sweep_tables
@@ -30,21 +31,17 @@ def run(
         adapters.require_family(family)
     if not (families and seeds and data_seeds):
         raise UserError("the sweep has no cells", "Give each of --families, --seeds and --data-seeds a value.")
+    cells.require_different(families=families, seeds=seeds, data_seeds=data_seeds)
     dilemmas.load(settings.dilemmas, settings.rows)  # report a wrong source before anything is fitted
     place = place or Workplace()
     settings = place.settings(settings)
     wanted = [Cell(family, seed, data) for data in data_seeds for family in families for seed in seeds]
-    engine = place.opened(settings)
     found: dict[Cell, Outcome] = {}
-    for done in engine.run(*cells.tasks_of(settings, wanted, place)):
-        if done.task.function is not cells.measured:
-            continue
-        cell = Cell.of(done.task.arguments[0])
-        if done.error:
-            console.warn(f"{cell.name}: {done.error}")
-        else:
-            place.fetch(done.value.folder, settings.out)
-        found[cell] = done.value or Outcome(cell, None, error=done.error)
+    with place.opened([settings]) as engine:
+        for done in engine.run(*cells.tasks_of(settings, wanted, place)):
+            if done.task.function is cells.measured:
+                cell = Cell.of(done.task.arguments[0])
+                found[cell] = _arrived(cell, done, place, settings)
     outcomes = [found[cell] for cell in wanted]
     finished = [outcome for outcome in outcomes if outcome.row is not None]
     if not finished:
@@ -54,6 +51,19 @@ def run(
     sweep_tables.write(tables, tables_of(outcomes))
     place.keep([tables / name for name in sweep_tables.FILES], settings.out)
     return outcomes, tables
+
+
+def _arrived(cell: Cell, done: Done, place: Workplace, settings: Settings) -> Outcome:
+    """The outcome of a finished task, with its folder on this machine."""
+    error = done.error
+    if not error:
+        try:
+            place.fetch(done.value.folder, settings.out, "summary.json")
+            return done.value
+        except UserError as refused:
+            error = str(refused)
+    console.warn(f"{cell.name}: {error}")
+    return Outcome(cell, None, error=error)
 
 
 def tables_of(outcomes: Sequence[Outcome]) -> SweepTables:
