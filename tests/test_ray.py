@@ -51,16 +51,40 @@ def started(nodes: int = 2, **options: Any) -> Cluster:
     return cluster
 
 
+def squared(_: None, number: int, *before: int) -> int:
+    return number**2 + sum(before)
+
+
+# these two come before the cluster of the others: the client server of a second one on a machine does not start
+
+
+def test_a_client_address_works_like_a_cluster_address() -> None:
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=6398", "--num-cpus=1",
+             "--ray-client-server-port=6399", "--runtime-env-agent-port=6397", "--node-ip-address=127.0.0.1",
+             "--include-dashboard=false",
+             "--disable-usage-stats"]  # fmt: skip
+    open_to_all = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=open_to_all)
+    try:
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", 6399)) == 0, 60)
+        (done,) = RayCluster("ray://127.0.0.1:6399").run([Task("one", squared, (3,))], {})
+        assert done.value == 9
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+
+
+def test_a_cluster_is_started_on_this_machine_if_none_is_named() -> None:
+    found: Sequence[Any] = list(RayCluster().run([Task(f"{i}", squared, (i,)) for i in range(3)], {}))
+    assert sorted(one.value for one in found) == [0, 1, 4] and not ray.is_initialized()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes that no test harms."""
     found = started()
     yield found
     found.shutdown()
-
-
-def squared(_: None, number: int, *before: int) -> int:
-    return number**2 + sum(before)
 
 
 def test_values_go_from_task_to_task_and_errors_stay_with_theirs(cluster: Cluster) -> None:
@@ -381,24 +405,3 @@ def memory() -> tuple[float, float]:
     read = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, available = (int(read[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     return total - available, total
-
-
-def test_a_client_address_works_like_a_cluster_address() -> None:
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=6398", "--num-cpus=1",
-             "--ray-client-server-port=6399", "--runtime-env-agent-port=6397", "--node-ip-address=127.0.0.1",
-             "--include-dashboard=false",
-             "--disable-usage-stats"]  # fmt: skip
-    open_to_all = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=open_to_all)
-    try:
-        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", 6399)) == 0, 60)
-        (done,) = RayCluster("ray://127.0.0.1:6399").run([Task("one", squared, (3,))], {})
-        assert done.value == 9
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
-
-
-def test_a_cluster_is_started_on_this_machine_if_none_is_named() -> None:
-    found: Sequence[Any] = list(RayCluster().run([Task(f"{i}", squared, (i,)) for i in range(3)], {}))
-    assert sorted(one.value for one in found) == [0, 1, 4] and not ray.is_initialized()
