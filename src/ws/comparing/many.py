@@ -20,20 +20,22 @@ def run(wanted: Sequence[Settings], plan: Plan, place: Workplace | None = None) 
     """One comparison per settings, in their order. A cluster first fits the missing runs, each as a task of its own."""
     place = place or Workplace()
     wanted = [place.settings(settings) for settings in wanted]
-    cells.require_different(models_and_behaviours=[f"{one.behaviour} in {one.model}" for one in wanted])
+    names = [f"{one.behaviour} in {one.model}" for one in wanted]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{repeated} would be compared twice", "Give each of --models and --behaviours once.")
     peers = [(library, str(Path(file).expanduser().resolve())) for library, _, file in (
         peer.partition(":") for peer in plan.peers
     )]  # fmt: skip
     plan = replace(plan, peers=tuple(f"{library}:{file}" for library, file in peers))
     tasks, shared = list[Task](), {}
-    for settings in wanted:
+    for name, settings in zip(names, wanted, strict=True):
         fits = cells.fits_of(settings, _cells(plan), place) if place.engine == "ray" else []
         runs = [
             cells.folder_of(replace(settings, adapter=one.family, seed=one.seed, data_seed=one.data_seed))
             for one in _cells(plan)
         ]
         folder = runs[0].parents[1] / compare.folder_name(settings.dilemmas)
-        comparison = Task(f"{settings.behaviour} in {settings.model}", compared, (settings, plan, place, folder, runs),
+        comparison = Task(name, compared, (settings, plan, place, folder, runs),
                           settings.model, tuple(task.name for task in fits))  # fmt: skip
         tasks += [*fits, comparison]
         shared[settings.model] = place.model(settings)
