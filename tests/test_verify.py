@@ -246,6 +246,8 @@ def test_damage_is_found_and_named(
     harm(copied)
     found = failure(copied)
     assert found.name == step and detail in found.detail
+    if harm is broken_record:
+        assert f"Delete it, then: ws report {copied}" in found.detail
     if harm is cut_scores:
         assert run("verify", copied) == 2
         assert "scores.parquet is not what the stage wrote. Build it again with: ws report" in one_line(capsys)
@@ -293,6 +295,47 @@ def test_what_is_no_result_is_one_line(
     (tmp_path / "page.html").write_text("<!doctype html>")
     assert run("verify", tmp_path / target) == 2
     assert told in one_line(capsys)
+
+
+# ---------------------------------------------------------------- show
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told", "remedy"),
+    [
+        ("samples.parquet", None, "samples.parquet is missing", "Make it again with: ws report"),
+        ("samples.parquet", "junk", "samples.parquet is damaged", "Make it again with: ws report"),
+        ("subspace_summary.csv", "", "subspace_summary.csv is damaged", "Make it again with: ws report"),
+        ("pos/train_log.csv", "a,b\n1,2\n", "train_log.csv is damaged", "Make it again with: ws report"),
+        ("config.json", "[]", "config.json is not a JSON object", "Repeat the ws replicate command"),
+        ("config.json", "{", "config.json is not valid JSON", "Repeat the ws replicate command"),
+        ("summary.json", "{", "summary.json is not valid JSON", "Write it again with: ws report"),
+    ],
+)
+def test_showing_a_damaged_run_is_one_line(
+    copied: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, told: str, remedy: str
+) -> None:
+    (copied / name).unlink()
+    if content is not None:
+        (copied / name).write_text(content)
+    assert run("show", copied) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ws: ") and told in line]
+    assert len(error) == 1 and remedy in error[0]
+    if name == "summary.json":
+        assert run("show", copied, "--json") == 2
+        assert told in one_line(capsys)
+
+
+def test_a_damaged_config_is_written_again_by_the_command_that_made_the_run(
+    copied: Path, tiny_folders: dict[str, Path], qwen: ChatModel
+) -> None:
+    before = stage_records(copied)
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="Repeat the ws replicate command"):
+        settings_of(copied)
+    with Replication(Settings(model=str(tiny_folders["qwen3"]), out=copied.parents[3], **SMALL), qwen) as again:
+        again.report()
+    assert stage_records(copied) == before and settings_of(copied).alphas == (-1.0, 0.0, 1.0)
 
 
 # ---------------------------------------------------------------- reproduce

@@ -17,7 +17,7 @@ from typing import Any
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import read_json
+from ws.base.store import read_config
 from ws.edit.dial import require_turnable
 from ws.export.command import DIRECTION_FILE
 from ws.model import loading
@@ -46,7 +46,7 @@ class Source:
                 raise UserError(f"{place} is not a run folder", f"Give a folder such as {EXAMPLE}.")
             if not file.is_file():
                 raise UserError(f"the run in {place} is not finished", f"Run: {console.command('report', place)}")
-            behaviour = read_json(place / "config.json").get("behaviour")
+            behaviour = read_config(place).get("behaviour")
             name = behaviour.get("name") if isinstance(behaviour, dict) else None
             return cls(file, place, str(name or place.resolve().parents[1].name))
         if not place.is_file():
