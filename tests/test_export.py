@@ -195,6 +195,7 @@ def test_the_command_exports_a_direction_file_with_a_card(
         (["missing.safetensors"], "missing.safetensors"),
         (["."], "direction.safetensors"),
         (["d.safetensors", "--model", "./nowhere"], "nowhere"),
+        (["d.safetensors", "--model", "./nowhere", "--format", "gguf", "--out", "."], ". is a folder, but"),
     ],
 )
 def test_bad_input_of_the_command_is_one_line(

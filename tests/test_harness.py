@@ -112,6 +112,16 @@ def test_the_command_line_of_the_harness_runs_on_a_steered_model(task_folder: Pa
             assert accuracy == reference_accuracy(network, shelf.model.chat.tokenizer, task_folder)
 
 
+def test_an_error_of_the_command_line_is_one_line() -> None:
+    pytest.importorskip("lm_eval")
+    words = ["run", "--model", "ws", "--model_args", "run=nowhere,alpha=1", "--tasks", "hellaswag"]
+    found = subprocess.run(
+        [sys.executable, "-m", "ws.serving.lm_eval_model", *words], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    assert found.stderr.splitlines()[-1].startswith("ws: there is no run folder or direction file nowhere")
+
+
 def reference_accuracy(network: Any, tokenizer: Any, folder: Path) -> float:
     """The share of documents whose first answer is the more likely one, straight from the model."""
     right = []
@@ -131,11 +141,15 @@ def reference_accuracy(network: Any, tokenizer: Any, folder: Path) -> float:
     ({}, "no run is given"), ({"run": "x"}, "give the strength once"),
     ({"run": "x", "alpha": 1, "mix": "x"}, "give the strength once"),
     ({"run": "x", "alpha": 1, "pretrained": "y"}, "the run decides pretrained"),
-    ({"run": "nowhere", "alpha": 1}, "nowhere"),
+    ({"run": "nowhere", "alpha": 1}, "nowhere"), ({"run": "RUN", "alpha": "abc"}, "alpha is 'abc'"),
+    ({"run": "RUN", "alpha": 1e30}, "from -1000 to 1000"),
 ])  # fmt: skip
-def test_wrong_arguments_of_the_model_are_told(options: dict[str, Any], told: str) -> None:
+def test_wrong_arguments_of_the_model_are_told(options: dict[str, Any], told: str, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from ws.serving.lm_eval_model import SteeredLM  # noqa: PLC0415 - needs the extra
+
+    if options.get("run") == "RUN":
+        options = {**options, "run": str(made_run(loading.load("pocket"), tmp_path, "left"))}
 
     with pytest.raises(UserError, match=told):
         SteeredLM(**options)

@@ -161,6 +161,10 @@ def drawn(block: Block) -> str:
     return document.to_html("t", "s", [block])
 
 
+def test_a_command_in_a_text_is_code_and_still_escaped() -> None:
+    assert "<p>do <code>ws x &lt;b&gt;</code> now</p>" in drawn(document.Paragraph("do `ws x <b>` now"))
+
+
 def test_a_line_is_drawn_where_its_values_are() -> None:
     line = Line("a", [Point(-1.0, 0.0, -0.5, 0.5), Point(0.0, 1.0), Point(1.0, 2.0)])
     text = drawn(LineChart("title", "alpha", "nats", [line], limits=(0.0, 2.0)))

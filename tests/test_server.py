@@ -204,10 +204,12 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "pocket", "messages": HELLO, "steer": {"left": True}}, 400, "steer must be like"),
     ({"model": "pocket", "messages": HELLO, "steer": [1]}, 400, "steer must be like"),
     ({"model": "pocket", "messages": HELLO, "steer": "left left"}, 400, "no + or - before"),
-    ({"model": "pocket", "messages": HELLO, "steer": {"left": 1e999}}, 400, "finite"),
+    ({"model": "pocket", "messages": HELLO, "steer": {"left": 1e999}}, 400, "is inf. Give a number from -1000"),
     ({"model": "pocket", "messages": HELLO, "steer": {"left": 10**400}}, 400, "too large"),
     ({"model": "pocket", "messages": HELLO, "steer": {"left": 1e30}}, 400, "from -1000 to 1000"),
     ({"model": "pocket", "messages": HELLO, "steeer": {"left": 1}}, 400, "'steeer'"),
+    ({"model": "pocket", "messages": HELLO, "\ud800": 1}, 400, "unrecognized request argument: '\\ud800'"),
+    ({"model": "pocket", "messages": HELLO, "steer": {"\ud800": 1}}, 404, "no direction '\\ud800'"),
     ({"model": "pocket"}, 400, "messages must be a list"),
     ({"model": "pocket", "messages": []}, 400, "messages must be a list"),
     ({"model": "pocket", "messages": ["Hi"]}, 400, "messages[0] has the role None"),
@@ -248,6 +250,7 @@ def test_a_bad_request_is_an_error_in_openai_form(
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert mentioned in error["message"] and error["type"] == "invalid_request_error"
+    assert error["param"] == "steer" or "from -1000" not in mentioned
 
 
 @pytest.mark.parametrize(
@@ -311,14 +314,19 @@ def test_directions_are_loaded_and_unloaded_while_the_server_runs(server: Served
         ("", "spare"),
         (".", "spare"),
         ("x" * 65, "spare"),
+        ("\ud800", "spare"),
+        ("x", "\0"),
+        ("x", "x" * 5000),
+        ("x", "\ud800"),
     ],
 )
 def test_no_path_leads_out_of_the_folder_of_the_runs(server: Served, out: Path, name: str, run: str) -> None:
     link = out / "pocket" / "link"
     if run == "link" and not link.is_symlink():
         link.symlink_to(out.parent / "secret.safetensors")
-    answer = httpx.post(f"{server.url}/directions", json={"name": name, "run": run})
-    assert answer.status_code == 400
+    raw = json.dumps({"name": name, "run": run}).encode()
+    answer = httpx.post(f"{server.url}/directions", content=raw, headers=JSON)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
     assert [one["id"] for one in httpx.get(f"{server.url}/directions").json()["data"]] == ["left", "right"]
 
 
@@ -337,6 +345,12 @@ def test_models_metrics_and_health_tell_what_is_there(server: Served, client: An
 
 def test_a_key_is_needed_where_there_is_one(out: Path) -> None:
     shelf = open_shelf([str(out / "pocket/left/lora/seed0")])
+    with serving(shelf, key="ключ") as locked:
+        statuses = [
+            httpx.get(f"{locked.url}/models", headers={b"Authorization": f"Bearer {key}".encode()}).status_code
+            for key in ("ключ", "ключи")
+        ]
+        assert statuses == [200, 401]
     with serving(shelf, key="right-key") as locked:
         root = locked.url.removesuffix("/v1")
         for wrong in ("Bearer wrong", "Bearer right-key-", "Bearer right", "right-key", "Bearer \xe9", ""):
@@ -376,7 +390,10 @@ def test_the_command_serves_until_interrupted_and_prints_a_request_that_works(ou
         (["nowhere"], "no run folder or direction file nowhere"),
         (["RUN", "RUN"], "two directions are named left"),
         (["RUN", "--host", "0.0.0.0"], "no API key"),
+        (["RUN", "--host", "0.0.0.0", "--api-key", ""], "no API key"),
         (["RUN", "--host", "not.a.host.invalid", "--api-key", "k"], "cannot listen"),
+        (["RUN", "--port", "65536"], "--port is 65536. Give 1 to 65535, or 0 for a free one"),
+        (["RUN", "--port", "-1"], "--port is -1"),
         (["RUN", "--slots", "0"], "--slots is 0"),
         (["RUN", "--context", "99999"], "--context is 99999"),
         (["RUN", "--model", "pocket-gemma"], "base model"),
@@ -385,7 +402,7 @@ def test_the_command_serves_until_interrupted_and_prints_a_request_that_works(ou
 def test_a_bad_command_is_one_line(
     out: Path, options: list[str], mentioned: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("WS_API_KEY", raising=False)
+    monkeypatch.setenv("WS_API_KEY", "")  # an empty key is none
     run = str(out / "pocket/left/lora/seed0")
     given = ["--port", "0", *(run if option == "RUN" else option for option in options)]
     assert cli._main(["serve", *given]) == 2

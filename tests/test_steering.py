@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from ws.algebra.delta import Alpha, Delta
 from ws.algebra.direction import Direction
 from ws.base.errors import BaseMismatchError, UnsupportedFeatureError, UserError
 from ws.edit.condition import PLAIN, Condition, Context, Edit
-from ws.edit.steering import Mode, bake, network_of, steer, under
+from ws.edit.steering import Mode, bake, network_of, require_strength, steer, under
 from ws.model import loading
 from ws.model.loading import ChatModel
 
@@ -96,6 +97,39 @@ def test_dense_deltas_are_applied_too(any_model: ChatModel, mode: Mode) -> None:
     assert relative_error(steered(any_model, parts, ids), steered(any_model, direction, ids)) > VISIBLE
     reference = in_double(any_model, direction, 1.0, ids)
     assert relative_error(steered(any_model, direction, ids, 1.0, mode), reference) < AGREE
+
+
+UNUSABLE = [float("nan"), float("inf"), 1e30, 10**400, 1j, "1", [1.0], None, torch.tensor([0.5, float("nan")]),
+            torch.tensor(1e30), torch.tensor([1j])]  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", UNUSABLE, ids=lambda alpha: f"{alpha!r:.30}")
+def test_a_strength_that_no_model_can_have_is_refused(alpha: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        require_strength(alpha)
+    assert_one_line(caught.value, "alpha is", "Give a number from -100000 to 100000")
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), -1e30, torch.tensor([0.5, float("inf")])])
+def test_no_way_to_steer_takes_such_a_strength(qwen: ChatModel, alpha: Any) -> None:
+    direction = random_direction(qwen)
+    for edits in (direction, {direction: alpha}):
+        with pytest.raises(UserError, match="alpha is"), steer(qwen, edits, alpha):
+            pass
+    if isinstance(alpha, float):
+        with pytest.raises(UserError, match="alpha is"):
+            bake(qwen, {direction: alpha})
+
+
+@pytest.mark.parametrize("alpha", [np.float32(0.5), np.float64(0.5), 0.5])
+def test_a_strength_may_be_a_number_of_any_library(alpha: Any) -> None:
+    assert require_strength(alpha) == 0.5 and type(require_strength(alpha)) in (float, np.float64)
+
+
+def test_a_strength_may_be_a_tensor_of_numbers(qwen: ChatModel) -> None:
+    direction, ids = random_direction(qwen, seed=1), prompts(qwen)
+    for alpha in (torch.tensor(0.5), torch.full((len(ids),), 0.5)):
+        assert relative_error(steered(qwen, direction, ids, alpha), steered(qwen, direction, ids, 0.5)) < AGREE
 
 
 @pytest.mark.parametrize("mode", MODES)

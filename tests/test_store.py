@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from ws.base import store
 from ws.base.errors import BaseMismatchError, UserError
@@ -129,6 +131,16 @@ def test_what_a_killed_process_left_half_written_goes_when_the_run_is_opened_aga
         store.write_text(tmp_path / name, "half")
     RunFolder(tmp_path / "run", {}).close()
     assert listing(tmp_path) == {"run", "run/sub", "run/.lock", "run/identity.json", "beside", "beside/.x.1.tmp"}
+
+
+def test_private_files_get_the_mode_of_all_others(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("x")
+    with atomic_file(tmp_path / "one") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary / "two")
+    modes = {(tmp_path / name).stat().st_mode for name in ("one", "folder/two", "other")}
+    assert len(modes) == 1
 
 
 # ---------------------------------------------------------------- json and digests

@@ -98,16 +98,17 @@ def test_base_shows_the_unedited_answer_and_leaves_the_conversation_alone(typed:
 @pytest.mark.parametrize(
     ("line", "mentioned"),
     [
-        ("/alpha", "'nothing' is not a number"),
+        ("/alpha", "give a strength. Write it like: /alpha -1"),
         ("/alpha high", "'high' is not a number"),
         ("/alpha nan", "is nan"),
         ("/mix 0.3", "lacks a name"),
+        ("/mix 1e308 left", "is 1e+308. Give a number from -1000 to 1000"),
         ("/mix 2 nowhere", "no direction 'nowhere'"),
         ("/mix 2 lef", "Did you mean left?"),
         ("/mix 2 ../", "is not a run folder"),
         ("/base", "nothing was asked yet"),
         ("/what", "no command /what"),
-        ("owl " * 2000, "the context holds"),
+        ("owl " * 2000, "Shorten them. Or type /reset"),
     ],
 )
 def test_a_mistake_is_one_line_and_the_conversation_goes_on(typed: Typed, line: str, mentioned: str) -> None:
@@ -136,6 +137,12 @@ def test_lines_can_be_piped_in(runs: Path) -> None:
     )
     first, second = found.stdout.strip().splitlines()[0], found.stdout.strip().splitlines()[-1]
     assert first and second.split(maxsplit=1) == ["mix", "-0.5 left + 1 right"]
+
+
+def test_bytes_that_are_no_text_can_be_piped_in(runs: Path) -> None:
+    command = [sys.executable, "-m", "ws", "chat", str(runs / "left/lora/seed0")]
+    found = subprocess.run(command, input=b"owls \xff\xfe\n/mix\n", capture_output=True, check=False, timeout=120)
+    assert found.returncode == 0 and not found.stderr and b"1 left" in found.stdout
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,23 @@ def other_inputs(run: Path) -> None:
     edit_json(run / "stages" / "eval.json", lambda stored: stored["inputs"].update(engine=1))
 
 
+def no_evaluation(run: Path) -> None:
+    for name in ("stages/eval.json", "scores.parquet", "summary.json", "report.html"):
+        (run / name).unlink()
+
+
+def no_eval_record(run: Path) -> None:
+    (run / "stages" / "eval.json").unlink()
+
+
+def no_replies(run: Path) -> None:
+    (run / "stages" / "replies.json").unlink()
+
+
+def no_summary(run: Path) -> None:
+    (run / "summary.json").unlink()
+
+
 def no_record(run: Path) -> None:
     shutil.rmtree(run / "stages")
 
@@ -213,6 +230,10 @@ def other_direction(run: Path) -> None:
         (other_settings, "inputs of eval", "eval is out of date: alphas"),
         (other_inputs, "inputs of eval", "eval is out of date: engine changed"),
         (no_record, "stages", "has no finished stage"),
+        (no_evaluation, "after base", "summary.json is missing. Continue with: ws report"),
+        (no_eval_record, "after base", "eval is not finished. Continue with: ws report"),
+        (no_replies, "after base", "replies is not finished. Continue with: ws report"),
+        (no_summary, "after base", "summary.json is missing. Continue with: ws report"),
         (broken_record, "after read", "eval.json is not the record of a stage"),
         (infinite_score, "scores.parquet", "1 of "),
         (empty_direction, "direction", "it changes nothing"),
@@ -225,9 +246,17 @@ def test_damage_is_found_and_named(
     harm(copied)
     found = failure(copied)
     assert found.name == step and detail in found.detail
+    if harm is broken_record:
+        assert f"Delete it, then: ws report {copied}" in found.detail
     if harm is cut_scores:
         assert run("verify", copied) == 2
         assert "scores.parquet is not what the stage wrote. Build it again with: ws report" in one_line(capsys)
+
+
+def test_a_run_that_is_older_than_the_personas_stage_is_sound(copied: Path) -> None:
+    (copied / "stages" / "personas.json").unlink()
+    (copied / "personas.json").unlink()
+    assert all(check.passed for check in verify.verify(copied))
 
 
 def test_a_base_that_changed_is_found(finished: Path, tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
@@ -251,11 +280,62 @@ def test_an_adapter_that_changes_nothing_is_found(finished: Path, tmp_path: Path
     assert "it changes nothing" in failure(tmp_path / "zero").detail
 
 
-@pytest.mark.parametrize("target", ["nowhere", "empty"])
-def test_what_is_no_result_is_one_line(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("nowhere", "there is no "),
+        ("empty", "empty is not a run, adapter or model folder"),
+        ("page.html", "page.html is not a direction file"),
+    ],
+)
+def test_what_is_no_result_is_one_line(
+    target: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "page.html").write_text("<!doctype html>")
     assert run("verify", tmp_path / target) == 2
-    assert target in one_line(capsys)
+    assert told in one_line(capsys)
+
+
+# ---------------------------------------------------------------- show
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told", "remedy"),
+    [
+        ("samples.parquet", None, "samples.parquet is missing", "Make it again with: ws report"),
+        ("samples.parquet", "junk", "samples.parquet is damaged", "Make it again with: ws report"),
+        ("subspace_summary.csv", "", "subspace_summary.csv is damaged", "Make it again with: ws report"),
+        ("pos/train_log.csv", "a,b\n1,2\n", "train_log.csv is damaged", "Make it again with: ws report"),
+        ("config.json", "[]", "config.json is not a JSON object", "Repeat the ws replicate command"),
+        ("config.json", "{", "config.json is not valid JSON", "Repeat the ws replicate command"),
+        ("summary.json", "{", "summary.json is not valid JSON", "Write it again with: ws report"),
+    ],
+)
+def test_showing_a_damaged_run_is_one_line(
+    copied: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, told: str, remedy: str
+) -> None:
+    (copied / name).unlink()
+    if content is not None:
+        (copied / name).write_text(content)
+    assert run("show", copied) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ws: ") and told in line]
+    assert len(error) == 1 and remedy in error[0]
+    if name == "summary.json":
+        assert run("show", copied, "--json") == 2
+        assert told in one_line(capsys)
+
+
+def test_a_damaged_config_is_written_again_by_the_command_that_made_the_run(
+    copied: Path, tiny_folders: dict[str, Path], qwen: ChatModel
+) -> None:
+    before = stage_records(copied)
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="Repeat the ws replicate command"):
+        settings_of(copied)
+    with Replication(Settings(model=str(tiny_folders["qwen3"]), out=copied.parents[3], **SMALL), qwen) as again:
+        again.report()
+    assert stage_records(copied) == before and settings_of(copied).alphas == (-1.0, 0.0, 1.0)
 
 
 # ---------------------------------------------------------------- reproduce

@@ -304,15 +304,24 @@ def test_an_export_replaces_an_older_one_as_a_whole(models: dict[str, Path], tmp
 def test_an_export_never_replaces_files_that_are_none(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     model = loading.load(str(models["llama"]))
     direction = random_direction(model, relative_norm=0.1)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError) as caught:
+
+    def write(folder: Path) -> None:
         if kind == "merged":
-            write_merged({direction: 1.0}, models["llama"], tmp_path / "mine")
+            write_merged({direction: 1.0}, models["llama"], folder)
         else:
-            write_peft(direction, model.network, tmp_path / "mine")
-    assert_one_line(caught.value, str(tmp_path / "mine"), "--out")
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+            write_peft(direction, model.network, folder)
+
+    write(tmp_path / "earlier")
+    write(tmp_path / "earlier")  # it replaces an export
+    for place in ("mine", "earlier"):
+        thesis = tmp_path / place / "chapters" / "thesis.tex"
+        thesis.parent.mkdir(parents=True)
+        thesis.write_text("x")
+        with pytest.raises(UserError) as caught:
+            write(tmp_path / place)
+        assert_one_line(caught.value, str(tmp_path / place), "--out")
+        assert thesis.read_text() == "x"
+    assert "holds chapters/thesis.tex" in str(caught.value)
 
 
 def test_an_export_that_is_not_what_was_meant_is_not_left_behind(

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,7 +157,15 @@ def _problems_of_the_system(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it
+_PRIVATE = 0o600
+"""Mode of files that safetensors makes; in a folder that people share, others may read the rest."""
+
+
 def _flush(path: Path) -> None:
+    if stat.S_IMODE(path.stat().st_mode) == _PRIVATE:
+        path.chmod(0o666 & ~_UMASK)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -181,12 +190,32 @@ def write_table(path: Path, table: pl.DataFrame) -> None:
         table.write_parquet(temporary)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "Delete it and run again.") -> Any:
     """Read JSON; a damaged file is an error that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})", "Delete it and run again.") from error
+        raise UserError(f"{path} is not valid JSON ({error})", remedy) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings and facts of a run. Nothing but the command that made the run can write a damaged file again."""
+    file, remedy = folder / "config.json", "Repeat the ws replicate command that made this run."
+    found = read_json(file, remedy)
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not a JSON object", remedy)
+    return found
+
+
+def read_table(path: Path, run: Path, **options: Any) -> pl.DataFrame:
+    """A table of a run; a file that is missing or damaged is an error that names it. options: of `polars.read_csv`."""
+    import polars  # noqa: PLC0415 - heavy import, late
+
+    try:
+        return polars.read_parquet(path) if path.suffix == ".parquet" else polars.read_csv(path, **options)
+    except (OSError, polars.exceptions.PolarsError) as error:
+        problem = f"{path} is {'damaged' if path.is_file() else 'missing'}"
+        raise UserError(problem, f"Make it again with: {console.command('report', run)}") from error
 
 
 class Shards:
@@ -225,9 +254,10 @@ def stage_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    found, parts = read_json(file), {"key": str, "inputs": dict, "outputs": dict, "seconds": float | int}
+    remedy = f"Delete it, then: {console.command('report', file.parents[1])}"
+    found, parts = read_json(file, remedy), {"key": str, "inputs": dict, "outputs": dict, "seconds": float | int}
     if not isinstance(found, dict) or not all(isinstance(found.get(part), kind) for part, kind in parts.items()):
-        raise UserError(f"{file} is not the record of a stage", "Delete it and run again.")
+        raise UserError(f"{file} is not the record of a stage", remedy)
     return found
 
 

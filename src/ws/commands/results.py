@@ -119,6 +119,7 @@ class Show:
 
     def run(self) -> None:
         """Print headline, strengths and samples."""
+        from ws.base.store import read_json  # noqa: PLC0415
         from ws.report import terminal  # noqa: PLC0415
 
         if not (self.path / "config.json").is_file():
@@ -129,6 +130,7 @@ class Show:
             remedy = f"Continue it with: {console.command('report', self.path)}"
             raise UserError(f"the run in {self.path} is not finished", remedy)
         if self.json:
+            read_json(self.path / "summary.json", f"Write it again with: {console.command('report', self.path)}")
             console.print_json((self.path / "summary.json").read_text(encoding="utf-8").strip())
         else:
             terminal.show_run(self.path)

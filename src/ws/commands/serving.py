@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 import threading
@@ -87,6 +88,8 @@ class Chat(_Serving):
 def _typed() -> Iterator[str]:
     """Lines from the keyboard, with a prompt, or from a pipe."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a pipe may hold any bytes
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
     import readline  # noqa: F401, PLC0415 - gives `input` editing and history
@@ -113,7 +116,7 @@ class Serve(_Serving):
 
     def run(self) -> None:
         """Serve until interrupted."""
-        key = self.api_key or os.environ.get(KEY_VARIABLE)
+        key = self.api_key or os.environ.get(KEY_VARIABLE) or None  # an empty key would let everyone in
         _require("serve", "starlette", "uvicorn")
         from ws.serving import server  # noqa: PLC0415
         from ws.serving.addresses import bound, is_loopback  # noqa: PLC0415
@@ -147,7 +150,7 @@ class Ui(_Serving):
 
     def run(self) -> None:
         """Serve the page until interrupted."""
-        password = self.password or os.environ.get(KEY_VARIABLE)
+        password = self.password or os.environ.get(KEY_VARIABLE) or None  # an empty one would let everyone in
         _require("ui", "gradio")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import: the page asks no other machine
         from ws.serving import page  # noqa: PLC0415

@@ -14,6 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -33,6 +34,8 @@ Edits = Direction | Effect | Mapping[Any, Alpha]
 Parts = dict[str, list[tuple[Delta, Alpha]]]
 Strength = tuple[Direction | Effect, Alpha, BaseMismatch]
 """An edit, its strength, and whether it may be put on a different base than its own."""
+STRONGEST = 1e5
+"""Largest strength: more than a calibration ever tries, and far from the limits of fp32."""
 
 
 @contextmanager
@@ -92,6 +95,7 @@ def under_each(model: ChatModel, conditions: Sequence[Condition]) -> Iterator[No
     for block, condition in enumerate(conditions):
         ((edit, alpha),) = condition.active
         _require_base(edit.effect, model.network, edit.base_mismatch)
+        require_strength(alpha)
         assert isinstance(edit.effect, Direction)
         for name, delta in edit.effect.deltas.items():
             terms[name][block] = delta, alpha
@@ -107,9 +111,10 @@ def under_each(model: ChatModel, conditions: Sequence[Condition]) -> Iterator[No
 
 @contextmanager
 def _applied(network: nn.Module, strengths: Sequence[Strength], mode: Mode) -> Iterator[None]:
+    checked = [(edit, require_strength(strength), base_mismatch) for edit, strength, base_mismatch in strengths]
     with ExitStack() as stack:
         directions = []
-        for edit, strength, base_mismatch in strengths:
+        for edit, strength, base_mismatch in checked:
             on_another_base = _require_base(edit, network, base_mismatch)
             if isinstance(edit, Direction):
                 directions.append((_transplanted(edit) if on_another_base else edit, strength))
@@ -134,7 +139,7 @@ def bake(model: ChatModel | nn.Module, edits: Mapping[Direction, float]) -> None
         raise UserError("cannot bake while the model is being steered", "Leave the steer block first.")
     for direction in edits:
         _require_base(direction, network, "refuse")
-    parts = _parts_by_parameter(list(edits.items()))
+    parts = _parts_by_parameter([(direction, require_strength(alpha)) for direction, alpha in edits.items()])
     _require_parameters(parts, network)
     with ExitStack() as stack:
         _bake_parts(parts, network, stack)
@@ -149,6 +154,18 @@ def network_of(model: ChatModel | nn.Module) -> nn.Module:
 
 
 # -------------------------------------------------------------------- checks
+
+
+def require_strength(alpha: Any) -> Alpha:
+    """The strength as a number of Python, or the tensor itself; raises for one that no model can be steered at."""
+    if isinstance(alpha, Tensor):  # one look when a block is entered, none per token
+        usable = not alpha.is_complex() and bool((alpha.detach().float().abs() <= STRONGEST).all())
+    else:
+        usable = isinstance(alpha, Real) and bool(abs(alpha) <= STRONGEST)  # type: ignore[operator]
+    if not usable:
+        limits = f"from {-STRONGEST:.0f} to {STRONGEST:.0f}"
+        raise UserError(f"alpha is {alpha!r:.60}", f"Give a number {limits}, or a tensor with one per row.")
+    return alpha if isinstance(alpha, Tensor | int) else float(alpha)
 
 
 def require_fits(network: nn.Module, direction: Direction) -> None:

@@ -22,9 +22,9 @@ from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
-from ws.base.store import atomic_folder, write_json
+from ws.base.store import atomic_folder
 from ws.edit.steering import steer
-from ws.export.target import RECORD_FILE, require_free
+from ws.export.target import require_free, write_record
 from ws.measure.divergence import kl
 from ws.model import architecture, forward
 from ws.model.chat import ask
@@ -138,7 +138,7 @@ def write_peft(
         adapters.sort_config(temporary)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         _require_same(temporary, network, {form.module: form.delta * alpha for form in forms})
-        write_json(temporary / RECORD_FILE, record)
+        write_record(temporary, record)
     return record
 
 

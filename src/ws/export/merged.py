@@ -21,14 +21,14 @@ from ws.algebra.direction import Direction
 from ws.base.errors import BaseMismatchError, UserError
 from ws.base.store import atomic_folder, write_json
 from ws.edit.steering import edited
-from ws.export.target import RECORD_FILE, require_free
+from ws.export.target import CARD_FILE, RECORD_FILE, require_free, write_record
 from ws.model import architecture
 from ws.model.fingerprint import fingerprint_of
 from ws.model.weight_files import INDEX, WHOLE, Checkpoint
 
 _BESIDE_WEIGHTS = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".md", ""})
 """Endings of files that belong to a model and hold no weights: configuration, tokenizer, templates, licence."""
-_NOT_OF_THE_COPY = frozenset({RECORD_FILE, "README.md"})
+_NOT_OF_THE_COPY = frozenset({RECORD_FILE, CARD_FILE})
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -57,7 +57,7 @@ def write_merged(edits: Mapping[Direction, float], base: Path, folder: Path) -> 
             write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
         copy = Checkpoint(temporary)
         record["fingerprint"] = fingerprint_of((name, merged.checked(name, copy)) for name in parameters)
-        write_json(temporary / RECORD_FILE, record)
+        write_record(temporary, record)
     return record
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ws.base import console
 from ws.base.errors import UserError
 from ws.base.settings import make as make_settings
-from ws.base.store import Shards, content_key, read_json
+from ws.base.store import Shards, content_key, read_config
 from ws.base.version import __version__
 from ws.fitting import behaviour
 from ws.fitting.behaviour import Behaviour
@@ -172,9 +172,7 @@ _NOT_STORED = ("out", "cache_memory", "trust_remote_code")
 
 def stored_in(folder: Path) -> Mapping[str, Any]:
     """The settings stored in a run folder."""
-    file = folder / "config.json"
-    content = read_json(file) if file.is_file() else None
-    found = content.get("settings") if isinstance(content, dict) else None
+    found = read_config(folder).get("settings") if (folder / "config.json").is_file() else None
     if not isinstance(found, dict):
         raise UserError(f"{folder} is not a run folder", "Give a folder such as out/pocket/sycophancy/lora/seed0.")
     return dict(found)

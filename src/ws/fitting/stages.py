@@ -25,7 +25,7 @@ from ws.base import console, precision
 from ws.base.errors import UserError
 from ws.base.poles import POLES, Pole
 from ws.base.settings import make as make_settings
-from ws.base.store import RunFolder, Shards, StageResult, digest, read_json, write_json, write_table
+from ws.base.store import RunFolder, Shards, StageResult, digest, read_config, read_json, write_json, write_table
 from ws.fitting import behaviour, data, judge, learning_rate, persona_check, train, train_settings
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.learning_rate import RateChoice
@@ -315,7 +315,10 @@ class Fitting:
         Only commands that build the run store them; commands that measure an existing run do not.
         """
         file = self.folder / "config.json"
-        known = read_json(file) if file.is_file() else {}
+        try:
+            known = read_config(self.folder.path) if file.is_file() else {}
+        except UserError:  # this command has the settings of the run, so it writes a damaged file again
+            known = {}
         self.folder.settings = stored_settings(self.settings)
         write_json(file, {**known, "settings": self.folder.settings})
 

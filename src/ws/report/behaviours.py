@@ -16,7 +16,7 @@ import polars as pl
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import read_json, write_text
+from ws.base.store import read_config, read_table, write_text
 from ws.eval import dilemmas, feedback, instrument, side_effects
 from ws.report import document
 from ws.report.cells import signed
@@ -45,10 +45,10 @@ class FinishedRun:
     @classmethod
     def read(cls, folder: Path) -> FinishedRun:
         """Read a run folder that has a summary."""
-        summary, config = read_summary(folder), read_json(folder / "config.json")
-        scores = pl.read_parquet(folder / "scores.parquet")
+        summary, config = read_summary(folder), read_config(folder)
+        scores = read_table(folder / "scores.parquet", folder)
         return cls(
-            folder, config["behaviour"]["positive_means"], summary, pl.read_parquet(folder / "samples.parquet"),
+            folder, config["behaviour"]["positive_means"], summary, read_table(folder / "samples.parquet", folder),
             persona_changes(scores, summary.behaviour, summary.headline_group),
         )  # fmt: skip
 

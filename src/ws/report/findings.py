@@ -297,8 +297,8 @@ class Summary:
 
 def read_summary(folder: Path) -> Summary:
     """The summary of a finished run. Raises `UserError` for one that another version wrote."""
+    remedy = f"Write it again with: {console.command('report', folder)}"
     try:
-        return restore(Summary, read_json(folder / SUMMARY_FILE))
+        return restore(Summary, read_json(folder / SUMMARY_FILE, remedy))
     except (TypeError, KeyError, AttributeError) as error:
-        remedy = f"Write it again with: {console.command('report', folder)}"
         raise UserError(f"{folder / SUMMARY_FILE} was written by another version of ws", remedy) from error

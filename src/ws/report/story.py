@@ -13,12 +13,14 @@ from typing import Any
 
 import polars as pl
 
+from ws.base import console
+from ws.base.errors import UserError
 from ws.base.poles import POLES, Pole
-from ws.base.store import read_json
+from ws.base.store import read_config, read_json, read_table
 from ws.report.findings import Summary, read_summary
 
 FLIPS_FILE = "flips.parquet"
-LOG_FILE = "train_log.csv"
+LOG_FILE, RESULT_FILE = "train_log.csv", "train_result.json"
 OF_FAMILIES = ("family", "runs", "delta", "delta_minus", "dd_delta", "facts_1", "kl_1", "norm", "trainable")
 OF_METHODS = ("strength", "method", "kind", "sign", "alpha", "own", "dd", "reached_p95", "pmass", "facts", "nll_delta")
 """Columns that the report shows of the tables of a sweep and of a comparison; tables of earlier versions lack some."""
@@ -33,10 +35,15 @@ class Training:
 
     @classmethod
     def read(cls, folder: Path) -> Training:
-        """Read the folder of an adapter."""
-        log = pl.read_csv(folder / LOG_FILE, infer_schema=False)
+        """Read the folder of an adapter in a run folder."""
+        again = f"Make it again with: {console.command('report', folder.parent)}"
+        log = read_table(folder / LOG_FILE, folder.parent, infer_schema=False)
         numbers = pl.col("loss", "eval_loss", "lr", "grad_norm").cast(pl.Float64)
-        return cls(read_json(folder / "train_result.json"), log.with_columns(pl.col("step").cast(pl.Int64), numbers))
+        try:
+            log = log.with_columns(pl.col("step").cast(pl.Int64), numbers)
+        except pl.exceptions.PolarsError as error:
+            raise UserError(f"{folder / LOG_FILE} is damaged", again) from error
+        return cls(read_json(folder / RESULT_FILE, again), log)
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Step and value of a column of the log, where it was measured."""
@@ -70,12 +77,16 @@ class Story:
         return cls(
             folder=folder,
             summary=read_summary(folder),
-            config=read_json(folder / "config.json"),
-            samples=_parquet(folder / "samples.parquet"),
-            alignment=_csv(folder / "subspace_summary.csv"),
-            matrices=_csv(folder / "subspace_per_layer.csv"),
-            flips=_parquet(folder / FLIPS_FILE),
-            training={pole: Training.read(folder / pole) for pole in POLES if (folder / pole / LOG_FILE).is_file()},
+            config=read_config(folder),
+            samples=_table(folder, "samples.parquet"),
+            alignment=_table(folder, "subspace_summary.csv"),
+            matrices=_table(folder, "subspace_per_layer.csv"),
+            flips=_table(folder, FLIPS_FILE),
+            training={
+                pole: Training.read(folder / pole)
+                for pole in POLES
+                if all((folder / pole / name).is_file() for name in (LOG_FILE, RESULT_FILE))
+            },
             families=_csv(behaviour_folder / "sweep_summary.csv", OF_FAMILIES),
             methods=_csv(behaviour_folder / "compare" / "comparison.csv", OF_METHODS),
         )
@@ -99,11 +110,11 @@ class Story:
         return dict(squared.sort("layer").iter_rows())
 
 
-def _parquet(path: Path) -> pl.DataFrame | None:
-    return pl.read_parquet(path) if path.is_file() else None
+def _table(run: Path, name: str) -> pl.DataFrame | None:
+    return read_table(run / name, run, infer_schema_length=None) if (run / name).is_file() else None
 
 
-def _csv(path: Path, columns: Sequence[str] = ()) -> pl.DataFrame | None:
-    """A table with at least these columns; None without the file or one of them."""
+def _csv(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
+    """A table beside the run with at least these columns; None without the file or one of them."""
     found = pl.read_csv(path, infer_schema_length=None) if path.is_file() else None
     return found if found is not None and set(columns) <= set(found.columns) else None

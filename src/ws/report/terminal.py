@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.store import read_table
 from ws.report import document
 from ws.report.cells import signed
 from ws.report.findings import SUMMARY_FILE, Summary, read_summary
@@ -141,7 +142,7 @@ def show_several(stories: Sequence[Story]) -> None:
 
 def show_samples(path: Path, count: int | None = None) -> None:
     """Print what the model says to the same prompts at every strength; `count` keeps the first prompts."""
-    samples = pl.read_parquet(path / "samples.parquet")
+    samples = read_table(path / "samples.parquet", path)
     for prompt in samples["prompt"].unique(maintain_order=True)[:count]:
         console.say(f"\n{prompt}", style="bold")
         for row in samples.filter(pl.col("prompt") == prompt).iter_rows(named=True):

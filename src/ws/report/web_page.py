@@ -85,7 +85,8 @@ class _Writer:
                 return f"<h2 id=s{len(self.sections) - 1}>{escape(text)}</h2>"
             case Paragraph(text, is_note, strong):
                 kind = " class=headline" if strong else " class=note" if is_note else ""
-                return f"<p{kind}>{escape(text)}</p>"
+                shown = re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))  # a command, as in Markdown
+                return f"<p{kind}>{shown}</p>"
             case Bullets(items, warning):
                 found = "".join(f"<li>{escape(item)}</li>" for item in items)
                 if not warning:

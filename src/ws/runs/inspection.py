@@ -5,11 +5,12 @@ The same code that builds a stage says what the stage depends on, so nothing has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-from ws.base.poles import POLES
+from ws.base import console
+from ws.base.errors import UserError
 from ws.base.store import StageResult, digest
 from ws.eval.ability import Ability
 from ws.report.findings import SUMMARY_FILE, read_summary
@@ -20,23 +21,15 @@ class Inspection(Replication):
     """A run whose stages report what changed since they were built."""
 
     def changed(self, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-        """Recorded stage -> names of its inputs that are not what they were when it was built."""
+        """Recorded stage -> names of its inputs that are not what they were when it was built.
+
+        Raises `UserError` for a stage that the run needs and does not have.
+        """
         self._changed: dict[str, list[str]] = {}
-        ways: dict[str, Callable[[], object]] = {
-            "personas": self.personas,
-            "data": self.data,
-            **{f"train-{pole}": partial(self.train, pole) for pole in POLES},
-            "diff": self.diff,
-            "eval": self.eval,
-            "alignment": self.alignment,
-            "samples": self.samples,
-            "rounding": self.rounding,
-            "replies": self.free_replies,
-            "other-replies": self.other_claims,
-        }
-        for stage, ask in ways.items():
-            if stage in recorded:
-                ask()
+        self._recorded = recorded
+        self.fitted  # noqa: B018 - asks every stage up to the direction
+        for ask in (self.eval, self.alignment, self.samples, self.rounding, self.free_replies, self.other_claims):
+            ask()
         direction = self.folder / "direction.safetensors"
         for stage, record in recorded.items():
             if stage not in self._changed:  # a further measurement: only its direction is known here
@@ -44,13 +37,23 @@ class Inspection(Replication):
                 self._changed[stage] = ["direction"] if used is not None and used != digest(direction) else []
         return {stage: self._changed[stage] for stage in recorded}
 
+    def personas(self) -> Mapping[str, float]:
+        """Not asked in a run that is older than this stage."""
+        return super().personas() if "personas" in self._recorded else {}
+
     @cached_property
     def ability(self) -> Ability:
         """As stored in the summary, so that nothing is scored."""
-        stored = self.folder / SUMMARY_FILE
-        return read_summary(stored.parent).ability if stored.is_file() else super().ability
+        if not (self.folder / SUMMARY_FILE).is_file():
+            raise self._unfinished(f"{self.folder / SUMMARY_FILE} is missing")
+        return read_summary(self.folder.path).ability
+
+    def _unfinished(self, problem: str) -> UserError:
+        return UserError(problem, f"Continue with: {console.command('report', self.folder.path)}")
 
     def _build(self, stage: str, inputs: Mapping[str, Any], *_: object) -> StageResult:
+        if stage not in self._recorded:
+            raise self._unfinished(f"{stage} is not finished")
         self._changed[stage] = self.folder.changed_inputs(stage, inputs)
         return StageResult(False, 0.0)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from ws.base import console
 from ws.base.errors import UserError
 from ws.base.poles import POLES
-from ws.base.store import read_json
+from ws.base.store import read_config
 from ws.report.findings import SUMMARY_FILE, Summary, read_summary
 from ws.report.story import Training
 
@@ -135,7 +135,7 @@ def send(tracker: Name | None, folder: Path) -> None:
     """Send the run in a folder, as far as it is made; nothing without a tracker."""
     if tracker is None:
         return
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     naming = {key: config["settings"][key] for key in ("model", "behaviour", "adapter", "seed", "data_seed")}
     name = "-".join(map(str, naming.values())).replace("/", "-")
     summary = read_summary(folder) if (folder / SUMMARY_FILE).is_file() else None

@@ -28,6 +28,7 @@ from ws.model.loading import ChatModel
 from ws.model.weight_files import CONFIG
 from ws.runs.inspection import Inspection
 
+EXAMPLE = "out/pocket/sycophancy/lora/seed0"
 ROUNDING = 1e-5
 """Relative gap between a stored direction and the difference of its adapters: sums in another order."""
 
@@ -54,8 +55,10 @@ def verify(target: Path, model: str | None = None) -> Iterator[Check]:
         found = _of_run(target)
     elif (target / CONFIG).is_file() or target.suffix == ".gguf":
         found = _of_model(target)
-    elif target.is_dir():
+    elif adapters.is_adapter_folder(target):
         found = _of_adapter(target, model)
+    elif target.is_dir():
+        raise UserError(f"{target} is not a run, adapter or model folder", f"Give a folder such as {EXAMPLE}.")
     else:
         found = _of_direction(target, model)
     step = "read"
@@ -145,7 +148,12 @@ def _of_model(place: Path) -> Passed:
 
 
 def _of_direction(file: Path, model: str | None) -> Passed:
-    direction = Direction.load(file)
+    try:
+        direction = Direction.load(file)
+    except UserError:
+        if file.suffix == ".safetensors":
+            raise
+        raise UserError(f"{file} is not a direction file", "Give a run folder, or the path of a result.") from None
     yield "file", f"{len(direction.deltas)} finite deltas of the base {direction.base}"
     named = model or direction.provenance.get("base", {}).get("name")
     if not isinstance(named, str):

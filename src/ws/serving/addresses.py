@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from ws.base.errors import UserError
 
+MOST_PORT = 65535
+
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine itself."""
@@ -22,7 +24,9 @@ def is_loopback(host: str) -> bool:
 
 @contextmanager
 def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens at the address; a port in use or a wrong host is a `UserError`."""
+    """A socket that listens at the address; a port in use or a wrong one, or a wrong host, is a `UserError`."""
+    if not 0 <= port <= MOST_PORT:  # the system would take the rest of a division
+        raise UserError(f"--port is {port}", f"Give 1 to {MOST_PORT}, or 0 for a free one.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

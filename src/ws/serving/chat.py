@@ -9,7 +9,7 @@ from ws.base import console
 from ws.base.errors import UserError
 from ws.model.chat import Message
 from ws.serving import mix
-from ws.serving.engine import Engine
+from ws.serving.engine import ContextError, Engine
 from ws.serving.requests import Request
 from ws.serving.shelf import Shelf
 
@@ -83,8 +83,10 @@ class Conversation:
         self.turns.append(Message(role="user", content=text))
         try:
             said = self._written(self.turns, self.strengths)
-        except UserError:
+        except UserError as error:
             self.turns.pop()
+            if isinstance(error, ContextError):
+                raise UserError(f"{error} Or type /reset to forget the conversation.") from error
             raise
         self.turns.append(Message(role="assistant", content=said))
 
@@ -116,4 +118,5 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"{text.strip() or 'nothing'!r} is not a number", "Write it like: /alpha -1") from None
+        problem = f"{text.strip()!r} is not a number" if text.strip() else "give a strength"
+        raise UserError(problem, "Write it like: /alpha -1") from None

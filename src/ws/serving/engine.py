@@ -31,7 +31,7 @@ from ws.measure.generate import Sampling, draw, uniforms
 from ws.model import architecture
 from ws.model.loading import ChatModel
 from ws.serving.prefixes import LEAST_SHARED, Prefixes, Strengths, key_of, shared
-from ws.serving.requests import Answer, Deliver, Finish, Piece, Request, Ticket, Token
+from ws.serving.requests import STRONGEST, Answer, Deliver, Finish, Piece, Request, Ticket, Token
 from ws.serving.slots import Slots, require_slots
 from ws.serving.writing import CONTEXT, Writing
 
@@ -39,9 +39,6 @@ PROMPT_TOKENS = 1024
 """Most prompt tokens (padding included) of one pass, so that running answers never wait long for a new prompt."""
 LONGEST = 4096
 """Most tokens of prompt and answer, if the model allows more."""
-
-STRONGEST = 1000.0
-"""Largest strength; far beyond any use, and far from the limits of the number format."""
 LEAST_LOGPROB = -9999.0
 """What a log-probability of minus infinity is told as, because JSON has no infinity."""
 

@@ -59,8 +59,9 @@ class ApiError(Exception):
     """A refusal with its HTTP status and OpenAI's type, parameter and code."""
 
     def __init__(self, status: int, message: str, parameter: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.parameter, self.code = status, parameter, code
+        super().__init__(_writable(message))
+        self.status, self.code = status, code
+        self.parameter = parameter and _writable(parameter)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -290,6 +291,11 @@ def _stops(given: Any) -> tuple[str, ...]:
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise ApiError(400, f"stop must be a string or up to {MOST_STOPS} strings, none of them empty", "stop")
     return tuple(stops)
+
+
+def _writable(text: str) -> str:
+    """Text that a client sent, as it can be sent back: half of a character is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _require_text(text: str, where: str) -> None:

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 from ws.serving.prefixes import Strengths
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+STRONGEST = 1000.0
+"""Largest strength of a request; far beyond any use, and far from the limits of the number format."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -262,8 +262,8 @@ class _Gate:
             return None
         if scope["path"] == "/health":
             return None
-        sent = headers.get(b"authorization", "")
-        if not hmac.compare_digest(sent.encode(), f"Bearer {self._key}".encode()):
+        sent = headers.get(b"authorization", "").encode("latin-1")
+        if not hmac.compare_digest(sent, f"Bearer {self._key}".encode("utf-8", "surrogateescape")):
             return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
         return None
 

@@ -7,7 +7,6 @@ person at the keyboard, never for a client of the server); a run of the same mod
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,13 @@ from typing import Any
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import read_json
+from ws.base.store import read_config
 from ws.edit.dial import require_turnable
 from ws.export.command import DIRECTION_FILE
 from ws.model import loading
 from ws.model.loading import ChatModel, Dtype
 from ws.serving.prefixes import Strengths
+from ws.serving.requests import STRONGEST
 
 EXAMPLE = "out/pocket/sycophancy/lora/seed0"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,63}", re.ASCII)
@@ -46,7 +46,7 @@ class Source:
                 raise UserError(f"{place} is not a run folder", f"Give a folder such as {EXAMPLE}.")
             if not file.is_file():
                 raise UserError(f"the run in {place} is not finished", f"Run: {console.command('report', place)}")
-            behaviour = read_json(place / "config.json").get("behaviour")
+            behaviour = read_config(place).get("behaviour")
             name = behaviour.get("name") if isinstance(behaviour, dict) else None
             return cls(file, place, str(name or place.resolve().parents[1].name))
         if not place.is_file():
@@ -101,8 +101,6 @@ class Shelf:
         """The directions of a mix with their strengths. local: names may be paths, and runs nearby are loaded."""
         found: dict[Direction, float] = {}
         for name, alpha in mix.items():
-            if not math.isfinite(alpha):
-                raise UserError(f"the strength of {name!r} is {alpha}", "Give a finite number.")
             direction = self.directions.get(self._aliases.get(name, name))
             if direction is None:
                 if not local:
@@ -110,19 +108,25 @@ class Shelf:
                 self._aliases[name] = self._free(name)
                 direction = self.put(self._aliases[name], self._nearby(name))
             found[direction] = found.get(direction, 0.0) + alpha
+            if not abs(found[direction]) <= STRONGEST:
+                wanted = f"Give a number from {-STRONGEST:g} to {STRONGEST:g}."
+                raise UserError(f"the strength of {name!r} is {found[direction]}", wanted)
         return found
 
     def inside(self, place: str) -> Source:
         """The run or direction file at a path below `root`, given by a client. Raises for any other place."""
         if self.root is None:
             raise UserError("this server has no folder to load directions from", "Start it with a run folder.")
-        root = self.root.resolve()
-        wanted = (root / place).resolve()
-        if not place or Path(place).is_absolute() or not wanted.is_relative_to(root) or wanted == root:
-            raise UserError(f"{place!r} is not below the folder of the runs", "Give a path like honesty/lora/seed0.")
-        if _NAME.fullmatch(place) and wanted.is_dir() and not (wanted / "config.json").is_file():
-            return self._of_behaviour(wanted)
-        return Source.at(wanted)
+        root, like = self.root.resolve(), "Give a path like honesty/lora/seed0."
+        try:
+            wanted = (root / place).resolve()
+            if not place or Path(place).is_absolute() or not wanted.is_relative_to(root) or wanted == root:
+                raise UserError(f"{place!r} is not below the folder of the runs", like)
+            if _NAME.fullmatch(place) and wanted.is_dir() and not (wanted / "config.json").is_file():
+                return self._of_behaviour(wanted)
+            return Source.at(wanted)
+        except (OSError, ValueError):  # too long, or with characters that no path has
+            raise UserError(f"{place!r:.80} is no path that can be read", like) from None
 
     def _nearby(self, name: str) -> Source:
         if Path(name).expanduser().exists():
