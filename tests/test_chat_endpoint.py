@@ -298,14 +298,18 @@ def test_a_lasting_failure_is_one_line(
     server.answer = lambda _: answer
     with pytest.raises(UserError) as caught:
         ask_all(server, qwen, Asked("Who?", "", ("a",)))
-    assert_one_line(caught.value, f"the engine at {server.url}/chat/completions failed ({problem})", "run again")
+    assert_one_line(
+        caught.value, f"the endpoint of the responses at {server.url}/chat/completions failed ({problem})", "run again"
+    )
 
 
 def test_an_endpoint_that_is_not_there_is_one_line(server: Server, qwen: ChatModel, waits: list[float]) -> None:
     server.url = "http://127.0.0.1:1/v1"
     with pytest.raises(UserError) as caught:
         ask_all(server, qwen, Asked("Who?", "", ("a",)))
-    assert_one_line(caught.value, "the engine at http://127.0.0.1:1/v1/chat/completions failed", "refused")
+    assert_one_line(
+        caught.value, "the endpoint of the responses at http://127.0.0.1:1/v1/chat/completions failed", "refused"
+    )
 
 
 def test_after_a_failure_nothing_more_is_asked(server: Server, qwen: ChatModel) -> None:
@@ -508,4 +512,4 @@ def test_a_real_server_that_does_not_know_the_model_is_one_line(
     source = EngineSettings("openai", serving, "/no/such/model")
     with pytest.raises(UserError) as caught:
         responses.respond(source, pocket, [Asked("Who?", "", ("a",))], SAMPLING, 0, lambda _: None)
-    assert_one_line(caught.value, "the engine at", "HTTP")
+    assert_one_line(caught.value, "the endpoint of the responses at", "HTTP")

@@ -1192,7 +1192,7 @@ def test_the_command_takes_dilemmas_from_elsewhere() -> None:
     command = cli._parse(["compare", "--dilemmas", "set.csv"])
     assert command.dilemmas == "set.csv"
     sources = ("own", "a/set.csv", "b/set.csv", "who/daily_dilemmas@abc")
-    names = [compare._folder_name(source) for source in sources]
+    names = [compare.folder_name(source) for source in sources]
     assert [re.sub(r"-[0-9a-f]{6}$", "", name) for name in names] == [
         "compare", "compare-set", "compare-set", "compare-daily_dilemmas",
     ]  # fmt: skip

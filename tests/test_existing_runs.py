@@ -396,7 +396,7 @@ def test_the_export_that_is_suggested_works_for_families_that_are_not_low_rank(
 def test_a_run_whose_record_is_no_object_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("[]")
     assert run("report", tmp_path) == 2
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "config.json is not a JSON object. Repeat the ws replicate command" in capsys.readouterr().err
 
 
 def test_replies_are_measured_too_where_the_model_cannot_answer_the_choices(

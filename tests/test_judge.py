@@ -329,7 +329,7 @@ def test_a_lasting_failure_is_given_up_at_once_in_one_line(
     server.script = [reply]
     with pytest.raises(UserError) as caught:
         HttpJudge(settings_for(server.url), sycophancy)(EXCHANGES[:1])
-    assert f"the judge at {server.url}/chat/completions failed ({problem})" in str(caught.value)
+    assert f"the endpoint of the judge at {server.url}/chat/completions failed ({problem})" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(server.bodies) == 1
     assert waits == []
@@ -348,7 +348,7 @@ def test_the_key_is_in_no_message(
 def test_an_endpoint_that_is_not_there_is_a_user_error(
     server: Server, sycophancy: Behaviour, waits: list[float]
 ) -> None:
-    with pytest.raises(UserError, match="the judge at http://127"):
+    with pytest.raises(UserError, match="the endpoint of the judge at http://127"):
         HttpJudge(settings_for("http://127.0.0.1:1/v1", retries=2), sycophancy)(EXCHANGES[:1])
     assert len(waits) == 1
 

@@ -72,7 +72,7 @@ class StoreMirror:
         try:
             yield name
         finally:
-            with contextlib.suppress(Exception):  # a mark that stays harms nothing
+            with contextlib.suppress(UserError), self._told("write to"):  # a mark that stays harms nothing
                 self._system.rm_file(f"{self._place}/{name}")
 
     def sees(self, name: str) -> bool:

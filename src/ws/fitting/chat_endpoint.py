@@ -31,7 +31,7 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """`model` at `url` (up to and including /v1); `user` ("judge" or "engine") appears in messages and option names.
+    """`model` at `url` (up to and including /v1); `user` ("judge" or "responses") appears in messages and option names.
 
     The key comes from the environment variable `key_variable` and never appears in messages. A temporary failure is
     retried with growing waits, up to `retries` requests in total. `timeout` is in seconds. A missing url or model is a
@@ -48,7 +48,7 @@ class ChatEndpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")) or not self.model:
             raise UserError(
-                f"the {self.user} needs the URL of an endpoint and a model name",
+                f"no URL of an endpoint and no model name is given for the endpoint of the {self.user}",
                 f"Give --{self.user}-url http://host/v1 and --{self.user}-model NAME.",
             )
 
@@ -82,7 +82,7 @@ class ChatEndpoint:
             if attempt + 1 < self.retries:
                 time.sleep(min(0.5 * 2**attempt, 20))
         raise UserError(
-            f"the {self.user} at {url} failed ({problem})",
+            f"the endpoint of the {self.user} at {url} failed ({problem})",
             "Check the endpoint; then run again to continue.",
         )
 

@@ -52,7 +52,7 @@ class EngineSettings:
 
     def endpoint(self) -> ChatEndpoint:
         """The endpoint of the openai engine; a missing url or model is a UserError."""
-        return ChatEndpoint(self.url, self.model, "engine", timeout=_PATIENCE)
+        return ChatEndpoint(self.url, self.model, "responses", timeout=_PATIENCE)
 
 
 LOCAL = EngineSettings()

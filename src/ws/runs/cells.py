@@ -261,7 +261,10 @@ def _with_sampling(
 
 def sampled(model: ChatModel | None, settings: Settings, place: Workplace) -> None:
     """Make the pairs of a data seed, in the folder of the first run that needs them."""
-    with place.of(settings, folder_of(settings)) as here, place.patiently(lambda: Replication(here, model)) as run:
+    with (
+        place.of(settings, folder_of(settings)) as here,
+        place.patiently(lambda: Replication(settings_of(here), model)) as run,
+    ):
         run.data()
 
 
@@ -273,7 +276,7 @@ def measured(
         settings = replace(settings, train={**settings.train, "lr": first.row["lr"]})
     with (
         place.of(settings, folder_of(settings), [data]) as here,
-        place.patiently(lambda: Replication(settings_of(here, Cell.of(here)), model)) as run,
+        place.patiently(lambda: Replication(settings_of(here), model)) as run,
     ):
         row = row_of(Cell.of(settings), run.report(), run.fitted)
         built = read_json(run.folder / REPRODUCE_FILE)["environment"]
@@ -284,22 +287,21 @@ def fitted(model: ChatModel | None, settings: Settings, place: Workplace, data: 
     """A run up to its Direction."""
     with (
         place.of(settings, folder_of(settings), [data]) as here,
-        place.patiently(lambda: Replication(here, model)) as run,
+        place.patiently(lambda: Replication(settings_of(here), model)) as run,
     ):
         run.diff()
 
 
-def settings_of(settings: Settings, cell: Cell) -> Settings:
-    """The settings of a cell, including the strengths and control seeds that an earlier run there already used."""
-    wanted = replace(settings, adapter=cell.family, seed=cell.seed, data_seed=cell.data_seed)
-    config = folder_of(wanted) / "config.json"
+def settings_of(settings: Settings) -> Settings:
+    """The settings of a run, including the strengths and control seeds that an earlier run there already used."""
+    config = folder_of(settings) / "config.json"
     if not config.is_file():
-        return wanted
+        return settings
     earlier = stored_in(config.parent)
     return replace(
-        wanted,
-        alphas=tuple(sorted({*wanted.alphas, *earlier["alphas"]})),
-        control_seeds=max(wanted.control_seeds, earlier["control_seeds"]),
+        settings,
+        alphas=tuple(sorted({*settings.alphas, *earlier["alphas"]})),
+        control_seeds=max(settings.control_seeds, earlier["control_seeds"]),
     )
 
 
