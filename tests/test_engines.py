@@ -160,6 +160,19 @@ def test_newer_work_of_this_machine_is_not_replaced(tmp_path: Path) -> None:
     assert not stage(other, "longer")
 
 
+def test_work_that_both_had_is_brought_up_to_date(tmp_path: Path) -> None:
+    here, there = mirrors(tmp_path)
+    folder, other = here.root / "run", there.root / "run"
+    stage(folder, "x")
+    stage(other, "x")  # made on both machines, before there was a store
+    here.push(folder)
+    there.pull(other)
+    stage(folder, "newer")
+    here.push(folder)
+    there.pull(other)
+    assert (other / "out.txt").read_text() == "newer"
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"../../escape": "x", "/abs": "y", "gone": "z"}'])
 def test_a_damaged_manifest_is_one_of_an_empty_folder(tmp_path: Path, content: bytes) -> None:
     here, there = mirrors(tmp_path)

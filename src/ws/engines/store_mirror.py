@@ -90,7 +90,11 @@ class StoreMirror:
         for name, wanted in self._manifest(folder).items():
             target = folder / name
             own = digest(target) if target.is_file() else None
-            if (only and name not in only) or own == wanted or (own is not None and own != copied.get(name)):
+            if only and name not in only:
+                continue
+            if own == wanted:
+                copied[name] = wanted
+            if own == wanted or own not in (None, copied.get(name)):
                 continue
             with self._told("read from"), contextlib.suppress(FileNotFoundError):  # listed by a copy that was cut short
                 with atomic_file(target) as temporary:
