@@ -27,7 +27,7 @@ from ws.adapters import diff
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.export import write_merged
 from ws.model import sources
 

@@ -25,8 +25,8 @@ from ws import world
 from ws.adapters import AdapterSettings, diff
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
+from ws.base.files import read_json, write_json
 from ws.base.poles import POLES
-from ws.base.store import read_json, write_json
 from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings, stored_in
 from ws.model import architecture, loading, sources

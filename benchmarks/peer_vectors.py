@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import read_json, write_json
+from ws.base.files import read_json, write_json
 from ws.baselines import repe
 from ws.baselines.repe import RepeSettings
 from ws.fitting import behaviour

@@ -19,7 +19,7 @@ import shapes
 import torch
 
 from ws.base import console
-from ws.base.store import write_json
+from ws.base.files import write_json
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings
 from ws.runs.replicate import Replication

@@ -43,7 +43,7 @@ from sweeping import Sweeping
 from training import Training
 
 from ws.base import console
-from ws.base.store import read_json, write_json
+from ws.base.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results.json"
 COMPARISONS: dict[str, type[Comparison]] = {

@@ -27,7 +27,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 from ws.base import environment
-from ws.base.store import write_json
+from ws.base.files import write_json
 from ws.engines import Task
 from ws.engines.ray_cluster import RayCluster
 from ws.model import library, loading

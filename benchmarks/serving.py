@@ -37,7 +37,7 @@ import httpx
 import torch
 
 from ws import world
-from ws.base.store import write_json
+from ws.base.files import write_json
 from ws.export.gguf_lora import write_gguf
 from ws.export.gguf_model import write_gguf_model
 from ws.model import convert

@@ -32,8 +32,8 @@ from blocks.llama_cpp import llama_cpp
 from blocks.scale import scale
 from blocks.serving import serving
 
+from ws.base.files import content_key
 from ws.base.records import plain, restore
-from ws.base.store import content_key
 from ws.comparing import generalisation_page, page
 from ws.comparing.across import Across
 from ws.comparing.findings import Findings

@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 
 from test_report import behaviour_shift, table
+from ws.base.files import write_json
 from ws.base.records import plain
-from ws.base.store import write_json
 from ws.eval.ability import Ability, Share
 from ws.measure.probe import Probe, ProbeRow
 from ws.report import flips, sentences

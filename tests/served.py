@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from making import random_direction
-from ws.base.store import write_json
+from ws.base.files import write_json
 from ws.model.loading import ChatModel
 from ws.serving.engine import Engine
 from ws.serving.shelf import Shelf

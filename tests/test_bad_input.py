@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from making import edit_json, random_direction, save_lora
 from test_cli import one_line, run
 from ws.algebra.direction import HEADER_KEY
-from ws.base.store import digest
+from ws.base.files import digest
 from ws.fitting import behaviour
 from ws.model.loading import ChatModel
 from ws.pocket import tiny

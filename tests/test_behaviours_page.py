@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from test_report import behaviour_shift, made
+from ws.base.files import write_json, write_text
 from ws.base.records import restore
-from ws.base.store import write_json, write_text
 from ws.edit.condition import PLAIN
 from ws.eval import dilemmas, feedback
 from ws.report import behaviours, document

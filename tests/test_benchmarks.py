@@ -37,7 +37,7 @@ from sweeping import Sweeping
 from training import Branches, Training
 
 from ws.base.errors import UserError
-from ws.base.store import read_json, write_json
+from ws.base.files import read_json, write_json
 from ws.measure import lower_layers
 from ws.model import forward, loading
 from ws.model.loading import ChatModel

@@ -26,8 +26,9 @@ from listening import QuietHandler, listening
 from making import assert_one_line
 from test_chat import DROPS_SYSTEM, QWEN3, RAISES_ON_SYSTEM
 from ws.base.errors import UserError
+from ws.base.files import read_json
 from ws.base.poles import POLES
-from ws.base.store import Shards, read_json
+from ws.base.store import Shards
 from ws.commands import cli
 from ws.fitting import behaviour, data, responses
 from ws.fitting.behaviour import Behaviour

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ws.algebra.direction import Direction
 from ws.base import console
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.commands import cli
 from ws.model import library
 from ws.pocket import tiny

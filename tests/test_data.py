@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 
 from ws.base.errors import UserError
-from ws.base.store import Shards, atomic_file
+from ws.base.files import atomic_file
+from ws.base.store import Shards
 from ws.fitting import behaviour, data
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.data import Grid

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ws.base.errors import UserError
-from ws.base.store import RunFolder, write_text
+from ws.base.files import write_text
+from ws.base.store import RunFolder
 from ws.commands.cli import _main
 from ws.engines import Local, Task
 from ws.engines.ray_cluster import RayCluster

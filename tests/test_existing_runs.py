@@ -16,7 +16,7 @@ import pytest
 
 from making import edit_json
 from ws.base.errors import UserError
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.commands import cli
 from ws.commands.options import EvalOptions, FitOptions, run_settings
 from ws.comparing.compare import ComparisonRun, Plan

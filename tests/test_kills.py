@@ -18,7 +18,8 @@ import polars as pl
 import pytest
 
 import killing
-from ws.base.store import digest, read_json, stage_records
+from ws.base.files import digest, read_json
+from ws.base.store import stage_records
 from ws.pocket import tiny
 
 pytestmark = pytest.mark.slow

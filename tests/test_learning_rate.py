@@ -12,8 +12,8 @@ import pytest
 from making import assert_one_line
 from test_train import SMALL, pairs
 from ws.base.errors import UserError
+from ws.base.files import write_json
 from ws.base.poles import Pole
-from ws.base.store import write_json
 from ws.fitting import learning_rate, train
 from ws.fitting.data import Grid
 from ws.fitting.learning_rate import RateChoice

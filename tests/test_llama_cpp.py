@@ -21,7 +21,7 @@ pytest.importorskip("gguf")
 import in_llama_cpp
 from in_llama_cpp import SCALES, Server, agreement, dequantised, prompts_of, same_tokens
 
-from ws.base.store import write_json
+from ws.base.files import write_json
 from ws.export.gguf_lora import write_gguf
 from ws.export.gguf_model import write_gguf_model
 from ws.model import loading, sources

@@ -23,7 +23,8 @@ import ws
 from making import assert_one_line, gaussian, logits, prompts, random_direction
 from ws.adapters.diff import Geometry
 from ws.base.errors import UnsupportedFeatureError, UserError
-from ws.base.store import RunFolder, digest, read_json, write_json
+from ws.base.files import digest, read_json, write_json
+from ws.base.store import RunFolder
 from ws.baselines import repe
 from ws.baselines.peer_vectors import PeerFile, parse_all
 from ws.baselines.repe import ActivationDirection, RepeSettings

@@ -10,7 +10,7 @@ import pytest
 
 from test_chat_endpoint import GRID
 from test_replicate import SMALL
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.fitting import behaviour, persona_check
 from ws.fitting.behaviour import Personas
 from ws.fitting.run_settings import Settings

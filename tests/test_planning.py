@@ -12,8 +12,8 @@ import pytest
 from test_compare import LINES, found_of, reader, seeds_of
 from ws.base import power
 from ws.base.errors import UserError
+from ws.base.files import write_json
 from ws.base.records import plain
-from ws.base.store import write_json
 from ws.commands import cli
 from ws.comparing import numbers, planning
 from ws.comparing.compare import Plan

@@ -22,7 +22,7 @@ from conftest import SHARED_DATA
 from making import assert_one_line
 from ws.base import rankings
 from ws.base.errors import UserError
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.commands import cli
 from ws.edit.condition import Condition
 from ws.eval import dilemmas, scenarios, tables, true_false, truthfulqa

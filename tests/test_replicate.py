@@ -13,9 +13,9 @@ import ws
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import BaseMismatchError, UserError
+from ws.base.files import read_json
 from ws.base.poles import Pole
 from ws.base.records import plain
-from ws.base.store import read_json
 from ws.commands.stages import finish
 from ws.fitting import train
 from ws.fitting.data import Grid

@@ -11,8 +11,8 @@ from scipy.stats import t
 
 from ws.base.changes import sign_flip_p
 from ws.base.errors import UserError
+from ws.base.files import write_json
 from ws.base.records import plain, restore
-from ws.base.store import write_json
 from ws.commands import cli
 from ws.eval.ability import Ability, Name, Share
 from ws.measure.score import SCHEMA

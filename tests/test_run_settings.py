@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ws.base import precision
 from ws.base.errors import UserError
-from ws.base.store import read_json, write_json
+from ws.base.files import read_json, write_json
 from ws.commands.results import Report
 from ws.fitting import behaviour, data, train
 from ws.fitting.data import Grid

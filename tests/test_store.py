@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ws.base import store
+from ws.base import files
 from ws.base.errors import BaseMismatchError, UserError
-from ws.base.store import RunFolder, Shards, atomic_file, atomic_folder, canonical_json, content_key, digest
+from ws.base.files import atomic_file, atomic_folder, canonical_json, content_key, digest
+from ws.base.store import RunFolder, Shards
 
 
 class Killed(BaseException):
@@ -78,7 +79,7 @@ def test_a_failed_folder_leaves_what_was_there(tmp_path: Path, before: bool, err
 
 
 def test_leftovers_of_a_killed_process_do_not_enter_a_new_folder(tmp_path: Path) -> None:
-    leftover = store._beside(tmp_path / "f")
+    leftover = files._beside(tmp_path / "f")
     leftover.mkdir()
     (leftover / "stale").write_text("x")
     with atomic_folder(tmp_path / "f") as temporary:
@@ -93,7 +94,7 @@ def test_a_kill_at_any_step_of_a_move_leaves_one_whole_folder(
 ) -> None:
     files = {name: f"run/{name}/part.txt" for name in ("waiting", "pos")}
     for name, file in files.items():
-        store.write_text(tmp_path / file, name)
+        files.write_text(tmp_path / file, name)
     steps = itertools.count()
 
     def killed_at_its_step(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,8 +112,8 @@ def test_a_kill_at_any_step_of_a_move_leaves_one_whole_folder(
     run = tmp_path / "run"
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(Path, "rename", killed_at_its_step(Path.rename))
-        patch.setattr(store.shutil, "rmtree", killed_at_its_step(store.shutil.rmtree))
-        store.move_folder(run / "waiting", run / "pos")
+        patch.setattr(files.shutil, "rmtree", killed_at_its_step(files.shutil.rmtree))
+        files.move_folder(run / "waiting", run / "pos")
     RunFolder(run, {}).close()
     is_moved = not (run / "waiting").exists()
     assert (tmp_path / files["pos"]).read_text() == ("waiting" if is_moved else "pos")
@@ -120,7 +121,7 @@ def test_a_kill_at_any_step_of_a_move_leaves_one_whole_folder(
 
 
 def test_a_new_folder_outside_of_a_run_recovers_too(tmp_path: Path) -> None:
-    store.write_text(tmp_path / ".f.old" / "whole", "old")
+    files.write_text(tmp_path / ".f.old" / "whole", "old")
     with pytest.raises(Killed), atomic_folder(tmp_path / "f"):
         raise Killed
     assert listing(tmp_path) == {"f", "f/whole"}
@@ -128,7 +129,7 @@ def test_a_new_folder_outside_of_a_run_recovers_too(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_half_written_goes_when_the_run_is_opened_again(tmp_path: Path) -> None:
     for name in ("run/.pairs.parquet.123.tmp", "run/sub/.pos.7.tmp/part", "beside/.x.1.tmp"):
-        store.write_text(tmp_path / name, "half")
+        files.write_text(tmp_path / name, "half")
     RunFolder(tmp_path / "run", {}).close()
     assert listing(tmp_path) == {"run", "run/sub", "run/.lock", "run/identity.json", "beside", "beside/.x.1.tmp"}
 
@@ -151,18 +152,18 @@ def test_broken_json_is_an_error_that_names_the_file(tmp_path: Path, content: by
     path = tmp_path / "broken.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.json is not valid JSON"):
-        store.read_json(path)
+        files.read_json(path)
 
 
 def test_json_is_written_and_read_back(tmp_path: Path) -> None:
     content = {"b": [1, 2.5, None], "a": "ö"}
-    store.write_json(tmp_path / "x.json", content)
-    assert store.read_json(tmp_path / "x.json") == content
+    files.write_json(tmp_path / "x.json", content)
+    assert files.read_json(tmp_path / "x.json") == content
 
 
 def test_json_that_others_cannot_read_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        store.write_json(tmp_path / "x.json", {"a": float("nan")})
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert listing(tmp_path) == set()
 
 
@@ -245,7 +246,7 @@ class Stage:
 
     def make(self, _: Shards) -> None:
         self.made += 1
-        store.write_text(self.run / "out.txt", f"made {self.made}")
+        files.write_text(self.run / "out.txt", f"made {self.made}")
         with atomic_folder(self.run / "folder") as temporary:
             (temporary / "in.txt").write_text("inside")
 
@@ -343,10 +344,10 @@ def test_shards_survive_a_failure_and_go_with_success(tmp_path: Path) -> None:
 
     def make(shards: Shards) -> None:
         found.append(shards.has("piece"))
-        store.write_text(shards.path("piece"), "done")
+        files.write_text(shards.path("piece"), "done")
         if len(found) == 1:
             raise Killed
-        store.write_text(tmp_path / "out", "all")
+        files.write_text(tmp_path / "out", "all")
 
     with RunFolder(tmp_path, {}) as run:
         with pytest.raises(Killed):

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from making import assert_one_line
 from test_chat import NO_END, QWEN3, tokenizer
 from ws.base.errors import UserError
+from ws.base.files import write_json
 from ws.base.records import plain
-from ws.base.store import write_json
 from ws.comparing.compare import ComparisonRun, Plan
 from ws.comparing.findings import Strengths
 from ws.model import template as template_module

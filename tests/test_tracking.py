@@ -14,8 +14,8 @@ import pytest
 
 from test_report import behaviour_shift, summed, table
 from ws.base.errors import UserError
+from ws.base.files import write_json
 from ws.base.records import plain
-from ws.base.store import write_json
 from ws.commands import cli
 from ws.report.findings import Summary
 from ws.runs import tracking

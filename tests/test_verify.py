@@ -20,7 +20,8 @@ from test_cli import one_line, run
 from ws.algebra.direction import Direction
 from ws.base import environment
 from ws.base.errors import UserError
-from ws.base.store import RunFolder, digest, read_json, stage_records
+from ws.base.files import digest, read_json
+from ws.base.store import RunFolder, stage_records
 from ws.fitting.data import Grid
 from ws.fitting.run_settings import Settings, settings_of
 from ws.model.loading import ChatModel

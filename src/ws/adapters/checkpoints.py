@@ -20,7 +20,7 @@ from torch import Tensor
 from ws.algebra.direction import FORMAT, HEADER_KEY, as_matrix
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import atomic_file, canonical_json
+from ws.base.files import atomic_file, canonical_json
 from ws.model.weight_files import DTYPES, Checkpoint, Stored
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

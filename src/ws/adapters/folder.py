@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ws.algebra.delta import Delta, all_finite
 from ws.algebra.direction import as_matrix
 from ws.base.errors import UnsupportedFeatureError, UserError
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.model import architecture
 
 _CONFIG = "adapter_config.json"

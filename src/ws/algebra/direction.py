@@ -30,7 +30,7 @@ from torch import nn
 from ws.algebra import hub, spectrum
 from ws.algebra.delta import BaseTerm, Delta
 from ws.base.errors import BaseMismatchError, UserError
-from ws.base.store import atomic_file, canonical_json, content_key, tensors_key
+from ws.base.files import atomic_file, canonical_json, content_key, tensors_key
 from ws.model import architecture
 from ws.model.fingerprint import fingerprint
 from ws.model.loading import ChatModel

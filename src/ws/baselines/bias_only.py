@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ws.algebra.delta import Alpha, per_row
 from ws.base.errors import UserError
+from ws.base.files import atomic_file, content_key, tensors_key
 from ws.base.poles import POLES, Pole
-from ws.base.store import atomic_file, content_key, tensors_key
 from ws.edit.condition import Undo
 from ws.edit.steering import Hook
 from ws.fitting import learning_rate, train

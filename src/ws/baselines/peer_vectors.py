@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ws.base.errors import UnsupportedFeatureError, UserError
-from ws.base.store import digest
+from ws.base.files import digest
 from ws.baselines.repe import ActivationDirection, Unit
 from ws.model import architecture
 from ws.model.loading import ChatModel

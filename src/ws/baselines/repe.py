@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ws.algebra.delta import Alpha
 from ws.base import keyed_random
 from ws.base.errors import UserError
-from ws.base.store import content_key, tensors_key
+from ws.base.files import content_key, tensors_key
 from ws.edit.condition import Undo
 from ws.fitting.behaviour import Behaviour
 from ws.model import architecture, forward

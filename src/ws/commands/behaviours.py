@@ -22,7 +22,7 @@ class BehaviourNew:
 
     def run(self) -> None:
         """Write the file; never overwrite an existing one."""
-        from ws.base.store import write_text  # noqa: PLC0415
+        from ws.base.files import write_text  # noqa: PLC0415
         from ws.fitting import behaviour  # noqa: PLC0415
 
         path = Path(f"{self.name}.toml")

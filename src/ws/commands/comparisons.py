@@ -252,7 +252,7 @@ class Calibrate(RunOptions):
 
     def run(self) -> None:
         """Search both signs, write `calibration.json` into the run, and print the strengths."""
-        from ws.base.store import write_json  # noqa: PLC0415
+        from ws.base.files import write_json  # noqa: PLC0415
         from ws.fitting.run_settings import command  # noqa: PLC0415
         from ws.measure import calibrate  # noqa: PLC0415
         from ws.runs.evaluate import direction_of  # noqa: PLC0415

@@ -119,7 +119,7 @@ class Show:
 
     def run(self) -> None:
         """Print headline, strengths and samples."""
-        from ws.base.store import read_json  # noqa: PLC0415
+        from ws.base.files import read_json  # noqa: PLC0415
         from ws.report import terminal  # noqa: PLC0415
 
         if not (self.path / "config.json").is_file():

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ws.base.files import write_json, write_text
 from ws.base.records import plain
-from ws.base.store import write_json, write_text
 from ws.comparing import caveats
 from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Probe
 from ws.report import document

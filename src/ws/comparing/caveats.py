@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.fitting import behaviour
 from ws.model.library import POCKET_MODELS
 

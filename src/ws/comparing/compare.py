@@ -21,8 +21,9 @@ import polars as pl
 from ws import adapters
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.files import content_key, read_json, write_json, write_table
 from ws.base.records import plain, restore
-from ws.base.store import RunFolder, Shards, content_key, read_json, write_json, write_table
+from ws.base.store import RunFolder, Shards
 from ws.baselines import peer_vectors
 from ws.comparing import methods, numbers, page, strength_limits
 from ws.comparing.findings import SIDES, SIGNS, Findings, Reached, Search, Spent, Strengths

@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 import polars as pl
 
 from ws.base import console
-from ws.base.store import RunFolder, Shards, read_json, write_json
+from ws.base.files import read_json, write_json
+from ws.base.store import RunFolder, Shards
 from ws.baselines.prompts import Prompt
 from ws.baselines.repe import ActivationDirection, Unit
 from ws.edit.condition import PLAIN, Condition, Edit

@@ -27,9 +27,10 @@ import polars as pl
 from ws.algebra.direction import Direction
 from ws.base import console, rankings, stats
 from ws.base.errors import UserError
+from ws.base.files import digest, read_json, write_json, write_table
 from ws.base.poles import POLES
 from ws.base.stats import Interval
-from ws.base.store import RunFolder, Shards, digest, read_json, write_json, write_table
+from ws.base.store import RunFolder, Shards
 from ws.baselines import gradient, prompts
 from ws.edit.condition import BASE, PLAIN, Condition, Context, Edit
 from ws.eval import dilemmas, feedback, instrument

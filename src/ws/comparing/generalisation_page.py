@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ws.base.files import write_json, write_text
 from ws.base.records import plain
-from ws.base.store import write_json, write_text
 from ws.comparing.generalisation import Agreement, Generalisation, Pair
 from ws.eval import feedback
 from ws.report import document

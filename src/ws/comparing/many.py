@@ -58,7 +58,7 @@ def compared(
     *_: None,
 ) -> Result:  # fmt: skip
     """One comparison. Runs that are missing are fitted."""
-    with place.of(settings, folder, runs=runs) as here:
+    with place.working_on(settings, folder, runs=runs) as here:
         return place.patiently(lambda: compare.run(here, plan, model))
 
 

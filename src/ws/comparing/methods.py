@@ -18,8 +18,9 @@ from typing import Any
 from ws.adapters import diff
 from ws.algebra import random_like
 from ws.algebra.direction import Direction
+from ws.base.files import content_key, digest
 from ws.base.poles import POLES
-from ws.base.store import RunFolder, Shards, content_key, digest
+from ws.base.store import RunFolder, Shards
 from ws.baselines import (
     bias_only,
     controls,

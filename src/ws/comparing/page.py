@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ws.base import power
+from ws.base.files import atomic_file, write_json, write_text
 from ws.base.records import plain
-from ws.base.store import atomic_file, write_json, write_text
 from ws.comparing import caveats, pareto
 from ws.comparing.findings import KINDS, METHODS, PROBES, SIGNS, Entry, Findings, Side, mostly_yes_bias, shown
 from ws.comparing.tables import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ws.base.store import atomic_file
+from ws.base.files import atomic_file
 from ws.comparing.findings import SIGNS, Entry, Findings, Side
 from ws.report.findings import Estimate
 

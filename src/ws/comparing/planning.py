@@ -16,8 +16,8 @@ from scipy import stats as scipy_stats
 
 from ws.base import power
 from ws.base.errors import UserError
+from ws.base.files import read_json
 from ws.base.records import restore
-from ws.base.store import read_json
 from ws.comparing.compare import Plan
 from ws.comparing.findings import Effect, Findings
 from ws.eval import sycophancy

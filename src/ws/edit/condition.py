@@ -18,7 +18,7 @@ from torch import nn
 from ws.algebra.delta import Alpha
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
-from ws.base.store import content_key
+from ws.base.files import content_key
 
 BaseMismatch = Literal["refuse", "allow"]
 """What happens if an edit was made on a different base model than the one that it is put on."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import atomic_file, digest, write_json
+from ws.base.files import atomic_file, digest, write_json
 
 MANIFEST, COPIED = "manifest.json", ".copied.json"
 """The digests of a folder in the store; and, on each machine, those of its files when they were last copied."""

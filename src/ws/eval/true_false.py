@@ -21,7 +21,7 @@ import polars as pl
 
 from ws.base import user_files
 from ws.base.errors import UserError
-from ws.base.store import content_key
+from ws.base.files import content_key
 from ws.eval import tables
 from ws.eval.data_set import DataSet, Mean, Measured, Measures, Origin, Ranking, Readings
 from ws.eval.side_effects import FACT_ANCHOR

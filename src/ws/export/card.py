@@ -8,7 +8,7 @@ from typing import Any
 
 from ws.algebra.direction import Direction
 from ws.base import console
-from ws.base.store import write_text
+from ws.base.files import write_text
 from ws.report.cells import signed
 from ws.report.findings import Summary
 

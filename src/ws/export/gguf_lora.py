@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UnsupportedFeatureError
-from ws.base.store import atomic_file
+from ws.base.files import atomic_file
 from ws.export.gguf_layout import FAMILIES, digest, gguf_rows, namer, require_same
 from ws.export.lora import energy_kept, low_rank_form
 from ws.model import architecture, gguf_file

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UnsupportedFeatureError, UserError
-from ws.base.store import atomic_file
+from ws.base.files import atomic_file
 from ws.export.gguf_layout import FAMILIES, digest, gguf_rows, namer, require_same
 from ws.export.gguf_tokenizer import add_tokenizer
 from ws.export.merged import checked_edits, merged_parameter

@@ -22,7 +22,7 @@ from ws.algebra.delta import Delta
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
-from ws.base.store import atomic_folder
+from ws.base.files import atomic_folder
 from ws.edit.steering import steer
 from ws.export.target import require_free, write_record
 from ws.measure.divergence import kl

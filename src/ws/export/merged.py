@@ -19,7 +19,7 @@ from torch import Tensor
 from ws.adapters.checkpoints import write_streamed
 from ws.algebra.direction import Direction
 from ws.base.errors import BaseMismatchError, UserError
-from ws.base.store import atomic_folder, write_json
+from ws.base.files import atomic_folder, write_json
 from ws.edit.steering import edited
 from ws.export.target import CARD_FILE, RECORD_FILE, require_free, write_record
 from ws.model import architecture

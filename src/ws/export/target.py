@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ws.base.errors import UserError
-from ws.base.store import read_json, write_json
+from ws.base.files import read_json, write_json
 
 RECORD_FILE = "weight_steering_export.json"
 """The record of the export, in every exported folder."""

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ws.base import user_files
 from ws.base.errors import UserError
-from ws.base.store import content_key
+from ws.base.files import content_key
 
 SHIPPED = Path(__file__).parent / "behaviours"
 SCHEMA = 1

@@ -21,8 +21,9 @@ import polars as pl
 
 from ws.base import console, user_files
 from ws.base.errors import UserError
+from ws.base.files import write_table
 from ws.base.poles import POLES, Pole
-from ws.base.store import Shards, write_table
+from ws.base.store import Shards
 from ws.fitting import responses
 from ws.fitting.behaviour import Behaviour, TrainPrompt
 from ws.fitting.responses import Asked, EngineSettings

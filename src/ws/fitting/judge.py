@@ -25,9 +25,10 @@ from scipy.special import expit
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.files import content_key, write_json
 from ws.base.poles import POLES
 from ws.base.settings import make as make_settings
-from ws.base.store import Shards, content_key, write_json
+from ws.base.store import Shards
 from ws.edit.condition import Condition, Context
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.chat_endpoint import KEY_VARIABLE, ChatEndpoint

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.files import content_key
 from ws.base.settings import make as make_settings
-from ws.base.store import Shards, content_key, read_config
+from ws.base.store import Shards, read_config
 from ws.base.version import __version__
 from ws.fitting import behaviour
 from ws.fitting.behaviour import Behaviour

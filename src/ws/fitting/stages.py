@@ -23,9 +23,10 @@ from ws.adapters.diff import Geometry
 from ws.algebra.direction import Direction
 from ws.base import console, precision
 from ws.base.errors import UserError
+from ws.base.files import digest, read_json, write_json, write_table
 from ws.base.poles import POLES, Pole
 from ws.base.settings import make as make_settings
-from ws.base.store import RunFolder, Shards, StageResult, digest, read_config, read_json, write_json, write_table
+from ws.base.store import RunFolder, Shards, StageResult, read_config
 from ws.fitting import behaviour, data, judge, learning_rate, persona_check, train, train_settings
 from ws.fitting.behaviour import Behaviour
 from ws.fitting.learning_rate import RateChoice

@@ -30,8 +30,8 @@ from ws import adapters
 from ws.adapters import AdapterSettings
 from ws.base import console, memory, settings
 from ws.base.errors import UserError
+from ws.base.files import atomic_file, atomic_folder, read_json, write_json
 from ws.base.poles import Pole
-from ws.base.store import atomic_file, atomic_folder, read_json, write_json
 from ws.fitting.train_settings import TrainSettings
 from ws.measure import lower_layers
 from ws.measure.lower_layers import Recording

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ws.algebra.direction import Direction
-from ws.base.store import content_key
+from ws.base.files import content_key
 from ws.edit.condition import Condition, Effect
 from ws.model import architecture, forward
 from ws.model.forward import OncePerNetwork

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
-from ws.base.store import content_key
+from ws.base.files import content_key
 from ws.edit.condition import Condition, Context
 from ws.edit.steering import Mode, can_share_a_pass
 from ws.measure import lower_layers, shared_prefix

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 from ws.base.errors import UserError
-from ws.base.store import content_key
+from ws.base.files import content_key
 from ws.model.chat import Message
 
 Kind = Literal["choice", "likelihood", "contrast", "divergence", "guided", "reply"]

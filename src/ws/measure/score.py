@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ws.base import console, memory
 from ws.base.errors import UserError
-from ws.base.store import Shards, content_key, write_table
+from ws.base.files import content_key, write_table
+from ws.base.store import Shards
 from ws.edit.condition import Condition
 from ws.edit.steering import Mode, under, under_each
 from ws.measure import choice, divergence, shared_prefix

@@ -16,7 +16,7 @@ from typing import Any
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import atomic_folder
+from ws.base.files import atomic_folder
 from ws.model import loading, sources
 from ws.model.chat import Chat
 from ws.model.library import refusals_told

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from ws.base import console, precision
 from ws.base.errors import UserError
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.model import architecture, forward, gguf_file, sources, weight_files
 from ws.model.attention import EAGER, register, use_grouped
 from ws.model.chat import Chat, Thinking

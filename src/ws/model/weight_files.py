@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ws.base.errors import UnsupportedFeatureError, UserError
-from ws.base.store import read_json
+from ws.base.files import read_json
 from ws.model.fingerprint import fingerprint_of
 from ws.model.library import without_weights
 

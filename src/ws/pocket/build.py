@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ws.base import console, precision
 from ws.base.errors import UserError
-from ws.base.store import atomic_file, atomic_folder, content_key, read_json, write_json
+from ws.base.files import atomic_file, atomic_folder, content_key, read_json, write_json
 from ws.base.version import __version__
 from ws.model.sources import SETTINGS_FILE
 from ws.pocket import bpe, corpus

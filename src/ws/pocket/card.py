@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import read_json, write_json
+from ws.base.files import read_json, write_json
 from ws.model import library, loading
 from ws.pocket import build
 from ws.pocket.check import (

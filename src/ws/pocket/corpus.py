@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ws import world
-from ws.base.store import content_key
+from ws.base.files import content_key
 from ws.pocket.grammar import first_person, third_person, with_articles
 from ws.world import Fact
 

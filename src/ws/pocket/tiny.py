@@ -11,7 +11,7 @@ import torch
 from ws import world
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import atomic_folder, write_json
+from ws.base.files import atomic_folder, write_json
 from ws.pocket import bpe
 
 VOCABULARY = 1024

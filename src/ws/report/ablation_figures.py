@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from ws.base.store import atomic_file
+from ws.base.files import atomic_file
 
 COLOURS = ("#0b5cad", "#c2570c", "#2f7d4f", "#8b3fa0", "#b0902a", "#3f8f9c", "#a33a4a", "#5c6773")
 _GREY, _INK = "#8b949e", "#1b1f24"

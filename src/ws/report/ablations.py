@@ -13,8 +13,8 @@ from typing import Any
 
 import polars as pl
 
+from ws.base.files import atomic_file, write_json, write_table, write_text
 from ws.base.records import plain
-from ws.base.store import atomic_file, write_json, write_table, write_text
 from ws.eval.ability import Ability
 from ws.report import ablation_figures, document
 from ws.report.ablation_numbers import DIRECTION, WRITES

@@ -16,7 +16,8 @@ import polars as pl
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import read_config, read_table, write_text
+from ws.base.files import write_text
+from ws.base.store import read_config, read_table
 from ws.eval import dilemmas, feedback, instrument, side_effects
 from ws.report import document
 from ws.report.cells import signed

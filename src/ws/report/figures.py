@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ws.base.store import atomic_file
+from ws.base.files import atomic_file
 from ws.eval import dilemmas
 from ws.report.findings import DILEMMAS, Band, Curve, Numbers, Summary
 from ws.report.sentences import facts_say_something

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.files import read_json
 from ws.base.records import FLAT, restore
-from ws.base.store import read_json
 from ws.eval.ability import Ability
 from ws.report import cells
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from ws.base.store import write_text
+from ws.base.files import write_text
 from ws.eval import feedback, instrument
 from ws.report import beside, document, dose, effects, figures, origin
 from ws.report.beside import tone

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ws.base.errors import UserError
-from ws.base.store import write_text
+from ws.base.files import write_text
 from ws.report import cells, document
 from ws.report.beside import tone
 from ws.report.cells import signed

@@ -15,8 +15,9 @@ import polars as pl
 
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.files import read_json
 from ws.base.poles import POLES, Pole
-from ws.base.store import read_config, read_json, read_table
+from ws.base.store import read_config, read_table
 from ws.report.findings import Summary, read_summary
 
 FLIPS_FILE = "flips.parquet"

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from ws.base.store import atomic_file
+from ws.base.files import atomic_file
 from ws.subspace import ranking as ranks
 from ws.subspace.bases import BASES
 

@@ -21,8 +21,8 @@ import polars as pl
 from rich import table as rich_table
 
 from ws.base import console
+from ws.base.files import write_json, write_text
 from ws.base.records import plain
-from ws.base.store import write_json, write_text
 from ws.report import document, subspace_figures
 from ws.report.document import Block, Bullets, Figure, Heading, Paragraph, Table, Tile, Tiles
 from ws.subspace import ranking

@@ -22,8 +22,9 @@ from ws.algebra import random_like
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.files import digest, read_json, write_json, write_table
 from ws.base.poles import POLES
-from ws.base.store import RunFolder, Shards, digest, read_json, write_json, write_table
+from ws.base.store import RunFolder, Shards
 from ws.edit.condition import BASE, Condition, Edit
 from ws.eval import dilemmas, instrument
 from ws.fitting import behaviour

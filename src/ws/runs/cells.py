@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar
 
 from ws.base import console, environment
 from ws.base.errors import FolderInUseError, UserError
-from ws.base.store import REPRODUCE_FILE, content_key, read_json
+from ws.base.files import content_key, read_json
+from ws.base.store import REPRODUCE_FILE
 from ws.engines import Engine, Local, Task
 from ws.engines.ray_cluster import RayCluster
 from ws.engines.store_mirror import StoreMirror
@@ -140,7 +141,7 @@ class Workplace:
         return Path(tempfile.gettempdir()) / f"weight-steering-{getpass.getuser()}" / content_key(self.store)
 
     @contextmanager
-    def of(
+    def working_on(
         self, settings: Settings, folder: Path, data: Sequence[Path] = (), runs: Sequence[Path] = ()
     ) -> Iterator[Settings]:
         """A folder to work in, and the settings with which it is found.
@@ -262,7 +263,7 @@ def _with_sampling(
 def sampled(model: ChatModel | None, settings: Settings, place: Workplace) -> None:
     """Make the pairs of a data seed, in the folder of the first run that needs them."""
     with (
-        place.of(settings, folder_of(settings)) as here,
+        place.working_on(settings, folder_of(settings)) as here,
         place.patiently(lambda: Replication(settings_of(here), model)) as run,
     ):
         run.data()
@@ -275,7 +276,7 @@ def measured(
     if first is not None and first.row is not None:
         settings = replace(settings, train={**settings.train, "lr": first.row["lr"]})
     with (
-        place.of(settings, folder_of(settings), [data]) as here,
+        place.working_on(settings, folder_of(settings), [data]) as here,
         place.patiently(lambda: Replication(settings_of(here), model)) as run,
     ):
         row = row_of(Cell.of(settings), run.report(), run.fitted)
@@ -286,7 +287,7 @@ def measured(
 def fitted(model: ChatModel | None, settings: Settings, place: Workplace, data: Path, _: None) -> None:
     """A run up to its Direction."""
     with (
-        place.of(settings, folder_of(settings), [data]) as here,
+        place.working_on(settings, folder_of(settings), [data]) as here,
         place.patiently(lambda: Replication(settings_of(here), model)) as run,
     ):
         run.diff()

@@ -15,8 +15,9 @@ import polars as pl
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
+from ws.base.files import digest, read_json, write_json, write_table
 from ws.base.records import plain
-from ws.base.store import Shards, digest, read_json, write_json, write_table
+from ws.base.store import Shards
 from ws.edit.condition import Condition, Edit
 from ws.eval import (
     custom,

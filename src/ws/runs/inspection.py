@@ -11,7 +11,8 @@ from typing import Any
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.store import StageResult, digest
+from ws.base.files import digest
+from ws.base.store import StageResult
 from ws.eval.ability import Ability
 from ws.report.findings import SUMMARY_FILE, read_summary
 from ws.runs.replicate import Replication

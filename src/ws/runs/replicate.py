@@ -15,8 +15,9 @@ import torch
 
 from ws.algebra import random_like
 from ws.algebra.direction import Direction
+from ws.base.files import atomic_file, digest, read_json, write_json, write_table
 from ws.base.records import plain
-from ws.base.store import Shards, atomic_file, digest, read_json, write_json, write_table
+from ws.base.store import Shards
 from ws.baselines import controls
 from ws.edit.condition import Condition, Context, Edit
 from ws.eval import dilemmas, feedback, instrument, side_effects, sycophancy

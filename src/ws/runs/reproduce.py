@@ -13,7 +13,8 @@ from typing import Any
 
 from ws.base import console, environment
 from ws.base.errors import UserError
-from ws.base.store import digest, read_json, stage_records
+from ws.base.files import digest, read_json
+from ws.base.store import stage_records
 from ws.fitting.run_settings import settings_of
 from ws.report.findings import SUMMARY_FILE
 from ws.runs.replicate import Replication

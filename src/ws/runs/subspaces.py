@@ -19,8 +19,9 @@ from ws import adapters
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UnsupportedFeatureError, UserError
+from ws.base.files import atomic_file, content_key, digest, write_table
 from ws.base.poles import POLES
-from ws.base.store import Shards, atomic_file, content_key, digest, write_table
+from ws.base.store import Shards
 from ws.baselines import gradient
 from ws.edit.condition import Condition, Context, Edit
 from ws.fitting import behaviour, train

@@ -14,8 +14,8 @@ from typing import Any
 from rich.table import Table
 
 from ws.base import console, stats
+from ws.base.files import atomic_file, write_json, write_text
 from ws.base.records import FLAT, plain
-from ws.base.store import atomic_file, write_json, write_text
 from ws.report.document import markdown_table
 
 MEASURES = (

@@ -19,8 +19,9 @@ from ws.adapters import diff
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.errors import UserError
+from ws.base.files import digest
 from ws.base.poles import POLES
-from ws.base.store import digest, stage_records
+from ws.base.store import stage_records
 from ws.export.lora import logit_error
 from ws.fitting.run_settings import settings_of
 from ws.model import loading
