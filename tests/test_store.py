@@ -92,8 +92,8 @@ def test_leftovers_of_a_killed_process_do_not_enter_a_new_folder(tmp_path: Path)
 def test_a_kill_at_any_step_of_a_move_leaves_one_whole_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_before: bool
 ) -> None:
-    files = {name: f"run/{name}/part.txt" for name in ("waiting", "pos")}
-    for name, file in files.items():
+    places = {name: f"run/{name}/part.txt" for name in ("waiting", "pos")}
+    for name, file in places.items():
         files.write_text(tmp_path / file, name)
     steps = itertools.count()
 
@@ -116,7 +116,7 @@ def test_a_kill_at_any_step_of_a_move_leaves_one_whole_folder(
         files.move_folder(run / "waiting", run / "pos")
     RunFolder(run, {}).close()
     is_moved = not (run / "waiting").exists()
-    assert (tmp_path / files["pos"]).read_text() == ("waiting" if is_moved else "pos")
+    assert (tmp_path / places["pos"]).read_text() == ("waiting" if is_moved else "pos")
     assert {path.name for path in run.iterdir()} - {"pos", "waiting"} == {".lock", "identity.json"}
 
 
