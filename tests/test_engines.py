@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ws.base import extras
 from ws.base.errors import UserError
 from ws.base.files import write_text
 from ws.base.store import RunFolder
@@ -288,3 +291,14 @@ def test_another_process_is_waited_for_on_a_cluster_only(monkeypatch: pytest.Mon
         Workplace().patiently(lambda: RunFolder(tmp_path, {}))
     Workplace(engine="ray").patiently(opened).close()
     assert not tries
+
+
+def test_a_missing_library_comes_with_a_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = str(extras.missing("Ray", "ray"))
+    assert said.startswith("Ray is not installed. Run: ")
+    line = shlex.split(said.partition("Run: ")[2])
+    assert line[:4] == [sys.executable, "-m", "pip", "install"]
+    root = Path(__file__).parents[1]
+    assert line[4:] == ["-c", f"{root}/constraints.txt", "-e", f"{root}[ray]"], "in a clone, with its pinned versions"
+    monkeypatch.setattr(extras, "_CLONE", tmp_path)
+    assert str(extras.missing("Ray", "ray")).endswith(" -m pip install 'weight-steering[ray]'")

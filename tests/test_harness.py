@@ -89,7 +89,7 @@ def test_without_the_library_the_error_says_what_to_install(qwen: ChatModel, mon
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(UserError) as caught:
         list(harness.evaluate(qwen, "own_colors", [Condition()]))
-    assert_one_line(caught.value, "weight-steering[lm-eval]")
+    assert_one_line(caught.value, "lm-evaluation-harness is not installed. Run: ", "[lm-eval]")
 
 
 def test_the_command_line_of_the_harness_runs_on_a_steered_model(task_folder: Path, tmp_path: Path) -> None:

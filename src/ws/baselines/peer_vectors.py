@@ -134,12 +134,8 @@ def _unit_of(vectors: Iterable[Tensor]) -> Unit:
 
 
 def _read_repeng(path: Path) -> _Stored:
-    try:
-        import gguf  # noqa: PLC0415 - optional extra, late
-    except ImportError as error:
-        raise UserError(
-            "reading a vector of repeng needs the gguf library", "Install it with: pip install weight-steering[gguf]"
-        ) from error
+    import gguf  # noqa: PLC0415 - slow import, late
+
     try:
         reader = gguf.GGUFReader(path)
         architecture_field = reader.get_field("general.architecture")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from ws.base import console
+from ws.base import console, extras
 from ws.base.errors import UserError
 from ws.commands.options import Attention, Dtype
 
@@ -178,7 +178,7 @@ def _require(extra: str, *packages: str) -> None:
     """Raise if a package of an optional extra is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed", f"Run: pip install 'weight-steering[{extra}]'")
+            raise extras.missing(package, extra)
 
 
 def _example(place: str, shelf: Shelf, *, keyed: bool) -> str:

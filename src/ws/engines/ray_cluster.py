@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ws.base import console, memory
+from ws.base import console, extras, memory
 from ws.base.errors import UserError
 from ws.base.version import __version__
 from ws.engines.tasks import Done, Shared, Task, ended, values_before
@@ -290,7 +290,7 @@ def library() -> Any:
         import ray  # noqa: PLC0415 - optional extra, late
         import ray.util.scheduling_strategies  # noqa: PLC0415
     except ImportError as error:
-        raise UserError("Ray is not installed", "Install it with: pip install weight-steering[ray]") from error
+        raise extras.missing("Ray", "ray") from error
     return ray
 
 

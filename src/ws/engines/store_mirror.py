@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ws.base import console
+from ws.base import console, extras
 from ws.base.errors import UserError
 from ws.base.files import atomic_file, digest, write_json
 
@@ -48,7 +48,9 @@ class StoreMirror:
         try:
             system, place = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
-            raise UserError(f"{self.url} needs another package ({error})", "For s3:// install s3fs.") from error
+            if self.url.startswith("s3"):
+                raise extras.missing("s3fs, which opens the store,", "s3") from error
+            raise UserError(f"{self.url} needs another package ({error})", "Install it.") from error
         except ValueError as error:
             raise UserError(f"--store {self.url} cannot be used ({error})",
                             "Give a folder, or a URL such as s3://bucket/sweeps.") from error  # fmt: skip

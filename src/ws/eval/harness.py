@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ws.base import console
+from ws.base import console, extras
 from ws.base.errors import UserError
 from ws.edit.condition import Condition
 from ws.edit.steering import under
@@ -71,7 +71,7 @@ def version() -> str:
 
 
 def _not_installed() -> UserError:
-    return UserError("lm-evaluation-harness is not installed", "Install it with: pip install weight-steering[lm-eval]")
+    return extras.missing("lm-evaluation-harness", "lm-eval")
 
 
 def _run(

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from ws.base import console, user_files
+from ws.base import console, extras, user_files
 from ws.base.errors import UserError
 
 
@@ -49,10 +49,7 @@ def from_hub(
     try:
         from datasets import load_dataset  # noqa: PLC0415 - optional extra, late
     except ImportError as error:
-        raise UserError(
-            f"reading {name!r} from the hub needs the datasets library",
-            "Install it with: pip install weight-steering[hub]",
-        ) from error
+        raise extras.missing(f"the library datasets, which reads {name!r} from the hub,", "hub") from error
     files = {} if file is None else {"data_files": file}
     try:
         loaded = load_dataset(name, config, split=split, revision=revision or None, **files)
