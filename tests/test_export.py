@@ -209,6 +209,28 @@ def test_bad_input_of_the_command_is_one_line(
     assert mentioned in error and len(error.strip().splitlines()) == 1
 
 
+def test_a_gguf_export_replaces_an_older_export_and_nothing_else(
+    qwen: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = make(qwen.network, "lora", tmp_path / "1", seed=1, size=3e-2)
+    other = make(qwen.network, "lora", tmp_path / "2", seed=2, size=3e-2)
+    diff.direction(qwen, made.folder, other.folder)[0].save("d.safetensors")
+    export = ["export", "d.safetensors", "--format", "gguf-lora", "--model", qwen.name, "--out"]
+    assert _main([*export, "x.gguf"]) == 0
+    assert _main([*export, "x.gguf"]) == 0
+    capsys.readouterr()
+
+    Path("x.md").write_text("# My own notes\n")
+    Path("notes.gguf").write_text("not a model")
+    for place, mentioned in (("x.gguf", "x.md exists"), ("notes.gguf", "no GGUF file")):
+        assert _main([*export, place]) == 2
+        error = capsys.readouterr().err
+        assert mentioned in error and "--out" in error and len(error.strip().splitlines()) == 1
+    assert Path("x.md").read_text() == "# My own notes\n"
+    assert Path("notes.gguf").read_text() == "not a model"
+
+
 def test_the_card_tells_what_was_cut(qwen: ChatModel) -> None:
     direction = Direction({}, "abc", {}, {"behaviour": {"name": "x", "positive_means": "does x"}})
     record = {"format": "peft", "alpha": 2.0, "exact": False, "rank": 8, "energy_kept": 0.87}

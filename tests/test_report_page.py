@@ -154,6 +154,18 @@ def test_tables_of_a_sweep_and_a_comparison_beside_the_run_are_shown(tmp_path: P
     assert Story.read(folder).families is None, "a table of an earlier version is not shown"
 
 
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n3,4,5,6\n"])
+def test_a_run_is_shown_although_a_table_beside_it_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    place = tmp_path / "small" / "sycophancy"
+    folder = finished_run(place / "lora" / "seed0").folder
+    (place / "compare").mkdir()
+    (place / "compare" / "comparison.csv").write_bytes(content)
+    assert Story.read(folder).methods is None
+    assert "comparison.csv is damaged" in "".join(capsys.readouterr())
+
+
 # -------------------------------------------------------------------- blocks
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ws.algebra.direction import Direction
 from ws.base import console
 from ws.base.files import write_text
+from ws.export.target import CARD_MARK
 from ws.report.cells import signed
 from ws.report.findings import Summary
 
@@ -60,7 +61,7 @@ def card(
     lines = [
         "---",
         f"base_model: {base}",
-        "tags: [weight-steering, contrastive]",
+        CARD_MARK,
         "---",
         "",
         f"# {name} at alpha {record['alpha']:+g}",

@@ -11,7 +11,7 @@ from ws.export.card import write_card
 from ws.export.gguf_lora import write_gguf
 from ws.export.lora import logit_error, write_peft
 from ws.export.merged import write_merged
-from ws.export.target import CARD_FILE, require_no_folder, write_record
+from ws.export.target import CARD_FILE, card_of, require_free_file, write_record
 from ws.model import convert, loading, sources
 from ws.model.library import POCKET_MODELS, SMOLLM2
 from ws.model.weight_files import CONFIG
@@ -50,7 +50,7 @@ def export(
     name = f"{source.stem if source.is_file() else source.name}-{kind}-alpha{alpha:g}"
     target = out or source.parent / (f"{name}.gguf" if kind in ("gguf-lora", "gguf") else name)
     if kind in ("gguf-lora", "gguf"):
-        require_no_folder(target)
+        require_free_file(target, with_card=True)
     if kind == "merged":
         with convert.as_folder(base) as folder:
             record = write_merged({direction: alpha}, folder, target) | {"alpha": alpha, "exact": True}
@@ -68,8 +68,7 @@ def export(
             record |= {"logit_error": logit_error(loaded, direction, alpha, target)}
         else:
             record = write_gguf(direction, loaded.network, target, alpha=alpha, rank=rank, name=name)
-    described = target if target.is_dir() else target.with_suffix(".md")
-    card = target / CARD_FILE if target.is_dir() else described
+    card = target / CARD_FILE if target.is_dir() else card_of(target)
     base_file = sources.find(base).gguf
     write_card(card, direction, record, base=base, place=target.name, base_file=base_file, summary=summary)
     if target.is_dir():
@@ -89,7 +88,7 @@ def _export_model(source: Path, gguf_type: GgufType, out: Path | None) -> tuple[
 
     name = sources.model_slug(str(source))
     target = out or (source.resolve().parent if source.is_dir() else Path()) / f"{name}-{gguf_type}.gguf"
-    require_no_folder(target)
+    require_free_file(target)
     with convert.as_folder(str(source)) as folder:
         record = write_gguf_model({}, folder, target, number_format=gguf_type, name=name)
     return record | {"alpha": 0.0, "exact": True}, target

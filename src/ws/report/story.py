@@ -116,6 +116,15 @@ def _table(run: Path, name: str) -> pl.DataFrame | None:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
-    """A table beside the run with at least these columns; None without the file or one of them."""
-    found = pl.read_csv(path, infer_schema_length=None) if path.is_file() else None
-    return found if found is not None and set(columns) <= set(found.columns) else None
+    """A table beside the run with at least these columns; None without the file or one of them.
+
+    A run is shown even if a table of its neighbours is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = pl.read_csv(path, infer_schema_length=None)
+    except (OSError, pl.exceptions.PolarsError):
+        console.warn(f"{path} is damaged and is left out; the command that wrote it makes it again")
+        return None
+    return found if set(columns) <= set(found.columns) else None
