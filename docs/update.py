@@ -20,7 +20,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +50,6 @@ RESULTS = DOCS / "results"
 FIRST = "pocket-sycophancy-lora-seed0"
 SHAPE = RESULTS / "qwen3-0.6b-shape.json"
 SWEEP = RESULTS / "pocket-sycophancy-sweep.json"
-COMPARED = RESULTS / "pocket-sycophancy-compare"
 ACROSS = RESULTS / "comparisons.json"
 ALIGNMENT = RESULTS / "alignment.json"
 PATHS = RESULTS / "fast-paths.json"
@@ -60,9 +59,10 @@ WAITS = RESULTS / "first-token.json"
 SCALE = RESULTS / "scale.json"
 REAL = RESULTS / "smollm2"
 REAL_SWEEP = REAL / "sweep.json"
-REAL_COMPARED = REAL / "sycophancy-compare"
 SEARCH = REAL / "search.jsonl"
 POCKET_SEARCH = RESULTS / "pocket-search.jsonl"
+COMPARED = {"": "pocket", "gemma-": "pocket-gemma", "smollm2-": SMOLLM2}
+"""Models with a comparison of methods for sycophancy, by how the names of their blocks begin."""
 LARGEST_KEPT = 2_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 RANKED_AXES = ("block", "written", "read")
@@ -77,9 +77,9 @@ def main(arguments: list[str]) -> None:
         store(Path(argument))
     for file in documents():
         file.write_text(MARKED.sub(_filled, file.read_text()))
-    for folder in (COMPARED, REAL_COMPARED):
-        if (found := stored_comparison(folder)) is not None:
-            (folder / "comparison.md").write_text(page.markdown(found))
+    for model in COMPARED.values():
+        if (found := stored_comparison(model)) is not None:
+            (place_of_comparison(model) / "comparison.md").write_text(page.markdown(found))
 
 
 def documents() -> list[Path]:
@@ -112,9 +112,14 @@ def stored_rebuilds() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("rebuild-*.json"))]
 
 
-def stored_comparison(folder: Path | None = None) -> Findings | None:
-    """The comparison on pocket, or the one on the real model; None before it was made."""
-    file = (folder or COMPARED) / "comparison.json"
+def place_of_comparison(model: str) -> Path:
+    """The folder of the comparison of methods on a model."""
+    return RESULTS / f"{model}-sycophancy-compare"
+
+
+def stored_comparison(model: str) -> Findings | None:
+    """The comparison of methods on a model; None before it was made."""
+    file = place_of_comparison(model) / "comparison.json"
     return restore(Findings, json.loads(file.read_text())) if file.is_file() else None
 
 
@@ -186,6 +191,17 @@ def stored_data() -> dict[str, dict[str, Any]]:
     return {path.stem.removeprefix("data-"): json.loads(path.read_text()) for path in sorted(REAL.glob("data-*.json"))}
 
 
+Stored = TypeVar("Stored")
+
+
+def _made(make: Callable[[Stored], str], stored: Stored | None) -> str:
+    return "Not measured yet." if stored is None else make(stored)
+
+
+def _of_comparison(model: str, make: Callable[[Findings], str]) -> str:
+    return _made(make, stored_comparison(model))
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "pocket-search": lambda: comparisons.dev_search(stored_search(POCKET_SEARCH)),
     "see": lambda: runs.see(stored_runs()[FIRST]),
@@ -201,11 +217,11 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "shape": lambda: checks.shape_table(json.loads(SHAPE.read_text())),
     "sweep": lambda: _made(sweep_tables.markdown, stored_sweep()),
     "across": lambda: comparisons.across(restore(Across, json.loads(ACROSS.read_text()))),
-    "compare": lambda: _made(comparisons.compared, stored_comparison()),
-    "compare-short": lambda: _made(comparisons.short, stored_comparison()),
-    "contrast": lambda: _made(comparisons.contrast, stored_comparison()),
-    "null": lambda: _made(comparisons.null, stored_comparison()),
-    "winners": lambda: _made(comparisons.winners, stored_comparison()),
+    **{
+        f"{start}{name}": partial(_of_comparison, model, make)
+        for start, model in COMPARED.items()
+        for name, make in comparisons.BLOCKS.items()
+    },
     "generalisation": lambda: comparisons.generalisation(stored_generalisations()),
     "where-short": lambda: location.short(stored_location("subspace")),
     "bases": lambda: location.told(stored_location("subspace")),
@@ -225,25 +241,15 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         stored_data(),
         stored_alignment().get("smollm2-sycophancy-lora-seed0", []),
         stored_sweep(REAL_SWEEP),
-        stored_comparison(REAL_COMPARED),
+        stored_comparison(SMOLLM2),
         location.claims(stored_location("subspace"), SMOLLM2),
     ),
     "smollm2-sweep": lambda: _made(sweep_tables.markdown, stored_sweep(REAL_SWEEP)),
-    "smollm2-compare": lambda: _made(comparisons.compared, stored_comparison(REAL_COMPARED)),
-    "smollm2-winners": lambda: _made(comparisons.winners, stored_comparison(REAL_COMPARED)),
-    "smollm2-contrast": lambda: _made(comparisons.contrast, stored_comparison(REAL_COMPARED)),
     "smollm2-search": lambda: smollm2.search(stored_search()),
     "llama-cpp": lambda: llama_cpp(stored_agreements()),
     "serving": lambda: serving(stored_throughputs(), stored_waits()),
     "scale": lambda: scale(stored_scale(), run_minutes()),
 }
-
-
-Stored = TypeVar("Stored")
-
-
-def _made(make: Callable[[Stored], str], stored: Stored | None) -> str:
-    return "Not measured yet." if stored is None else make(stored)
 
 
 # -------------------------------------------------------------------- storing
@@ -299,7 +305,7 @@ def _store_comparison(folder: Path) -> None:
         # then nothing is stored: the pages of this comparison must not be mixed with the numbers of another
         raise SystemExit(f"{folder / 'comparison.json'}: {size} bytes are too many to keep (at most {LARGEST_KEPT})")
     found = restore(Findings, json.loads(text))
-    place = REAL_COMPARED if found.model == SMOLLM2 else COMPARED
+    place = place_of_comparison(found.model)
     _write(place / "comparison.json", page.as_json(found))
     (place / "comparison.md").write_text(page.markdown(found))
     shutil.copy(folder / "pareto.png", place / "pareto.png")

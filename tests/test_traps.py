@@ -366,14 +366,15 @@ def test_figures_in_documents_are_those_of_the_stored_results(tmp_path: Path, mo
     shown = {match["name"]: match["content"] for text in pages.values() for match in update.MARKED.finditer(text)}
     # the matrix has a test of its own; the rest is made anew, over what somebody might have typed
     monkeypatch.setattr(update, "BLOCKS", {**update.BLOCKS, "families": lambda: shown["families"]})
-    monkeypatch.setattr(update, "COMPARED", shutil.copytree(update.COMPARED, tmp_path / "compared"))
+    monkeypatch.setattr(update, "RESULTS", shutil.copytree(update.RESULTS, tmp_path / "results"))
+    compared = update.place_of_comparison("pocket") / "comparison.md"
     monkeypatch.setattr(update, "documents", lambda: list(pages))
     for file, text in pages.items():
         file.write_text(re.sub("(<!-- begin: .* -->\n)", "\\1+9.99 ", text), encoding="utf-8")
-    (update.COMPARED / "comparison.md").write_text("+9.99")
+    compared.write_text("+9.99")
     update.main([])
     assert {file: file.read_text(encoding="utf-8") for file in pages} == pages and len(shown) > 8
-    assert "+9.99" not in (update.COMPARED / "comparison.md").read_text(encoding="utf-8")
+    assert "+9.99" not in compared.read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------- the list

@@ -50,10 +50,12 @@ def test_all_markers_of_documents_are_pairs() -> None:
         assert text.count("<!-- begin: ") == len(update.MARKED.findall(text)) == text.count("<!-- end: "), file.name
 
 
-def test_the_page_of_the_comparison_is_made_from_its_numbers() -> None:
-    found = update.stored_comparison()
-    assert (update.COMPARED / "comparison.md").read_text() == page.markdown(found)
-    assert json.loads((update.COMPARED / "comparison.json").read_text()) == page.as_json(found)
+@pytest.mark.parametrize("model", [model for model in update.COMPARED.values() if update.stored_comparison(model)])
+def test_the_page_of_a_comparison_is_made_from_its_numbers(model: str) -> None:
+    found, place = update.stored_comparison(model), update.place_of_comparison(model)
+    assert found.model == model
+    assert (place / "comparison.md").read_text() == page.markdown(found)
+    assert json.loads((place / "comparison.json").read_text()) == page.as_json(found)
 
 
 def test_blocks_show_the_stored_numbers_and_no_others() -> None:
@@ -66,7 +68,7 @@ def test_blocks_show_the_stored_numbers_and_no_others() -> None:
     row = across.rows[0]
     moved = replace(row, own={**row.own, "+": replace(row.own["+"], seeds_high=9.87)})
     assert ", +9.87 |" in comparisons.across(replace(across, rows=(moved, *across.rows[1:])))
-    found = update.stored_comparison()
+    found = update.stored_comparison("pocket")
     measured = found.equal_kl[found.headline_budget]
     chosen = measured.entry(found.best["weights"])
     assert chosen is not None
@@ -180,7 +182,7 @@ def test_only_independent_traits_are_said_to_be_moved_against_the_plan() -> None
 def comparison_of(folder: Path, seeds: int, randoms: int, padding: int = 0) -> Path:
     """A finished comparison: its picture, and the stored numbers with other counts of replicates."""
     folder.mkdir()
-    found = update.stored_comparison()
+    found = update.stored_comparison("pocket")
     measured = found.equal_kl[found.headline_budget]
     reference = measured.entry(found.reference)
     control = next(one for one in measured.controls if one.of == found.reference)
@@ -207,27 +209,26 @@ def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
         comparison_of(tmp_path / name, *counts)
         for name, counts in {"1": (3, 20), "2": (1, 12), "3": (3, 20, update.LARGEST_KEPT)}.items()
     )
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    monkeypatch.setattr(update, "COMPARED", kept)
+    monkeypatch.setattr(update, "RESULTS", tmp_path)
+    kept = update.place_of_comparison("pocket")
     update.store(first)
-    text = comparisons.compared(update.stored_comparison())
+    text = comparisons.compared(update.stored_comparison("pocket"))
     assert text.startswith(
         "On pocket, runs per weight direction: 3, random controls per method: 20.\n\n> Sycophancy, change"
     )
     update.store(second)
     told = "On pocket, runs per weight direction: 1, random controls per method: 12."
-    assert comparisons.replicates_told(update.stored_comparison()) == told
+    assert comparisons.replicates_told(update.stored_comparison("pocket")) == told
     with pytest.raises(SystemExit, match="too many to keep"):
         update.store(large)
-    assert comparisons.replicates_told(update.stored_comparison()) == told, "nothing of it has been kept"
-    assert (kept / "comparison.md").read_text() == page.markdown(update.stored_comparison())
+    assert comparisons.replicates_told(update.stored_comparison("pocket")) == told, "nothing of it has been kept"
+    assert (kept / "comparison.md").read_text() == page.markdown(update.stored_comparison("pocket"))
     assert (kept / "pareto.png").read_bytes() == b"picture"
 
 
 def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts() -> None:
     """Every weight direction has ten random controls of its own at the same KL, and its verdict is theirs."""
-    found = update.stored_comparison()
+    found = update.stored_comparison("pocket")
     for budget, measured in found.equal_kl.items():
         controls = {one.of: one for one in measured.controls}
         for entry in (one for one in measured.entries if one.kind in ("weights", "variants")):
@@ -262,7 +263,7 @@ def test_no_stored_result_names_a_folder_of_a_machine() -> None:
 
 
 def test_a_plan_without_an_earlier_comparison_takes_the_spreads_of_the_published_one() -> None:
-    measured = planning.spread_of(update.COMPARED / "comparison.json")
+    measured = planning.spread_of(update.place_of_comparison("pocket") / "comparison.json")
     assert (round(measured.rows, 2), round(measured.seeds, 2)) == (planning.TYPICAL.rows, planning.TYPICAL.seeds)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from blocks.table import table
@@ -79,6 +79,12 @@ def winners(found: Findings) -> str:
             cells.append(f"**{text}**" if first is not None and first.name == name else text)
         rows.append(cells)
     return table(["method", *(f"{sign}, KL {budget}" for budget, sign in columns)], rows)
+
+
+BLOCKS: Mapping[str, Callable[[Findings], str]] = {
+    "compare": compared, "compare-short": short, "contrast": contrast, "null": null, "winners": winners,
+}  # fmt: skip
+"""The blocks of one comparison by name."""
 
 
 def across(found: Across) -> str:

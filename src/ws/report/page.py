@@ -32,6 +32,10 @@ from ws.report.sentences import facts_say_something, headline_strengths
 from ws.report.story import Story
 
 FIGURE_FILE = "dose_response.png"
+UNITS = (
+    "How to read this: a change of +1 nat makes the odds of an answer 2.7 times as high; -1 nat divides them by 2.7. "
+    "Held out: the items were in no training prompt."
+)
 FLIPS_SHOWN = 4
 """Rows that flip, by probe, strength and way, which stand on the page; the others are folded away."""
 
@@ -117,6 +121,7 @@ def _in_short(story: Story) -> list[Block]:
         Paragraph(means, note=True),
         evidence,
         Tiles(_tiles(summary)),
+        Paragraph(UNITS, note=True),
         Details("The same with all numbers", [Paragraph(summary.sentence)]),
     ]
 
