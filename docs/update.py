@@ -243,6 +243,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         stored_sweep(REAL_SWEEP),
         stored_comparison(SMOLLM2),
         location.claims(stored_location("subspace"), SMOLLM2),
+        location.of_writes(stored_location("ablations"), SMOLLM2),
     ),
     "smollm2-sweep": lambda: _made(sweep_tables.markdown, stored_sweep(REAL_SWEEP)),
     "smollm2-search": lambda: smollm2.search(stored_search()),

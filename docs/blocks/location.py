@@ -54,6 +54,26 @@ def projections(stored: Iterable[Mapping[str, Any]]) -> str:
     return f"{table(['model', 'adapter', 'part', *(head for _, head in BOTH_RATIOS)], rows)}\n\n{note}"
 
 
+def of_writes(stored: Iterable[Mapping[str, Any]], model: str) -> str:
+    """The original's projection row: shares of the effect of the residual writes at the largest K; empty if unknown."""
+    said = []
+    for one in (one for one in stored if one["model"] == model):
+        lines = [line for line in one["summary"] if line["lens"] == "projection" and line.get("of_writes") is not None]
+        last = lines[-1]["part"] if lines else ""
+        for family in one["families"]:
+            for probe in dict.fromkeys(line["probe"] for line in lines):
+                kept = {line["operation"]: _share(line) for line in lines
+                        if (line["family"], line["part"], line["probe"]) == (family, last, probe)}  # fmt: skip
+                shares = " / ".join(kept.get(name, "-") for name in ("keep", "matched", "complement"))
+                said += [f"{family}, {probe}: {shares}"] if kept else []
+    return "; ".join(said)
+
+
+def _share(line: Mapping[str, Any]) -> str:
+    low, high = line["of_writes_low"], line["of_writes_high"]
+    return f"{line['of_writes']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+
+
 def _mean(line: Mapping[str, Any] | None) -> str:
     return "-" if line is None or line["mean"] is None else with_limits(line)
 

@@ -212,6 +212,7 @@ def replication(
     sweep: SweepTables | None,
     compared: Findings | None,
     bases: str,
+    projection: str,
 ) -> str:
     """The rows of the original's tables that were measured on SmolLM2, with the figures of this model."""
     runs = of_behaviour(stored, "sycophancy")
@@ -252,6 +253,9 @@ def replication(
         rows.append(["alignment of dW with the top 10 % of singular directions, over a random direction (mean)",
                      f"{sum(shares) / len(shares):.2f}"])  # fmt: skip
     rows += [["mechanistic bases 1-8 % of the oracle", bases]] if bases else []
+    if projection:
+        rows.append(["projection: raw / norm-matched / complement, over residual writes (DeLoRA's complement 0.89)",
+                     projection])  # fmt: skip
     rows += [] if sweep is None else _family_rows(sweep)
     rows += [] if compared is None else _method_rows(compared)
     return table(["row of the original", "SmolLM2-135M"], rows)

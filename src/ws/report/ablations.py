@@ -329,8 +329,8 @@ def write(place: Path, report: Report) -> None:
 
 
 _JSON = ("family", "lens", "part", "operation", "probe", "seeds", "n", "mean", "low", "high", "retained",
-         "retained_low", "retained_high", "null_mean", "null_low", "null_high", "energy", "null_energy",
-         "suppressed", "unavailable", "remark")  # fmt: skip
+         "retained_low", "retained_high", "of_writes", "of_writes_low", "of_writes_high", "null_mean", "null_low",
+         "null_high", "energy", "null_energy", "suppressed", "unavailable", "remark")  # fmt: skip
 """Columns of `ablations.json`; the CSV file has all."""
 
 
