@@ -237,17 +237,9 @@ def replication(
         ["norm of dW; cosine of tau+ and tau-",
          f"{first.direction_norm:.2f}; {-first.geometry['cos_anti']:+.2f}"],
     ]  # fmt: skip
-    if "sycophancy-dilemmas" in data:
-        means = {
-            f"{one['alpha']:g}": with_limits(one)
-            for one in data["sycophancy-dilemmas"]["means"]
-            if one["metric"] == "logratio" and one["group"] == dilemmas.STATED
-        }  # fmt: skip
-        counts = data["sycophancy-dilemmas"]["data"]
-        rows.append([
-            f"daily dilemmas, a proxy of {counts['kept'] // 2} from the aggregated table, at -1 / 0 / +1",
-            " / ".join(means[key] for key in ("-1", "0", "1")) + f" ({counts['counted']} rows counted)",
-        ])  # fmt: skip
+    for probe, how in (("dilemmas", ""), ("dilemmas-guided", ", after a thought of at most 64 tokens")):
+        if (record := data.get(f"sycophancy-{probe}")) is not None:
+            rows.append(_proxy_row(record, how))
     if alignment:
         shares = [row["ratio_top"] for row in alignment if row.get("ratio_top") is not None]
         rows.append(["alignment of dW with the top 10 % of singular directions, over a random direction (mean)",
@@ -259,6 +251,22 @@ def replication(
     rows += [] if sweep is None else _family_rows(sweep)
     rows += [] if compared is None else _method_rows(compared)
     return table(["row of the original", "SmolLM2-135M"], rows)
+
+
+def _proxy_row(record: Mapping[str, Any], how: str) -> list[str]:
+    """The dilemmas of the aggregated public table, honest side, at three strengths."""
+
+    def of(metric: str) -> dict[str, Mapping[str, Any]]:
+        return {f"{one['alpha']:g}": one for one in record["means"]
+                if one["metric"] == metric and one["group"] == dilemmas.STATED}  # fmt: skip
+
+    counts, ratios, cut = record["data"], of("logratio"), of("forced")
+    keys = ("-1", "0", "1")
+    told = f"{counts['counted']} rows counted"
+    if cut:
+        told += "; thoughts cut at the limit " + " / ".join(f"{cut[key]['mean']:.0%}" for key in keys)
+    name = f"daily dilemmas, a proxy of {counts['kept'] // 2} from the aggregated table{how}, at -1 / 0 / +1"
+    return [name, f"{' / '.join(with_limits(ratios[key]) for key in keys)} ({told})"]
 
 
 def _family_rows(sweep: SweepTables) -> list[list[str]]:
