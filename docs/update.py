@@ -63,7 +63,7 @@ SEARCH = REAL / "search.jsonl"
 POCKET_SEARCH = RESULTS / "pocket-search.jsonl"
 COMPARED = {"": "pocket", "gemma-": "pocket-gemma", "smollm2-": SMOLLM2}
 """Models with a comparison of methods for sycophancy, by how the names of their blocks begin."""
-LARGEST_KEPT = 2_000_000
+LARGEST_KEPT = 3_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 RANKED_AXES = ("block", "written", "read")
 RANKED_COLUMNS = ("family", "basis", "metric", "runs", "percent", "percent_low", "percent_high", "null_percent", "z",

@@ -65,7 +65,16 @@ def short(found: Findings) -> str:
 
 def winners(found: Findings) -> str:
     """The best method of every kind at every budget, with the winner of each column in bold."""
-    names = list(dict.fromkeys(found.best.values()))
+    return _at_every_budget(found, list(dict.fromkeys(found.best.values())))
+
+
+def trained(found: Findings) -> str:
+    """Every trained direction at every budget, with the winner of each column in bold where it is one of them."""
+    measured = found.equal_kl[found.headline_budget]
+    return _at_every_budget(found, [entry.name for entry in measured.entries if entry.kind == "weights"])
+
+
+def _at_every_budget(found: Findings, names: Sequence[str]) -> str:
     columns = [(budget, sign) for budget in found.equal_kl for sign in ("+", "-")]
     won = {(budget, sign): page.winner(found, sign, budget) for budget, sign in columns}
     rows = []
@@ -82,7 +91,8 @@ def winners(found: Findings) -> str:
 
 
 BLOCKS: Mapping[str, Callable[[Findings], str]] = {
-    "compare": compared, "compare-short": short, "contrast": contrast, "null": null, "winners": winners,
+    "compare": compared, "compare-short": short, "contrast": contrast, "null": null, "trained": trained,
+    "winners": winners,
 }  # fmt: skip
 """The blocks of one comparison by name."""
 
