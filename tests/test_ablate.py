@@ -117,6 +117,23 @@ def test_a_second_run_measures_nothing_and_writes_the_same(
     assert again.summary.equals(report.summary) and (place / "ablations.md").read_text() == before
 
 
+def test_only_the_parts_that_are_asked_for_are_measured(
+    settings: Settings, done: tuple[ablations.Report, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(settings.out, tmp_path / "copy")
+    elsewhere = Settings(**{**vars(settings), "out": tmp_path / "copy"})
+    plan = Plan(("layers", "native"), ("lora",), (0,), controls=2, rows=4, parts=("layer 1",))
+    report, place = ablate.run(elsewhere, plan)
+    of_layers, other = (report.table.filter(pl.col("lens") == name) for name in ("layers", "native"))
+    assert set(of_layers["part"]) == {"layer 1"} and other["part"].n_unique() > 1, "a lens without such a part is whole"
+    full = done[0].table.filter((pl.col("family") == "lora") & (pl.col("seed") == 0) & (pl.col("part") == "layer 1"))
+    keys = ["operation", "draw", "probe", "alpha"]
+    assert of_layers.sort(keys)["mean"].to_list() == pytest.approx(full.sort(keys)["mean"].to_list(), abs=1e-5)
+    assert "layer 1" in (place / "ablations.md").read_text()
+    with pytest.raises(UserError, match=r"no chosen lens has a part 'layer 9'. Parts: .*layer 1"):
+        ablate.run(elsewhere, Plan(("layers",), ("lora",), (0,), controls=2, rows=4, parts=("layer 9",)))
+
+
 def test_a_killed_lens_continues_with_the_variants_that_it_has(
     settings: Settings, done: tuple[ablations.Report, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,9 @@ class Ablate(RunOptions):
     lens: tuple[str, ...] = ("all",)
     """How directions are cut into parts: all, or some of projection, shared, layers, modules, heads, own-svd, base-svd,
     native, norm, smallest. The whole direction is always measured."""
+    parts: tuple[str, ...] = ()
+    """Measure only these parts of the lenses that have them, such as early late attention mlp. Asking a lens for other
+    parts later measures it anew."""
     families: tuple[str, ...] = ("lora", "delora")
     """Adapter families. The lens shared needs two or more."""
     seeds: tuple[int, ...] = (0,)
@@ -216,7 +219,7 @@ class Ablate(RunOptions):
         from ws.report import ablations, terminal  # noqa: PLC0415
         from ws.runs import ablate  # noqa: PLC0415
 
-        asked = ablate.Plan(self.lens, self.families, self.seeds, self.controls, self.rows)
+        asked = ablate.Plan(self.lens, self.families, self.seeds, self.controls, self.rows, self.parts)
         settings = run_settings(self, FitOptions(), EvalOptions(dilemmas=self.dilemmas))
         if self.plan:
             with ablate.Ablation(settings, asked) as ablation:

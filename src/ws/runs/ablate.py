@@ -40,7 +40,7 @@ from ws.report.ablations import Report
 from ws.runs.replicate import Replication
 from ws.subspace import prompts
 from ws.subspace.lenses import Lens, Material, registry
-from ws.subspace.variants import Subject, Variant, variants
+from ws.subspace.variants import Part, Subject, Variant, variants
 
 ALPHAS = (1.0, -1.0)
 VERSION = 1
@@ -51,13 +51,17 @@ BYTES_AT_ONCE = 2**28
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. controls: random twins of every part. rows: how many headline items, and dilemma situations."""
+    """What to measure. controls: random twins of every part. rows: how many headline items, and dilemma situations.
+
+    parts: names of parts; a lens that has some of them measures only these, other lenses all of theirs.
+    """
 
     lenses: tuple[str, ...] = ("all",)
     families: tuple[str, ...] = ("lora", "delora")
     seeds: tuple[int, ...] = (0,)
     controls: int = 3
     rows: int | None = 40
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         registry.chosen(self.lenses)
@@ -157,6 +161,19 @@ class Ablation:
         means = dict(rows.group_by("seed").agg(signed.mean()).iter_rows())
         return [means[number] for number in range(len(directions))]
 
+    def parts(self, lens: Lens, material: Material) -> list[Part]:
+        """The parts of a lens that the plan asks for."""
+        every = list(lens.parts(material))
+        return [part for part in every if part.name in self.plan.parts] or every
+
+    def _require_known_parts(self) -> None:
+        """Raise if no chosen lens has a part of a name that the plan asks for."""
+        if not self.plan.parts:
+            return
+        names = {part.name: None for lens in self.lenses for part in lens.parts(self.material(self.cells[0]))}
+        if unknown := [name for name in self.plan.parts if name not in names]:
+            raise UserError(f"no chosen lens has a part {unknown[0]!r}", f"Parts: {', '.join(names)}.")
+
     # ---------------------------------------------------------------- measuring
 
     def measure(self, cell: Cell, lens: Lens) -> Measured:
@@ -164,7 +181,7 @@ class Ablation:
         stage = f"{cell.name}-{lens.name}"
         files = [f"{stage}.parquet", f"{stage}.json"]
         asked = [[part.name, part.operations, part.twins(self.plan.controls)]
-                 for part in lens.parts(self.material(cell))]  # fmt: skip
+                 for part in self.parts(lens, self.material(cell))]  # fmt: skip
         inputs: dict[str, Any] = {
             "version": VERSION, "parts": asked, "random": random_like.VERSION,
             "direction": digest(cell.folder / "direction.safetensors"),
@@ -191,7 +208,7 @@ class Ablation:
 
     def _portions(self, lens: Lens, material: Material) -> Iterator[list[Variant]]:
         pending: list[Variant] = []
-        for part in lens.parts(material):
+        for part in self.parts(lens, material):
             pending += variants(lens.name, part, material.subject, self.plan.controls)
             if sum(one.direction.stored_bytes for one in pending if one.direction is not None) > BYTES_AT_ONCE:
                 yield pending
@@ -207,6 +224,7 @@ class Ablation:
 
     def run(self) -> list[Measured]:
         """All lenses on all runs."""
+        self._require_known_parts()
         found = []
         for cell in self.cells:
             for lens in self.lenses:
@@ -221,8 +239,9 @@ class Ablation:
 
     def outlook(self) -> list[str]:
         """How many variants there are, and about how long they take: one Condition is timed on this machine."""
+        self._require_known_parts()
         material = self.material(self.cells[0])
-        by_lens = {lens.name: list(lens.parts(material)) for lens in self.lenses}
+        by_lens = {lens.name: self.parts(lens, material) for lens in self.lenses}
         counts = {name: sum(part.count(self.plan.controls) for part in some) for name, some in by_lens.items()}
         trials = sum(part.trials for some in by_lens.values() for part in some)
         timed = [Variant("plan", "direction", "full", material.direction, draw=draw) for draw in range(3)]
