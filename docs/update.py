@@ -226,6 +226,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "where-short": lambda: location.short(stored_location("subspace")),
     "bases": lambda: location.told(stored_location("subspace")),
     "ablations": lambda: location.told(stored_location("ablations")),
+    "places": lambda: location.places(stored_location("ablations")),
     "projections": lambda: location.projections(stored_location("ablations")),
     "alignment": lambda: alignment(stored_alignment()),
     "paths": lambda: fast_paths(stored_paths()),

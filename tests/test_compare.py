@@ -41,6 +41,7 @@ from ws.model import library, loading
 from ws.model.chat import SupervisedTokens
 from ws.model.loading import ChatModel
 from ws.report.document import Table, to_markdown
+from ws.report.findings import Estimate
 from ws.report.summary import is_outside
 
 SMALL: dict[str, Any] = {
@@ -1053,6 +1054,20 @@ def test_a_search_that_missed_is_marked_at_its_sign_in_tables_and_picture(tmp_pa
     page.write(tmp_path / "reached", found_of(found, found))
     pictures = [(tmp_path / name / "pareto.png").read_bytes() for name in ("missed", "reached")]
     assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(("rise", "scales"), [(0.9, []), (9.0, ["symlog", "symlog"])])
+def test_the_axis_of_costs_is_logarithmic_where_a_method_breaks_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rise: float, scales: list[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_xscale", lambda _, name, **__: asked.append(name))
+    measured = numbers.measure(reader(known(lambda label, alpha: alpha * label)), LINES)
+    first, *others = measured.entries
+    side = replace(first.sides["+"], nll_delta=Estimate(rise, rise - 0.1, rise + 0.1, 10))
+    broken = replace(measured, entries=(replace(first, sides={**first.sides, "+": side}), *others))
+    pareto.draw(found_of(broken, broken), tmp_path / "pareto.png")
+    assert asked == scales and (tmp_path / "pareto.png").stat().st_size > 10_000
 
 
 # -------------------------------------------------------------------- rows

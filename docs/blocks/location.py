@@ -54,6 +54,31 @@ def projections(stored: Iterable[Mapping[str, Any]]) -> str:
     return f"{table(['model', 'adapter', 'part', *(head for _, head in BOTH_RATIOS)], rows)}\n\n{note}"
 
 
+PLACES = ("early", "middle", "late", "attention", "mlp")
+"""Parts of the lenses `layers` and `modules` that are shown: thirds of the touched layers, and kinds of modules."""
+
+
+def places(stored: Iterable[Mapping[str, Any]]) -> str:
+    """Shares of the effect that thirds of the layers, attention and MLP keep, on the behaviour's own probe."""
+    rows = []
+    for one in stored:
+        own = [line for line in one["summary"] if line["part"] in PLACES and line["probe"] != "dilemmas"]
+        for family in one["families"]:
+            for part in PLACES:
+                by_operation = {line["operation"]: line for line in own
+                                if (line["family"], line["part"]) == (family, part)}  # fmt: skip
+                if "keep" in by_operation and by_operation["keep"]["unavailable"] is None:
+                    kept = by_operation["keep"]
+                    rows.append([
+                        one["model"], family, part, str(kept["seeds"]), f"{kept['energy']:.0%}",
+                        *(_share(by_operation.get(name), "retained") for name in ("keep", "random", "matched", "drop")),
+                    ])  # fmt: skip
+    head = ["model", "adapter", "part", "seeds", "share of the squared norm", "part alone", "random of that size",
+            "part at the norm of the whole", "the rest"]  # fmt: skip
+    note = "Shares of the effect of the whole direction on the behaviour's own probe, 95 % t intervals over seeds."
+    return f"{table(head, rows)}\n\n{note}"
+
+
 def of_writes(stored: Iterable[Mapping[str, Any]], model: str) -> str:
     """The original's projection row: shares of the effect of the residual writes at the largest K; empty if unknown."""
     said = []
@@ -62,16 +87,18 @@ def of_writes(stored: Iterable[Mapping[str, Any]], model: str) -> str:
         last = lines[-1]["part"] if lines else ""
         for family in one["families"]:
             for probe in dict.fromkeys(line["probe"] for line in lines):
-                kept = {line["operation"]: _share(line) for line in lines
+                kept = {line["operation"]: _share(line, "of_writes") for line in lines
                         if (line["family"], line["part"], line["probe"]) == (family, last, probe)}  # fmt: skip
                 shares = " / ".join(kept.get(name, "-") for name in ("keep", "matched", "complement"))
                 said += [f"{family}, {probe}: {shares}"] if kept else []
     return "; ".join(said)
 
 
-def _share(line: Mapping[str, Any]) -> str:
-    low, high = line["of_writes_low"], line["of_writes_high"]
-    return f"{line['of_writes']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+def _share(line: Mapping[str, Any] | None, name: str) -> str:
+    if line is None or line[name] is None:
+        return "-"
+    low, high = line[f"{name}_low"], line[f"{name}_high"]
+    return f"{line[name]:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def _mean(line: Mapping[str, Any] | None) -> str:

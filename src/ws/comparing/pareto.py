@@ -16,9 +16,13 @@ from ws.report.findings import Estimate
 CAPTION = (
     "One line per method, through all strengths at which it was measured: equal KL at several budgets, and its own "
     "strength (square). Height: how far it moves the behaviour in the intended direction. Horizontal: rise of the NLL "
-    "of neutral text; further right is worse. Bars: 95 % intervals, over rows and over texts. Coloured: the best "
-    "method of each kind on the dev split, and the reference. A cross marks a search that missed its budget."
+    "of neutral text (beyond 1 nat, if any method is there, logarithmic); further right is worse. Bars: 95 % "
+    "intervals, over rows and over texts. Coloured: the best method of each kind on the dev split, and the reference. "
+    "A cross marks a search that missed its budget."
 )
+BROKEN = 1.0
+"""Rise of the NLL, nats per token, beyond which the axis is logarithmic."""
+_TICKS = (-0.5, 0.0, 0.5, 1.0, 3.0, 10.0)
 _COLOURS = {
     "weights": "#0b5cad", "variants": "#7a4fb5", "untrained": "#b0892a", "activations": "#c2570c", "prompts": "#2f7d4f",
 }  # fmt: skip
@@ -41,6 +45,9 @@ def draw(found: Findings, path: Path) -> None:
             axis.axvline(0, color="#8b949e", linewidth=0.8, zorder=0)
             for entry in found.own_strength.entries:
                 _line(axis, found, entry, sign, is_shown=entry.name in shown)
+            if _worst(found) > BROKEN:  # a method that breaks the text must not squeeze the others into a corner
+                axis.set_xscale("symlog", linthresh=BROKEN, linscale=3)
+                axis.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
             axis.set_title(f"sign {sign}", loc="left", fontweight="bold", fontsize=10)
             axis.set_xlabel("rise of the NLL of neutral text, nats per token")
         axes[0].set_ylabel(f"{found.behaviour} moved in the intended direction, nats")
@@ -49,6 +56,12 @@ def draw(found: Findings, path: Path) -> None:
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
         plt.close(figure)
+
+
+def _worst(found: Findings) -> float:
+    """The largest rise of the NLL of any method."""
+    sides = (side for entry in found.own_strength.entries for side in entry.sides.values())
+    return max((side.nll_delta.mean for side in sides if side.nll_delta), default=0.0)
 
 
 def _line(axis: Any, found: Findings, entry: Entry, sign: str, *, is_shown: bool) -> None:
