@@ -130,8 +130,21 @@ def test_only_the_parts_that_are_asked_for_are_measured(
     keys = ["operation", "draw", "probe", "alpha"]
     assert of_layers.sort(keys)["mean"].to_list() == pytest.approx(full.sort(keys)["mean"].to_list(), abs=1e-5)
     assert "layer 1" in (place / "ablations.md").read_text()
-    with pytest.raises(UserError, match=r"no chosen lens has a part 'layer 9'. Parts: .*layer 1"):
+    with pytest.raises(UserError, match=r"no chosen lens has a part 'layer 9'. Parts are, for example: .*layer 1"):
         ablate.run(elsewhere, Plan(("layers",), ("lora",), (0,), controls=2, rows=4, parts=("layer 9",)))
+
+
+def test_a_part_that_is_named_like_one_of_the_whole_leaves_the_whole_complete(
+    settings: Settings, done: tuple[ablations.Report, Path], tmp_path: Path
+) -> None:
+    """The lens `modules` and the whole direction both have residual writes; all shares are read against the whole."""
+    shutil.copytree(settings.out, tmp_path / "copy")
+    elsewhere = Settings(**{**vars(settings), "out": tmp_path / "copy"})
+    plan = Plan(("modules",), ("lora",), (0,), controls=2, rows=4, parts=("residual writes",))
+    table = ablate.run(elsewhere, plan)[0].table
+    wholes, modules = (table.filter(pl.col("lens") == name)["part"] for name in ("whole", "modules"))
+    full = done[0].table.filter(pl.col("lens") == "whole")["part"]
+    assert set(wholes) == set(full) == {"direction", "residual writes"} and set(modules) == {"residual writes"}
 
 
 def test_a_killed_lens_continues_with_the_variants_that_it_has(

@@ -7,6 +7,7 @@ chosen on dev rows; all results are on the test rows of the headline's instrumen
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ VERSION = 1
 """Raise it when a lens or a variant is made in another way, so that earlier scores are not reused."""
 BYTES_AT_ONCE = 2**28
 """Variants are made and scored in portions of about this size."""
+SUGGESTED = 8
+"""How many names of parts a message about an unknown one gives; a large model has hundreds."""
 
 
 @dataclass(frozen=True)
@@ -162,17 +165,23 @@ class Ablation:
         return [means[number] for number in range(len(directions))]
 
     def parts(self, lens: Lens, material: Material) -> list[Part]:
-        """The parts of a lens that the plan asks for."""
+        """The parts of a lens that the plan asks for. The lens that all others are read against is always complete."""
         every = list(lens.parts(material))
-        return [part for part in every if part.name in self.plan.parts] or every
+        asked = [part for part in every if part.name in self.plan.parts and lens.name != registry.WHOLE]
+        return asked or every
 
     def _require_known_parts(self) -> None:
         """Raise if no chosen lens has a part of a name that the plan asks for."""
         if not self.plan.parts:
             return
-        names = {part.name: None for lens in self.lenses for part in lens.parts(self.material(self.cells[0]))}
+        material = self.material(self.cells[0])
+        names = {
+            part.name: None for lens in self.lenses if lens.name != registry.WHOLE for part in lens.parts(material)
+        }
         if unknown := [name for name in self.plan.parts if name not in names]:
-            raise UserError(f"no chosen lens has a part {unknown[0]!r}", f"Parts: {', '.join(names)}.")
+            near = difflib.get_close_matches(unknown[0], names, SUGGESTED) or list(names)[:SUGGESTED]
+            told = f"Parts are, for example: {'; '.join(near)}."
+            raise UserError(f"no chosen lens has a part {unknown[0]!r}", told)
 
     # ---------------------------------------------------------------- measuring
 
