@@ -233,6 +233,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-shown": lambda: smollm2.shown(stored_real()),
     "real-and-planted": lambda: smollm2.columns(stored_real(), stored_runs()),
     "smollm2-runs": lambda: smollm2.runs_table(stored_real()),
+    "smollm2-original": lambda: smollm2.original(stored_real()),
     "smollm2-minutes": lambda: smollm2.minutes(stored_real()),
     "smollm2-wordings": lambda: smollm2.wordings(stored_real()),
     "smollm2-instruments": lambda: smollm2.instruments(stored_real()),

@@ -20,19 +20,19 @@ SIGNS = ("-1", "1")
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
 
 
-def of_behaviour(stored: Mapping[str, Mapping[str, Any]], name: str) -> list[Summary]:
-    """The stored runs of one behaviour, LoRA, by seed and data seed."""
+def of_behaviour(stored: Mapping[str, Mapping[str, Any]], name: str, recipe: str = "own") -> list[Summary]:
+    """The stored runs of one behaviour with one recipe, LoRA, by data seed and seed."""
     runs = [
         restore(Summary, {key: part for key, part in one.items() if key != "persona_changes"})
-        for one in stored.values() if one["behaviour"] == name and one.get("recipe", "own") == "own"
+        for one in stored.values() if one["behaviour"] == name and one.get("recipe", "own") == recipe
     ]  # fmt: skip
     return sorted((one for one in runs if one.adapter == "lora"), key=lambda one: (one.data_seed, one.seed))
 
 
 def over_runs(runs: Sequence[Summary], key: str) -> str:
-    """Mean change of the replies over runs with its 95 % t interval, or one run's change with its interval over "
-    "items."""
-    changes = [one.numbers.instruments["replies"].change[key] for one in runs]
+    """Mean change over runs with its 95 % t interval, as the instrument of the headline reads it; of one run, its
+    change and interval over items."""
+    changes = [one.measured.change[key] for one in runs]
     if len(changes) == 1:
         return with_limits(vars(changes[0]))
     found = stats.over_seeds([one.mean for one in changes])
@@ -82,9 +82,7 @@ def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name in BEHAVIOURS:
         runs = of_behaviour(stored, name)
-        for one in runs:
-            for key in SIGNS:
-                rows.append([f"{name}, seed {one.seed}, data {one.data_seed}", signed(key), *_cells(one, key)])
+        rows += _rows_of(runs)
         if len(runs) > 1:
             for key in SIGNS:
                 rows.append([f"**{name}, {len(runs)} runs**", signed(key), over_runs(runs, key), *[""] * 9])
@@ -99,9 +97,24 @@ def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
         "base. Ended: "
         "share of greedy replies to neutral requests that end within 48 tokens."
     )
-    head = ["run", "alpha", "replies", "per token", "random band", "other groups", "Yes/No, balanced", "likeness",
-            "dilemmas", "KL", "NLL", "ended"]  # fmt: skip
-    return f"{table(head, rows)}\n\n{note}"
+    return f"{table(_HEAD, rows)}\n\n{note}"
+
+
+def original(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """The runs with the recipe of the replicated work, in the columns of the other runs."""
+    rows = [row for name in BEHAVIOURS for row in _rows_of(of_behaviour(stored, name, "original"))]
+    return table(_HEAD, rows) if rows else "Not measured yet."
+
+
+_HEAD = ["run", "alpha", "replies", "per token", "random band", "other groups", "Yes/No, balanced", "likeness",
+         "dilemmas", "KL", "NLL", "ended"]  # fmt: skip
+
+
+def _rows_of(runs: Sequence[Summary]) -> list[list[str]]:
+    return [
+        [f"{one.behaviour}, seed {one.seed}, data {one.data_seed}", signed(key), *_cells(one, key)]
+        for one in runs for key in SIGNS
+    ]  # fmt: skip
 
 
 def _cells(run: Summary, key: str) -> list[str]:
@@ -323,31 +336,27 @@ def _sign_of_dilemmas(runs: Sequence[Summary]) -> str:
 
 
 def columns(real: Mapping[str, Mapping[str, Any]], planted: Mapping[str, Mapping[str, Any]]) -> str:
-    """The real and the planted model side by side, seed 0: every behaviour that was run on both."""
+    """The real and the planted model side by side: every behaviour that was run on both, over all of its runs."""
     rows = []
     for name in BEHAVIOURS:
-        found = of_behaviour(real, name)[:1], of_behaviour(_of_model(planted, "pocket"), name)[:1]
+        found = of_behaviour(real, name), of_behaviour(_of_model(planted, "pocket"), name)
         if all(found):
-            rows.append([name, *(_both_signs(one[0]) for one in found)])
+            rows.append([name, *map(_both_signs, found)])
     note = (
-        "Change at alpha -1 / +1 in nats, training seed 0; in brackets the largest change by a random direction. "
-        "SmolLM2: "
-        "log-ratio of opposite replies. pocket: log p(Yes) - log p(No), balanced. Sizes cannot be compared "
-        "across columns."
-        " On the real model wordings differ, true claims move as much as false ones, and some replies at +1 are "
-        "incoherent: [docs/smollm2.md](docs/smollm2.md)."
+        "Change at alpha -1 / +1 in nats; in brackets the 95 % interval over runs with different seeds (of a single "
+        "run: over items) and the largest change by a random direction. SmolLM2: log-ratio of opposite replies. "
+        "pocket: log p(Yes) - log p(No), balanced. Sizes cannot be compared across columns. On the real model "
+        "wordings differ, true claims move as much as false ones, and some replies at +1 are incoherent: "
+        "[docs/smollm2.md](docs/smollm2.md)."
     )
     return f"{table(['behaviour', 'SmolLM2-135M (real)', 'pocket (planted)'], rows)}\n\n{note}"
 
 
-def _both_signs(run: Summary) -> str:
-    moved = " / ".join(f"{run.measured.change[key].mean:+.2f}" for key in SIGNS)
-    return f"{moved} ({_largest(run):.2f})"
+def _both_signs(runs: Sequence[Summary]) -> str:
+    moved = " / ".join(over_runs(runs, key) for key in SIGNS)
+    largest = max(abs(value) for one in runs for band in one.measured.bands.values() for value in band.seeds)
+    return f"{moved} ({'1 run' if len(runs) == 1 else f'{len(runs)} runs'}; random {largest:.2f})"
 
 
 def _of_model(stored: Mapping[str, Mapping[str, Any]], model: str) -> dict[str, Mapping[str, Any]]:
     return {name: one for name, one in stored.items() if one["model"] == model}
-
-
-def _largest(run: Summary) -> float:
-    return max(abs(value) for band in run.measured.bands.values() for value in band.seeds)
