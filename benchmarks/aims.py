@@ -10,19 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-POCKET, SHAPE = "pocket", "qwen3-0.6b-shape"
+POCKET, REAL = "pocket", "smollm2"
 
 RATIOS = {
-    ("scoring", "in place", SHAPE): 3.5, ("scoring", "peft", SHAPE): 2.1,
+    ("scoring", "in place", REAL): 3.0, ("scoring", "peft", REAL): 2.0,
     ("scoring", "in place", POCKET): 3.0, ("scoring", "peft", POCKET): 1.8,
-    ("training", "trl", POCKET): 1.8, ("training", "trl", SHAPE): 1.3,
+    ("training", "trl", POCKET): 1.8, ("training", "trl", REAL): 1.3,
     ("sweeping", "all", POCKET): 1.8,
-    ("generating", "generate", POCKET): 2.5, ("generating", "generate", SHAPE): 1.5,
-    ("algebra", "factors", SHAPE): 50.0, ("algebra", "dense", SHAPE): 4.0,
-    ("algebra", "checkpoint", SHAPE): 4.0,
+    ("generating", "generate", POCKET): 2.5, ("generating", "generate", REAL): 2.5,
+    ("algebra", "factors", REAL): 50.0, ("algebra", "dense", REAL): 4.0,
+    ("algebra", "checkpoint", REAL): 4.0,
+    ("pipeline", "peers", REAL): 2.5,
 }  # fmt: skip
 """Comparison, peer and size -> the ratio to reach."""
-GEMM_SHARES = {("scoring", SHAPE): 0.65, ("training", SHAPE): 0.5}
+GEMM_SHARES = {("scoring", REAL): 0.65, ("training", REAL): 0.5}
 """Comparison and size -> the share of the GEMM peak to reach."""
 REPLICATE_SECONDS = {POCKET: 45.0}
 """All of `ws replicate` after its start."""

@@ -29,7 +29,7 @@ from ws.base.files import read_json, write_json
 from ws.base.poles import POLES
 from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings, stored_in
-from ws.model import architecture, loading, sources
+from ws.model import architecture, convert, loading, sources
 from ws.model.loading import ChatModel
 from ws.runs.replicate import Replication
 
@@ -70,6 +70,9 @@ class Inputs:
         if name in shapes.SHAPES:
             model = str(folder / name)
             shapes.make(shapes.SHAPES[name], Path(model), shapes.fast_dtype())
+        elif name == sources.SMOLLM2:  # mergekit and PEFT read folders, not GGUF files
+            model = str(folder / name)
+            convert.convert(name, Path(model))
         made = cls(sources.model_slug(name), model, workload, folder)
         made._write_description()
         if workload.grid is None:

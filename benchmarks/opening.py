@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aims import POCKET, SHAPE
+from aims import POCKET, REAL
 
 
 class Job(NamedTuple):
@@ -24,17 +24,18 @@ class Job(NamedTuple):
 
 JOBS = (
     Job("sample, train, subtract and score", "transformers, TRL and PEFT", "pipeline", POCKET, "", ""),
+    Job("sample, train, subtract and score", "transformers, TRL and PEFT", "pipeline", REAL, "", ""),
     Job("sample replies", "`generate` of transformers", "generating", POCKET, "", "generate"),
-    Job("sample replies", "`generate` of transformers", "generating", SHAPE, "", "generate"),
+    Job("sample replies", "`generate` of transformers", "generating", REAL, "", "generate"),
     Job("train both adapters, LoRA", "TRL and PEFT", "training", POCKET, "", "TRL"),
-    Job("train both adapters, LoRA", "TRL and PEFT", "training", SHAPE, "", "TRL"),
+    Job("train both adapters, LoRA", "TRL and PEFT", "training", REAL, "", "TRL"),
     Job("train six families, three seeds", "TRL and PEFT", "sweeping", POCKET, "pos + neg of all", "TRL"),
     Job("score the dilemmas at seven strengths", "PEFT", "scoring", POCKET, "", "PEFT"),
-    Job("score the dilemmas at seven strengths", "PEFT", "scoring", SHAPE, "", "PEFT"),
-    Job("subtract two adapters exactly", "PEFT: merge twice, subtract", "algebra", SHAPE, "exact dW", "PEFT"),
-    Job("write a steered checkpoint", "mergekit", "algebra", SHAPE, "the checkpoint", "mergekit"),
+    Job("score the dilemmas at seven strengths", "PEFT", "scoring", REAL, "", "PEFT"),
+    Job("subtract two adapters exactly", "PEFT: merge twice, subtract", "algebra", REAL, "exact dW", "PEFT"),
+    Job("write a steered checkpoint", "mergekit", "algebra", REAL, "the checkpoint", "mergekit"),
 )
-MODELS = {POCKET: "pocket", SHAPE: "Qwen3-0.6B's shape"}
+MODELS = {POCKET: "pocket", REAL: "SmolLM2-135M"}
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -146,7 +146,7 @@ class EndToEnd(Comparison):
         assert given is not None
         return Settings(
             model=self.inputs.model, out=Path(scratch), grid=given.grid, rows=given.rows, train={"validation": 0.0},
-            **more,
+            fit_dtype="float32", **more,
         )  # fmt: skip
 
     @cached_property

@@ -1,6 +1,6 @@
 """Ours and the peers on the same work, in one run, on this machine.
 
-    python benchmarks/run.py            # pocket and the 0.6B shape: benchmarks/results.json and docs/performance.md
+    python benchmarks/run.py            # pocket and SmolLM2-135M: benchmarks/results.json and docs/performance.md
     python benchmarks/run.py --quick    # pocket, less work and one repetition; prints the tables, writes nothing else
     python benchmarks/run.py --models pocket qwen3-1.7b-shape --skip sweeping pipeline growth
     python benchmarks/run.py --models out/pocket/sycophancy/lora/seed0   # a run: algebra and activation steering
@@ -50,7 +50,7 @@ COMPARISONS: dict[str, type[Comparison]] = {
     kind.name: kind for kind in (Scoring, Training, Sweeping, Generating, Algebra, Activations, EndToEnd, FastPaths)
 }
 OTHER_PARTS = ("spending", "growth", "fixed")
-MODELS = (aims.POCKET, aims.SHAPE)
+MODELS = (aims.POCKET, aims.REAL)
 
 
 def default_models(quick: bool) -> Sequence[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import shapes
 
 from ws.fitting.data import Grid
+from ws.model import sources
 
 FAMILIES = ("lora", "dora", "pissa", "delora", "oft", "ia3")
 
@@ -120,12 +121,19 @@ SHAPE = Workload(
     written=32, scoring_rows=32, checked_rows=8, seeds=(0,), paths=Paths(12, 3, 3, 8, 12, 8, 3),
     generation=Generation(10, 10, (50, 100), searched_tokens=4),
 )  # fmt: skip
+REAL = replace(
+    FULL, name="real", comparisons=("scoring", "training", "generating", "algebra", "pipeline"), repeats=1,
+    grid=Grid(topics=4, personas=5, samples=4), scoring_rows=32, checked_rows=8, seeds=(0,),
+    generation=Generation(10, 6, (30, 60), searched_tokens=4), pipeline=Pipeline(Grid(topics=5, samples=4), 20),
+    growth=None, fixed_repeats=0,
+)  # fmt: skip
+"""A real chat model of 135 M parameters, in float32 on both sides."""
 RUN = replace(
     FULL, name="run", comparisons=("algebra", "activations"), grid=None, pipeline=None, growth=None, fixed_repeats=0,
     has_aims=False,
 )  # fmt: skip
 """What can be done with the adapters and the personas of a run."""
-WORKLOADS = {one.name: one for one in (FULL, QUICK, SHAPE, RUN)}
+WORKLOADS = {one.name: one for one in (FULL, QUICK, SHAPE, REAL, RUN)}
 
 
 def choose(model: str, quick: bool, of_run: bool = False) -> Workload:
@@ -134,6 +142,8 @@ def choose(model: str, quick: bool, of_run: bool = False) -> Workload:
         return RUN
     if model in shapes.SHAPES:
         return SHAPE
+    if model == sources.SMOLLM2:
+        return REAL
     return QUICK if quick else FULL
 
 

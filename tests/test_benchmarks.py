@@ -126,10 +126,10 @@ def test_an_aim_binds_from_its_side() -> None:
 
 
 def test_aims_are_those_of_the_work_the_peer_and_the_size() -> None:
-    (found,) = aims.ratio("scoring", "in place", "qwen3-0.6b-shape", 2.76)
-    assert (found.bound, found.is_reached) == (3.5, False)
+    (found,) = aims.ratio("scoring", "in place", "smollm2", 2.76)
+    assert (found.bound, found.is_reached) == (3.0, False)
     assert not [*aims.ratio("scoring", "in place", "another", 9.0)]
-    assert not [*aims.share("scoring", "pocket", 0.1)] and not [*aims.share("scoring", aims.SHAPE, None)]
+    assert not [*aims.share("scoring", "pocket", 0.1)] and not [*aims.share("scoring", aims.REAL, None)]
     assert [one.is_reached for one in aims.peak(700.0, 200.0, cache=512.0)] == [True]
     assert [one.is_reached for one in aims.peak(713.0, 200.0, cache=512.0)] == [False]
     assert not [*aims.peak(700.0, None, cache=512.0)]
