@@ -40,13 +40,17 @@ MODELS = {POCKET: "pocket", REAL: "SmolLM2-135M"}
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for every job that was measured."""
-    lines = ["| job | model | ws, seconds | alternative | alternative, seconds | ws is faster by |", "|---" * 6 + "|"]
+    lines = ["| job | model | ws, seconds | alternative | alternative, seconds | alternative / ws |", "|---" * 6 + "|"]
     for job in JOBS:
         if line := next((one for one in rows if measures(one, job)), None):
-            cells = [job.said, MODELS[job.size], f"{line['ours']:.2g}", job.peer_said, f"{line['theirs']:.2g}",
+            cells = [job.said, MODELS[job.size], _seconds(line["ours"]), job.peer_said, _seconds(line["theirs"]),
                      f"{line['ratio']:.1f}x"]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def measures(line: Mapping[str, Any], job: Job) -> bool:

@@ -20,9 +20,9 @@ OTHERS = "other_machines"
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The new record, with the parts that only the old record has.
 
-    Of one machine and the same versions, rows belong together by comparison and size of model, so a comparison that was
-    measured again replaces its rows; so do profiles, by work and size. A record of the machine with other versions is
-    dropped; those of other machines are kept.
+    Of one machine and the same versions (of the packages that both name), rows belong together by comparison and size
+    of model, so a comparison that was measured again replaces its rows; so do profiles, by work and size. A record of
+    the machine with other versions is dropped; those of other machines are kept.
     """
     known = {_key(one): one for one in _apart(old)}
     own = known.pop(_key(new), None)
@@ -42,7 +42,8 @@ def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _same_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return bool(old["machine"].get("versions") == new["machine"].get("versions"))
+    one, other = (record["machine"].get("versions", {}) for record in (old, new))
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def _replaced(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -509,6 +509,8 @@ def test_a_comparison_measured_again_replaces_its_rows() -> None:
         ("training", "pocket", 1.0), ("scoring", "other", 1.0), ("scoring", "pocket", 5.0), ("scoring", "pocket", 6.0),
     ]  # fmt: skip
     assert found["growth"] == [1]
+    with_a_peer = {**MACHINE, "versions": {"torch": "1", "peer": "3"}}
+    assert len(results.merged(old, {"machine": with_a_peer, "rows": [record()]})["rows"]) == 3, "a new peer is no change"
     newer = {**MACHINE, "versions": {"torch": "2"}}
     assert results.merged(old, {"machine": newer, "rows": [record()]}) == {"machine": newer, "rows": [record()]}
 
@@ -562,14 +564,16 @@ def test_the_page_has_every_mark_and_the_plan_of_the_code() -> None:
     assert plan.as_table() in text
 
 
-def test_the_page_opens_with_ten_jobs_of_the_stored_results() -> None:
+def test_the_page_opens_with_all_jobs_of_the_stored_results() -> None:
     rows = read_json(run.RESULTS)["rows"]
     table = opening.as_table(rows)
-    assert table.count("\n") == 1 + 10 and table in page.PAGE.read_text(encoding="utf-8")
+    assert table.count("\n") == 1 + len(opening.JOBS) and table in page.PAGE.read_text(encoding="utf-8")
     for job, shown in zip(opening.JOBS, table.split("\n")[2:], strict=True):
         (line, *others) = [one for one in rows if opening.measures(one, job)]
         assert not job.work or line["work"].startswith(job.work)
-        assert f"| {line['ours']:.2g} |" in shown and f"| {line['ratio']:.1f}x |" in shown
+        ours = float(shown.split("|")[3])
+        assert ours == pytest.approx(line["ours"], rel=0.05) and f"| {line['ratio']:.1f}x |" in shown
+        assert "e+" not in shown, "a person reads seconds, not powers of ten"
         assert {one["peer"] for one in others} <= {line["peer"]}, f"{job.said}: which line is meant?"
 
 
