@@ -509,8 +509,8 @@ def test_a_comparison_measured_again_replaces_its_rows() -> None:
         ("training", "pocket", 1.0), ("scoring", "other", 1.0), ("scoring", "pocket", 5.0), ("scoring", "pocket", 6.0),
     ]  # fmt: skip
     assert found["growth"] == [1]
-    with_a_peer = {**MACHINE, "versions": {"torch": "1", "peer": "3"}}
-    assert len(results.merged(old, {"machine": with_a_peer, "rows": [record()]})["rows"]) == 3, "a new peer is no change"
+    peer = {"machine": {**MACHINE, "versions": {"torch": "1", "peer": "3"}}, "rows": [record()]}
+    assert len(results.merged(old, peer)["rows"]) == 3, "a new peer changes no old line"
     newer = {**MACHINE, "versions": {"torch": "2"}}
     assert results.merged(old, {"machine": newer, "rows": [record()]}) == {"machine": newer, "rows": [record()]}
 
