@@ -74,7 +74,10 @@ def minutes(stored: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _seeds(runs: Sequence[Summary]) -> str:
-    return "one training seed" if len(runs) == 1 else f"{len(runs)} runs with different seeds"
+    if len(runs) == 1:
+        return "one training seed"
+    trained, sampled = len({one.seed for one in runs}), len({one.data_seed for one in runs})
+    return f"{len(runs)} runs: {trained} training seeds" + (f", {sampled} data seeds" if sampled > 1 else "")
 
 
 def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
