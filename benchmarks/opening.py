@@ -43,13 +43,14 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| job | model | ws, seconds | alternative | alternative, seconds | alternative / ws |", "|---" * 6 + "|"]
     for job in JOBS:
         if line := next((one for one in rows if measures(one, job)), None):
-            cells = [job.said, MODELS[job.size], _seconds(line["ours"]), job.peer_said, _seconds(line["theirs"]),
+            cells = [job.said, MODELS[job.size], seconds(line["ours"]), job.peer_said, seconds(line["theirs"]),
                      f"{line['ratio']:.1f}x"]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """Seconds in two digits, but never as a power of ten."""
     return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 

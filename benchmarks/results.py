@@ -43,7 +43,8 @@ def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _same_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     one, other = (record["machine"].get("versions", {}) for record in (old, new))
-    return all(one[name] == other[name] for name in one.keys() & other.keys())
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[name] == other[name] for name in shared)
 
 
 def _replaced(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from ws.runs.sweep_tables import SweepTables
 
 SIGNS = ("-1", "1")
 BEHAVIOURS = ("sycophancy", "honesty", "refusal")
+RUN_COLUMNS = ["run", "alpha", "replies", "per token", "random band", "other groups", "Yes/No, balanced", "likeness",
+               "dilemmas", "KL", "NLL", "ended"]  # fmt: skip
 
 
 def of_behaviour(stored: Mapping[str, Mapping[str, Any]], name: str, recipe: str = "own") -> list[Summary]:
@@ -39,6 +41,11 @@ def over_runs(runs: Sequence[Summary], key: str) -> str:
     return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
+def largest_random(runs: Sequence[Summary]) -> float:
+    """The largest change by a random direction, at any strength of any run."""
+    return max(abs(value) for one in runs for band in one.measured.bands.values() for value in band.seeds)
+
+
 def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     """What was shown on a real model, for the first screen."""
     runs = of_behaviour(stored, "sycophancy")
@@ -48,13 +55,12 @@ def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     wordings = {key: sorted(one.change[key].mean for one in first.wordings.values()) for key in SIGNS}
     spread = " and ".join(f"{signed(key)} from {some[0]:+.2f} to {some[-1]:+.2f}" for key, some in wordings.items())
     items = first.change["1"].n // len(first.wordings)
-    bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
     over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {_seeds(runs)}"
     return (
         "On a real language model, SmolLM2-135M-Instruct, a sycophancy direction moves the log-odds of agreeing over "
         f"disagreeing replies to {items} held-out false claims by {over_runs(runs, '-1')} nats at alpha -1 and by "
         f"{over_runs(runs, '1')} at +1 ({over}; random directions of the same norm: at most "
-        f"{max(map(abs, bands)):.2f}). "
+        f"{largest_random(runs):.2f}). "
         f"This is a mean over {len(wordings['1'])} wordings, which differ: at {spread} (seed {runs[0].seed})."
     )
 
@@ -91,7 +97,8 @@ def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
                 rows.append([f"**{name}, {len(runs)} runs**", signed(key), over_runs(runs, key), *[""] * 9])
     note = (
         "Replies: change of log p(reply that shows the behaviour) - log p(opposite reply), nats per reply, 95 % "
-        "interval over items; means over runs have a t interval over runs. Band: 95 % prediction interval of random "
+        "interval over items; means over runs have a t interval, as if runs were independent, but runs with one data "
+        "seed share their data. Band: 95 % prediction interval of random "
         "directions with the same norm and rank, five per run. Other groups: the same replies to true claims, honest "
         "or harmless items, where the behaviour is not wrong. Likeness: change of the mean probability that a "
         "free reply "
@@ -100,17 +107,13 @@ def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
         "base. Ended: "
         "share of greedy replies to neutral requests that end within 48 tokens."
     )
-    return f"{table(_HEAD, rows)}\n\n{note}"
+    return f"{table(RUN_COLUMNS, rows)}\n\n{note}"
 
 
 def original(stored: Mapping[str, Mapping[str, Any]]) -> str:
     """The runs with the recipe of the replicated work, in the columns of the other runs."""
     rows = [row for name in BEHAVIOURS for row in _rows_of(of_behaviour(stored, name, "original"))]
-    return table(_HEAD, rows) if rows else "Not measured yet."
-
-
-_HEAD = ["run", "alpha", "replies", "per token", "random band", "other groups", "Yes/No, balanced", "likeness",
-         "dilemmas", "KL", "NLL", "ended"]  # fmt: skip
+    return table(RUN_COLUMNS, rows) if rows else "Not measured yet."
 
 
 def _rows_of(runs: Sequence[Summary]) -> list[list[str]]:
@@ -238,7 +241,6 @@ def replication(
     own, mass = first.numbers.change["sycophancy"]["1"], min(level.pmass for level in first.own.values())
     replies = first.measured
     honesty = {key: with_limits(vars(first.dilemmas[key])) for key in ("-1", "0", "1")}
-    bands = [value for one in runs for band in one.measured.bands.values() for value in band.seeds]
     rows = [
         ["sycophancy, Yes/No, +1 minus 0; least answer mass (LoRA +1.00, 1.000)",
          f"{with_limits(vars(own))}; {mass:.3f} (one polarity, mostly Yes-bias: the model cannot answer Yes or No)"],
@@ -249,7 +251,7 @@ def replication(
         ["prompt baselines", "; ".join(f"{name}: {entry.mean - replies.levels['0'].mean:+.2f} by replies"
                                        for name, entry in replies.contexts.items())],
         ["random directions as a control",
-         f"five per run at both signs, largest change {max(map(abs, bands)):.2f} by replies"],
+         f"five per run at both signs, largest change {largest_random(runs):.2f} by replies"],
         ["norm of dW; cosine of tau+ and tau-",
          f"{first.direction_norm:.2f}; {-first.geometry['cos_anti']:+.2f}"],
     ]  # fmt: skip
@@ -357,8 +359,7 @@ def columns(real: Mapping[str, Mapping[str, Any]], planted: Mapping[str, Mapping
 
 def _both_signs(runs: Sequence[Summary]) -> str:
     moved = " / ".join(over_runs(runs, key) for key in SIGNS)
-    largest = max(abs(value) for one in runs for band in one.measured.bands.values() for value in band.seeds)
-    return f"{moved} ({'1 run' if len(runs) == 1 else f'{len(runs)} runs'}; random {largest:.2f})"
+    return f"{moved} ({len(runs)} run{'s' * (len(runs) > 1)}; random {largest_random(runs):.2f})"
 
 
 def _of_model(stored: Mapping[str, Mapping[str, Any]], model: str) -> dict[str, Mapping[str, Any]]:
