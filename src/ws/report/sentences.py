@@ -155,8 +155,8 @@ def _disagreeing(own: Instrument) -> list[str]:
         inside = [one for one in own.wordings.values() if one.outside.get(key) is False]
         if against or inside:
             said.append(
-                f"at alpha {signed(key)}, of {len(own.wordings)} wordings {len(against)} go the other way and "
-                f"{len(inside)} are not separable from random directions"
+                f"wordings that go the other way at alpha {signed(key)}: {len(against)} of {len(own.wordings)}; "
+                f"not separable from random directions: {len(inside)}"
             )
     return said
 
