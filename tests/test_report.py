@@ -26,7 +26,7 @@ GROUPS = (("false", 1), ("false/reversed", -1), ("true", 1), ("true/reversed", -
 
 def table(
     shift: Any, controls: Any = lambda seed, alpha: 0.01 * (seed - 1) * alpha, persona: float = 5.0,
-    alphas: tuple[float, ...] = (-1.0, 1.0), control_alphas: tuple[float, ...] = (-1.0, 1.0),
+    alphas: tuple[float, ...] = (-1.0, 1.0), control_alphas: tuple[float, ...] = (1.0,),
 ) -> pl.DataFrame:  # fmt: skip
     """Scores where the edit adds `shift(label, alpha)` to every raw log-ratio; base values vary by row."""
     records: list[dict[str, Any]] = []
@@ -145,11 +145,10 @@ def test_a_known_effect_is_found_with_its_size() -> None:
 @pytest.mark.parametrize(
     ("alphas", "control_alphas", "bare"),
     [
-        ((-2.0, -1.0, 1.0, 2.0), (-1.0, 1.0), None),
-        ((-3.0, 3.0), (-3.0, 3.0), None),
-        ((-3.0, -2.0, 3.0), (-3.0, 3.0), "alpha -2 has no random band: random directions were measured only at alpha "
-                                         "-3, +3"),
-        ((-1.0, 1.0), (), "alpha -1, +1 has no random band: random directions were measured at no strength"),
+        ((-2.0, -1.0, 1.0, 2.0), (1.0,), None),
+        ((-3.0, 3.0), (3.0,), None),
+        ((-3.0, -2.0, 3.0), (3.0,), "alpha -2 has no random band: only alpha -3, +3 has one"),
+        ((-1.0, 1.0), (), "alpha -1, +1 has no random band: no random directions were measured"),
     ],
 )  # fmt: skip
 def test_a_strength_of_the_headline_without_random_directions_is_told(
@@ -163,7 +162,16 @@ def test_a_strength_of_the_headline_without_random_directions_is_told(
     if 1.0 not in alphas:
         assert f"random control band at +{control_alphas[-1]:g} " in sentence
         assert all(f"alpha {alpha:+g} " in sentence for alpha in alphas), "what was measured is what is told"
-    assert list(found["outside_controls"]["sycophancy"].values()) == [True] * len(control_alphas)
+    assert list(found["outside_controls"]["sycophancy"].values()) == [True] * sum(abs(a) in control_alphas for a in alphas)
+
+
+def test_random_directions_measured_at_plus_give_the_band_of_both_signs() -> None:
+    found = made(behaviour_shift, controls=lambda seed, alpha: 0.01 * (seed + 1) * alpha)
+    for probe in ("sycophancy", "dilemmas"):
+        seeds = {key: by_probe[probe]["seeds"] for key, by_probe in found["controls"]["random"].items()}
+        assert seeds["-1"] == seeds["1"] == pytest.approx((0.01, 0.02, 0.03))
+    bands = found["instruments"]["choice"]["bands"]
+    assert bands["-1"]["seeds"] == bands["1"]["seeds"] == pytest.approx((0.01, 0.02, 0.03))
 
 
 def test_a_pure_yes_bias_is_reported_as_such_and_not_as_honesty() -> None:

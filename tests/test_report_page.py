@@ -49,7 +49,7 @@ def test_plain_words_say_shares_chance_and_cost() -> None:
     [
         ({"controls": lambda seed, alpha: (seed - 1) * 3.0 * alpha}, "so that may be chance"),
         ({"control_alphas": ()}, "chance is not ruled out"),
-        ({"control_alphas": (1.0,)}, "chance is not ruled out"),
+        ({"control_alphas": (3.0,)}, "chance is not ruled out"),
     ],
 )
 def test_plain_words_do_not_hide_chance(options: dict[str, Any], said: str) -> None:

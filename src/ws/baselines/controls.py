@@ -29,14 +29,15 @@ def random_edits(direction: Direction, seeds: int) -> list[Edit]:
 
 
 def control_strengths(alphas: Iterable[float]) -> tuple[float, ...]:
-    """The strengths at which random directions are measured: per sign 1 if it is in `alphas`, else the largest.
+    """The strengths at which random directions are measured: for each sign of `alphas` 1 if it was asked for, else the
+    largest, without its sign.
 
-    Only one strength per sign, because a band at every strength would multiply the cost.
+    A random direction turned round is another random direction, so one sign is measured and its band serves for both.
+    One strength, because a band at every strength would multiply the cost.
     """
     asked = tuple(alphas)
-    sides = ([alpha for alpha in asked if alpha < 0], [alpha for alpha in asked if alpha > 0])
-    return tuple(unit if unit in side else max(side, key=abs) for unit, side in zip((-1.0, 1.0), sides, strict=True)
-                 if side)  # fmt: skip
+    sides = ({abs(alpha) for alpha in asked if alpha < 0}, {alpha for alpha in asked if alpha > 0})
+    return tuple(sorted({1.0 if 1.0 in side else max(side) for side in sides if side}))
 
 
 PERMUTED = "layers permuted"

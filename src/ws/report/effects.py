@@ -200,7 +200,8 @@ def controls(summary: Summary) -> list[Block]:
         ["probe, alpha", "trained direction", "random band", "effect is", "change per random seed"],
         rows,
         "Change against the base, nats. The random directions have the shape, rank and Frobenius norm of the trained "
-        "one in every parameter. Band: 95 % prediction interval for one more seed. Strengths with a band: "
+        "one in every parameter. Turned round, each is another random direction, so they are measured at + and their "
+        "band serves for both signs. Band: 95 % prediction interval for one more seed. Strengths with a band: "
         f"{', '.join(signed(key) for key in summary.numbers.bands) or 'none'}.",
     )
     prompts = Table(

@@ -129,11 +129,11 @@ def doubts(numbers: Numbers, behaviour: str, shown_by: Name) -> list[str]:
             f"{numbers.title(probe)} at alpha {_listed(keys)}: {text}" for text, keys in objections.items() if keys
         ]
     found += [f"{behaviour} by replies: {text}" for text in _disagreeing(own)]
-    measured_at = list(own.bands)
-    bare = [key for key in headline_strengths(own.levels) if key not in ("0", *measured_at)]
+    banded = list(own.bands)
+    bare = [key for key in headline_strengths(own.levels) if key not in ("0", *banded)]
     if bare:
-        where = f"only at alpha {_listed(measured_at)}" if measured_at else "at no strength"
-        found.append(f"alpha {_listed(bare)} has no random band: random directions were measured {where}")
+        where = f"only alpha {_listed(banded)} has one" if banded else "no random directions were measured"
+        found.append(f"alpha {_listed(bare)} has no random band: {where}")
     counts = numbers.dilemma_counts
     if max(counts.honest_yes, counts.honest_no) > UNBALANCED * counts.counted:
         found.append(

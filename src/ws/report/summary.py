@@ -84,10 +84,6 @@ class Scores:
             raise ValueError(f"{probe}: rows of {edit} at {alpha:g} and of the base differ")
         return joined
 
-    def seeds(self, edit: str) -> list[int]:
-        """Seeds of an edit."""
-        return sorted(self.table.filter(pl.col("edit") == edit)["seed"].drop_nulls().unique().to_list())
-
     def contexts(self) -> list[str]:
         """All contexts except the plain one, in order of appearance."""
         return [name for name in self.table["context"].unique(maintain_order=True) if name != PLAIN.name]
@@ -167,7 +163,7 @@ def summarise(
         name: {key: Estimate.of(signed_change(rows)) for key, rows in by_key.items()}
         for name, by_key in headline_rows.items()
     }
-    bands = controls(scores, behaviour, headline_group)
+    bands = controls(scores, [alpha for alpha in keys.values() if alpha], behaviour, headline_group)
     moral_groups = _groups(all_moral["0"])
     return Numbers(
         levels={behaviour: _levels(head, own_mass), DILEMMAS: _levels(moral, moral_mass)},
@@ -252,12 +248,21 @@ def _against_controls(rows: pl.DataFrame, name: str, edit: str) -> Wording:
         if alpha == 0:
             continue
         change[key] = Estimate.of(signed_change(scores.rows(name, "logratio", edit, alpha)))
-        drawn = rows.filter((pl.col("edit") == RANDOM) & (pl.col("alpha") == alpha))["seed"].unique().sort().to_list()
+        drawn = [signed_change(part).mean for part in _random_rows(scores, name, alpha)]
         if drawn:
-            of_seed = (scores.rows(name, "logratio", RANDOM, alpha, seed=seed) for seed in drawn)
-            bands[key] = _band([signed_change(part).mean for part in of_seed])
+            bands[key] = _band(drawn)
     outside = {key: is_outside(vars(change[key]), vars(band)) for key, band in bands.items()}
     return Wording(change, bands, outside)
+
+
+def _random_rows(scores: Scores, probe: str, alpha: float) -> list[pl.DataFrame]:
+    """The rows of every random direction for a strength other than 0, of either sign; none where none was measured.
+
+    They are measured at the positive strength (`controls.control_strengths`).
+    """
+    at = scores.table.filter((pl.col("edit") == RANDOM) & (pl.col("alpha") == abs(alpha)) & (pl.col("probe") == probe))
+    seeds = at["seed"].unique().sort()
+    return [scores.rows(probe, "logratio", RANDOM, abs(alpha), seed=seed) for seed in seeds]
 
 
 def by_group(table: pl.DataFrame, edit: str, probe: str) -> dict[str, dict[str, Estimate]]:
@@ -376,21 +381,21 @@ def other_behaviours(scores: Scores, edit: str, behaviour: str) -> dict[str, Oth
     return found
 
 
-def controls(scores: Scores, behaviour: str, headline_group: str) -> dict[str, dict[str, Band]]:
+def controls(
+    scores: Scores, alphas: Sequence[float], behaviour: str, headline_group: str
+) -> dict[str, dict[str, Band]]:
     """Per strength and probe: the change of each random direction, and the prediction band of one more.
 
-    A probe that was not asked under random directions has no band.
+    A probe that was not asked under random directions has no band, and neither has a strength at which there are none.
     """
     found: dict[str, dict[str, Band]] = {}
     for probe, group in ((behaviour, headline_group), (DILEMMAS, None)):
-        part = scores.table.filter((pl.col("probe") == probe) & ((pl.col("edit") == RANDOM) | (pl.col("edit") == BASE)))
-        of_probe = Scores(part)
-        for alpha in of_probe.alphas(RANDOM):
-            seeds = of_probe.seeds(RANDOM) if alpha != 0 else []
-            rows = (of_probe.rows(probe, "logratio", RANDOM, alpha, seed=seed) for seed in seeds)
+        for alpha in alphas:
+            rows = _random_rows(scores, probe, alpha)
             if group is not None:
-                rows = (one.filter(pl.col("group") == group) for one in rows)
-            if changes := [signed_change(one).mean for one in rows]:
+                rows = [one.filter(pl.col("group") == group) for one in rows]
+            if rows:
+                changes = [signed_change(one).mean for one in rows]
                 found.setdefault(alpha_key(alpha), {})[probe] = _band(changes)
     return found
 

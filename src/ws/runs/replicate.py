@@ -100,7 +100,7 @@ class Replication(Fitting):
         ]
 
     def control_conditions(self, direction: Direction) -> list[Condition]:
-        """Random directions at -1 and +1, or at the outermost strengths if those were not requested."""
+        """Random directions at +1, or at the outermost strengths if 1 was not requested."""
         edits = controls.random_edits(direction, self.settings.control_seeds)
         strengths = controls.control_strengths(self.settings.alphas)
         return [Condition.of(edit, alpha) for edit in edits for alpha in strengths]
