@@ -24,7 +24,19 @@ from ws.base.store import RunFolder
 from ws.baselines import controls, gradient, prompts, repe, synthetic
 from ws.baselines.repe import ActivationDirection, RepeSettings
 from ws.commands import cli
-from ws.comparing import across, caveats, compare, dev_split, findings, numbers, page, pareto, tables, terminal
+from ws.comparing import (
+    across,
+    caveats,
+    compare,
+    dev_split,
+    findings,
+    numbers,
+    page,
+    pareto,
+    planning,
+    tables,
+    terminal,
+)
 from ws.comparing.compare import Plan
 from ws.comparing.findings import NOT_SEPARABLE, Entry, Findings, Measured, Spent, Strengths
 from ws.comparing.numbers import Line, LineScores, Place
@@ -62,6 +74,19 @@ MIDDLE = "0.005"
 def result(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> compare.Result:
     settings = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path_factory.mktemp("runs"), **SMALL)
     return compare.run(settings, PLAN)
+
+
+@pytest.mark.slow
+def test_a_comparison_of_some_kinds_has_no_others(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path, **SMALL)
+    plan = replace(PLAN, families=("lora",), seeds=(0,), kinds=("weights", "activations"), activations=("mean",),
+                   permutations=0, shuffles=0, budgets=(0.005,))  # fmt: skip
+    found = compare.run(settings, plan).found
+    assert {entry.kind for entry in found.own_strength.entries} == {"weights", "activations"}
+    assert [entry.name for entry in found.equal_kl[MIDDLE].entries] == ["dW:lora", "RepE mean, all layers"]
+    assert set(found.best) == {"weights", "activations"}
+    plan_of_all = planning.outlook(settings, replace(plan, kinds=tuple(findings.KINDS)))
+    assert planning.outlook(settings, plan).searches == 2 * 2 + 2 * 2 < plan_of_all.searches
 
 
 def entry_of(result: compare.Result, name: str) -> Entry:
@@ -966,7 +991,9 @@ def test_without_a_band_there_is_no_verdict() -> None:
 @pytest.mark.parametrize(("given", "said"), [
     ({"steps": (1, 0)}, "--steps holds 0"), ({"shuffles": -1}, "shuffles is -1"), ({"budgets": ()}, "no KL budget"),
     ({"budgets": (0.5, 0.1)}, "ascending"), ({"budgets": (0.5, 0.5)}, "without repeats"),
-    ({"budgets": (-1.0,)}, "positive.*--budgets"),
+    ({"budgets": (-1.0,)}, "positive.*--budgets"), ({"kinds": ("weights", "weight")}, "no kind of method 'weight'"),
+    ({"kinds": ("prompts",)}, "--kinds lacks weights"),
+    ({"kinds": ("weights",), "peers": ("repeng:vector.gguf",)}, "--with needs activation steering"),
 ])  # fmt: skip
 def test_an_impossible_plan_is_refused_before_anything_is_fitted(given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):

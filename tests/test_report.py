@@ -162,7 +162,8 @@ def test_a_strength_of_the_headline_without_random_directions_is_told(
     if 1.0 not in alphas:
         assert f"random control band at +{control_alphas[-1]:g} " in sentence
         assert all(f"alpha {alpha:+g} " in sentence for alpha in alphas), "what was measured is what is told"
-    assert list(found["outside_controls"]["sycophancy"].values()) == [True] * sum(abs(a) in control_alphas for a in alphas)
+    banded = sum(abs(alpha) in control_alphas for alpha in alphas)
+    assert list(found["outside_controls"]["sycophancy"].values()) == [True] * banded
 
 
 def test_random_directions_measured_at_plus_give_the_band_of_both_signs() -> None:

@@ -15,7 +15,7 @@ from ws.base import precision
 from ws.base.errors import UserError
 from ws.base.files import read_json, write_json
 from ws.commands.results import Report
-from ws.fitting import behaviour, data, train
+from ws.fitting import behaviour, data, judge, train
 from ws.fitting.data import Grid
 from ws.fitting.judge import JudgeSettings
 from ws.fitting.run_settings import (
@@ -114,6 +114,25 @@ def test_a_behaviour_may_have_recommendations_of_its_own(model: ChatModel) -> No
     assert (samples(), samples(behaviour="refusal")) == (6, 3)
     assert samples(behaviour="refusal", grid=Grid(samples=5)) == 5
     assert recommended(Settings(behaviour="refusal"), model)[0].judged == 4
+
+
+def test_what_a_behaviour_recommends_goes_over_what_holds_for_all(model: ChatModel) -> None:
+    """In every part, and inside parts: what the behaviour does not name stays."""
+    parts: dict[str, Any] = {
+        "judge": {"backend": "persona", "threshold": 0.7}, "judge_for": {"refusal": {"backend": "none"}},
+        "rows": {"choice": 40, "others": 20}, "rows_for": {"refusal": {"choice": 8}},
+        "train": {"lora": {"lr": 1e-3, "rank": 8}, "ia3": {"lr": 1e-2}},
+        "train_for": {"refusal": {"lora": {"lr": 2e-3}}},
+        "sampling": {"temperature": 0.8, "max_new_tokens": 64},
+    }  # fmt: skip
+    model = replace(model, settings=parts)
+    assert model.recommended("judge", "refusal") == {"backend": "none", "threshold": 0.7}
+    assert model.recommended("judge", "honesty") == model.recommended("judge") == parts["judge"]
+    assert model.recommended("train", "refusal") == {"lora": {"lr": 2e-3, "rank": 8}, "ia3": {"lr": 1e-2}}
+    assert model.recommended("sampling", "refusal") == parts["sampling"]
+    assert (limit_of(Settings(behaviour="refusal"), model, "choice"), limit_of(Settings(), model, "choice")) == (8, 40)
+    assert judge.resolve(JudgeSettings(), model, "refusal").backend == "none"
+    assert parts["train"]["lora"] == {"lr": 1e-3, "rank": 8}, "the model's own settings stay"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ class Compare(RunOptions):
     """Training seeds."""
     data_seeds: tuple[int, ...] = (0,)
     """Data seeds. Every training seed is run with every data seed."""
+    kinds: tuple[str, ...] = ("weights", "variants", "untrained", "activations", "prompts")
+    """Kinds of methods to compare: weights (the directions), variants (their parts), untrained (gradient steps and
+    constructions without data), activations, prompts. weights is needed."""
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer", "paper", "jacobian",
                                     "trained")  # fmt: skip
     """Kinds of activation steering. More kinds: svd (inside the top write directions of a layer), pca-center,

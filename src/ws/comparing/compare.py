@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -26,7 +27,7 @@ from ws.base.records import plain, restore
 from ws.base.store import RunFolder, Shards
 from ws.baselines import peer_vectors
 from ws.comparing import methods, numbers, page, strength_limits
-from ws.comparing.findings import Findings, Reached, Search, Strengths
+from ws.comparing.findings import KINDS, Findings, Reached, Search, Strengths
 from ws.comparing.lines import Things, conditions_of, lines_of, things_of
 from ws.comparing.methods import Control, Key, Method, Sources
 from ws.comparing.numbers import Line, LineScores
@@ -52,6 +53,7 @@ BUDGETS = (0.1, 0.5, 1.0)
 class Plan:
     """The settings of a comparison.
 
+    kinds: of `KINDS`; `weights` is always one of them, because every method is compared with the weight direction.
     activations: names of kinds of activation steering. peers: vectors of other libraries, as LIBRARY:FILE. steps: how
     many gradient steps the untrained directions take. draws: random controls per method. permutations: orders of
     layers. shuffles: adapters trained on shuffled personas. budgets: KL in nats per token, 95th percentile.
@@ -60,6 +62,7 @@ class Plan:
     families: tuple[str, ...] = ("lora", "dora", "pissa", "delora", "oft", "ia3")
     seeds: tuple[int, ...] = (0,)
     data_seeds: tuple[int, ...] = (0,)
+    kinds: tuple[str, ...] = tuple(KINDS)
     activations: tuple[str, ...] = ("mean", "incremental", "pca-diff", "logistic", "single-layer", "paper",
                                     methods.JACOBIAN, methods.TRAINED)  # fmt: skip
     peers: tuple[str, ...] = ()
@@ -96,11 +99,19 @@ class Plan:
         cells.require_different(families=self.families, seeds=self.seeds, data_seeds=self.data_seeds)
         for family in self.families:
             adapters.require_family(family)
-        for name in self.activations:
-            if name not in methods.ACTIVATIONS:
-                known = ", ".join(methods.ACTIVATIONS)
-                raise UserError(f"there is no activation steering {name!r}", f"Choose from: {known}.")
+        _require_known("kind of method", self.kinds, KINDS)
+        _require_known("activation steering", self.activations, methods.ACTIVATIONS)
+        if "weights" not in self.kinds:
+            raise UserError("--kinds lacks weights, with which everything is compared", "Add weights to --kinds.")
+        if self.peers and "activations" not in self.kinds:
+            raise UserError("--with needs activation steering", "Add activations to --kinds, or leave out --with.")
         peer_vectors.parse_all(self.peers)
+
+
+def _require_known(noun: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no {noun} {name!r}", f"Choose from: {', '.join(known)}.")
 
 
 class ComparisonRun:
@@ -155,13 +166,19 @@ class ComparisonRun:
         return limit_of(self.settings, self.model, probe)
 
     def methods(self) -> list[Method]:
-        """All methods, in the order of the tables."""
+        """The methods of the wanted kinds, in the order of the tables."""
+        makers: dict[str, Callable[[Sources], list[Method]]] = {
+            "weights": methods.weight_directions,
+            "variants": methods.parts_of_directions,
+            "untrained": partial(methods.untrained_directions, counts=self.plan.steps),
+            "activations": self._activations,
+            "prompts": methods.system_prompts,
+        }
+        return [method for kind, make in makers.items() if kind in self.plan.kinds for method in make(self.sources)]
+
+    def _activations(self, sources: Sources) -> list[Method]:
         return [
-            *methods.weight_directions(self.sources),
-            *methods.untrained_directions(self.sources, self.plan.steps),
-            *methods.activation_directions(self.sources, self.plan.activations),
-            *methods.peer_vectors(self.sources, self.peers),
-            *methods.system_prompts(self.sources),
+            *methods.activation_directions(sources, self.plan.activations), *methods.peer_vectors(sources, self.peers)
         ]
 
     def controls(self) -> list[Control]:

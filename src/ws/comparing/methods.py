@@ -149,12 +149,17 @@ class Sources:
 
 
 def weight_directions(sources: Sources) -> list[Method]:
-    """The direction of every family with all replicates; then the parts of the reference family's directions."""
+    """The direction of every family with all replicates."""
     found = []
     for family in dict.fromkeys(family for family, _, _ in sources.runs):
         edits = [Edit(f"dW:{family}", run.direction, *key[1:]) for key, run in sources.of_family(family).items()]
         found.append(_of_weights(sources, f"dW:{family}", "weights", edits))
-    family = sources.first[0]
+    return found
+
+
+def parts_of_directions(sources: Sources) -> list[Method]:
+    """The adapters behind the reference family's directions, each alone, and their bisector."""
+    family, found = sources.first[0], []
     parts: dict[str, list[Edit]] = {}
     for key, run in sources.replicates.items():
         pos, neg = (diff.task_vector(sources.model, run.folder / pole) for pole in POLES)

@@ -19,7 +19,7 @@ from ws.base.errors import UserError
 from ws.base.files import read_json
 from ws.base.records import restore
 from ws.comparing.compare import Plan
-from ws.comparing.findings import Effect, Findings
+from ws.comparing.findings import KINDS, Effect, Findings
 from ws.eval import sycophancy
 from ws.fitting import behaviour
 from ws.fitting.run_settings import Settings, run_path
@@ -76,10 +76,12 @@ def outlook(settings: Settings, plan: Plan) -> Outlook:
         for family in plan.families for seed, data_seed in pairs
     ]  # fmt: skip
     missing = sum(not (run / "direction.safetensors").is_file() for run in runs)
-    trained = (len(plan.families) + PARTS + len(plan.steps)) * len(pairs)
-    steered = len(plan.activations) * len(plan.seeds) + len(plan.peers)
-    lines = len(plan.families) + PARTS + len(plan.steps) + UNTRAINED - 1 + len(plan.activations) + len(plan.peers)
-    edits = trained + UNTRAINED + steered
+    asked = {kind: int(kind in plan.kinds) for kind in KINDS}
+    steered = asked["activations"] * len(plan.activations)
+    fitted = len(plan.families) + asked["variants"] * PARTS + asked["untrained"] * len(plan.steps)
+    alone = asked["untrained"] * UNTRAINED + len(plan.peers)  # they have no replicates
+    edits = fitted * len(pairs) + steered * len(plan.seeds) + alone
+    lines = fitted + steered + alone - asked["untrained"]  # biases alone have no random controls
     draws = lines * plan.draws
     shuffled = plan.shuffles * len(plan.families)
     searches = 2 * (edits + shuffled) + draws

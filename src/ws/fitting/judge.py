@@ -70,14 +70,14 @@ class JudgeSettings:
         return ChatEndpoint(self.url, self.model, "judge", self.key_variable, self.retries)
 
 
-def resolve(given: JudgeSettings, model: ChatModel) -> JudgeSettings:
-    """The judge settings with `auto` replaced by the recommendation in the model folder, or by none.
+def resolve(given: JudgeSettings, model: ChatModel, behaviour: str = "") -> JudgeSettings:
+    """The judge settings with `auto` replaced by the model folder's recommendation for the behaviour, or by none.
 
     A threshold that differs from the default counts as the user's choice and is kept.
     """
     if given.backend != "auto":
         return given
-    found = make_settings(JudgeSettings, {"backend": "none", **model.settings.get("judge", {})}, "judge settings")
+    found = make_settings(JudgeSettings, {"backend": "none", **model.recommended("judge", behaviour)}, "judge settings")
     return found if given.threshold == JudgeSettings.threshold else replace(found, threshold=given.threshold)
 
 

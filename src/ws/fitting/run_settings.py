@@ -97,15 +97,14 @@ class Settings:
 def recommended(settings: Settings, model: ChatModel) -> tuple[Settings, ChatModel]:
     """Settings and model with the recommendations of the recipe; values that the user set are kept.
 
-    The part `run` of the recommendations holds defaults for `grid`, `alphas`, `control_seeds`, `samples` and `judged`,
-    `run_for` those of single shipped behaviours. A value that equals its general default counts as not set.
+    The part `run` of the recommendations holds defaults for `grid`, `alphas`, `control_seeds`, `samples` and `judged`.
+    A value that equals its general default counts as not set.
     """
     if settings.recipe == "original":
-        rows = {name: model.settings[name] for name in ("rows", "fit_dtype") if name in model.settings}
+        rows = {name: model.settings[name] for name in ("rows", "rows_for", "fit_dtype") if name in model.settings}
         model = replace(model, settings={**ORIGINAL, **rows})
     default, found = Settings(), {}
-    of_behaviour = model.settings.get("run_for", {}).get(settings.behaviour, {})
-    for name, value in {**model.settings.get("run", {}), **of_behaviour}.items():
+    for name, value in model.recommended("run", settings.behaviour).items():
         if name not in ("grid", "alphas", "control_seeds", "samples", "judged"):
             raise UserError(
                 f"the recommended settings of {model.name} hold run.{name}", "Correct weight_steering.json there."
@@ -117,7 +116,7 @@ def recommended(settings: Settings, model: ChatModel) -> tuple[Settings, ChatMod
 
 def limit_of(settings: Settings, model: ChatModel, probe: str) -> int | None:
     """How many rows of a probe are asked: the user's --rows, else what the model folder recommends, else None (all)."""
-    return settings.rows if settings.rows is not None else model.settings.get("rows", {}).get(probe)
+    return settings.rows if settings.rows is not None else model.recommended("rows", settings.behaviour).get(probe)
 
 
 def run_path(settings: Settings, subject: Behaviour) -> Path:

@@ -74,9 +74,10 @@ class Fitting:
         self.training: TrainSettings = train_settings.resolve(self.model, settings.adapter, given, self.behaviour.name)
         adapters.require_sites(self.model.network, self.training.adapter)
         self.lr_is_open = settings.train.get("lr") == "auto"
-        self.sampling = _resolve_sampling(self.model, settings.sampling)
+        self.sampling = _resolve_sampling(self.model, settings.sampling, self.behaviour.name)
         # the model folder recommends a judge for sampled responses, not for given pairs
-        self.judge = settings.judge if settings.pairs else judge.resolve(settings.judge, self.model)
+        subject = self.behaviour.name
+        self.judge = settings.judge if settings.pairs else judge.resolve(settings.judge, self.model, subject)
         self.folder = RunFolder(run_path(settings, self.behaviour), self._identity())
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -369,6 +370,6 @@ def fit(
             return run.diff()[0]
 
 
-def _resolve_sampling(model: ChatModel, given: Mapping[str, Any]) -> Sampling:
-    chosen = dict(model.settings.get("sampling", {})) | {k: v for k, v in given.items() if v is not None}
+def _resolve_sampling(model: ChatModel, given: Mapping[str, Any], behaviour: str) -> Sampling:
+    chosen = model.recommended("sampling", behaviour) | {k: v for k, v in given.items() if v is not None}
     return make_settings(Sampling, chosen, "sampling settings")

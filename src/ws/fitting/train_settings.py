@@ -47,14 +47,13 @@ class TrainSettings:
 
 
 def resolve(model: ChatModel, family: str, given: Mapping[str, Any], behaviour: str = "") -> TrainSettings:
-    """The settings from four sources. Later ones override earlier ones.
+    """The settings from three sources. Later ones override earlier ones.
 
-    The sources are: the defaults; the model folder's `train`, by family; its `train_for`, by behaviour and family; and
-    the values in `given` that are not None.
+    The sources are: the defaults; what the model folder recommends for this family and behaviour; and the values in
+    `given` that are not None.
     """
     adapters.require_family(family)
-    of_behaviour = model.settings.get("train_for", {}).get(behaviour, {})
-    recommended = model.settings.get("train", {}).get(family, {}) | of_behaviour.get(family, {})
+    recommended = model.recommended("train", behaviour).get(family, {})
     chosen = recommended | {name: value for name, value in given.items() if value is not None}
     adapter_names = {f.name for f in fields(AdapterSettings)}
     of_adapter = {"family": family} | {name: value for name, value in chosen.items() if name in adapter_names}

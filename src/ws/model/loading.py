@@ -41,8 +41,8 @@ SMALL_MODEL = 200_000_000
 class ChatModel:
     """A causal LM, a `Chat` with its tokenizer, and its identity.
 
-    `name`: as the user gave it. `settings`: recommended settings from the model folder. `cache_memory`: limit, in
-    bytes, of the hidden states that are kept for reuse.
+    `name`: as the user gave it. `settings`: recommended settings from the model folder (`recommended`). `cache_memory`:
+    limit, in bytes, of the hidden states that are kept for reuse.
     """
 
     name: str
@@ -56,6 +56,11 @@ class ChatModel:
         """A model that comes from another process needs the attention function in this one."""
         register()
         self.__dict__.update(state)
+
+    def recommended(self, part: str, behaviour: str = "") -> dict[str, Any]:
+        """One part of the recommended settings (`PARTS`); what `<part>_for` holds for a behaviour goes over it."""
+        of_behaviour = self.settings.get(f"{part}_for", {}).get(behaviour, {})
+        return _over(self.settings.get(part, {}), of_behaviour)
 
     @property
     def device(self) -> torch.device:
@@ -232,10 +237,25 @@ def _require_complete(place: str, loading: dict[str, Any]) -> None:
 
 def _recommended(source: Source) -> dict[str, Any]:
     found = {} if source.settings is None else read_json(source.settings)
-    parts = ("train", "train_for", "judge", "sampling", "run", "run_for", "rows")
+    parts = [name for part in PARTS for name in (part, f"{part}_for")]
     if not isinstance(found, dict) or not all(isinstance(found.get(part, {}), dict) for part in parts):
         raise UserError(f"{source.settings} does not hold settings by name", "Correct the file, or delete it.")
     return found
+
+
+PARTS = ("train", "judge", "sampling", "run", "rows")
+"""Parts of `weight_steering.json` that hold settings by name: of training by adapter family, of the judge, of sampling,
+of a run, and the rows of each probe."""
+
+
+def _over(general: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    """`special` over `general`; a mapping in both is merged in the same way."""
+    merged = {
+        name: _over(general[name], value) if isinstance(value, Mapping) and isinstance(general.get(name), Mapping)
+        else value
+        for name, value in special.items()
+    }  # fmt: skip
+    return {**general, **merged}
 
 
 # -------------------------------------------------------------------- choices
