@@ -178,7 +178,8 @@ class ComparisonRun:
 
     def _activations(self, sources: Sources) -> list[Method]:
         return [
-            *methods.activation_directions(sources, self.plan.activations), *methods.peer_vectors(sources, self.peers)
+            *methods.activation_directions(sources, self.plan.activations),
+            *methods.peer_vectors(sources, self.peers),
         ]
 
     def controls(self) -> list[Control]:
