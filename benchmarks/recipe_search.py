@@ -45,8 +45,9 @@ def tried(model: ChatModel, behaviour: str, setting: dict[str, Any], out: Path) 
     chosen = replace(model, settings={"fit_dtype": setting.get("fit_dtype", "bfloat16")})
     settings = Settings(
         model=model.name, behaviour=behaviour, out=out / setting.get("data", setting["name"]),
-        adapter=setting.get("family", "lora"), seed=setting.get("seed", 0), train=setting.get("train", {}),
-        sampling=setting.get("sampling", {}), judge=JudgeSettings(**setting.get("judge", {"backend": "persona"})),
+        adapter=setting.get("family", "lora"), seed=setting.get("seed", 0), data_seed=setting.get("data_seed", 0),
+        train=setting.get("train", {}), sampling=setting.get("sampling", {}),
+        judge=JudgeSettings(**setting.get("judge", {"backend": "persona"})),
         grid=Grid(**setting.get("grid", {})),
     )  # fmt: skip
     with Fitting(settings, chosen) as run:

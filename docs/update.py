@@ -181,6 +181,11 @@ def stored_real() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("*-seed*.json"))}
 
 
+def stored_earlier() -> dict[str, dict[str, Any]]:
+    """The summaries of runs with a recipe that a later one replaced; other pages build on them."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((REAL / "earlier").glob("*.json"))}
+
+
 def stored_search(file: Path = SEARCH) -> list[dict[str, Any]]:
     """The lines of a recipe search."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -234,6 +239,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "real-and-planted": lambda: smollm2.columns(stored_real(), stored_runs()),
     "smollm2-runs": lambda: smollm2.runs_table(stored_real()),
     "smollm2-original": lambda: smollm2.original(stored_real()),
+    "smollm2-earlier": lambda: smollm2.runs_table(stored_earlier()),
     "smollm2-minutes": lambda: smollm2.minutes(stored_real()),
     "smollm2-wordings": lambda: smollm2.wordings(stored_real()),
     "smollm2-instruments": lambda: smollm2.instruments(stored_real()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -74,8 +75,8 @@ def minutes(stored: Mapping[str, Mapping[str, Any]]) -> str:
     parts = ("data", "train-pos", "train-neg", "eval")
     told = ", ".join(f"{name} {took[name] / 60:.1f}" for name in parts)
     return (
-        f"It took {sum(took.values()) / 60:.0f} minutes on two cores with fast bfloat16, beside other work ({told}). "
-        "A slower machine takes longer. A killed run goes on where it stopped."
+        f"It took {sum(took.values()) / 60:.0f} minutes on one core that computes 88 GFLOP/s in float32 and 208 in "
+        f"bfloat16, beside other work on the second core ({told}). A killed run goes on where it stopped."
     )
 
 
@@ -161,15 +162,29 @@ def search(log: Sequence[Mapping[str, Any]]) -> str:
         sampling, bound = setting["sampling"], train.get("delora_lambda")
         adapter = setting.get("family", "lora") + ("" if bound is None else f", lambda {bound:g}")
         rows.append([
-            line["behaviour"], adapter, f"{setting['grid']['samples'] * 100}", str(sampling["max_new_tokens"]),
+            line["behaviour"], adapter, str(setting.get("data_seed", 0)), f"{setting['grid']['samples'] * 100}",
+            str(sampling["max_new_tokens"]),
             f"{sampling.get('temperature', 0.8):g}", _judged_by(setting), layers, f"{train['lr']:g}",
             str(train["epochs"]), str(train["batch_size"]), f"{line['kept']['pos']} / {line['kept']['neg']}",
             *(f"{dev[sign]['change']:+.2f}" for sign in ("-1", "+1")),
-            *(f"{dev[sign]['kl']:.3f}" for sign in ("-1", "+1")),
+            *(f"{dev[sign]['kl']:.3f}" for sign in ("-1", "+1")), f"{_per_root_kl(dev):.1f}",
+            str(len(dev["-1"].get("wordings", ())) or FIRST_WORDINGS),
         ])  # fmt: skip
-    head = ["behaviour", "adapter", "pairs", "tokens", "T", "judge", "layers", "rate", "epochs", "batch", "kept + / -",
-            "replies at -1", "at +1", "KL at -1", "at +1"]  # fmt: skip
+    head = ["behaviour", "adapter", "data seed", "pairs", "tokens", "T", "judge", "layers", "rate", "epochs", "batch",
+            "kept + / -", "replies at -1", "at +1", "KL at -1", "at +1", "per root KL", "wordings"]  # fmt: skip
     return table(head, rows)
+
+
+FIRST_WORDINGS = 4
+"""Wordings of the first lines of the log, which do not say how many they have."""
+
+
+def _per_root_kl(dev: Mapping[str, Mapping[str, float]]) -> float:
+    """Movement at both signs over the root of the mean KL: a direction times two moves about twice as far at four times
+    the KL, so this compares settings at equal KL."""
+    signs = ("-1", "+1")
+    moved, cost = (sum(abs(dev[sign][name]) for sign in signs) for name in ("change", "kl"))
+    return moved / math.sqrt(cost / 2)
 
 
 def _judged_by(setting: Mapping[str, Any]) -> str:
@@ -251,7 +266,7 @@ def replication(
         ["prompt baselines", "; ".join(f"{name}: {entry.mean - replies.levels['0'].mean:+.2f} by replies"
                                        for name, entry in replies.contexts.items())],
         ["random directions as a control",
-         f"five per run at both signs, largest change {largest_random(runs):.2f} by replies"],
+         f"five per run, largest change {largest_random(runs):.2f} by replies"],
         ["norm of dW; cosine of tau+ and tau-",
          f"{first.direction_norm:.2f}; {-first.geometry['cos_anti']:+.2f}"],
     ]  # fmt: skip
@@ -351,7 +366,7 @@ def columns(real: Mapping[str, Mapping[str, Any]], planted: Mapping[str, Mapping
         "Change at alpha -1 / +1 in nats; in brackets the 95 % interval over runs with different seeds (of a single "
         "run: over items) and the largest change by a random direction. SmolLM2: log-ratio of opposite replies. "
         "pocket: log p(Yes) - log p(No), balanced. Sizes cannot be compared across columns. On the real model "
-        "wordings differ, true claims move as much as false ones, and some replies at +1 are incoherent: "
+        "wordings differ, true claims move as much as false ones, and many replies are incoherent, edited or not: "
         "[docs/smollm2.md](docs/smollm2.md)."
     )
     return f"{table(['behaviour', 'SmolLM2-135M (real)', 'pocket (planted)'], rows)}\n\n{note}"
