@@ -240,6 +240,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2-runs": lambda: smollm2.runs_table(stored_real()),
     "smollm2-original": lambda: smollm2.original(stored_real()),
     "smollm2-earlier": lambda: smollm2.runs_table(stored_earlier()),
+    "smollm2-recipes": lambda: smollm2.recipes(stored_real(), stored_earlier()),
     "smollm2-minutes": lambda: smollm2.minutes(stored_real()),
     "smollm2-wordings": lambda: smollm2.wordings(stored_real()),
     "smollm2-instruments": lambda: smollm2.instruments(stored_real()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -175,16 +176,37 @@ def search(log: Sequence[Mapping[str, Any]]) -> str:
     return table(head, rows)
 
 
+def recipes(stored: Mapping[str, Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sycophancy with the recipe of now and with the earlier one, means over runs: movement, and what it costs."""
+    head = ["recipe", "runs", "replies at -1", "at +1", "KL at -1", "at +1", "per root KL", "NLL at +1"]
+    rows = []
+    for name, some in (("now", stored), ("earlier", earlier)):
+        runs = of_behaviour(some, "sycophancy")
+        measured = {
+            key: {
+                "change": statistics.mean(one.measured.change[key].mean for one in runs),
+                "kl": statistics.mean(one.numbers.side_effects[key].kl for one in runs),
+            }
+            for key in SIGNS
+        }  # fmt: skip
+        rows.append([
+            name, str(len(runs)), *(f"{measured[key]['change']:+.2f}" for key in SIGNS),
+            *(f"{measured[key]['kl']:.3f}" for key in SIGNS), f"{_per_root_kl(measured):.1f}",
+            f"{statistics.mean(one.numbers.side_effects['1'].nll_delta for one in runs):+.3f}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
 FIRST_WORDINGS = 4
 """Wordings of the first lines of the log, which do not say how many they have."""
 
 
-def _per_root_kl(dev: Mapping[str, Mapping[str, float]]) -> float:
+def _per_root_kl(by_sign: Mapping[str, Mapping[str, float]]) -> float:
     """Movement at both signs over the root of the mean KL: a direction times two moves about twice as far at four times
     the KL, so this compares settings at equal KL."""
-    signs = ("-1", "+1")
-    moved, cost = (sum(abs(dev[sign][name]) for sign in signs) for name in ("change", "kl"))
-    return moved / math.sqrt(cost / 2)
+    at_one = [one for sign, one in by_sign.items() if abs(float(sign)) == 1]
+    moved = sum(abs(one["change"]) for one in at_one)
+    return moved / math.sqrt(statistics.mean(one["kl"] for one in at_one))
 
 
 def _judged_by(setting: Mapping[str, Any]) -> str:
