@@ -2,7 +2,8 @@
 
     python benchmarks/recipe_search.py smollm2 sycophancy LOG.jsonl SETTING.json...
 
-A setting is a JSON object with any of `train`, `sampling`, `judge`, `grid`, as in `weight_steering.json`, and a `name`.
+A setting is a JSON object with any of `train`, `sampling`, `judge`, `grid`, as in `weight_steering.json`, and a `name`;
+also `family`, `seed` and `data_seed`. `strengths`: sizes of alpha to measure at, 1 if left out.
 `measured_by`: `replies` (the default) takes the reply log-ratio on the `[dev]` rows of the behaviour file; `choice`
 takes the Yes/No log-ratio on the dev split of the probe (docs/protocol.md). `budget`: the direction is measured at the
 strengths at which it costs this KL, as in `ws compare`; without it at alpha -1 and +1.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def tried(model: ChatModel, behaviour: str, setting: dict[str, Any], out: Path) 
     probe = dev_probe(subject, setting.get("measured_by", "replies"))
     edit = Edit("dW", direction)
     probes = [probe, side_effects.neutral(20, held_out=False)[0], side_effects.text(8, held_out=False)]
-    strengths = strengths_of(model, direction, setting.get("budget"))
+    strengths = strengths_of(model, direction, setting.get("budget"), setting.get("strengths", (1,)))
     conditions = [Condition.of(edit, alpha) for alpha in strengths.values()]
     scores = Scores(table := score(model, probes, conditions, description="dev"))
     found: dict[str, Any] = {}
@@ -87,10 +89,12 @@ def dev_probe(subject: Behaviour, measured_by: str) -> Probe:
     return probe
 
 
-def strengths_of(model: ChatModel, direction: Direction, budget: float | None) -> dict[str, float]:
-    """Strength by sign: the unit, or the one that costs the budget."""
+def strengths_of(
+    model: ChatModel, direction: Direction, budget: float | None, sizes: Sequence[float]
+) -> dict[str, float]:
+    """Strengths by their names in the log: of these sizes at both signs, or by sign the one that costs the budget."""
     if budget is None:
-        return {"-1": -1.0, "+1": 1.0}
+        return {f"{alpha:+g}": alpha for size in sizes for alpha in (-float(size), float(size))}
     texts = calibrate.neutral_prompts(16)
     return {
         name: calibrate.to_budget(model, direction, budget, texts, sign=sign, tokens=30).alpha

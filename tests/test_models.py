@@ -366,6 +366,8 @@ def test_an_embedded_model_without_weights_says_how_to_build_it(
     [
         ("weight_steering.json", "[1]", "does not hold settings by name"),
         ("weight_steering.json", '{"train": [1]}', "does not hold settings by name"),
+        ("weight_steering.json", '{"judge_for": [1]}', "does not hold settings by name"),
+        ("weight_steering.json", '{"judge_for": {"refusal": "none"}}', "does not hold settings by name"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id in generation_config.json is 'x'"),
         ("generation_config.json", '{"eos_token_id": ["x"]}', "eos_token_id in generation_config.json"),
     ],

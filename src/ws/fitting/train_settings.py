@@ -53,11 +53,15 @@ def resolve(model: ChatModel, family: str, given: Mapping[str, Any], behaviour: 
     `given` that are not None.
     """
     adapters.require_family(family)
-    recommended = model.recommended("train", behaviour).get(family, {})
+    recommended, where = model.recommended("train", behaviour).get(family, {}), f"training settings for {family}"
+    if not isinstance(recommended, dict):
+        raise UserError(
+            f"the recommended {where} of {model.name} are {recommended!r}",
+            "Give them by name in weight_steering.json there.",
+        )
     chosen = recommended | {name: value for name, value in given.items() if value is not None}
     adapter_names = {f.name for f in fields(AdapterSettings)}
     of_adapter = {"family": family} | {name: value for name, value in chosen.items() if name in adapter_names}
     of_training = {name: value for name, value in chosen.items() if name not in adapter_names}
-    where = f"training settings for {family}"
     adapter = settings.make(AdapterSettings, of_adapter, where)
     return settings.make(TrainSettings, {**of_training, "adapter": adapter}, where)

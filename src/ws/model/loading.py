@@ -237,8 +237,13 @@ def _require_complete(place: str, loading: dict[str, Any]) -> None:
 
 def _recommended(source: Source) -> dict[str, Any]:
     found = {} if source.settings is None else read_json(source.settings)
-    parts = [name for part in PARTS for name in (part, f"{part}_for")]
-    if not isinstance(found, dict) or not all(isinstance(found.get(part, {}), dict) for part in parts):
+    is_right = isinstance(found, dict) and all(
+        isinstance(found.get(part, {}), dict)
+        and isinstance(of_behaviours := found.get(f"{part}_for", {}), dict)
+        and all(isinstance(one, dict) for one in of_behaviours.values())
+        for part in PARTS
+    )
+    if not is_right:
         raise UserError(f"{source.settings} does not hold settings by name", "Correct the file, or delete it.")
     return found
 
