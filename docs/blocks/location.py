@@ -7,6 +7,7 @@ from typing import Any
 
 from blocks.table import table
 from ws.report.cells import with_limits
+from ws.subspace import ranking
 
 BOTH_RATIOS = (("keep", "raw"), ("random", "random of that size"), ("matched", "at the norm of the whole"),
                ("random matched", "random at that norm"), ("complement", "rest"))  # fmt: skip
@@ -22,10 +23,19 @@ def told(stored: Iterable[Mapping[str, Any]]) -> str:
 
 
 def short(stored: Iterable[Mapping[str, Any]]) -> str:
-    """The headline of the first study, for the first page."""
+    """What the first study found about activations, in plain words for the first page."""
     for one in stored:
-        said = str(one["headline"])
-        return f"{said[0].upper()}{said[1:]}"
+        told = []
+        for family in dict.fromkeys(row["family"] for row in one["summary"]):
+            rows = [row for row in one["summary"] if (row["family"], row["metric"]) == (family, "block")
+                    and ranking.is_candidate(row["basis"])]  # fmt: skip
+            best = max(rows, key=lambda row: row["percent"] - row["null_percent"])
+            told.append(f"{best['percent']:.0f} % ({family}; random subspaces: {best['null_percent']:.1f} %)")
+        return (
+            f"Does a small subspace hold what a {one['behaviour']} direction changes in the residual stream of "
+            f"{one['model']}? Of {len(rows)} subspaces that need no trained direction, the best holds "
+            f"{' and '.join(told)} of what the best possible {one['rank']} dimensions hold."
+        )
     return "Not measured yet."
 
 

@@ -54,17 +54,29 @@ def shown(stored: Mapping[str, Mapping[str, Any]]) -> str:
     if not runs:
         return "Nothing has been measured on a real model yet."
     first = runs[0].numbers.instruments["replies"]
-    wordings = {key: sorted(one.change[key].mean for one in first.wordings.values()) for key in SIGNS}
-    spread = " and ".join(f"{signed(key)} from {some[0]:+.2f} to {some[-1]:+.2f}" for key, some in wordings.items())
+    spread = " and ".join(
+        f"from {min(means):+.2f} to {max(means):+.2f} at {signed(key)}"
+        for key, means in ((key, _wordings_over(runs, key)) for key in SIGNS)
+    )
     items = first.change["1"].n // len(first.wordings)
-    over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {_seeds(runs)}"
+    over = "95 % over claims, one training seed" if len(runs) == 1 else f"95 % over {_seeds(runs)}, {SHARED_DATA}"
     return (
         "On a real language model, SmolLM2-135M-Instruct, a sycophancy direction moves the log-odds of agreeing over "
         f"disagreeing replies to {items} held-out false claims by {over_runs(runs, '-1')} nats at alpha -1 and by "
         f"{over_runs(runs, '1')} at +1 ({over}; random directions of the same norm: at most "
         f"{largest_random(runs):.2f}). "
-        f"This is a mean over {len(wordings['1'])} wordings, which differ: at {spread} (seed {runs[0].seed})."
+        f"This is a mean over {len(first.wordings)} wordings, which differ: {spread}, averaged over the runs."
     )
+
+
+SHARED_DATA = "as if independent, though runs with one data seed share their data"
+"""What an interval over runs takes for granted."""
+
+
+def _wordings_over(runs: Sequence[Summary], key: str) -> list[float]:
+    """The mean change of each wording over runs."""
+    by_run = [one.numbers.instruments["replies"].wordings for one in runs]
+    return [statistics.mean(one[name].change[key].mean for one in by_run) for name in by_run[0]]
 
 
 def minutes(stored: Mapping[str, Mapping[str, Any]]) -> str:
@@ -99,17 +111,24 @@ def runs_table(stored: Mapping[str, Mapping[str, Any]]) -> str:
                 rows.append([f"**{name}, {len(runs)} runs**", signed(key), over_runs(runs, key), *[""] * 9])
     note = (
         "Replies: change of log p(reply that shows the behaviour) - log p(opposite reply), nats per reply, 95 % "
-        "interval over items; means over runs have a t interval, as if runs were independent, but runs with one data "
-        "seed share their data. Band: 95 % prediction interval of random "
-        "directions with the same norm and rank, five per run. Other groups: the same replies to true claims, honest "
+        f"interval over items; means over runs have a t interval, {SHARED_DATA}. Band: 95 % prediction interval of "
+        "random directions with the same norm and rank; every run has five, from the same five random seeds. Other "
+        "groups: the same replies to true claims, honest "
         "or harmless items, where the behaviour is not wrong. Likeness: change of the mean probability that a "
         "free reply "
         "was written under the positive persona, judged by the unedited model; it does not check agreement. Dilemmas: "
         "Yes/No, change towards the honest answer. KL and NLL: on neutral text, nats per token, against the "
         "base. Ended: "
-        "share of greedy replies to neutral requests that end within 48 tokens."
+        f"share of greedy replies to neutral requests that end within 48 tokens{_ended_unedited(stored)}."
     )
     return f"{table(RUN_COLUMNS, rows)}\n\n{note}"
+
+
+def _ended_unedited(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """Share of the unedited model's replies that end, in words; it is the same in every run."""
+    ended = [run.numbers.side_effects["0"].reply_finished for name in BEHAVIOURS for run in of_behaviour(stored, name)]
+    shares = sorted({one for one in ended if one is not None})
+    return f" (unedited model: {', '.join(f'{100 * one:.0f} %' for one in shares)})" if shares else ""
 
 
 def original(stored: Mapping[str, Mapping[str, Any]]) -> str:
@@ -179,22 +198,39 @@ def search(log: Sequence[Mapping[str, Any]]) -> str:
 def recipes(stored: Mapping[str, Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> str:
     """Sycophancy with the recipe of now and with the earlier one, means over runs: movement, and what it costs."""
     head = ["recipe", "runs", "replies at -1", "at +1", "KL at -1", "at +1", "per root KL", "NLL at +1"]
-    rows = []
+    rows, by_run = [], []
     for name, some in (("now", stored), ("earlier", earlier)):
         runs = of_behaviour(some, "sycophancy")
-        measured = {
-            key: {
-                "change": statistics.mean(one.measured.change[key].mean for one in runs),
-                "kl": statistics.mean(one.numbers.side_effects[key].kl for one in runs),
-            }
-            for key in SIGNS
-        }  # fmt: skip
+        measured = _measured(runs)
+        by_run.append({(one.seed, one.data_seed): _per_root_kl(_measured([one])) for one in runs})
         rows.append([
             name, str(len(runs)), *(f"{measured[key]['change']:+.2f}" for key in SIGNS),
             *(f"{measured[key]['kl']:.3f}" for key in SIGNS), f"{_per_root_kl(measured):.1f}",
             f"{statistics.mean(one.numbers.side_effects['1'].nll_delta for one in runs):+.3f}",
         ])  # fmt: skip
-    return table(head, rows)
+    now, before = by_run
+    pairs = [key for key in now if key in before]
+    told = "; ".join(
+        f"seed {seed}, data {data} {now[seed, data]:.1f} / {before[seed, data]:.1f}" for seed, data in pairs
+    )
+    gain = stats.over_seeds([now[key] - before[key] for key in pairs])
+    note = (
+        "Per root KL: movement at both signs over the root of the mean KL "
+        f"([why](#how-the-recipe-was-chosen)). By run, now / earlier: {told}. Mean difference with its 95 % t "
+        f"interval over these pairs: {gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def _measured(runs: Sequence[Summary]) -> dict[str, dict[str, float]]:
+    """Mean change and KL by sign."""
+    return {
+        key: {
+            "change": statistics.mean(one.measured.change[key].mean for one in runs),
+            "kl": statistics.mean(one.numbers.side_effects[key].kl for one in runs),
+        }
+        for key in SIGNS
+    }
 
 
 FIRST_WORDINGS = 4
@@ -214,7 +250,7 @@ def _judged_by(setting: Mapping[str, Any]) -> str:
     return "none" if judge["backend"] == "none" else f"{judge['threshold']:g}"
 
 
-SHOWN_MEASURES = ("accuracy", "AUROC", "Yes-bias", "MC1", "MC2", "stance")
+SHOWN_MEASURES = ("accuracy", "AUROC", "Yes-bias", "MC1", "MC2", "pull", "pull of right belief", "stance")
 """Measures of the public data sets that the table shows; the stored files have the others and the groups."""
 
 
@@ -385,8 +421,8 @@ def columns(real: Mapping[str, Mapping[str, Any]], planted: Mapping[str, Mapping
         if all(found):
             rows.append([name, *map(_both_signs, found)])
     note = (
-        "Change at alpha -1 / +1 in nats; in brackets the 95 % interval over runs with different seeds (of a single "
-        "run: over items) and the largest change by a random direction. SmolLM2: log-ratio of opposite replies. "
+        f"Change at alpha -1 / +1 in nats; in brackets the 95 % interval over runs, {SHARED_DATA} (of a single "
+        "run: over items), and the largest change by a random direction. SmolLM2: log-ratio of opposite replies. "
         "pocket: log p(Yes) - log p(No), balanced. Sizes cannot be compared across columns. On the real model "
         "wordings differ, true claims move as much as false ones, and many replies are incoherent, edited or not: "
         "[docs/smollm2.md](docs/smollm2.md)."
