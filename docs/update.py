@@ -36,7 +36,7 @@ from ws.base.files import content_key
 from ws.base.records import plain, restore
 from ws.comparing import generalisation_page, page
 from ws.comparing.across import Across
-from ws.comparing.findings import Findings
+from ws.comparing.findings import KINDS, Findings
 from ws.comparing.generalisation import Generalisation
 from ws.model.library import SMOLLM2
 from ws.pocket import build, card
@@ -61,8 +61,10 @@ REAL = RESULTS / "smollm2"
 REAL_SWEEP = REAL / "sweep.json"
 SEARCH = REAL / "search.jsonl"
 POCKET_SEARCH = RESULTS / "pocket-search.jsonl"
-COMPARED = {"": "pocket", "gemma-": "pocket-gemma", "smollm2-": SMOLLM2}
-"""Models with a comparison of methods for sycophancy, by how the names of their blocks begin."""
+COMPARED = {"": "pocket", "gemma-": "pocket-gemma", "smollm2-": SMOLLM2,
+            "smollm2-activations-": f"{SMOLLM2}-activations"}  # fmt: skip
+"""Comparisons of methods for sycophancy, by how the names of their blocks begin: the model, and the kinds of methods
+that are compared with weight directions if they are not all."""
 LARGEST_KEPT = 3_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 RANKED_AXES = ("block", "written", "read")
@@ -77,9 +79,9 @@ def main(arguments: list[str]) -> None:
         store(Path(argument))
     for file in documents():
         file.write_text(MARKED.sub(_filled, file.read_text()))
-    for model in COMPARED.values():
-        if (found := stored_comparison(model)) is not None:
-            (place_of_comparison(model) / "comparison.md").write_text(page.markdown(found))
+    for name in COMPARED.values():
+        if (found := stored_comparison(name)) is not None:
+            (place_of_comparison(name) / "comparison.md").write_text(page.markdown(found))
 
 
 def documents() -> list[Path]:
@@ -112,14 +114,14 @@ def stored_rebuilds() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("rebuild-*.json"))]
 
 
-def place_of_comparison(model: str) -> Path:
-    """The folder of the comparison of methods on a model."""
-    return RESULTS / f"{model}-sycophancy-compare"
+def place_of_comparison(name: str) -> Path:
+    """The folder of a comparison of methods."""
+    return RESULTS / f"{name}-sycophancy-compare"
 
 
-def stored_comparison(model: str) -> Findings | None:
-    """The comparison of methods on a model; None before it was made."""
-    file = place_of_comparison(model) / "comparison.json"
+def stored_comparison(name: str) -> Findings | None:
+    """A comparison of methods; None before it was made."""
+    file = place_of_comparison(name) / "comparison.json"
     return restore(Findings, json.loads(file.read_text())) if file.is_file() else None
 
 
@@ -203,8 +205,8 @@ def _made(make: Callable[[Stored], str], stored: Stored | None) -> str:
     return "Not measured yet." if stored is None else make(stored)
 
 
-def _of_comparison(model: str, make: Callable[[Findings], str]) -> str:
-    return _made(make, stored_comparison(model))
+def _of_comparison(name: str, make: Callable[[Findings], str]) -> str:
+    return _made(make, stored_comparison(name))
 
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
@@ -223,9 +225,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "sweep": lambda: _made(sweep_tables.markdown, stored_sweep()),
     "across": lambda: comparisons.across(restore(Across, json.loads(ACROSS.read_text()))),
     **{
-        f"{start}{name}": partial(_of_comparison, model, make)
-        for start, model in COMPARED.items()
-        for name, make in comparisons.BLOCKS.items()
+        f"{start}{block}": partial(_of_comparison, name, make)
+        for start, name in COMPARED.items()
+        for block, make in comparisons.BLOCKS.items()
     },
     "generalisation": lambda: comparisons.generalisation(stored_generalisations()),
     "where-short": lambda: location.short(stored_location("subspace")),
@@ -251,6 +253,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         stored_alignment().get("smollm2-sycophancy-lora-seed0", []),
         stored_sweep(REAL_SWEEP),
         stored_comparison(SMOLLM2),
+        stored_comparison(f"{SMOLLM2}-activations"),
         location.claims(stored_location("subspace"), SMOLLM2),
         location.of_writes(stored_location("ablations"), SMOLLM2),
     ),
@@ -315,7 +318,8 @@ def _store_comparison(folder: Path) -> None:
         # then nothing is stored: the pages of this comparison must not be mixed with the numbers of another
         raise SystemExit(f"{folder / 'comparison.json'}: {size} bytes are too many to keep (at most {LARGEST_KEPT})")
     found = restore(Findings, json.loads(text))
-    place = place_of_comparison(found.model)
+    kinds = [] if set(found.best) == set(KINDS) else [kind for kind in found.best if kind != "weights"]
+    place = place_of_comparison("-".join([found.model, *kinds]))
     _write(place / "comparison.json", page.as_json(found))
     (place / "comparison.md").write_text(page.markdown(found))
     shutil.copy(folder / "pareto.png", place / "pareto.png")

@@ -17,6 +17,7 @@ from blocks.llama_cpp import llama_cpp
 from ws.base.records import plain, restore
 from ws.comparing import page, planning
 from ws.comparing.across import Across
+from ws.comparing.findings import KINDS
 from ws.model import library
 from ws.pocket import build, card
 from ws.runs import sweep_tables
@@ -50,10 +51,10 @@ def test_all_markers_of_documents_are_pairs() -> None:
         assert text.count("<!-- begin: ") == len(update.MARKED.findall(text)) == text.count("<!-- end: "), file.name
 
 
-@pytest.mark.parametrize("model", [model for model in update.COMPARED.values() if update.stored_comparison(model)])
-def test_the_page_of_a_comparison_is_made_from_its_numbers(model: str) -> None:
-    found, place = update.stored_comparison(model), update.place_of_comparison(model)
-    assert found.model == model
+@pytest.mark.parametrize("name", [name for name in update.COMPARED.values() if update.stored_comparison(name)])
+def test_the_page_of_a_comparison_is_made_from_its_numbers(name: str) -> None:
+    found, place = update.stored_comparison(name), update.place_of_comparison(name)
+    assert name.startswith(found.model)
     assert (place / "comparison.md").read_text() == page.markdown(found)
     assert json.loads((place / "comparison.json").read_text()) == page.as_json(found)
 
@@ -224,6 +225,21 @@ def test_how_many_replicates_a_comparison_has_is_counted_in_its_numbers(
     assert comparisons.replicates_told(update.stored_comparison("pocket")) == told, "nothing of it has been kept"
     assert (kept / "comparison.md").read_text() == page.markdown(update.stored_comparison("pocket"))
     assert (kept / "pareto.png").read_bytes() == b"picture"
+
+
+def test_a_comparison_of_some_kinds_does_not_replace_that_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some, every = (comparison_of(tmp_path / name, 3, 20) for name in ("1", "2"))
+    for folder, kinds in ((some, ("weights", "activations")), (every, tuple(KINDS))):
+        content = json.loads((folder / "comparison.json").read_text())
+        content["best"] = dict.fromkeys(kinds, content["reference"])
+        (folder / "comparison.json").write_text(json.dumps(content))
+    monkeypatch.setattr(update, "RESULTS", tmp_path)
+    update.store(every)
+    update.store(some)
+    assert set(update.stored_comparison("pocket").best) == set(KINDS)
+    assert set(update.stored_comparison("pocket-activations").best) == {"weights", "activations"}
 
 
 def test_the_stored_comparison_has_its_controls_and_keeps_its_verdicts() -> None:

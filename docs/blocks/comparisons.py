@@ -74,6 +74,14 @@ def trained(found: Findings) -> str:
     return _at_every_budget(found, [entry.name for entry in measured.entries if entry.kind == "weights"])
 
 
+def steered(found: Findings) -> str:
+    """Weight directions and every form of activation steering, at every budget."""
+    measured = found.equal_kl[found.headline_budget]
+    return _at_every_budget(
+        found, [entry.name for entry in measured.entries if entry.kind in ("weights", "activations")]
+    )
+
+
 def _at_every_budget(found: Findings, names: Sequence[str]) -> str:
     columns = [(budget, sign) for budget in found.equal_kl for sign in ("+", "-")]
     won = {(budget, sign): page.winner(found, sign, budget) for budget, sign in columns}
@@ -91,8 +99,8 @@ def _at_every_budget(found: Findings, names: Sequence[str]) -> str:
 
 
 BLOCKS: Mapping[str, Callable[[Findings], str]] = {
-    "compare": compared, "compare-short": short, "contrast": contrast, "null": null, "trained": trained,
-    "winners": winners,
+    "compare": compared, "compare-short": short, "contrast": contrast, "null": null, "steered": steered,
+    "trained": trained, "winners": winners,
 }  # fmt: skip
 """The blocks of one comparison by name."""
 
