@@ -119,6 +119,12 @@ def place_of_comparison(name: str) -> Path:
     return RESULTS / f"{name}-sycophancy-compare"
 
 
+def name_of_comparison(found: Findings) -> str:
+    """Its model; if it does not have all kinds of methods, also those that it has beside weight directions."""
+    kinds = [] if set(found.best) >= set(KINDS) else [kind for kind in found.best if kind != "weights"]
+    return "-".join([found.model, *kinds])
+
+
 def stored_comparison(name: str) -> Findings | None:
     """A comparison of methods; None before it was made."""
     file = place_of_comparison(name) / "comparison.json"
@@ -318,8 +324,7 @@ def _store_comparison(folder: Path) -> None:
         # then nothing is stored: the pages of this comparison must not be mixed with the numbers of another
         raise SystemExit(f"{folder / 'comparison.json'}: {size} bytes are too many to keep (at most {LARGEST_KEPT})")
     found = restore(Findings, json.loads(text))
-    kinds = [] if set(found.best) == set(KINDS) else [kind for kind in found.best if kind != "weights"]
-    place = place_of_comparison("-".join([found.model, *kinds]))
+    place = place_of_comparison(name_of_comparison(found))
     _write(place / "comparison.json", page.as_json(found))
     (place / "comparison.md").write_text(page.markdown(found))
     shutil.copy(folder / "pareto.png", place / "pareto.png")
