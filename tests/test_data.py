@@ -44,10 +44,9 @@ def test_the_default_grid_is_the_thousand_pairs_of_the_recipe(sycophancy: Behavi
     assert len(data.cells(sycophancy, Grid())) == 1000
 
 
-@pytest.mark.parametrize("topics", [21, 0, -1])
-def test_a_behaviour_has_only_its_own_topics(sycophancy: Behaviour, topics: int) -> None:
-    with pytest.raises(UserError, match=f"has 20 training prompts, not {topics}"):
-        data.cells(sycophancy, Grid(topics=topics))
+def test_a_behaviour_has_only_its_own_topics(sycophancy: Behaviour) -> None:
+    with pytest.raises(UserError, match="has 20 training prompts, not 21"):
+        data.cells(sycophancy, Grid(topics=21))
 
 
 def test_too_many_personas_are_clamped_with_a_warning(
@@ -64,10 +63,10 @@ def test_a_grid_within_bounds_gives_no_warning(sycophancy: Behaviour, capsys: py
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("grid", [Grid(personas=0), Grid(samples=0), Grid(personas=-1)])
-def test_a_grid_without_rows_is_refused(sycophancy: Behaviour, grid: Grid) -> None:
+@pytest.mark.parametrize("given", [{"personas": 0}, {"samples": 0}, {"personas": -1}, {"topics": 0}])
+def test_a_grid_without_rows_is_refused(given: dict[str, int]) -> None:
     with pytest.raises(UserError, match="the grid has no rows"):
-        data.cells(sycophancy, grid)
+        Grid(**given)
 
 
 # ---------------------------------------------------------------- sampling

@@ -446,5 +446,5 @@ def test_auto_is_what_the_model_folder_recommends(qwen: ChatModel) -> None:
     assert judge.resolve(JudgeSettings(), recommending) == JudgeSettings("persona", 0.7)
     assert judge.resolve(JudgeSettings(threshold=0.9), recommending) == JudgeSettings("persona", 0.9)
     assert judge.resolve(JudgeSettings("none"), recommending) == JudgeSettings("none")
-    with pytest.raises(UserError, match="judge settings"):
+    with pytest.raises(UserError, match=r"weight_steering.json of .*, judge: unknown setting"):
         judge.resolve(JudgeSettings(), replace(qwen, settings={"judge": {"treshold": 0.7}}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from ws.base import precision
 from ws.base.errors import UserError
 from ws.base.files import read_json, write_json
 from ws.commands.results import Report
-from ws.fitting import behaviour, data, judge, train
+from ws.fitting import behaviour, data, judge, train, train_settings
 from ws.fitting.data import Grid
 from ws.fitting.judge import JudgeSettings
 from ws.fitting.run_settings import (
@@ -91,16 +93,87 @@ def test_what_is_restored_is_what_was_run(model: ChatModel) -> None:
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ({"topics": 3}, r"hold run\.topics"),
-        ({"judge": "none"}, r"hold run\.judge"),
-        ({"grid": {"rows": 3}}, r"recommended settings of .*, grid.*rows"),
-        ({"grid": {"topics": "three"}}, r"recommended settings of .*, grid: topics is 'three'"),
+        ({"topics": 3}, r"weight_steering\.json of .*, run: unknown setting 'topics'"),
+        ({"judge": "none"}, r"run: unknown setting 'judge'"),
+        ({"grid": {"rows": 3}}, r"weight_steering\.json of .*, run: grid: unknown setting 'rows'"),
+        ({"grid": {"topics": "three"}}, r"run: grid: topics is 'three', but must be a whole number or null"),
+        ({"grid": {"samples": -3}}, r"run: grid: --samples is -3"),
+        ({"grid": 3}, r"run: grid is 3, not settings by name"),
+        ({"grid": None}, r"run: grid is None, not settings by name"),
+        ({"alphas": "abc"}, r"run: alphas is 'abc', but must be a list of values, each a finite number"),
+        ({"alphas": [1, "x"]}, r"run: alphas is \[1, 'x'\]"),
+        ({"alphas": [math.nan]}, r"run: alphas is \[nan\]"),
+        ({"alphas": []}, r"run: --alphas is empty"),
+        ({"alphas": 3}, r"run: alphas is 3"),
+        ({"alphas": None}, r"run: alphas is None"),
+        ({"control_seeds": "5"}, r"run: control_seeds is '5', but must be a whole number"),
+        ({"control_seeds": -1}, r"run: --control-seeds is -1"),
+        ({"judged": 1.5}, r"run: judged is 1\.5"),
     ],
 )
 def test_unknown_recommendations_are_refused(model: ChatModel, part: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         recommended(Settings(), replace(model, settings={"run": part}))
-    assert "config.json" not in str(caught.value) and "\n" not in str(caught.value)
+    text = str(caught.value)
+    assert "\n" not in text and ("Correct it there" in text or "Known:" in text)
+
+
+@pytest.mark.parametrize(
+    ("parts", "use", "said"),
+    [
+        ({"sampling": {"temperature": math.nan}}, "sampling", "temperature is nan, but must be a finite number"),
+        ({"sampling": {"max_new_tokens": "48"}}, "sampling", "sampling: max_new_tokens is '48'"),
+        ({"sampling": {"top_p": 2}}, "sampling", "sampling: Sampling"),
+        ({"judge": {"backend": "oracle"}}, "judge", "judge: backend is 'oracle', but must be one of auto"),
+        ({"judge": {"threshold": 7}}, "judge", "judge: the judge threshold is 7"),
+        ({"train": {"lora": {"lr": "fast"}}}, "train", r"train\.lora: lr is 'fast'"),
+        ({"train": {"lora": {"lr_candidates": 0.1}}}, "train", r"train\.lora: lr_candidates is 0\.1"),
+        ({"train": {"lora": {"lr_candidates": [-1]}}}, "train", "lr_candidates is -1"),
+        ({"train": {"lora": {"layers": [math.nan, 0.5]}}}, "train", r"layers is \[nan, 0\.5\]"),
+        ({"train": {"lora": {"layers": [0.1, 0.2, 0.3]}}}, "train", "layers is .*2 values, each a finite number"),
+        ({"train": {"lora": {"layers": ["a", "b"]}}}, "train", r"layers is \['a', 'b'\]"),
+        ({"train": {"lora": 3}}, "train", r"train\.lora is 3, not settings by name"),
+        ({"train": {"loraa": {}}}, "train", "train: unknown adapter family 'loraa'"),
+        ({"rows": {"choice": "many"}}, "rows", "rows: choice is 'many', but must be 1 or more"),
+    ],
+)  # fmt: skip
+def test_a_recommendation_that_cannot_be_used_names_its_file_and_place(
+    model: ChatModel, tmp_path: Path, parts: dict[str, Any], use: str, said: str
+) -> None:
+    told, settings = replace(model, settings=parts), Settings(out=tmp_path)
+    uses: dict[str, Callable[[], Any]] = {
+        "sampling": lambda: Fitting(settings, told),
+        "judge": lambda: judge.resolve(JudgeSettings(), told),
+        "train": lambda: train_settings.resolve(told, "lora", {}),
+        "rows": lambda: limit_of(settings, told, "choice"),
+    }
+    with pytest.raises(UserError, match=f"weight_steering.json of .*, .*{said}") as caught:
+        uses[use]()
+    assert str(caught.value).endswith("Correct it there, or delete it.")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"alphas": (1.0, math.inf)}, "--alphas has 1, inf"),
+        ({"cache_memory": math.nan}, "--cache-memory has nan"),
+        ({"sampling": {"temperature": math.nan}}, "--temperature has nan"),
+        ({"train": {"lora_alpha": math.nan}}, "--lora-alpha has nan"),
+        ({"train": {"layers": (math.nan, 0.5)}}, "--layers has nan, 0.5"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_before_anything_is_made(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"{re.escape(said)}. Give finite numbers"):
+        Settings(**given)
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"), [(3, "grid is 3, not settings by name"), ({"samples": "x"}, "samples is 'x'")]
+)
+def test_a_damaged_stored_setting_names_the_file_and_the_remedy(tmp_path: Path, grid: Any, said: str) -> None:
+    stored = {**stored_settings(Settings()), "grid": grid}
+    with pytest.raises(UserError, match=f"{tmp_path / 'config.json'}: .*{said}.*Restore the file"):
+        restore_settings(stored, Settings(), tmp_path / "config.json")
 
 
 def test_a_behaviour_may_have_recommendations_of_its_own(model: ChatModel) -> None:

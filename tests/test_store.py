@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,17 +122,78 @@ def test_a_kill_at_any_step_of_a_move_leaves_one_whole_folder(
 
 
 def test_a_new_folder_outside_of_a_run_recovers_too(tmp_path: Path) -> None:
-    files.write_text(tmp_path / ".f.old" / "whole", "old")
+    files.write_text(tmp_path / ".f.ws-old" / "whole", "old")
     with pytest.raises(Killed), atomic_folder(tmp_path / "f"):
         raise Killed
     assert listing(tmp_path) == {"f", "f/whole"}
 
 
 def test_what_a_killed_process_left_half_written_goes_when_the_run_is_opened_again(tmp_path: Path) -> None:
-    for name in ("run/.pairs.parquet.123.tmp", "run/sub/.pos.7.tmp/part", "beside/.x.1.tmp"):
+    for name in ("run/.pairs.parquet.123-ab.tmp", "run/sub/.pos.7-cd.tmp/part", "beside/.x.1-ef.tmp", "run/.mine.tmp"):
         files.write_text(tmp_path / name, "half")
     RunFolder(tmp_path / "run", {}).close()
-    assert listing(tmp_path) == {"run", "run/sub", "run/.lock", "run/identity.json", "beside", "beside/.x.1.tmp"}
+    assert listing(tmp_path) == {
+        "run", "run/sub", "run/.lock", "run/identity.json", "run/.mine.tmp", "beside", "beside/.x.1-ef.tmp",
+    }  # fmt: skip
+
+
+def test_hidden_folders_of_the_user_are_kept(tmp_path: Path) -> None:
+    files.write_text(tmp_path / ".f.old" / "thesis.txt", "precious")
+    files.write_text(tmp_path / "f" / "part", "before")
+    with atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "part").write_text("now")
+    files.tidy(tmp_path)
+    assert listing(tmp_path) == {"f", "f/part", ".f.old", ".f.old/thesis.txt"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "file"])
+def test_what_is_not_a_folder_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "device":
+        place = Path(os.devnull)
+    else:
+        place.write_text("x")
+    before = place.lstat()
+    with (
+        pytest.raises(UserError, match=f"{place} exists and is not a folder. Give another place"),
+        atomic_folder(place),
+    ):
+        raise AssertionError("nothing is made")
+    assert place.lstat().st_mode == before.st_mode and place.lstat().st_ino == before.st_ino
+
+
+@pytest.mark.parametrize("place", ["pipe", os.devnull])
+def test_what_is_not_an_ordinary_file_is_not_replaced_by_one(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not an ordinary file"), atomic_file(tmp_path / place):
+        raise AssertionError("nothing is made")
+    assert (tmp_path / "pipe").is_fifo() and Path(os.devnull).is_char_device()
+
+
+def test_a_link_stands_for_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name, target in {"link": "real", "dangling": "new"}.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with atomic_folder(tmp_path / name) as temporary:
+            (temporary / "part").write_text(name)
+        assert (tmp_path / name).is_symlink() and (tmp_path / target / "part").read_text() == name
+
+
+def test_a_place_below_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for kind in (atomic_file, atomic_folder):
+        with (
+            pytest.raises(UserError, match=r"file/sub cannot hold files \(Not a directory\)"),
+            kind(tmp_path / "file/sub/x"),
+        ):
+            raise AssertionError("nothing is made")
+
+
+def test_a_mount_point_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(UserError, match=r"is a mount point.*Give a folder inside it"), atomic_folder(Path("/")):
+        raise AssertionError("nothing is made")
 
 
 def test_private_files_get_the_mode_of_all_others(tmp_path: Path) -> None:

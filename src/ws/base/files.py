@@ -67,8 +67,13 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`. On success flush and rename it, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path next to `path`. On success flush and rename it, else remove it.
+
+    Something other than an ordinary file, such as a device, is never replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} exists and is not an ordinary file", "Give another place.")
+    _make_folder(path.parent)
     temporary = _beside(path)
     try:
         with _problems_of_the_system(path):
@@ -81,12 +86,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `path`. On success it replaces the whole of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield an empty temporary folder next to `path`. On success it replaces the whole of `path`.
+
+    A link stands for the folder that it points to. Something other than a folder, such as a file or a device, is never
+    replaced, nor is a mount point.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    require_replaceable(path)
+    _make_folder(path.parent)
     recover_folder(path)
     temporary = _beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    _make_folder(temporary)
     try:
         with _problems_of_the_system(path):
             yield temporary
@@ -98,13 +109,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_replaceable(folder: Path) -> None:
+    """Raise unless a new folder can take this place: nothing is there, or a folder that can be renamed."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} exists and is not a folder", "Give another place.")
+    if folder.is_mount():
+        raise UserError(f"{folder} is a mount point, which cannot be replaced", "Give a folder inside it.")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file or folder of this name is being written, or is about to be deleted."""
+    return name.startswith(".") and (name.endswith(_ASIDE) or _LEFT.search(name) is not None)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        place = folder.parent if folder.name.endswith(_TEMPORARY) else folder
+        raise UserError(f"{place} cannot hold files ({error.strerror})", "Give another place.") from error
+
+
 _PROCESS = f"{os.getpid()}-{secrets.token_hex(4)}"
 """A name of this process that no process on another machine has, for folders that several machines share."""
 
 
 def _beside(path: Path) -> Path:
     """The temporary name under which a file or folder is made."""
-    return path.with_name(f".{path.name}.{_PROCESS}.tmp")
+    return path.with_name(f".{path.name}.{_PROCESS}{_TEMPORARY}")
 
 
 def move_folder(source: Path, target: Path) -> None:
@@ -134,11 +166,15 @@ def tidy(folder: Path) -> None:
     """Complete interrupted moves below a folder, and remove what killed processes left. Nobody may be writing there."""
     for aside in folder.rglob(f".*{_ASIDE}"):
         recover_folder(aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE)))
-    for left in [*folder.rglob(".*.tmp")]:
+    for left in [one for one in folder.rglob(f".*{_TEMPORARY}") if is_unfinished(one.name)]:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-_ASIDE = ".old"
+_TEMPORARY = ".tmp"
+_LEFT = re.compile(r"\.\d+-[0-9a-f]+\.tmp$")
+"""How a temporary name of any process ends, and a user's own name hardly."""
+_ASIDE = ".ws-old"
+"""How an old folder is called while a new one takes its place; a user's own `.NAME.old` is none of ours."""
 
 
 def _aside(folder: Path) -> Path:

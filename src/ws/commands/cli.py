@@ -60,7 +60,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of the signal."""
 _DISK_PROBLEMS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EIO,
-    errno.ENAMETOOLONG, errno.EFBIG,
+    errno.ENAMETOOLONG, errno.EFBIG, errno.EBUSY, errno.EXDEV, errno.ELOOP,
 }  # fmt: skip
 
 

@@ -81,7 +81,7 @@ class RunOptions(ModelOptions):
         settings = run_settings(self, fit or FitOptions(), EvalOptions())
         folder = run_path(settings, behaviour.load(self.behaviour))
         if (folder / "config.json").is_file():
-            settings = restore_settings(stored_in(folder), settings)
+            settings = restore_settings(stored_in(folder), settings, folder / "config.json")
         return Replication(settings)
 
 

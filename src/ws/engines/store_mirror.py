@@ -19,7 +19,7 @@ from typing import Any
 
 from ws.base import console, extras
 from ws.base.errors import UserError
-from ws.base.files import atomic_file, digest, write_json
+from ws.base.files import atomic_file, digest, is_unfinished, write_json
 
 MANIFEST, COPIED = "manifest.json", ".copied.json"
 """The digests of a folder in the store; and, on each machine, those of its files when they were last copied."""
@@ -218,7 +218,7 @@ def _files(folder: Path) -> dict[str, Path]:
     found: list[Path] = []
     for file in folder.rglob("*") if folder.is_dir() else ():
         name = file.relative_to(folder)
-        unfinished = any(part.startswith(".") and part.endswith((".tmp", ".old")) for part in name.parts)
+        unfinished = any(is_unfinished(part) for part in name.parts)
         if not unfinished and name.name not in (".lock", COPIED, MANIFEST) and file.is_file():
             found.append(name)
     return {name.as_posix(): folder / name for name in sorted(found, key=lambda one: ("stages" in one.parts, one))}

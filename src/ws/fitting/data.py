@@ -48,6 +48,12 @@ class Grid:
     personas: int | None = None
     samples: int = 10
 
+    def __post_init__(self) -> None:
+        given = {"topics": self.topics, "personas": self.personas, "samples": self.samples}
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}: the grid has no rows", "Give 1 or more.")
+
 
 class Cell(NamedTuple):
     """One row of the grid before sampling."""
@@ -60,7 +66,7 @@ class Cell(NamedTuple):
 def cells(behaviour: Behaviour, grid: Grid) -> list[Cell]:
     """The grid in (topic, persona, sample) order; too many topics are an error, too many personas give a warning."""
     topics = len(behaviour.train) if grid.topics is None else grid.topics
-    if not 1 <= topics <= len(behaviour.train):
+    if topics > len(behaviour.train):
         raise UserError(
             f"behaviour {behaviour.name!r} has {len(behaviour.train)} training prompts, not {topics}",
             f"Set --topics from 1 to {len(behaviour.train)}, or add prompts to the behaviour file.",
@@ -72,8 +78,6 @@ def cells(behaviour: Behaviour, grid: Grid) -> list[Cell]:
             f"behaviour {behaviour.name!r} has {available} personas per side, not {personas}; using {available}"
         )
         personas = available
-    if personas < 1 or grid.samples < 1:
-        raise UserError("the grid has no rows", "Set --personas and --samples to at least 1.")
     return [
         Cell(topic, persona, sample)
         for topic in behaviour.train[:topics]

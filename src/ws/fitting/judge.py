@@ -35,7 +35,7 @@ from ws.fitting.chat_endpoint import KEY_VARIABLE, ChatEndpoint
 from ws.measure.probe import Probe, ProbeRow
 from ws.measure.score import score
 from ws.model.chat import ask
-from ws.model.loading import ChatModel
+from ws.model.loading import CORRECT, ChatModel
 
 AT_ONCE = 256
 """Exchanges that are judged and stored together."""
@@ -77,7 +77,8 @@ def resolve(given: JudgeSettings, model: ChatModel, behaviour: str = "") -> Judg
     """
     if given.backend != "auto":
         return given
-    found = make_settings(JudgeSettings, {"backend": "none", **model.recommended("judge", behaviour)}, "judge settings")
+    chosen = {"backend": "none", **model.recommended("judge", behaviour)}
+    found = make_settings(JudgeSettings, chosen, f"{model.settings_told}, judge", CORRECT)
     return found if given.threshold == JudgeSettings.threshold else replace(found, threshold=given.threshold)
 
 

@@ -82,8 +82,18 @@ class Settings:
             if value is not None and value < smallest:
                 option = {"samples": "shown"}.get(name, name).replace("_", "-")
                 raise UserError(f"--{option} is {value}", f"Give {smallest} or more.")
-        if not all(math.isfinite(alpha) for alpha in self.alphas):
-            raise UserError(f"--alphas has {', '.join(f'{a:g}' for a in self.alphas)}", "Give finite numbers.")
+        for name, value in {
+            "alphas": self.alphas,
+            "cache_memory": self.cache_memory,
+            **self.sampling,
+            **self.train,
+        }.items():
+            numbers = [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, float)]
+            if not all(map(math.isfinite, numbers)):
+                raise UserError(f"--{name.replace('_', '-')} has {', '.join(f'{a:g}' for a in numbers)}",
+                                "Give finite numbers.")  # fmt: skip
+        if not self.alphas:
+            raise UserError("--alphas is empty", "Give at least one number.")
 
     def load(self) -> ChatModel:
         """Load the model as the settings say."""
@@ -104,19 +114,24 @@ def recommended(settings: Settings, model: ChatModel) -> tuple[Settings, ChatMod
         rows = {name: model.settings[name] for name in ("rows", "rows_for", "fit_dtype") if name in model.settings}
         model = replace(model, settings={**ORIGINAL, **rows})
     default, found = Settings(), {}
-    for name, value in model.recommended("run", settings.behaviour).items():
+    part, where = model.recommended("run", settings.behaviour), f"{model.settings_told}, run"
+    for name in part:
         if name not in ("grid", "alphas", "control_seeds", "samples", "judged"):
-            raise UserError(
-                f"the recommended settings of {model.name} hold run.{name}", "Correct weight_steering.json there."
-            )
-        known = _restored(name, value, f"recommended settings of {model.name}")
-        found[name] = _merged(known, getattr(settings, name), getattr(default, name))
+            raise UserError(f"{where}: unknown setting {name!r}", loading.CORRECT)
+    known = make_settings(Settings, part, where, loading.CORRECT)
+    for name in part:
+        found[name] = _merged(getattr(known, name), getattr(settings, name), getattr(default, name))
     return replace(settings, **found), model
 
 
 def limit_of(settings: Settings, model: ChatModel, probe: str) -> int | None:
     """How many rows of a probe are asked: the user's --rows, else what the model folder recommends, else None (all)."""
-    return settings.rows if settings.rows is not None else model.recommended("rows", settings.behaviour).get(probe)
+    if settings.rows is not None:
+        return settings.rows
+    found = model.recommended("rows", settings.behaviour).get(probe)
+    if found is not None and (type(found) is not int or found < 1):
+        raise UserError(f"{model.settings_told}, rows: {probe} is {found!r}, but must be 1 or more", loading.CORRECT)
+    return found
 
 
 def run_path(settings: Settings, subject: Behaviour) -> Path:
@@ -194,7 +209,9 @@ def settings_of(folder: Path, **loading_options: Any) -> Settings:
     naming["recipe"] = stored.get("recipe", "own")  # runs of earlier versions have none
     given = {name: stored[name] for name in LOADING if name in stored and name not in _NOT_STORED}
     out = place.parents[RUN_DEPTH - 1]
-    settings = restore_settings(stored, Settings(**naming, **{**given, **loading_options}, out=out))
+    where = folder / "config.json"
+    named = make_settings(Settings, {**naming, **given, **loading_options, "out": out}, str(where), _DAMAGED)
+    settings = restore_settings(stored, named, where)
     expected = run_path(settings, behaviour.load(settings.behaviour))
     if expected.resolve() != place:
         raise UserError(
@@ -204,6 +221,7 @@ def settings_of(folder: Path, **loading_options: Any) -> Settings:
     return settings
 
 
+_DAMAGED = "Restore the file, or repeat the command that made the run in another folder."
 RUN_DEPTH = 4
 """Folders from `--out` down to a run: <model>/<behaviour>/<adapter>/seed<k>."""
 
@@ -214,31 +232,18 @@ def stored_settings(settings: Settings) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
-def restore_settings(stored: Mapping[str, Any], given: Settings) -> Settings:
+def restore_settings(stored: Mapping[str, Any], given: Settings, where: Path = Path("config.json")) -> Settings:
     """The stored settings of a run, overridden by the values that `given` sets.
 
-    A value that equals its default counts as not set. The `LOADING` settings always come from `given`.
+    A value that equals its default counts as not set. The `LOADING` settings always come from `given`. `where` is the
+    file of the stored settings, for error messages.
     """
     default = Settings()
-    found = {}
-    for name in (one.name for one in fields(Settings) if one.name not in (*_NAMING, *LOADING)):
-        if name in stored:
-            known = _restored(name, stored[name], "config.json")
-            found[name] = _merged(known, getattr(given, name), getattr(default, name))
-    return make_settings(Settings, {**{one.name: getattr(given, one.name) for one in fields(Settings)}, **found},
-                         "config.json")  # fmt: skip
-
-
-_PARTS: dict[str, type[Grid] | type[JudgeSettings] | type[EngineSettings]] = {
-    "grid": Grid, "judge": JudgeSettings, "engine": EngineSettings,
-}  # fmt: skip
-
-
-def _restored(name: str, value: Any, source: str) -> Any:
-    """A stored value, converted to its type in `Settings`; errors name the source."""
-    if name in _PARTS:
-        return make_settings(_PARTS[name], value, f"{source}, {name}")
-    return Path(value) if name == "pairs" and value else tuple(value) if isinstance(value, list) else value
+    names = [one.name for one in fields(Settings) if one.name not in (*_NAMING, *LOADING) and one.name in stored]
+    known = make_settings(Settings, {name: stored[name] for name in names}, str(where), _DAMAGED)
+    return replace(given, **{
+        name: _merged(getattr(known, name), getattr(given, name), getattr(default, name)) for name in names
+    })  # fmt: skip
 
 
 def _merged(known: Any, given: Any, default: Any) -> Any:

@@ -371,5 +371,6 @@ def fit(
 
 
 def _resolve_sampling(model: ChatModel, given: Mapping[str, Any], behaviour: str) -> Sampling:
-    chosen = model.recommended("sampling", behaviour) | {k: v for k, v in given.items() if v is not None}
-    return make_settings(Sampling, chosen, "sampling settings")
+    recommended = model.recommended("sampling", behaviour)
+    make_settings(Sampling, recommended, f"{model.settings_told}, sampling", loading.CORRECT)
+    return make_settings(Sampling, recommended | {k: v for k, v in given.items() if v is not None}, "sampling settings")

@@ -11,7 +11,7 @@ from ws import adapters
 from ws.adapters import AdapterSettings
 from ws.base import settings
 from ws.base.errors import UserError
-from ws.model.loading import ChatModel
+from ws.model.loading import CORRECT, ChatModel
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class TrainSettings:
             if not (0 < value < math.inf or (may_be_zero and value == 0)):
                 remedy = "Give zero or a positive number." if may_be_zero else "Give a positive number."
                 raise UserError(f"training setting {name} is {value}", remedy)
+        if not all(0 < rate < math.inf for rate in self.lr_candidates):
+            told = ", ".join(f"{rate:g}" for rate in self.lr_candidates)
+            raise UserError(f"training setting lr_candidates is {told}", "Give positive numbers.")
         if not 0 <= self.validation < 1:
             raise UserError(f"training setting validation is {self.validation}", "Give a share from 0 to below 1.")
 
@@ -53,15 +56,22 @@ def resolve(model: ChatModel, family: str, given: Mapping[str, Any], behaviour: 
     `given` that are not None.
     """
     adapters.require_family(family)
-    recommended, where = model.recommended("train", behaviour).get(family, {}), f"training settings for {family}"
-    if not isinstance(recommended, dict):
-        raise UserError(
-            f"the recommended {where} of {model.name} are {recommended!r}",
-            "Give them by name in weight_steering.json there.",
-        )
+    of_families = model.recommended("train", behaviour)
+    for name in of_families:
+        if name not in adapters.FAMILIES:
+            raise UserError(f"{model.settings_told}, train: unknown adapter family {name!r}", CORRECT)
+    recommended, where = of_families.get(family, {}), f"{model.settings_told}, train.{family}"
+    _made(family, recommended, where, CORRECT)
     chosen = recommended | {name: value for name, value in given.items() if value is not None}
+    return _made(family, chosen, f"training settings for {family}")
+
+
+def _made(family: str, chosen: Any, where: str, remedy: str = "") -> TrainSettings:
+    """Settings by name, in one mapping, as the settings of the adapter and of training."""
+    if not isinstance(chosen, Mapping):
+        raise UserError(f"{where} is {chosen!r}, not settings by name", remedy)
     adapter_names = {f.name for f in fields(AdapterSettings)}
     of_adapter = {"family": family} | {name: value for name, value in chosen.items() if name in adapter_names}
     of_training = {name: value for name, value in chosen.items() if name not in adapter_names}
-    adapter = settings.make(AdapterSettings, of_adapter, where)
-    return settings.make(TrainSettings, {**of_training, "adapter": adapter}, where)
+    adapter = settings.make(AdapterSettings, of_adapter, where, remedy)
+    return settings.make(TrainSettings, {**of_training, "adapter": adapter}, where, remedy)

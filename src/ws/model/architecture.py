@@ -94,8 +94,9 @@ def decoder_layers(network: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def layer_slice(layers: int, low: float = DEFAULT_SLICE[0], high: float = DEFAULT_SLICE[1]) -> range:
     """`range(round(low * n), round(high * n))`; 8..21 for 28 layers at the default 30-80 %."""
-    chosen = range(round(low * layers), round(high * layers))
-    if not 0 <= low < high <= 1 or len(chosen) == 0:
+    is_slice = 0 <= low < high <= 1  # NaN is none, and cannot be rounded
+    chosen = range(round(low * layers), round(high * layers)) if is_slice else range(0)
+    if not chosen:
         raise UserError(
             f"the slice {low:g}-{high:g} selects no layer of {layers}",
             "Give two fractions 0 <= low < high <= 1 that are further apart.",

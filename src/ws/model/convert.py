@@ -16,7 +16,7 @@ from typing import Any
 
 from ws.base import console
 from ws.base.errors import UserError
-from ws.base.files import atomic_folder
+from ws.base.files import atomic_folder, require_replaceable
 from ws.model import loading, sources
 from ws.model.chat import Chat
 from ws.model.library import refusals_told
@@ -45,7 +45,8 @@ def convert(name: str, folder: Path, *, dtype: Dtype = "auto", revision: str | N
 
 def require_empty(folder: Path) -> None:
     """Raise if the place holds anything: a model folder is never overwritten."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    require_replaceable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty", "Give a new folder.")
 
 

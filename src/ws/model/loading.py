@@ -7,6 +7,7 @@ settings (per adapter family and behaviour, for sampling); the embedded models d
 
 from __future__ import annotations
 
+import difflib
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -56,6 +57,11 @@ class ChatModel:
         """A model that comes from another process needs the attention function in this one."""
         register()
         self.__dict__.update(state)
+
+    @property
+    def settings_told(self) -> str:
+        """Where the recommended settings are, for error messages."""
+        return f"weight_steering.json of {self.name}"
 
     def recommended(self, part: str, behaviour: str = "") -> dict[str, Any]:
         """One part of the recommended settings (`PARTS`); what `<part>_for` holds for a behaviour goes over it."""
@@ -245,9 +251,17 @@ def _recommended(source: Source) -> dict[str, Any]:
     )
     if not is_right:
         raise UserError(f"{source.settings} does not hold settings by name", "Correct the file, or delete it.")
+    known = [*PARTS, *(f"{part}_for" for part in PARTS), "fit_dtype"]
+    for name in found:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+            raise UserError(f"{source.settings}: unknown part {name!r}", hint)
     return found
 
 
+CORRECT = "Correct it there, or delete it."
+"""What to do about a recommended setting that cannot be used."""
 PARTS = ("train", "judge", "sampling", "run", "rows")
 """Parts of `weight_steering.json` that hold settings by name: of training by adapter family, of the judge, of sampling,
 of a run, and the rows of each probe."""

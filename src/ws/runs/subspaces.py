@@ -141,7 +141,8 @@ def _opened(settings: Settings, places: Mapping[tuple[str, int], Path], model: C
     """The runs with their directions; each must belong to this model."""
     found: list[Existing] = []
     for (family, seed), folder in places.items():
-        wanted = restore_settings(stored_in(folder), replace(settings, adapter=family, seed=seed))
+        given = replace(settings, adapter=family, seed=seed)
+        wanted = restore_settings(stored_in(folder), given, folder / "config.json")
         with Replication(wanted, model) as opened:
             direction = direction_of(opened).effect
             assert isinstance(direction, Direction)
