@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -258,6 +259,12 @@ CASES: dict[str, tuple[Build, str]] = {
     "nothing to export": (words("export", "nowhere"), "there is no direction file nowhere"),
     # settings of a run
     "no strength": (replicate(alphas="nan"), "--alphas has nan"),
+    "a temperature that is no number": (replicate(temperature="nan"), "--temperature has nan"),
+    "a scale that is no number": (replicate(lora_alpha="nan"), "--lora-alpha has nan"),
+    "a cache that is no number": (replicate(cache_memory="nan"), "--cache-memory has nan"),
+    "layers that are no number": (
+        lambda place: [*replicate()(place), "--layers", "nan", 0.5], "--layers has nan, 0.5",
+    ),
     "no random direction": (replicate(control_seeds=-1), "--control-seeds is -1"),
     "no rows": (replicate(rows=0), "--rows is 0"),
     "a seed below zero": (replicate(seed=-1), "--seed is -1"),
@@ -304,8 +311,11 @@ CASES: dict[str, tuple[Build, str]] = {
     "the name of a probe": (on_behaviour('name = "mine"', 'name = "dilemmas"'), "the name of a built-in probe"),
     "more personas on one side": (on_behaviour("negative = [", 'negative = [\n"One more.",'), "2 negative personas"),
     "a stray brace": (on_behaviour("{claim}. {nudge}", "{claim. {nudge}"), "stray brace"),
-    "a field that no entry has": (on_behaviour("{nudge}", "{push}"), "push"),
-    "a format that reaches into an object": (on_behaviour("{claim}.", "{claim.__class__}."), "claim.__class__"),
+    "a field that no entry has": (on_behaviour("{nudge}", "{push}"), "has nudge, but its template uses push"),
+    "a format that reaches into an object": (
+        on_behaviour("{claim}.", "{claim.__class__}."), "{claim.__class__}, which is not one name",
+    ),
+    "an empty file": (lambda place: ["behaviour", "check", place.file("b.toml", "")], "'schema': is missing"),
     "one answer": (on_behaviour('answers = ["Yes", "No"]', 'answers = ["Yes", "yes "]'), "two different answers"),
     "no such group": (on_behaviour('headline = "opinions"', 'headline = "facts"'), "no row has the group 'facts'"),
     "a label of two": (on_behaviour('claim = "winter is nicer than summer",', 'claim = "w", label = 2,'), "is 2"),
@@ -344,6 +354,16 @@ CASES: dict[str, tuple[Build, str]] = {
         on_model(lambda folder: (as_index([])(folder), filled("model.safetensors.index.json", b"[")(folder))),
         "is damaged",
     ),
+    "settings of a part that does not exist": (
+        on_model(edited("weight_steering.json", trian={})), "unknown part 'trian'. Did you mean 'train'?",
+    ),
+    "strengths that are text": (
+        on_model(edited("weight_steering.json", run={"alphas": "abc"})), "run: alphas is 'abc', but must be a list",
+    ),
+    "a model that is some file": (
+        lambda place: ["replicate", "--model", place.file("model.bin", "x"), "--out", place.out],
+        "is a file, but its name does not end in .gguf",
+    ),
     "an adapter for a model": (
         lambda place: ["replicate", "--model", place.adapter_with(lambda _: None), "--out", place.out], "adapter",
     ),
@@ -359,7 +379,13 @@ CASES: dict[str, tuple[Build, str]] = {
     "a folder that is not empty": (
         lambda place: ["convert", place.gguf, place.file("full/x", "x").parent], "exists and is not empty",
     ),
+    "a folder that is a device": (lambda place: ["convert", place.gguf, os.devnull], "is not a folder"),
+    "a folder that is a mount point": (lambda place: ["convert", place.gguf, "/"], "is a mount point"),
+    "a folder in a file": (
+        lambda place: ["convert", place.gguf, place.file("taken", "x") / "folder"], "cannot hold files",
+    ),
     # directions
+    "no strength of an export": (lambda place: ["export", place.direction, "--alpha", "nan"], "alpha is nan"),
     "half of a direction": (on_direction(cut("")), "cannot be read"),
     "a direction that is text": (on_direction(filled("", b"hello, world")), "cannot be read"),
     "other tensors": (lambda place: ["export", place.model / "model.safetensors"], "is not a direction"),
@@ -377,6 +403,10 @@ CASES: dict[str, tuple[Build, str]] = {
     "a direction of another base": (
         lambda place: ["verify", place.direction, "--model", place.model_with(
             tensors("model.safetensors", spoil(0.5)))], "belongs to the base model",
+    ),
+    "an export to another base": (
+        lambda place: ["export", place.direction, "--out", place.out, "--model", place.model_with(
+            tensors("model.safetensors", spoil(0.5)))], "leave --model out",
     ),
     # adapters
     "no adapter": (lambda place: ["diff", "--pos", place.here, "--neg", place.adapter], "neither a PEFT adapter"),

@@ -77,7 +77,9 @@ def result(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-def test_a_comparison_of_some_kinds_has_no_others(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_comparison_of_some_kinds_has_no_others(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = Settings(model=str(tiny_folders["qwen3"]), out=tmp_path, **SMALL)
     plan = replace(PLAN, families=("lora",), seeds=(0,), kinds=("weights", "activations"), activations=("mean",),
                    permutations=0, shuffles=0, budgets=(0.005,))  # fmt: skip
@@ -87,6 +89,13 @@ def test_a_comparison_of_some_kinds_has_no_others(tiny_folders: dict[str, Path],
     assert set(found.best) == {"weights", "activations"}
     plan_of_all = planning.outlook(settings, replace(plan, kinds=tuple(findings.KINDS)))
     assert planning.outlook(settings, plan).searches == 2 * 2 + 2 * 2 < plan_of_all.searches
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr(compare.calibrate, "to_budgets", forbidden)
+    fewer = compare.run(settings, replace(plan, kinds=("weights",))).found
+    assert fewer.calibration.edits["0.005"]["dW:lora"] == found.calibration.edits["0.005"]["dW:lora"]
 
 
 def entry_of(result: compare.Result, name: str) -> Entry:

@@ -339,7 +339,24 @@ def test_no_gguf_package(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_tensor(folder: Path, tmp_path: Path) -> None:
     write(folder, tmp_path / "x.gguf", "llama", leave_out=("tensor",))
-    refused(tmp_path / "x.gguf", "lack", "model.layers.1.mlp.up_proj.weight")
+    refused(tmp_path / "x.gguf", "lack", "model.layers.1.mlp.up_proj.weight", "Give the original model")
+
+
+def test_metadata_that_contradicts_the_weights(folder: Path, tmp_path: Path) -> None:
+    """Nobody can correct a configuration inside a GGUF file, so the remedy is another one than for a folder."""
+    write(folder, tmp_path / "x.gguf", "llama", llama__feed_forward_length=96)
+    refused(tmp_path / "x.gguf", "contradicts itself", "but its metadata describes", "Download it again")
+
+
+def test_a_template_in_the_file_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    write(folder, tmp_path / "x.gguf", "llama", template="{{ raise_exception('no') }}")
+    refused(tmp_path / "x.gguf", "the chat template of", "cannot render", "Give the original model")
+
+
+def test_a_file_with_another_spelling_of_the_ending(file: Path, tmp_path: Path) -> None:
+    """transformers takes `.gguf` only."""
+    shutil.copyfile(file, tmp_path / "X.GGUF")
+    refused(tmp_path / "X.GGUF", "its name does not end in .gguf", "Rename a GGUF file")
 
 
 def test_one_part_of_a_split_file(folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,12 @@ FORMAT = "weight-steering direction 1"
 HEADER_KEY = "weight_steering"
 
 
+def told_base(base: str, provenance: Mapping[str, Any]) -> str:
+    """A base model in words: its name, if the provenance has one, and its fingerprint."""
+    name = provenance.get("base", {}).get("name") if isinstance(provenance.get("base"), Mapping) else None
+    return f"the base model {name} ({base})" if name else f"the base model {base}"
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     """`deltas`: full parameter name -> Delta; `base`: fingerprint of the model that they belong to.
@@ -60,8 +66,8 @@ class Direction:
         own = fingerprint(network)
         if own != self.base:
             raise BaseMismatchError(
-                f"the direction belongs to the base model {self.base}, but this model is {own}",
-                "Load the base model of the direction.",
+                f"the direction belongs to {told_base(self.base, self.provenance)}, but this model is {own}",
+                "Load that model (in commands: --model NAME, or leave --model out).",
             )
         parameters = dict(network.named_parameters())
         if absent := sorted(self.deltas.keys() - parameters.keys()):
@@ -284,7 +290,8 @@ class Direction:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{path} cannot be read ({error})", "The file is damaged: make the direction again."
+                f"{path} cannot be read ({error})",
+                "The file is damaged. Copy it again; ws report FOLDER makes the one of a run folder again.",
             ) from error
         deltas = {}
         parts: dict[str, dict[str, torch.Tensor]] = {}

@@ -12,6 +12,7 @@ class UserError(Exception):
     """Bad input or environment; the message is one line with thing, place and remedy."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
         message = f"{problem.rstrip('.')}. {remedy}".strip() if remedy else problem
         super().__init__(" ".join(message.split()))
 

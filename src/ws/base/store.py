@@ -129,6 +129,8 @@ class RunFolder:
             write_json(file, self.identity)
             return
         known = read_json(file)
+        if not isinstance(known, dict):
+            raise UserError(f"{file} is damaged: it holds no values by name", "Delete it and run again.")
         for name, value in self.identity.items():
             if known.get(name) != value:
                 raise BaseMismatchError(

@@ -257,15 +257,18 @@ class ComparisonRun:
         wanted = [(method.name, edit, side) for method in compared for edit in method.edits for side in (1, -1)]
         wanted += [(control.name, edit, side) for control in controls for edit in control.edits
                    for side in control.sides]  # fmt: skip
-        inputs = {"version": calibrate.VERSION, "budgets": plan.budgets, "texts": texts, "tokens": tokens,
-                  "prompts": plain(prompted), **scored_with(self.model),
+        measured = {"version": calibrate.VERSION, "budgets": plan.budgets, "texts": texts, "tokens": tokens,
+                    **scored_with(self.model)}  # fmt: skip
+        inputs = {**measured, "prompts": plain(prompted),
                   "edits": [[name, Condition.of(edit, side).content_key] for name, edit, side in wanted]}  # fmt: skip
         file = self.folder / "calibration.json"
+        # not the stage's own pieces, which go with it: a search takes a minute or more, and another call may want it
+        searches = Shards(self.folder / "searches")
 
-        def make(shards: Shards) -> None:
+        def make(_: Shards) -> None:
             found: dict[str, dict[str, dict[str, tuple[Search, ...]]]] = {f"{one:g}": {} for one in plan.budgets}
             for name, edit, side in console.track(wanted, "calibrating", len(wanted)):
-                part = shards.path(f"{content_key(name, Condition.of(edit, side).content_key)}.json")
+                part = searches.path(f"{content_key(measured, Condition.of(edit, side).content_key)}.json")
                 if not part.is_file():
                     write_json(part, [plain(one) for one in self._searches(edit, side, texts)])
                 for by_method, record in zip(found.values(), read_json(part), strict=True):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ws.algebra.delta import Alpha, Delta, per_row
-from ws.algebra.direction import Direction, as_matrix
+from ws.algebra.direction import Direction, as_matrix, told_base
 from ws.base import console
 from ws.base.errors import BaseMismatchError, UnsupportedFeatureError, UserError
 from ws.edit.condition import BaseMismatch, Condition, Effect
@@ -193,9 +193,14 @@ def _require_base(edit: Direction | Effect, network: nn.Module, base_mismatch: B
     own = fingerprint(network)
     if edit.base == own:
         return False
-    problem = f"the direction was made on the base model {edit.base}, but this model is {own}"
+    made_on = told_base(edit.base, getattr(edit, "provenance", {}))
+    problem = f"the direction was made on {made_on}, but this model is {own}"
     if base_mismatch != "allow":
-        raise BaseMismatchError(problem, "Load that base, or pass base_mismatch='allow' to apply the direction anyway.")
+        raise BaseMismatchError(
+            problem,
+            "Load that model (in commands: --model NAME, or leave --model out). Python applies it anyway with "
+            "base_mismatch='allow'.",
+        )
     told = _told.setdefault(network, set())
     if edit.base not in told:
         console.warn(problem + "; it is applied, because base_mismatch is 'allow'")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ws.algebra.direction import Direction
 from ws.base.errors import UserError
+from ws.edit.steering import require_strength
 from ws.export.card import write_card
 from ws.export.gguf_lora import write_gguf
 from ws.export.lora import logit_error, write_peft
@@ -40,6 +41,7 @@ def export(
     load the model, to compute deltas that are functions of its weights and to measure the exported adapter. For a whole
     GGUF the source may also be a model, which is then written unchanged and without a card.
     """
+    require_strength(alpha)
     if kind == "gguf" and _is_model(source):
         return _export_model(source, gguf_type, out)
     file, summary = _find(source)

@@ -122,7 +122,8 @@ class _Reader:
         self.known(content, "", {"schema", "name", "summary", "positive_means", "personas", "prompts", "probe",
                                  "dev"})  # fmt: skip
         if content.get("schema") != SCHEMA:
-            self.fail("schema", f"is {content.get('schema')!r}", f"This version reads schema = {SCHEMA}.")
+            told = f"is {content['schema']!r}" if "schema" in content else "is missing"
+            self.fail("schema", told, f"This version reads schema = {SCHEMA}.")
         name = self.text(content, "name")
         if not name.replace("-", "").replace("_", "").isalnum():
             self.fail("name", f"{name!r} cannot be a folder name", "Use letters, digits, - and _.")
@@ -250,24 +251,27 @@ class _Reader:
     def text(self, table: Mapping[str, Any], key: str) -> str:
         value = table.get(key.rsplit(".", 1)[-1])
         if not isinstance(value, str) or not value.strip():
-            self.fail(key, "is missing" if value is None else "is not a non-empty text")
+            self.fail(key, "is missing" if value is None else "is not a non-empty text", "Write a text.")
         return value
 
     def template(self, table: Mapping[str, Any], key: str) -> str:
         value = self.text(table, key)
         try:
-            list(string.Formatter().parse(value))
+            names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
         except ValueError as error:
             self.fail(key, f"has a stray brace ({error})", "Write {name} for a field.")
+        for name in names:
+            if not name.isidentifier():
+                self.fail(key, f"has the field {{{name}}}, which is not one name", "Write {name} for a field.")
         return value
 
     def texts(self, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
         value = table.get(key.rsplit(".", 1)[-1])
         if not isinstance(value, list) or not value:
-            self.fail(key, "is missing" if value is None else "is not a non-empty list")
+            self.fail(key, "is missing" if value is None else "is not a non-empty list", "Give a list of texts.")
         for position, entry in enumerate(value):
             if not isinstance(entry, str) or not entry.strip():
-                self.fail(f"{key}[{position}]", "is not a non-empty text")
+                self.fail(f"{key}[{position}]", "is not a non-empty text", "Write a text, or remove the entry.")
         self.distinct(value, key)
         return tuple(value)
 
@@ -282,18 +286,22 @@ class _Reader:
         if isinstance(entry, str) and len(wanted) == 1:
             return {min(wanted): entry}
         if not isinstance(entry, dict):
-            self.fail(key, f"must be a table with {', '.join(sorted(wanted))}")
+            self.fail(key, "is not a table", f"Give one with {', '.join(sorted(wanted))}.")
+        absent, unknown = sorted(wanted - entry.keys()), sorted(entry.keys() - wanted - extra)
+        if absent and unknown:
+            self.fail(key, f"has {', '.join(unknown)}, but its template uses {', '.join(absent)}",
+                      "Use the same names in both.")  # fmt: skip
         self.known(entry, f"{key}.", wanted | extra)
         for name in wanted:
             if not isinstance(entry.get(name), str) or not entry[name].strip():
-                self.fail(f"{key}.{name}", "is missing, but the template uses it")
+                self.fail(f"{key}.{name}", "is missing, but the template uses it", "Write a text.")
         return dict(entry)
 
     def distinct(self, values: list[Any], key: str) -> None:
         seen = set()
         for value in values:
             if value in seen:
-                self.fail(key, f"{value!r} occurs twice")
+                self.fail(key, f"{value!r} occurs twice", "Remove or change one of them.")
             seen.add(value)
 
 

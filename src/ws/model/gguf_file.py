@@ -95,6 +95,12 @@ def refusal(path: Path, error: Exception) -> UserError:
     return UserError(f"transformers {__version__} cannot read the model in {path} ({reason[:300]})", _ORIGINAL)
 
 
+def contradiction(path: Path, error: UserError) -> UserError:
+    """One line for weights that do not fit the metadata beside them; nobody can correct a file inside a GGUF."""
+    reason = error.problem.replace("config.json", "its metadata")
+    return UserError(f"{path} contradicts itself ({reason})", f"Download it again. {_ORIGINAL}")
+
+
 def complete(config: Any, path: Path) -> None:
     """Add to the configuration what transformers leaves at its default although the file says it: the head width."""
     width = _field(path, "attention.key_length")

@@ -228,7 +228,10 @@ def _from_gguf(name: str, path: Path, choices: dict[str, Any]) -> tuple[Any, Any
             )  # fmt: skip
         except Exception as error:  # the library raises many types for what it does not know
             raise gguf_file.refusal(path, error) from error
-        _require_complete(str(path), loading)
+        try:
+            _require_complete(str(path), loading)
+        except UserError as error:
+            raise gguf_file.contradiction(path, error) from error
         gguf_file.require_all_used(path, network)
     gguf_file.forget_quantisation(network)
     return config, tokenizer, network

@@ -85,7 +85,11 @@ def _found(name: str, revision: str | None) -> Source:
         return _downloaded(hub_id, file, revision)
     if path.suffix == _GGUF:
         raise UserError(f"there is no file {name}", "Check the path given to --model, or give hub_id:file.gguf.")
-    if name.startswith((".", "/", "~")) or path.is_file():
+    if path.is_file():
+        raise UserError(
+            f"{name} is a file, but its name does not end in {_GGUF}", "Rename a GGUF file, or give --model a folder."
+        )
+    if name.startswith((".", "/", "~")):
         raise UserError(
             f"there is no model folder {name}", "Check the path given to --model (a folder, or a file *.gguf)."
         )

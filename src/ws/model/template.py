@@ -36,6 +36,7 @@ _SWITCHES = ("enable_thinking", "thinking", "reasoning")
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _HARMONY_ANSWER = "<|channel|>final<|message|>"
 _REMEDY = "Correct chat_template.jinja, or chat_template in tokenizer_config.json, of the model."
+_IN_GGUF = "Give the original model instead (a folder with safetensors, or its hub id)."
 _FILLER = "Is the sky Blue today, or is it not? One says yes; another one says No! " * 4
 
 
@@ -66,6 +67,7 @@ class Template:
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
         self._name = f"the chat template of {name}"
+        self._remedy = _IN_GGUF if name.lower().endswith(".gguf") else _REMEDY
         given = self._chosen(tokenizer.chat_template)
         self.is_dated = "strftime_now" in given
         today = datetime.now()
@@ -93,7 +95,7 @@ class Template:
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = [turn["role"] for turn in turns]
             given = "a user message alone" if roles == ["user"] else f"messages of {', '.join(roles)}"
-            raise UserError(f"{self._name} cannot render {given} ({reason[:200]})", _REMEDY) from error
+            raise UserError(f"{self._name} cannot render {given} ({reason[:200]})", self._remedy) from error
 
     def header_end(self, turns: Sequence[Message], thinking: bool) -> str:
         """The text to add after the generation prompt, so that the answer comes next.
@@ -178,11 +180,11 @@ class Template:
                 dropped = (
                     f"{self._name} drops or changes the user's text, so different questions may give the same prompt"
                 )
-                problems.append(UserError(dropped, _REMEDY))
+                problems.append(UserError(dropped, self._remedy))
         else:
             raise problems[0]
         if answer["content"] not in self.render([question, answer], thinking=False, generation=False):
-            raise UserError(f"{self._name} drops or changes the assistant's text", _REMEDY)
+            raise UserError(f"{self._name} drops or changes the assistant's text", self._remedy)
 
     def _find_header_end(self, roles: tuple[str, ...], thinking: bool) -> str:
         prompt, header = self._headers(roles, thinking)
@@ -199,7 +201,7 @@ class Template:
             raise UserError(
                 f"{self._name} ends its generation prompt with {mark!r}, but assistant turns do not begin with it, "
                 "and no mark that closes it was found",
-                _REMEDY,
+                self._remedy,
             )
         return f"\n{closing}\n\n"
 
