@@ -214,7 +214,7 @@ def test_settings_come_from_defaults_then_model_folder_then_behaviour_then_user(
         resolve(qwen, "lora", {"lrr": 1.0})
     with pytest.raises(UserError, match="unknown adapter family 'lorra'"):
         resolve(qwen, "lorra", {})
-    with pytest.raises(UserError, match=r"recommended training settings for lora of .* are 3"):
+    with pytest.raises(UserError, match=r"train\.lora is 3, not settings by name"):
         resolve(replace(qwen, settings={"train": {"lora": 3}}), "lora", {})
 
 
