@@ -1,6 +1,7 @@
 """The pipeline on tiny random models: every architecture, resumption, rebuilding, and what the files hold."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,12 +253,15 @@ def stages_built(folder: Path, run: Replication) -> set[str]:
     ],
 )
 def test_changed_settings_rebuild_exactly_what_depends_on_them(
-    tiny_folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], rebuilt: set[str]
+    finished: tuple[Path, dict[str, Any]],
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    rebuilt: set[str],
 ) -> None:
-    with Replication(settings(tiny_folders["qwen3"], tmp_path)) as run:
-        run.report()
+    shutil.copytree(finished[0].parents[3], tmp_path / "runs")
+    with Replication(settings(tiny_folders["qwen3"], tmp_path / "runs", **changes)) as run:
         folder = run.folder.path
-    with Replication(settings(tiny_folders["qwen3"], tmp_path, **changes)) as run:
         assert stages_built(folder, run) == rebuilt
     judged = read_json(folder / "summary.json")["judged"]
     assert bool(judged) == (changes.get("judged") != 0), "without wanted replies there is nothing to judge"
