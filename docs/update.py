@@ -61,10 +61,11 @@ REAL = RESULTS / "smollm2"
 REAL_SWEEP = REAL / "sweep.json"
 SEARCH = REAL / "search.jsonl"
 POCKET_SEARCH = RESULTS / "pocket-search.jsonl"
-COMPARED = {"": "pocket", "gemma-": "pocket-gemma", "smollm2-": SMOLLM2,
-            "smollm2-activations-": f"{SMOLLM2}-activations"}  # fmt: skip
+COMPARED = {"": "pocket", "gemma-": "pocket-gemma", "smollm2-": f"{SMOLLM2}-variants-activations",
+            "smollm2-earlier-": SMOLLM2}  # fmt: skip
 """Comparisons of methods for sycophancy, by how the names of their blocks begin: the model, and the kinds of methods
-that are compared with weight directions if they are not all."""
+that are compared with weight directions if they are not all. On SmolLM2, all kinds were compared with the direction of
+an earlier recipe."""
 LARGEST_KEPT = 3_000_000
 """Bytes up to which the numbers of a comparison are stored with its pages."""
 RANKED_AXES = ("block", "written", "read")
@@ -258,8 +259,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         stored_data(),
         stored_alignment().get("smollm2-sycophancy-lora-seed0", []),
         stored_sweep(REAL_SWEEP),
-        stored_comparison(SMOLLM2),
-        stored_comparison(f"{SMOLLM2}-activations"),
+        stored_comparison(COMPARED["smollm2-"]),
         location.claims(stored_location("subspace"), SMOLLM2),
         location.of_writes(stored_location("ablations"), SMOLLM2),
     ),

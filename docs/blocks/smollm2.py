@@ -303,7 +303,6 @@ def replication(
     alignment: Sequence[Mapping[str, Any]],
     sweep: SweepTables | None,
     compared: Findings | None,
-    with_layers: Findings | None,
     bases: str,
     projection: str,
 ) -> str:
@@ -342,7 +341,6 @@ def replication(
                      projection])  # fmt: skip
     rows += [] if sweep is None else _family_rows(sweep)
     rows += [] if compared is None else _method_rows(compared)
-    rows += [] if with_layers is None else _layer_rows(with_layers)
     return table(["row of the original", "SmolLM2-135M"], rows)
 
 
@@ -403,15 +401,6 @@ def _method_rows(compared: Findings) -> list[list[str]]:
         [f"strengths {price}, - / +", strengths],
         ["Surgical Informedness of the dilemmas (k = 2)", scores],
     ]
-
-
-def _layer_rows(compared: Findings) -> list[list[str]]:
-    """Activation steering at single layers, beside the weight direction of the recipe that the model has now."""
-    entries = compared.equal_kl[compared.headline_budget].entries
-    steered = [one for one in entries if one.kind in ("activations", "weights")]
-    price = f"at {compared.headline_budget} nats of KL"
-    return [[f"RepE at single layers (the original's +0.071), beside dW of the recipe now, {price}, - / + by replies",
-             "; ".join(map(_both_sides, steered))]]  # fmt: skip
 
 
 def _both_sides(entry: Entry) -> str:
