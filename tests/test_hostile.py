@@ -70,6 +70,17 @@ def test_a_terminal_shows_a_text_and_never_obeys_it(text: str, capsys: pytest.Ca
         assert (word in printed) == (word in console.visible(text)), word
 
 
+def test_a_table_of_scores_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("dilemmas", "logratio", "stated", -1.0, -0.171, -0.303, -0.041, 69, 60, "cluster bootstrap"),
+            ("dilemmas", "pmass", "filler", 1.0, 0.75, None, None, 33, 33, "cluster bootstrap")]  # fmt: skip
+    names = ["probe", "metric", "group", "alpha", "mean", "low", "high", "n", "clusters", "method"]
+    terminal.show(pl.DataFrame(rows, schema=names, orient="row"), "dilemmas, out/run")
+    printed = capsys.readouterr().out
+    assert "dilemmas, out/run, probe dilemmas, method cluster bootstrap" in printed
+    assert "-0.171 [-0.303, -0.041]" in printed and "0.750 │" in printed and "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
 def test_ordinary_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     text = "two\nlines, Zürich, 東京, 🙂, a [list] of C:\\paths"
     console.say(text)

@@ -18,15 +18,30 @@ from ws.report.story import Story
 
 
 def show(table: pl.DataFrame, title: str) -> None:
-    """Print a table; numbers have three digits."""
+    """Print a table; numbers have three digits.
+
+    So that it fits 80 columns, a text that all rows share stands in the title, and limits beside their mean.
+    """
+    shared = [name for name, kind in table.schema.items()
+              if kind == pl.String and len(table) > 1 and table[name].n_unique() == 1]  # fmt: skip
+    title = ", ".join([title, *(f"{name} {table[name][0]}" for name in shared)])
+    has_limits = {"mean", "low", "high"} <= set(table.columns)
+    names = [name for name in table.columns if name not in (*shared, *(("low", "high") if has_limits else ()))]
     shown = Table(title=title, title_justify="left", header_style="bold")
-    for name, kind in table.schema.items():
-        shown.add_column(name, justify="right" if kind.is_numeric() else "left")
-    for row in table.iter_rows():
-        shown.add_row(
-            *(f"{cell:.3f}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in row)
-        )
+    for name in names:
+        is_mean = has_limits and name == "mean"
+        head = f"{name} [low, high]" if is_mean else name
+        shown.add_column(head, justify="right" if table.schema[name].is_numeric() else "left", no_wrap=is_mean)
+    for row in table.iter_rows(named=True):
+        cells = {name: _cell(row[name]) for name in table.columns}
+        if has_limits and row["low"] is not None:
+            cells["mean"] += f" [{cells['low']}, {cells['high']}]"
+        shown.add_row(*(cells[name] for name in names))
     console.show(shown)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def show_cells(table: document.Table, title: str) -> None:
