@@ -61,7 +61,7 @@ def _as(value: Any, hint: Any) -> Any:
     if origin is Literal:
         return _only(value, value in inner)
     if origin is tuple:
-        several = len(inner) == 2 and inner[1] is ...
+        several = ... in inner
         _only(value, isinstance(value, list | tuple) and (several or len(value) == len(inner)))
         return tuple(_as(part, inner[0] if several else inner[place]) for place, part in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -88,8 +88,7 @@ def _told(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
-        several = inner[1] is ... if len(inner) > 1 else False
-        return f"a list of {'' if several else f'{len(inner)} '}values, each {_told(inner[0])}"
+        return f"a list of {'' if ... in inner else f'{len(inner)} '}values, each {_told(inner[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "values by name"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -82,12 +82,8 @@ class Settings:
             if value is not None and value < smallest:
                 option = {"samples": "shown"}.get(name, name).replace("_", "-")
                 raise UserError(f"--{option} is {value}", f"Give {smallest} or more.")
-        for name, value in {
-            "alphas": self.alphas,
-            "cache_memory": self.cache_memory,
-            **self.sampling,
-            **self.train,
-        }.items():
+        given = {"alphas": self.alphas, "cache_memory": self.cache_memory, **self.sampling, **self.train}
+        for name, value in given.items():
             numbers = [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, float)]
             if not all(map(math.isfinite, numbers)):
                 raise UserError(f"--{name.replace('_', '-')} has {', '.join(f'{a:g}' for a in numbers)}",

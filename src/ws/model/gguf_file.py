@@ -18,7 +18,8 @@ import torch
 from ws.base.errors import UserError
 from ws.model.library import explain
 
-_ORIGINAL = "Give the original model instead (a folder with safetensors, or its hub id)."
+ORIGINAL = "Give the original model instead (a folder with safetensors, or its hub id)."
+"""What to do about a GGUF file that cannot be used: nobody can correct what is inside."""
 _MAGIC = b"GGUF"
 
 
@@ -64,24 +65,22 @@ def require_readable(path: Path) -> None:
         reader = _reader(path)
     except Exception as error:  # the parser runs beyond the end of the file, or into types that it does not know
         if "GGMLQuantizationType" in str(error):
-            raise UserError(
-                f"{path} holds weights of an unknown type ({error})", f"Update gguf. {_ORIGINAL}"
-            ) from error
+            raise UserError(f"{path} holds weights of an unknown type ({error})", f"Update gguf. {ORIGINAL}") from error
         raise UserError(
             f"{path} is cut short or damaged ({type(error).__name__}: {error})", "Copy or download it again."
         ) from error
     if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
         raise UserError(f"{path} is one part of a split model", "Join the parts with: llama-gguf-split --merge")
     if "general.architecture" not in reader.fields:
-        raise UserError(f"{path} does not say which architecture it is", _ORIGINAL)
+        raise UserError(f"{path} does not say which architecture it is", ORIGINAL)
     if not {"tokenizer.ggml.model", "tokenizer.ggml.tokens"} <= reader.fields.keys():
-        raise UserError(f"{path} holds no tokenizer", _ORIGINAL)
+        raise UserError(f"{path} holds no tokenizer", ORIGINAL)
     for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
         try:
             gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
         except NotImplementedError as error:
             raise UserError(
-                f"{path} holds {tensor.name} quantised as {kind.name}, which cannot be dequantised", _ORIGINAL
+                f"{path} holds {tensor.name} quantised as {kind.name}, which cannot be dequantised", ORIGINAL
             ) from error
 
 
@@ -92,13 +91,13 @@ def refusal(path: Path, error: Exception) -> UserError:
     if isinstance(error, MemoryError | ImportError | torch.OutOfMemoryError):
         return explain(str(path), str(path), "weights", error)
     reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"transformers {__version__} cannot read the model in {path} ({reason[:300]})", _ORIGINAL)
+    return UserError(f"transformers {__version__} cannot read the model in {path} ({reason[:300]})", ORIGINAL)
 
 
 def contradiction(path: Path, error: UserError) -> UserError:
     """One line for weights that do not fit the metadata beside them; nobody can correct a file inside a GGUF."""
     reason = error.problem.replace("config.json", "its metadata")
-    return UserError(f"{path} contradicts itself ({reason})", f"Download it again. {_ORIGINAL}")
+    return UserError(f"{path} contradicts itself ({reason})", f"Download it again. {ORIGINAL}")
 
 
 def complete(config: Any, path: Path) -> None:
@@ -121,13 +120,13 @@ def require_all_used(path: Path, network: Any) -> None:
         example = f", for example {factors[0]}" if factors else ""
         raise UserError(
             f"{path} holds {held:,} numbers, but the model that transformers makes of it uses {used:,}{example}",
-            _ORIGINAL,
+            ORIGINAL,
         )
     factor = _field(path, "rope.scaling.factor")
     rotation = json.dumps(network.config.to_dict().get("rope_parameters"))
     if factor not in (None, 1.0) and '"factor"' not in rotation:
         raise UserError(
-            f"{path} scales its positions by {factor:g}, which transformers does not read from GGUF", _ORIGINAL
+            f"{path} scales its positions by {factor:g}, which transformers does not read from GGUF", ORIGINAL
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from ws.base.errors import UserError
 from ws.model import thoughts
+from ws.model.gguf_file import ORIGINAL
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}"
@@ -36,7 +37,6 @@ _SWITCHES = ("enable_thinking", "thinking", "reasoning")
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _HARMONY_ANSWER = "<|channel|>final<|message|>"
 _REMEDY = "Correct chat_template.jinja, or chat_template in tokenizer_config.json, of the model."
-_IN_GGUF = "Give the original model instead (a folder with safetensors, or its hub id)."
 _FILLER = "Is the sky Blue today, or is it not? One says yes; another one says No! " * 4
 
 
@@ -67,7 +67,7 @@ class Template:
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
         self._name = f"the chat template of {name}"
-        self._remedy = _IN_GGUF if name.lower().endswith(".gguf") else _REMEDY
+        self._remedy = ORIGINAL if name.lower().endswith(".gguf") else _REMEDY
         given = self._chosen(tokenizer.chat_template)
         self.is_dated = "strftime_now" in given
         today = datetime.now()
